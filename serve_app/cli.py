@@ -1,0 +1,294 @@
+"""`atlas …`: serve the graph, ask it, look at it, and manage its keys and its nano models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from serve_app.config import AtlasConfig, load_config
+from serve_app.errors import AtlasError, ConfigError
+from serve_app.nano.cli import app as nano_app
+
+app = typer.Typer(
+    help="Route every request to the right model and tool.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+keys_app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+app.add_typer(nano_app, name="nano")
+
+console = Console()
+_DEFAULT_URL = "http://127.0.0.1:8000"
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", help="Configuration file of the deployment.")
+]
+UrlOption = Annotated[
+    str, typer.Option("--url", envvar="ATLAS_URL", help="Where the gateway listens.")
+]
+KeyOption = Annotated[
+    str, typer.Option("--api-key", envvar="ATLAS_API_KEY", help="API key, where one is required.")
+]
+
+
+def _fail(message: str) -> typer.Exit:
+    console.print(f"[red]error:[/red] {message}", highlight=False)
+    return typer.Exit(1)
+
+
+def _load(path: Path) -> AtlasConfig:
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        raise _fail(error.message) from None
+
+
+@app.command()
+def serve(
+    config: ConfigOption,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RAY_ADDRESS", help="Ray cluster to join; starts one here if not given."
+        ),
+    ] = None,
+) -> None:
+    """Bring the whole graph up and keep it up until Ctrl-C."""
+    settings = _load(config)
+    if settings.gateway.auth.mode == "open" and host not in _LOOPBACK:
+        raise _fail(
+            f"auth.mode is 'open', which is served on loopback only, and --host is {host!r}; set "
+            "gateway.auth.mode to 'required' and make a key with `atlas keys create`"
+        )
+    from serve_app.running import running_graph
+
+    console.print(
+        f"[bold]atlas-serve[/bold] {config}: starting Ray, the graph and {len(settings.models)} models …"
+    )
+    try:
+        with running_graph(config, host=host, port=port, address=address) as graph:
+            if settings.gateway.auth.mode == "open":
+                console.print(
+                    "no API key is asked for (gateway.auth.mode: open); listening on loopback only"
+                )
+            _watch_pool(graph.wait_for_pool())
+            console.print(f"[green]ready[/green] at http://{host}:{port}/v1   (Ctrl-C stops it)")
+            console.print('try: atlas ask "What is 15% of 240?"', highlight=False)
+            graph.wait()
+    except KeyboardInterrupt:
+        console.print("stopped")
+    except AtlasError as error:
+        raise _fail(error.message) from None
+
+
+def _watch_pool(states: Any) -> None:
+    """Print each change of the pool while it starts."""
+    known: dict[str, str] = {}
+    began_s = time.monotonic()
+    with console.status("models starting (usually 1 to 3 minutes) …"):
+        for state in states:
+            for member in state.models:
+                if known.get(member.model_id) != member.state.value:
+                    known[member.model_id] = member.state.value
+                    colour = {"ready": "green", "failed": "red"}.get(member.state.value, "yellow")
+                    why = f": {member.reason}" if member.reason else ""
+                    seconds = time.monotonic() - began_s
+                    console.print(
+                        f"  {seconds:5.0f} s  {member.model_id} [{colour}]{member.state.value}[/{colour}]{why}"
+                    )
+
+
+@app.command()
+def ask(
+    question: str,
+    alpha: Annotated[
+        float | None, typer.Option(help="Cost-quality dial in [0, 1]; 0 = quality only.")
+    ] = None,
+    pair: Annotated[
+        str, typer.Option(help="Model or model@tool to use instead of routing.")
+    ] = "atlas",
+    explain: Annotated[bool, typer.Option(help="Show every candidate's scores.")] = False,
+    stream: Annotated[bool, typer.Option(help="Print the answer as it comes.")] = False,
+    url: UrlOption = _DEFAULT_URL,
+    api_key: KeyOption = "none",
+) -> None:
+    """Ask one question and show the answer, the pair that gave it, its cost and its time."""
+    import openai
+
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=api_key)
+    options: dict[str, Any] = {"explain": explain} | ({} if alpha is None else {"alpha": alpha})
+    request: dict[str, Any] = {
+        "model": pair,
+        "messages": [{"role": "user", "content": question}],
+        "extra_body": {"atlas": options},
+    }
+    try:
+        if stream:
+            extension = None
+            for chunk in client.chat.completions.create(stream=True, **request):
+                extension = (chunk.model_extra or {}).get("atlas", extension)
+                for choice in chunk.choices:
+                    console.print(
+                        choice.delta.content or "",
+                        end="",
+                        markup=False,
+                        highlight=False,
+                        soft_wrap=True,
+                    )
+            console.print()
+        else:
+            completion = client.chat.completions.create(**request)
+            extension = (completion.model_extra or {}).get("atlas")
+            console.print(
+                completion.choices[0].message.content or "", markup=False, highlight=False
+            )
+    except openai.APIStatusError as error:
+        body = error.body if isinstance(error.body, dict) else {}
+        raise _fail(f"{body.get('message', error.message)} ({error.status_code})") from None
+    except openai.APIConnectionError:
+        raise _fail(f"nothing answers at {url}; is `atlas serve` running?") from None
+    except openai.APIError as error:
+        raise _fail(error.message) from None
+    _show_extension(extension or {})
+
+
+def _show_extension(extension: dict[str, Any]) -> None:
+    """One line on how the answer came about, and the tables behind it."""
+    usage = extension.get("usage", {})
+    tokens = usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0)
+    console.print(
+        f"[dim]{extension.get('pair')} · {extension.get('path')} (confidence {extension.get('confidence', 0):.2f}) · "
+        f"{extension.get('seconds', 0):.2f} s · {tokens} tokens · ${extension.get('cost_usd', 0):.6f}[/dim]",
+        highlight=False,
+    )
+    for step in extension.get("steps", ()):
+        for call in step.get("tool_calls", ()):
+            console.print(
+                f"[dim]  {call['tool_id']}({json.dumps(call['arguments'])})[/dim]", highlight=False
+            )
+    candidates = extension.get("candidates")
+    if candidates:
+        table = Table("pair", "utility", "quality", "cost", title="candidates")
+        for candidate in candidates:
+            scores = (f"{candidate[name]:.3f}" for name in ("utility", "quality", "cost"))
+            table.add_row(candidate["pair"], *scores)
+        console.print(table)
+
+
+@app.command()
+def status(
+    address: Annotated[str, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster.")] = "auto",
+) -> None:
+    """Show the deployments, their replicas and queues, and the pool."""
+    from serve_app.running import cluster_status
+
+    try:
+        deployments, pool = cluster_status(address)
+    except ConnectionError:
+        raise _fail("no Ray cluster answers here; is `atlas serve` running?") from None
+    table = Table(
+        "application", "deployment", "status", "replicas", "ongoing requests", title="deployments"
+    )
+    for row in deployments:
+        table.add_row(
+            row.application,
+            row.deployment,
+            row.status,
+            str(row.replicas),
+            str(row.ongoing_requests),
+        )
+    console.print(table)
+    if pool is None:
+        console.print("the pool controller does not answer")
+        return
+    table = Table("model", "state", "reason", "pairs", title=f"pool, version {pool.pool_version}")
+    for member in pool.models:
+        pairs = ", ".join(p.tool_id for p in pool.pairs if p.model_id == member.model_id)
+        table.add_row(member.model_id, member.state.value, member.reason or "", pairs)
+    console.print(table)
+
+
+async def _with_store(config: AtlasConfig, work: Any) -> Any:
+    from serve_app.store import Store
+
+    store = await Store.open(config.store_url())
+    try:
+        return await work(store)
+    finally:
+        await store.close()
+
+
+@keys_app.command("create")
+def keys_create(
+    name: str,
+    config: ConfigOption,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="chat, feedback or admin; may be repeated.")
+    ] = None,
+) -> None:
+    """Make a key and show it, this once."""
+    from serve_app.store import create_key
+
+    scopes = scope or ["chat", "feedback"]
+    try:
+        key_id, key = asyncio.run(
+            _with_store(_load(config), lambda store: create_key(store, name, scopes))
+        )
+    except (AtlasError, ValueError) as error:
+        raise _fail(str(error)) from None
+    console.print(f"{key_id}  {name}  {', '.join(scopes)}", highlight=False)
+    console.print(key, highlight=False, soft_wrap=True)
+    console.print("[dim]Only its hash is kept: note it now.[/dim]")
+
+
+@keys_app.command("list")
+def keys_list(config: ConfigOption) -> None:
+    """List the keys, never their secrets."""
+    from serve_app.store import list_keys
+
+    table = Table("id", "name", "scopes", "created", "revoked")
+    for key in asyncio.run(_with_store(_load(config), list_keys)):
+        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created_unix_s))
+        table.add_row(
+            key.key_id,
+            key.name,
+            ", ".join(sorted(key.scopes)),
+            created,
+            "yes" if key.revoked else "",
+        )
+    console.print(table)
+
+
+@keys_app.command("revoke")
+def keys_revoke(key_id: str, config: ConfigOption) -> None:
+    """Revoke a key; gateways notice within seconds."""
+    from serve_app.store import revoke_key
+
+    try:
+        asyncio.run(_with_store(_load(config), lambda store: revoke_key(store, key_id)))
+    except AtlasError as error:
+        raise _fail(error.message) from None
+    console.print(f"{key_id} revoked", highlight=False)
+
+
+def main() -> None:
+    """Entry point of `python -m serve_app.cli`."""
+    logging.basicConfig(level=os.environ.get("ATLAS_LOG_LEVEL", "WARNING"))
+    app()
+
+
+if __name__ == "__main__":
+    main()

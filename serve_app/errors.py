@@ -1,0 +1,186 @@
+"""Every error atlas-serve raises on purpose.
+
+AtlasError
+├── RequestError                 the caller's fault; 4xx
+│   ├── InvalidRequest           400, a field is wrong
+│   ├── Unauthorized             401, no or unknown API key
+│   ├── Forbidden                403, the key lacks the scope, or the thing is someone else's
+│   ├── NotFound                 404, unknown model, pair, request id, path
+│   ├── MethodNotAllowed         405, the path does not know this method
+│   ├── UnsupportedMediaType     415, the body is not plain JSON
+│   ├── RequestTooLarge          413, the body is over a limit
+│   │   └── HeadersTooLarge      431, the headers are
+│   ├── RequestTimeout           408, the body did not arrive in time
+│   ├── Conflict                 409, said already
+│   └── RateLimited              429, over the caller's or the server's limit
+├── ServiceError                 ours; 5xx
+│   ├── NoCandidate              503, nothing in the pool can serve this request now
+│   ├── EngineError              502, a model application failed
+│   └── DeadlineExceeded         504, the request's time is up
+├── ToolError
+│   ├── ToolRetry                the model may try again: its arguments were wrong
+│   └── ToolFailed               final for this step
+│       └── ToolTimeout          the tool ran past its time
+├── ConfigError                  a configuration that cannot work
+└── StoreError                   the store refused or is away
+
+All of them are rebuilt from `args` alone, because they cross process borders by pickle. A message says what was
+wrong, shows the value, and never holds a path, a secret or a stack trace: the gateway sends it to the caller.
+"""
+
+
+class AtlasError(Exception):
+    """Base of everything raised on purpose."""
+
+    status_code = 500
+    """HTTP status the gateway answers with."""
+    error_type = "server_error"
+    """`error.type` in OpenAI's error shape."""
+    code: str | None = None
+    """`error.code` in OpenAI's error shape."""
+
+    @property
+    def message(self) -> str:
+        """The text for the caller."""
+        return str(self.args[0]) if self.args else type(self).__name__
+
+    @property
+    def param(self) -> str | None:
+        """The request field at fault, where there is one (second argument)."""
+        return self.args[1] if len(self.args) > 1 else None
+
+
+class RequestError(AtlasError):
+    """The caller's fault."""
+
+    status_code = 400
+    error_type = "invalid_request_error"
+
+
+class InvalidRequest(RequestError):
+    """A field of the request is wrong. Arguments: message, field."""
+
+
+class Unauthorized(RequestError):
+    """No API key, or an unknown one."""
+
+    status_code = 401
+    error_type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(RequestError):
+    """The key lacks the scope, or the object belongs to another caller."""
+
+    status_code = 403
+    error_type = "permission_error"
+
+
+class NotFound(RequestError):
+    """No such model, pair, request or path."""
+
+    status_code = 404
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """The `model` field names nothing in the pool."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, but not for this method."""
+
+    status_code = 405
+    code = "method_not_allowed"
+
+
+class UnsupportedMediaType(RequestError):
+    """The body is not plain `application/json`."""
+
+    status_code = 415
+
+
+class RequestTimeout(RequestError):
+    """The request's body did not arrive in time."""
+
+    status_code = 408
+
+
+class Conflict(RequestError):
+    """Said already, and it stands."""
+
+    status_code = 409
+
+
+class RequestTooLarge(RequestError):
+    """The body is over its limit."""
+
+    status_code = 413
+
+
+class HeadersTooLarge(RequestTooLarge):
+    """The headers are over their limit."""
+
+    status_code = 431
+
+
+class RateLimited(RequestError):
+    """Too many requests, from this caller or in all."""
+
+    status_code = 429
+    error_type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class ServiceError(AtlasError):
+    """Ours, not the caller's."""
+
+
+class NoCandidate(ServiceError):
+    """Nothing in the pool can serve this request now."""
+
+    status_code = 503
+    code = "no_candidate"
+
+
+class EngineError(ServiceError):
+    """A model application failed or answered with an error."""
+
+    status_code = 502
+    code = "engine_error"
+
+
+class DeadlineExceeded(ServiceError):
+    """The request's time is up."""
+
+    status_code = 504
+    error_type = "timeout_error"
+    code = "deadline_exceeded"
+
+
+class ToolError(AtlasError):
+    """A tool did not give a result."""
+
+
+class ToolRetry(ToolError):
+    """The arguments were wrong; the model may try again."""
+
+
+class ToolFailed(ToolError):
+    """Final for this step."""
+
+
+class ToolTimeout(ToolFailed):
+    """The tool ran past its time."""
+
+
+class ConfigError(AtlasError, ValueError):
+    """A configuration that cannot work."""
+
+
+class StoreError(AtlasError):
+    """The store refused or is away."""
+
+    status_code = 503

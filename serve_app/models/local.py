@@ -1,0 +1,107 @@
+"""Local models: Ray's own LLM server around vLLM, with two methods that take and give plain JSON.
+
+Imported only where an engine runs or is deployed: it pulls in vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pydantic import ValidationError
+from ray.serve.deployment import Application
+from ray.serve.llm import LLMConfig, build_llm_deployment
+from ray.serve.llm.deployment import LLMServer
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, ErrorResponse
+
+from serve_app.config import LocalModelConfig
+from serve_app.errors import EngineError, InvalidRequest
+from serve_app.models.protocol import ChatBody
+
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""A model read from a folder needs no hub, and must not wait for one."""
+
+
+class JsonLLMServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
+    """`LLMServer` for callers that do not import vLLM: JSON bodies instead of vLLM's request classes."""
+
+    async def complete(self, body: ChatBody) -> dict[str, Any]:
+        """Answer a request whole; see `ModelServer.complete`."""
+        async for response in await self.chat(self._request(body, stream=False)):
+            if isinstance(response, ErrorResponse):
+                raise _error(response.error.message, response.error.code)
+            answer: dict[str, Any] = response.model_dump(mode="json", exclude_none=True)
+            return answer
+        raise EngineError("the engine gave no answer")
+
+    async def stream(self, body: ChatBody) -> AsyncIterator[list[dict[str, Any]]]:
+        """Answer a request piece by piece; see `ModelServer.stream`."""
+        async for batch in await self.chat(self._request(body, stream=True)):
+            chunks = []
+            for item in batch if isinstance(batch, list) else [batch]:
+                if isinstance(item, ErrorResponse):
+                    raise _error(item.error.message, item.error.code)
+                for line in item.splitlines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    chunk = json.loads(line.removeprefix("data: "))
+                    if "error" in chunk:
+                        raise _error(chunk["error"].get("message", ""), chunk["error"].get("code"))
+                    chunks.append(chunk)
+            if chunks:
+                yield chunks
+
+    def _request(self, body: ChatBody, *, stream: bool) -> ChatCompletionRequest:
+        extra: dict[str, Any] = {"stream_options": {"include_usage": True}} if stream else {}
+        try:
+            return ChatCompletionRequest(
+                model=self._llm_config.model_id, stream=stream, **extra, **body
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InvalidRequest(
+                f"the engine refuses {where or 'the request'}: {first['msg']}", where
+            ) from None
+
+
+def _error(message: str, code: Any) -> InvalidRequest | EngineError:
+    """The engine's own error object as one of ours: 4xx is the caller's fault."""
+    if isinstance(code, int) and 400 <= code < 500:
+        return InvalidRequest(
+            message.splitlines()[0] if message else "the engine refuses the request"
+        )
+    return EngineError("the engine failed")
+
+
+def llm_config(config: LocalModelConfig) -> LLMConfig:
+    """Ray's settings for a local model; the place where our names meet Ray's and vLLM's."""
+    ranks = int(config.engine_kwargs.get("tensor_parallel_size", 1)) * int(
+        config.engine_kwargs.get("pipeline_parallel_size", 1)
+    )
+    from_folder = config.model_source.startswith("/")
+    return LLMConfig(
+        model_loading_config={"model_id": config.model_id, "model_source": config.model_source},
+        engine_kwargs=dict(config.engine_kwargs),
+        accelerator_type=config.accelerator_type,
+        placement_group_config={"bundles": [dict(config.bundle)] * ranks},
+        runtime_env={"env_vars": {**(_OFFLINE if from_folder else {}), **config.env}},
+        deployment_config={
+            "autoscaling_config": config.autoscaling.model_dump(),
+            "max_ongoing_requests": config.max_ongoing_requests,
+            "ray_actor_options": {"num_cpus": config.num_cpus},
+            "max_constructor_retry_count": 1,
+        },
+        experimental_configs={"stream_batching_interval_ms": 0},
+        log_engine_metrics=False,
+    )
+
+
+def build_local(config: LocalModelConfig, deployment_name: str) -> Application:
+    """The Serve application of a local model."""
+    return build_llm_deployment(
+        llm_config(config),
+        deployment_cls=JsonLLMServer,
+        override_serve_options={"name": deployment_name},
+    )

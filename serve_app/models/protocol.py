@@ -1,0 +1,45 @@
+"""What every model application speaks, whatever is behind it: OpenAI chat bodies in, OpenAI chat bodies out.
+
+The bodies are plain JSON values, so that neither the gateway nor the router imports an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+ChatBody = dict[str, Any]
+"""A chat completion request: `messages`, sampling parameters, `tools`, `tool_choice`, `logprobs`; no `model`."""
+
+
+class ModelServer(Protocol):
+    """The two methods of a model's ingress deployment."""
+
+    async def complete(self, body: ChatBody) -> dict[str, Any]:
+        """Answer a request whole.
+
+        Returns:
+            An OpenAI `chat.completion` object.
+
+        Raises:
+            InvalidRequest: If the engine refuses the request (too long, for example).
+            EngineError: If it fails.
+        """
+        ...
+
+    def stream(self, body: ChatBody) -> AsyncIterator[list[dict[str, Any]]]:
+        """Answer a request piece by piece.
+
+        Yields:
+            Batches of OpenAI `chat.completion.chunk` objects; the last one carries `usage`.
+
+        Raises:
+            InvalidRequest: As `complete`, before anything is yielded.
+            EngineError: As `complete`, at any point.
+        """
+        ...
+
+
+def application_name(model_id: str) -> str:
+    """Name of the Serve application that holds a model."""
+    return f"model-{model_id}"

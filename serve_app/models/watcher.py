@@ -1,0 +1,56 @@
+"""PoolWatcher: a process's own copy of the pool, kept fresh by long poll; it outlives the controller's absences."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from serve_app.schemas import PoolState
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 1.0
+_POLL_TIMEOUT_S = 60.0
+
+
+class PoolWatcher:
+    """Follows the controller; `state` is the last pool it told of."""
+
+    def __init__(
+        self, controller: Any, on_change: Callable[[PoolState], None] | None = None
+    ) -> None:
+        """Start following in the running event loop.
+
+        Args:
+            controller: Handle of the `PoolController` deployment.
+            on_change: Called with every new state, from the event loop.
+        """
+        self._controller = controller
+        self._on_change = on_change
+        self.state = PoolState(pool_version=-1, models=(), tools=(), pairs=())
+        self._task = asyncio.get_running_loop().create_task(self._follow())
+
+    async def first(self) -> PoolState:
+        """The pool as soon as the controller has told of one."""
+        while self.state.pool_version < 0:
+            await asyncio.sleep(0.02)
+        return self.state
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                state: PoolState = await asyncio.wait_for(
+                    self._controller.state.remote(self.state.pool_version), _POLL_TIMEOUT_S
+                )
+            except Exception as error:
+                logger.warning(
+                    "the pool controller does not answer (%s); keeping the pool known", error
+                )
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if state.pool_version != self.state.pool_version:
+                self.state = state
+                if self._on_change is not None:
+                    self._on_change(state)

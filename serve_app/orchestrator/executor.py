@@ -1,0 +1,359 @@
+"""How `model@tool` runs: plain generation, function tools, context tools, sampling tools.
+
+One asynchronous generator serves streamed and whole answers, so that there is one way a pair works. It yields
+`Delta`s of the answer and ends with one `StepResult`; nothing re-writes what the model said.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve_app.config import AtlasConfig
+from serve_app.errors import EngineError, ToolFailed, ToolRetry
+from serve_app.models.protocol import ChatBody
+from serve_app.orchestrator.engines import Deadline, ModelClients
+from serve_app.schemas import ChatCall, Pair, ToolCall, Usage
+from serve_app.tools.base import Tool
+from serve_app.tools.best_of import vote
+from serve_app.tools.config import BestOfConfig
+from serve_app.tools.registry import build_tool
+from serve_app.tools.runner import ToolRunner
+
+_CHARS_PER_TOKEN = 3
+"""A low guess, so that a cost limit errs on the side of the caller."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Choices of one OpenAI chunk, on their way to the caller."""
+
+    choices: list[dict[str, Any]]
+
+
+@dataclass
+class StepResult:
+    """What one run of a pair produced; filled while it runs, so that a failed run shows its part."""
+
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    """Choices of an OpenAI completion: message, finish_reason, logprobs."""
+    usage: Usage = field(default_factory=Usage)
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    @property
+    def answer(self) -> str | None:
+        """The text of the first choice."""
+        return self.choices[0]["message"].get("content") if self.choices else None
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """Mean token log-probability of the first choice, where it was asked for."""
+        tokens = (
+            (self.choices[0].get("logprobs") or {}).get("content") if self.choices else None
+        ) or []
+        return sum(token["logprob"] for token in tokens) / len(tokens) if tokens else None
+
+
+class PairExecutor:
+    """Runs pairs; one per gateway replica."""
+
+    def __init__(self, config: AtlasConfig, clients: ModelClients) -> None:
+        """Build every configured tool.
+
+        Args:
+            config: The deployment.
+            clients: Handles to the models.
+        """
+        self._config = config
+        self._clients = clients
+        self._tools: dict[str, Tool] = {tool.tool_id: build_tool(tool) for tool in config.tools}
+        self._configs = {tool.tool_id: tool for tool in config.tools}
+        self._runner = ToolRunner(config.tools)
+
+    def close(self) -> None:
+        """Let go of the tools' workers."""
+        self._runner.close()
+
+    def kind(self, tool_id: str) -> str:
+        """How a tool joins a model."""
+        return self._tools[tool_id].kind if tool_id in self._tools else "none"
+
+    async def run(
+        self, pair: Pair, call: ChatCall, deadline: Deadline, result: StepResult, *, stream: bool
+    ) -> AsyncIterator[Delta]:
+        """Run a pair on a request.
+
+        Args:
+            pair: A configured pair.
+            call: The request.
+            deadline: When the step must be done.
+            result: Filled with the outcome; complete once the generator ends.
+            stream: Whether to ask the engine for pieces; otherwise one delta per answer comes at the end.
+
+        Yields:
+            Pieces of the answer as they are known to be final.
+
+        Raises:
+            InvalidRequest: If the engine refuses the request.
+            EngineError, ToolFailed, DeadlineExceeded: If the step fails.
+        """
+        messages = [dict(message) for message in call.messages]
+        kind = self.kind(pair.tool_id)
+        if kind == "sampling":
+            await self._sample(pair, call, messages, deadline, result)
+            if stream:
+                yield Delta([_as_delta(choice) for choice in result.choices])
+            return
+        if kind == "function":
+            runs = self._with_function(pair, call, messages, deadline, result, stream=stream)
+        else:
+            if kind == "context":
+                await self._add_context(pair, call, messages, deadline, result)
+            body = self._body(pair, call, messages, result)
+            if call.tools:
+                body |= {"tools": list(call.tools)}
+                if call.tool_choice is not None:
+                    body["tool_choice"] = call.tool_choice
+            runs = self._generate(pair, body, deadline, result, stream=stream)
+        async for delta in runs:
+            yield delta
+
+    def _body(
+        self, pair: Pair, call: ChatCall, messages: list[dict[str, Any]], result: StepResult
+    ) -> ChatBody:
+        """The engine's request, with the token limit that the model and the caller's budget leave.
+
+        Raises:
+            ToolFailed: If the budget leaves nothing.
+        """
+        model = self._config.model(pair.model_id)
+        max_tokens = min(
+            model.max_completion_tokens,
+            call.sampling.get("max_tokens", model.max_completion_tokens),
+        )
+        if call.limits.max_cost_usd is not None and model.price.usd_per_1m_completion_tokens > 0:
+            prompt_tokens = len(json.dumps(messages)) / _CHARS_PER_TOKEN
+            left_usd = call.limits.max_cost_usd - result.usage.cost_usd
+            left_usd -= prompt_tokens * model.price.usd_per_1m_prompt_tokens / 1e6
+            affordable = int(left_usd / model.price.usd_per_1m_completion_tokens * 1e6)
+            if affordable < 1:
+                raise ToolFailed("the request's max_cost_usd does not cover this pair")
+            max_tokens = min(max_tokens, affordable)
+        return {**call.sampling, "messages": messages, "max_tokens": max_tokens}
+
+    async def _generate(
+        self, pair: Pair, body: ChatBody, deadline: Deadline, result: StepResult, *, stream: bool
+    ) -> AsyncIterator[Delta]:
+        """One engine call; leaves its choices in `result`."""
+        if not stream:
+            completion = await self._clients.complete(pair.model_id, body, deadline)
+            self._charge(pair, completion.get("usage"), result)
+            result.choices = completion.get("choices") or []
+            if not result.choices:
+                raise EngineError("the engine gave no choice")
+            return
+        merged: dict[int, dict[str, Any]] = {}
+        async for chunk in self._clients.stream(pair.model_id, body, deadline):
+            self._charge(pair, chunk.get("usage"), result)
+            for choice in chunk.get("choices", ()):
+                merge_choice(merged.setdefault(choice["index"], {}), choice)
+            if chunk.get("choices"):
+                yield Delta(chunk["choices"])
+        result.choices = [merged[index] for index in sorted(merged)]
+        if not result.choices:
+            raise EngineError("the engine gave no choice")
+
+    async def _with_function(
+        self,
+        pair: Pair,
+        call: ChatCall,
+        messages: list[dict[str, Any]],
+        deadline: Deadline,
+        result: StepResult,
+        *,
+        stream: bool,
+    ) -> AsyncIterator[Delta]:
+        """Offer the tool; run what the model calls; stop when it answers.
+
+        In a stream, the pieces of a round are held back until they are known to be answer text, not a call.
+        """
+        schema = self._tools[pair.tool_id].schema()
+        rounds = self._config.gateway.limits.max_tool_rounds
+        for _ in range(rounds + 1):
+            body = self._body(pair, call, messages, result) | {
+                "tools": [schema],
+                "tool_choice": "auto",
+            }
+            async for delta in self._generate(pair, body, deadline, result, stream=stream):
+                texts = [_text_only(choice) for choice in delta.choices]
+                if any(texts):
+                    yield Delta([text for text in texts if text])
+            message = result.choices[0]["message"]
+            calls = message.get("tool_calls") or []
+            if not calls:
+                if stream:
+                    yield Delta([_finish(choice) for choice in result.choices])
+                return
+            messages.append(
+                {"role": "assistant", "content": message.get("content") or "", "tool_calls": calls}
+            )
+            for tool_call in calls:
+                text = await self._call_function(pair, tool_call, deadline, result)
+                messages.append({"role": "tool", "tool_call_id": tool_call["id"], "content": text})
+        raise ToolFailed(
+            f"the model called {pair.tool_id} more than {rounds} times without an answer"
+        )
+
+    async def _call_function(
+        self, pair: Pair, tool_call: dict[str, Any], deadline: Deadline, result: StepResult
+    ) -> str:
+        """Run one call the model made; a call it got wrong comes back as text it can act on."""
+        function = tool_call["function"]
+        began_s = time.monotonic()
+        arguments: Any = {}
+        try:
+            if function["name"] != pair.tool_id:
+                raise ToolRetry(
+                    f"there is no tool {function['name']!r}; the tool offered is {pair.tool_id!r}"
+                )
+            try:
+                arguments = json.loads(function["arguments"] or "{}")
+            except json.JSONDecodeError as error:
+                raise ToolRetry(f"the arguments are not JSON: {error.msg}") from None
+            if not isinstance(arguments, dict):
+                raise ToolRetry("the arguments must be a JSON object")
+            return await self._run_tool(pair, arguments, deadline, result)
+        except ToolRetry as error:
+            seconds = time.monotonic() - began_s
+            shown = arguments if isinstance(arguments, dict) else {}
+            result.tool_calls.append(ToolCall(pair.tool_id, shown, False, error.message, seconds))
+            return f"Error: {error.message}"
+
+    async def _run_tool(
+        self, pair: Pair, arguments: dict[str, Any], deadline: Deadline, result: StepResult
+    ) -> str:
+        """Run the pair's tool as a Ray task; records the call and its price."""
+        began_s = time.monotonic()
+        try:
+            outcome = await self._runner.run(
+                pair.tool_id, arguments, deadline_s=deadline.remaining_s()
+            )
+        except ToolFailed as error:
+            seconds = time.monotonic() - began_s
+            result.tool_calls.append(
+                ToolCall(pair.tool_id, arguments, False, error.message, seconds)
+            )
+            raise
+        result.usage.add(Usage(cost_usd=outcome.cost_usd))
+        result.tool_calls.append(
+            ToolCall(pair.tool_id, arguments, True, outcome.text, outcome.seconds, outcome.data)
+        )
+        return outcome.text
+
+    async def _add_context(
+        self,
+        pair: Pair,
+        call: ChatCall,
+        messages: list[dict[str, Any]],
+        deadline: Deadline,
+        result: StepResult,
+    ) -> None:
+        """Put what the tool finds for the query behind the last user message."""
+        text = await self._run_tool(pair, {"query": call.query}, deadline, result)
+        for message in reversed(messages):
+            if message["role"] == "user":
+                message["content"] = f"{call.query}\n\nSources:\n{text}"
+                return
+
+    async def _sample(
+        self,
+        pair: Pair,
+        call: ChatCall,
+        messages: list[dict[str, Any]],
+        deadline: Deadline,
+        result: StepResult,
+    ) -> None:
+        """Several answers at once; the one most of them agree on wins."""
+        settings = self._configs[pair.tool_id]
+        assert isinstance(settings, BestOfConfig)
+        body = self._body(pair, call, messages, result)
+        body |= {
+            "n": settings.num_samples,
+            "temperature": call.sampling.get("temperature") or settings.temperature,
+        }
+        began_s = time.monotonic()
+        async for _ in self._generate(pair, body, deadline, result, stream=False):
+            pass
+        answers = [choice["message"].get("content") or "" for choice in result.choices]
+        winner = vote(answers)
+        seconds = time.monotonic() - began_s
+        result.usage.add(Usage(cost_usd=settings.price_usd_per_call))
+        result.tool_calls.append(
+            ToolCall(
+                pair.tool_id,
+                {"n": len(answers)},
+                True,
+                answers[winner],
+                seconds,
+                {"answers": answers},
+            )
+        )
+        result.choices = [{**result.choices[winner], "index": 0}]
+
+    def _charge(self, pair: Pair, usage: dict[str, Any] | None, result: StepResult) -> None:
+        if not usage:
+            return
+        price = self._config.model(pair.model_id).price
+        prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+        cost_usd = (
+            prompt * price.usd_per_1m_prompt_tokens
+            + completion * price.usd_per_1m_completion_tokens
+        )
+        result.usage.add(Usage(prompt, completion, cost_usd / 1e6))
+
+
+def merge_choice(merged: dict[str, Any], choice: dict[str, Any]) -> None:
+    """Add one streamed choice to what came before it, giving the choice of a whole completion."""
+    merged["index"] = choice["index"]
+    message = merged.setdefault("message", {"role": "assistant", "content": None})
+    delta = choice.get("delta") or {}
+    if delta.get("content"):
+        message["content"] = (message["content"] or "") + delta["content"]
+    for piece in delta.get("tool_calls") or ():
+        calls = message.setdefault("tool_calls", [])
+        while len(calls) <= piece["index"]:
+            calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+        call = calls[piece["index"]]
+        call["id"] = call["id"] or piece.get("id") or ""
+        function = piece.get("function") or {}
+        call["function"]["name"] += function.get("name") or ""
+        call["function"]["arguments"] += function.get("arguments") or ""
+    if (choice.get("logprobs") or {}).get("content"):
+        merged.setdefault("logprobs", {"content": []})["content"] += choice["logprobs"]["content"]
+    if choice.get("finish_reason"):
+        merged["finish_reason"] = choice["finish_reason"]
+
+
+def _text_only(choice: dict[str, Any]) -> dict[str, Any] | None:
+    """A streamed choice without tool calls and ending, or `None` where no text is left."""
+    content = (choice.get("delta") or {}).get("content")
+    if not content:
+        return None
+    kept = {"index": choice["index"], "delta": {"content": content}}
+    return kept | ({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {})
+
+
+def _as_delta(choice: dict[str, Any]) -> dict[str, Any]:
+    """A whole choice as one streamed piece."""
+    return _finish(choice) | {"delta": {"content": choice["message"].get("content") or ""}}
+
+
+def _finish(choice: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "index": choice["index"],
+        "delta": {},
+        "finish_reason": choice.get("finish_reason") or "stop",
+    }

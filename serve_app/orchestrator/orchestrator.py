@@ -1,0 +1,354 @@
+"""The step loop: decide, run the best pair, fall back to the next while no byte has left and time remains.
+
+Whole and streamed requests share it. What happened is handed to the outcome log, answered or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.config import AtlasConfig
+from serve_app.errors import (
+    AtlasError,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    NoCandidate,
+    ServiceError,
+)
+from serve_app.models.watcher import PoolWatcher
+from serve_app.orchestrator.engines import Deadline, ModelClients, call as await_call
+from serve_app.orchestrator.executor import Delta, PairExecutor, StepResult
+from serve_app.schemas import (
+    NO_TOOL,
+    Candidate,
+    ChatCall,
+    Decision,
+    Limits,
+    MemberState,
+    Pair,
+    Path,
+    PoolState,
+    Report,
+    Step,
+    Usage,
+)
+
+logger = logging.getLogger(__name__)
+
+ROUTED = "atlas"
+"""The `model` name that lets the router decide."""
+
+_FIRST_TRY_SHARE = 0.6
+"""Share of the time left that a step may take while another pair could still take over."""
+
+
+@dataclass
+class _Run:
+    """One request under way."""
+
+    call: ChatCall
+    deadline: Deadline
+    began_s: float = field(default_factory=time.monotonic)
+    steps: list[Step] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+    decision: Decision | None = None
+    embedding: NDArray[np.float32] | None = None
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    pair: Pair | None = None
+    """The pair that is running or ran last."""
+    path: Path = Path.PINNED
+
+    def report(self, error: str | None = None) -> Report:
+        assert self.decision is not None
+        return Report(
+            request_id=self.call.request_id,
+            decision=self.decision,
+            steps=tuple(self.steps),
+            usage=self.usage,
+            seconds=time.monotonic() - self.began_s,
+            query=self.call.query,
+            embedding=None if self.embedding is None else self.embedding.astype("<f4").tobytes(),
+            owner=self.call.owner,
+            error=error,
+        )
+
+
+class Orchestrator:
+    """Answers chat requests with the pool; one per gateway replica."""
+
+    def __init__(
+        self,
+        config: AtlasConfig,
+        embedder: Any,
+        router: Any,
+        controller: Any,
+        record: Callable[[Report, float], None],
+    ) -> None:
+        """Follow the pool from now on.
+
+        Args:
+            config: The deployment.
+            embedder: Handle of the `Embedder` deployment.
+            router: Handle of the `Router` deployment.
+            controller: Handle of the `PoolController` deployment.
+            record: Takes the report and the alpha of every request that was decided; must not block.
+        """
+        self._config = config
+        self._embedder = embedder
+        self._router = router
+        self._record = record
+        self._executor = PairExecutor(config, ModelClients())
+        self._watcher = PoolWatcher(controller)
+        self._pairs = frozenset(config.all_pairs())
+        self._plain_tools = frozenset(
+            {
+                NO_TOOL,
+                *(
+                    tool.tool_id
+                    for tool in config.tools
+                    if self._executor.kind(tool.tool_id) == "context"
+                ),
+            }
+        )
+
+    def pool(self) -> PoolState:
+        """The pool as last told by the controller."""
+        return self._watcher.state
+
+    def ready(self) -> tuple[bool, dict[str, Any]]:
+        """Whether any pair can answer, and where each model stands."""
+        pool = self._watcher.state
+        models = {
+            member.model_id: {
+                "state": member.state.value,
+                **({"reason": member.reason} if member.reason else {}),
+            }
+            for member in pool.models
+        }
+        return bool(pool.ready_pairs()), {"pool_version": pool.pool_version, "models": models}
+
+    def close(self) -> None:
+        """Let go of the tools' workers."""
+        self._executor.close()
+
+    async def decide(self, call: ChatCall) -> Decision:
+        """The decision alone; nothing runs."""
+        run = _Run(call, Deadline.after(call.limits.deadline_s))
+        await self._decide(run)
+        assert run.decision is not None
+        return run.decision
+
+    async def complete(self, call: ChatCall) -> tuple[dict[str, Any], Report]:
+        """Answer a request whole.
+
+        Returns:
+            An OpenAI `chat.completion` object, and the report.
+
+        Raises:
+            AtlasError: As `stream`.
+        """
+        run = _Run(call, Deadline.after(call.limits.deadline_s))
+        async for _ in self._answer(run, stream=False):
+            pass
+        report = run.report()
+        completion = {
+            "id": f"chatcmpl-{call.request_id}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": str(report.pair),
+            "choices": [_clean(choice) for choice in run.choices],
+            "usage": {
+                "prompt_tokens": run.usage.prompt_tokens,
+                "completion_tokens": run.usage.completion_tokens,
+                "total_tokens": run.usage.prompt_tokens + run.usage.completion_tokens,
+            },
+        }
+        return completion, report
+
+    async def stream(self, call: ChatCall) -> AsyncGenerator[dict[str, Any] | Report, None]:
+        """Answer a request piece by piece.
+
+        Yields:
+            OpenAI `chat.completion.chunk` objects, the first with an `atlas` object that names the pair and the
+            path; then the report.
+
+        Raises:
+            ModelNotFound: If `model` names nothing in the pool.
+            NoCandidate: If no ready pair is within the caller's limits.
+            DeadlineExceeded: If time is up.
+            InvalidRequest: If the chosen engine refuses the request.
+            AtlasError: What the last pair tried failed with.
+        """
+        run = _Run(call, Deadline.after(call.limits.deadline_s))
+        head = {
+            "id": f"chatcmpl-{call.request_id}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+        }
+        opened: set[int] = set()
+        async for delta in self._answer(run, stream=True):
+            for choice in delta.choices:
+                chunk = {**head, "model": str(run.pair)}
+                if not opened:
+                    chunk["atlas"] = {"pair": str(run.pair), "path": run.path.value}
+                if choice["index"] not in opened:
+                    opened.add(choice["index"])
+                    choice = choice | {
+                        "delta": {"role": "assistant", "content": ""} | (choice.get("delta") or {})
+                    }
+                yield {**chunk, "choices": [_clean(choice)]}
+        yield run.report()
+
+    async def _answer(self, run: _Run, *, stream: bool) -> AsyncIterator[Delta]:
+        """Try the candidates in order until one answers; the report goes to the log however it ends."""
+        await self._decide(run)
+        assert run.decision is not None
+        error: str | None = "the caller went away"
+        try:
+            candidates = run.decision.candidates[: run.call.limits.max_steps]
+            for number, candidate in enumerate(candidates):
+                path = run.decision.path if number == 0 else Path.FALLBACK
+                is_last = number == len(candidates) - 1
+                sent = False
+                run.pair, run.path = candidate.pair, path
+                try:
+                    async for delta in self._step(
+                        run, candidate.pair, path, is_last=is_last, stream=stream
+                    ):
+                        sent = True
+                        yield delta
+                except AtlasError as failure:
+                    error = failure.message
+                    if sent or is_last or _is_over(run.deadline):
+                        raise _as_service_error(failure) from failure
+                    logger.warning(
+                        "request %s: %s failed (%s); falling back",
+                        run.call.request_id,
+                        candidate.pair,
+                        error,
+                    )
+                    continue
+                error = None
+                return
+        finally:
+            self._record(run.report(error), run.call.limits.alpha)
+
+    async def _step(
+        self, run: _Run, pair: Pair, path: Path, *, is_last: bool, stream: bool
+    ) -> AsyncIterator[Delta]:
+        """Run one pair and put what it did on record."""
+        assert run.decision is not None
+        result = StepResult()
+        began_s = time.monotonic()
+        error: str | None = "the caller went away"
+        deadline = (
+            run.deadline
+            if is_last
+            else run.deadline.sooner(run.deadline.remaining_s() * _FIRST_TRY_SHARE)
+        )
+        try:
+            async for delta in self._executor.run(pair, run.call, deadline, result, stream=stream):
+                yield delta
+            run.choices = result.choices
+            error = None
+        except AtlasError as failure:
+            error = failure.message
+            raise
+        finally:
+            run.usage.add(result.usage)
+            run.steps.append(
+                Step(
+                    pair=pair,
+                    path=path,
+                    propensity=run.decision.propensity if path is not Path.FALLBACK else 1.0,
+                    usage=result.usage,
+                    seconds=time.monotonic() - began_s,
+                    tool_calls=tuple(result.tool_calls),
+                    error=error,
+                    mean_logprob=result.mean_logprob,
+                    answer=result.answer,
+                )
+            )
+
+    async def _decide(self, run: _Run) -> None:
+        """Pinned, or the router's word."""
+        if run.call.model != ROUTED:
+            run.decision = self._pinned(run.call.model)
+            return
+        limits = run.call.limits
+        if run.call.tools or run.call.sampling.get("n", 1) > 1:
+            # The caller's own tools, and several choices, go with plain generation only.
+            allowed = (
+                self._plain_tools if limits.tools is None else limits.tools & self._plain_tools
+            )
+            limits = replace(limits, tools=allowed)
+        deadline = run.deadline
+        run.embedding = await await_call(self._embedder.embed.remote(run.call.query), deadline)
+        run.decision = await await_call(self._router.decide.remote(run.embedding, limits), deadline)
+
+    def _pinned(self, model: str) -> Decision:
+        """The decision the caller made.
+
+        Raises:
+            ModelNotFound: If there is no such model or pair.
+            NoCandidate: If there is, but it does not answer now.
+        """
+        pair = Pair.parse(model)
+        known_model = any(known.model_id == pair.model_id for known in self._pairs)
+        if pair not in self._pairs and not (pair.tool_id == NO_TOOL and known_model):
+            raise ModelNotFound(
+                f"the model {model!r} does not exist; GET /v1/models lists what does", "model"
+            )
+        pool = self._watcher.state
+        member = next((m for m in pool.models if m.model_id == pair.model_id), None)
+        if member is None or member.state is not MemberState.READY:
+            state = member.state.value if member else "unknown"
+            raise NoCandidate(f"the model {pair.model_id!r} does not answer now ({state})")
+        candidate = Candidate(pair, utility=0.0, quality=0.0, cost=0.0)
+        return Decision((candidate,), Path.PINNED, 1.0, 1.0, 0, pool.pool_version)
+
+
+def _is_over(deadline: Deadline) -> bool:
+    try:
+        deadline.remaining_s()
+    except DeadlineExceeded:
+        return True
+    return False
+
+
+def _as_service_error(failure: AtlasError) -> AtlasError:
+    """What the caller sees of the last failure; a failed tool is ours, not theirs."""
+    if isinstance(failure, ServiceError | InvalidRequest):
+        return failure
+    return ServiceError(failure.message)
+
+
+_ENGINE_FIELDS = ("stop_reason", "token_ids", "routed_experts", "prompt_token_ids")
+
+
+def _clean(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice without the engine's own extra fields, and with the ones OpenAI's clients expect."""
+    kept = {key: value for key, value in choice.items() if key not in _ENGINE_FIELDS}
+    for key in ("message", "delta"):
+        part = kept.get(key)
+        if part is not None:
+            part = {
+                name: value
+                for name, value in part.items()
+                if value is not None and name != "reasoning"
+            }
+            if key == "message":
+                part.setdefault("content", None)
+            kept[key] = part
+    kept.setdefault("logprobs", None)
+    kept.setdefault("finish_reason", None)
+    return kept

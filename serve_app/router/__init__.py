@@ -1,0 +1,1 @@
+"""Decisions: which (model, tool) pair gets a query."""

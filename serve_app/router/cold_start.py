@@ -1,0 +1,176 @@
+"""The cold-start rule: similarity to what each pair says of itself, minus the alpha-weighted price.
+
+In comes a query embedding, out go the candidates from best to worst. It needs no outcome and no training, so it
+serves from the first request on, and stays as the prior of pairs nobody has measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.config import AtlasConfig
+from serve_app.errors import NoCandidate
+from serve_app.schemas import NO_TOOL, Candidate, Decision, Limits, Pair, Path
+
+_TYPICAL_PROMPT_TOKENS = 300
+_TYPICAL_COMPLETION_TOKENS = 150
+_CONFIDENCE_TEMPERATURE = 0.03
+"""Utility difference that makes one pair e times as likely to be right as another."""
+
+
+@dataclass(frozen=True)
+class PairCard:
+    """What one pair says of itself."""
+
+    pair: Pair
+    texts: tuple[str, ...]
+    """Descriptor and example utterances; never empty."""
+    cost_usd: float
+    """Price of a typical call, in US dollars."""
+
+
+def pair_cards(config: AtlasConfig) -> tuple[PairCard, ...]:
+    """The card of every configured pair.
+
+    A pair's own examples speak for it. A pair without a card of its own borrows its model's and tool's examples.
+    """
+    own = {Pair.parse(card.pair): card for card in config.pairs}
+    tools = {tool.tool_id: tool for tool in config.tools}
+    cards = []
+    for pair in config.all_pairs():
+        model, tool, card = config.model(pair.model_id), tools.get(pair.tool_id), own.get(pair)
+        descriptor = [
+            model.card.description,
+            tool.description if tool else "",
+            card.description if card else "",
+        ]
+        borrowed = (*model.card.examples, *(tool.examples if tool else ()))
+        examples = card.examples if card and card.examples else borrowed
+        texts = (" ".join(part for part in descriptor if part) or str(pair), *examples)
+        price = model.price
+        cost_usd = (
+            price.usd_per_1m_prompt_tokens * _TYPICAL_PROMPT_TOKENS
+            + price.usd_per_1m_completion_tokens * _TYPICAL_COMPLETION_TOKENS
+        ) / 1e6 + (tool.price_usd_per_call if tool and pair.tool_id != NO_TOOL else 0.0)
+        if tool is not None and tool.type == "best_of":
+            cost_usd *= tool.num_samples
+        cards.append(PairCard(pair, texts, cost_usd))
+    return tuple(cards)
+
+
+def normalised_cost(costs_usd: Sequence[float]) -> NDArray[np.float32]:
+    """Prices on a log scale, mapped to [0, 1] over the pool; all 0 where they do not differ.
+
+    Args:
+        costs_usd: (num_pairs,) price of a typical call; free pairs count as a hundredth of the cheapest paid one.
+
+    Returns:
+        (num_pairs,) normalised costs.
+    """
+    costs = np.asarray(costs_usd, dtype=np.float64)
+    paid = costs[costs > 0]
+    if not len(paid):
+        return np.zeros(len(costs), dtype=np.float32)
+    logs = np.log(np.maximum(costs, paid.min() / 100))
+    spread = float(logs.max() - logs.min())
+    if spread == 0:
+        return np.zeros(len(costs), dtype=np.float32)
+    share: NDArray[np.float32] = ((logs - logs.min()) / spread).astype(np.float32)
+    return share
+
+
+class ColdStartRule:
+    """Nearest card wins; the price breaks near-ties as far as alpha says."""
+
+    def __init__(
+        self,
+        cards: Sequence[PairCard],
+        encode: Callable[[Sequence[str]], NDArray[np.float32]],
+        top_k: int = 1,
+    ) -> None:
+        """Embed every card once.
+
+        Args:
+            cards: The pairs.
+            encode: texts -> (num_texts, dim) L2-normalised.
+            top_k: A pair's quality is the mean of this many of its nearest texts.
+        """
+        self._cards = tuple(cards)
+        self._index = {card.pair: i for i, card in enumerate(self._cards)}
+        self._costs = normalised_cost([card.cost_usd for card in self._cards])
+        # Pairs that share texts share rows, so the matrix grows with the texts, not with the pairs.
+        texts = sorted({text for card in self._cards for text in card.texts})
+        row = {text: i for i, text in enumerate(texts)}
+        self._embeddings = encode(texts).astype(np.float32)
+        self._rows = [np.array([row[text] for text in card.texts]) for card in self._cards]
+        self._flat_rows = np.concatenate(self._rows)
+        self._starts = np.cumsum([0, *(len(rows) for rows in self._rows[:-1])])
+        self._top_k = top_k
+
+    def qualities(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Cosine similarity of the query to each pair's card, clipped to [0, 1].
+
+        Args:
+            embedding: (dim,) L2-normalised.
+
+        Returns:
+            (num_pairs,) in the order of the cards.
+        """
+        similarity = self._embeddings @ embedding
+        if self._top_k == 1:
+            best = np.maximum.reduceat(similarity[self._flat_rows], self._starts)
+        else:
+            best = np.array(
+                [np.sort(similarity[rows])[-self._top_k :].mean() for rows in self._rows]
+            )
+        return np.clip(best, 0.0, 1.0).astype(np.float32)
+
+    def decide(
+        self,
+        embedding: NDArray[np.float32],
+        limits: Limits,
+        available: Sequence[Pair],
+        pool_version: int,
+    ) -> Decision:
+        """Order the available pairs that the caller's limits admit.
+
+        Raises:
+            NoCandidate: If nothing is left. Guessing a pair here would hide it.
+        """
+        admitted = [
+            pair for pair in available if pair in self._index and self._admits(pair, limits)
+        ]
+        if not admitted:
+            raise NoCandidate("no pair that answers now is within the request's limits")
+        index = np.array([self._index[pair] for pair in admitted])
+        quality = self.qualities(embedding)[index]
+        cost = self._costs[index]
+        utility = (1 - limits.alpha) * quality - limits.alpha * cost
+        # Stable: equal utility keeps the configuration's order.
+        order = np.argsort(-utility, kind="stable")
+        weights = np.exp((utility - utility.max()) / _CONFIDENCE_TEMPERATURE)
+        candidates = tuple(
+            Candidate(admitted[i], float(utility[i]), float(quality[i]), float(cost[i]))
+            for i in order
+        )
+        return Decision(
+            candidates=candidates,
+            path=Path.COLD_START,
+            confidence=float(1 / weights.sum()),
+            propensity=1.0,
+            policy_version=0,
+            pool_version=pool_version,
+        )
+
+    def _admits(self, pair: Pair, limits: Limits) -> bool:
+        return (
+            (limits.models is None or pair.model_id in limits.models)
+            and (limits.tools is None or pair.tool_id in limits.tools)
+            and self._cards[self._index[pair]].cost_usd
+            <= (math.inf if limits.max_cost_usd is None else limits.max_cost_usd)
+        )

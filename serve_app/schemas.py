@@ -1,0 +1,232 @@
+"""Domain types: what the gateway, the router and the orchestrator say to each other.
+
+Plain frozen dataclasses, because they cross process borders on every request; wire models of the HTTP API live in
+`gateway.wire`. A pair is written `model_id@tool_id` everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, NamedTuple
+
+NO_TOOL = "none"
+"""The tool id of plain generation."""
+
+ToolKind = Literal["none", "function", "context", "sampling"]
+"""How a tool joins a model: not at all, as a callable function, as text in the prompt, or by sampling and choosing."""
+
+
+class Pair(NamedTuple):
+    """A model and a tool: the unit of routing."""
+
+    model_id: str
+    tool_id: str
+
+    def __str__(self) -> str:
+        """`model_id@tool_id`."""
+        return f"{self.model_id}@{self.tool_id}"
+
+    @classmethod
+    def parse(cls, text: str) -> Pair:
+        """Read `model_id@tool_id`, or `model_id` for plain generation."""
+        model_id, _, tool_id = text.rpartition("@") if "@" in text else (text, "", NO_TOOL)
+        return cls(model_id, tool_id)
+
+
+class MemberState(StrEnum):
+    """Where a model of the pool stands."""
+
+    STARTING = "starting"
+    """Its application is being deployed."""
+    READY = "ready"
+    """It answers, and the router may choose it."""
+    FAILED = "failed"
+    """It did not start, or died; `reason` says why."""
+
+
+class Path(StrEnum):
+    """Who decided."""
+
+    PINNED = "pinned"
+    """The caller named the model or the pair."""
+    COLD_START = "cold_start"
+    """Similarity to the pairs' cards: the prior before any outcome is known."""
+    FALLBACK = "fallback"
+    """The choice failed before the first byte, and the next-best pair took over."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMember:
+    """One model of the pool, as the gateway and the router see it."""
+
+    model_id: str
+    state: MemberState
+    reason: str | None = None
+    """Why it failed, in words fit for a client; `None` while it has not."""
+    since_unix_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """The pool at one version. Versions only rise."""
+
+    pool_version: int
+    models: tuple[ModelMember, ...]
+    tools: tuple[str, ...]
+    pairs: tuple[Pair, ...]
+    """Every configured pair, ready or not, in configuration order."""
+
+    def ready_pairs(self) -> tuple[Pair, ...]:
+        """Pairs whose model answers now."""
+        ready = {member.model_id for member in self.models if member.state is MemberState.READY}
+        return tuple(pair for pair in self.pairs if pair.model_id in ready)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the caller allows for one request."""
+
+    alpha: float
+    """Cost-quality dial in [0, 1]; 0 = quality only."""
+    deadline_s: float
+    """Seconds from arrival to the last byte."""
+    max_cost_usd: float | None = None
+    max_steps: int = 1
+    models: frozenset[str] | None = None
+    """Allowed models; `None` allows all."""
+    tools: frozenset[str] | None = None
+    """Allowed tools; `None` allows all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One pair and what the router thinks of it for one query."""
+
+    pair: Pair
+    utility: float
+    """(1 - alpha) * quality - alpha * cost."""
+    quality: float
+    """Expected score in [0, 1]."""
+    cost: float
+    """Normalised price in [0, 1] over the pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The router's choice: the candidates from best to worst, and how it was made."""
+
+    candidates: tuple[Candidate, ...]
+    path: Path
+    confidence: float
+    """How sure the rule is that the first candidate is right, in [0, 1]."""
+    propensity: float
+    """Probability with which the first candidate was chosen, in (0, 1]."""
+    policy_version: int
+    pool_version: int
+    seconds: float = 0.0
+    """Time the decision took, embedding excluded."""
+
+    @property
+    def pair(self) -> Pair:
+        """The chosen pair."""
+        return self.candidates[0].pair
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a piece of work consumed; addable."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float = 0.0
+
+    def add(self, other: Usage) -> None:
+        """Add `other` to this."""
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+        self.cost_usd += other.cost_usd
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool inside a step."""
+
+    tool_id: str
+    arguments: dict[str, Any]
+    ok: bool
+    text: str
+    """The result the model saw, or the error."""
+    seconds: float
+    data: dict[str, Any] = field(default_factory=dict)
+    """Structured result, for example the sources of a retrieval."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One run of a pair inside a request."""
+
+    pair: Pair
+    path: Path
+    propensity: float
+    usage: Usage
+    seconds: float
+    tool_calls: tuple[ToolCall, ...] = ()
+    error: str | None = None
+    """Why the step gave no answer; `None` when it did."""
+    mean_logprob: float | None = None
+    """Mean token log-probability of the answer, where the engine gave it."""
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything about one finished request that the client, the log and the store may see."""
+
+    request_id: str
+    decision: Decision
+    steps: tuple[Step, ...]
+    usage: Usage
+    seconds: float
+    query: str
+    embedding: bytes | None
+    """(dim,) float32 little-endian query embedding; `None` when the request was pinned."""
+    owner: str = "local"
+    error: str | None = None
+    """Why the request as a whole failed; `None` when it was answered."""
+
+    @property
+    def pair(self) -> Pair:
+        """The pair that gave the answer (the last one tried)."""
+        return self.steps[-1].pair if self.steps else self.decision.pair
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCall:
+    """A validated chat request on its way to the orchestrator."""
+
+    request_id: str
+    model: str
+    """`atlas`, a model id, or a pair."""
+    messages: tuple[dict[str, Any], ...]
+    """OpenAI messages, validated and free of unknown fields."""
+    sampling: dict[str, Any]
+    """OpenAI sampling parameters that the caller set, validated (temperature, top_p, max_tokens, stop, seed, n …)."""
+    limits: Limits
+    owner: str = "local"
+    """Id of the caller's API key; `local` where none is asked for."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """The caller's own tools; passed through to the chosen model."""
+    tool_choice: Any = None
+    explain: bool = False
+
+    @property
+    def query(self) -> str:
+        """The text routed on: the last user message."""
+        for message in reversed(self.messages):
+            if message["role"] == "user":
+                content = message.get("content") or ""
+                if isinstance(content, str):
+                    return content
+                return "\n".join(part.get("text", "") for part in content)
+        return ""

