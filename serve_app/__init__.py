@@ -1,7 +1,7 @@
 """atlas-serve: a self-hosted endpoint that routes every request to a (model, tool) pair.
 
-`build_app` is what `serve run serve_app:build_app` imports; it is looked up on demand, so that reading a
-configuration does not import Ray.
+`build_app` is what `serve run serve_app:build_app` imports; it is looked up on demand, so that
+reading a configuration does not import Ray.
 """
 
 from typing import Any

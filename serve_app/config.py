@@ -1,7 +1,7 @@
 """Typed settings of a whole deployment, read from YAML; imports pydantic only.
 
-Unknown keys fail, values never change after loading, relative paths are relative to the configuration file, and
-secrets are named by environment variable, never written here.
+Unknown keys fail, values never change after loading, relative paths are relative to the
+configuration file, and secrets are named by environment variable, never written here.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class LocalModelConfig(ModelBase):
     engine_kwargs: dict[str, Any] = {}
     """vLLM engine arguments, vLLM's own names."""
     bundle: dict[str, float] = {"CPU": 1.0}
-    """Resources of each engine worker (Ray's names: CPU, GPU); one bundle per tensor- and pipeline-parallel rank."""
+    """Resources of each engine worker (Ray's names: CPU, GPU); one bundle per tensor- and
+    pipeline-parallel rank."""
     num_cpus: float = Field(default=0.1, ge=0)
     """CPUs the Serve replica in front of the engine reserves."""
     accelerator_type: str | None = None
@@ -106,7 +107,8 @@ class LocalModelConfig(ModelBase):
     env: dict[str, str] = {}
     """Environment variables of the engine processes."""
     startup_memory_gib: float = Field(default=3.0, gt=0)
-    """Memory one start takes at its peak; starts run side by side only as far as the node's free memory allows."""
+    """Memory one start takes at its peak; starts run side by side only as far as the node's free
+    memory allows."""
 
 
 class RemoteModelConfig(ModelBase):
@@ -121,13 +123,14 @@ class RemoteModelConfig(ModelBase):
     """Environment variable that holds the key; `None` sends none."""
     connect_timeout_s: float = Field(default=5.0, gt=0)
     max_retries: int = Field(default=2, ge=0, le=5)
-    """Tries after the first on connection errors, 408, 429 and 5xx, before any byte of an answer."""
+    """Tries after the first on connection errors, 408, 429 and 5xx, before any byte of an
+    answer."""
     health_path: str | None = "/models"
     """Path under `base_url` asked before the model counts as ready; `None` skips the question."""
 
 
 class CustomModelConfig(ModelBase):
-    """A model served by a class of your own that has `complete` and `stream` (see `models.protocol`)."""
+    """A model served by a class of your own that speaks `models.protocol`."""
 
     type: Literal["custom"] = "custom"
     import_path: str = Field(pattern=r"^[\w.]+:\w+$")
@@ -199,14 +202,16 @@ class AuthConfig(BaseConfig):
     """Who may call."""
 
     mode: Literal["open", "required"] = "open"
-    """`open` needs no key and is only served on loopback; `required` asks for a key from the store."""
+    """`open` needs no key and is only served on loopback; `required` asks for a key from the
+    store."""
 
 
 class StoreConfig(BaseConfig):
     """Where outcomes, feedback and keys live."""
 
     url: str = "sqlite+aiosqlite:///atlas.db"
-    """SQLAlchemy URL; `${NAME}` is filled from the environment. A relative SQLite path lies in `data_dir`."""
+    """SQLAlchemy URL; `${NAME}` is filled from the environment. A relative SQLite path lies in
+    `data_dir`."""
     flush_interval_s: float = Field(default=0.2, gt=0)
     """Outcomes are written in batches this often."""
     max_pending: int = Field(default=50_000, ge=1)
@@ -289,7 +294,7 @@ class AtlasConfig(BaseConfig):
         raise KeyError(model_id)
 
     def store_url(self) -> str:
-        """The store's SQLAlchemy URL with the environment filled in and SQLite paths made absolute."""
+        """The store's SQLAlchemy URL, environment filled in, SQLite paths absolute."""
         url = os.path.expandvars(self.store.url)
         prefix, slashes, path = url.partition(":///")
         if prefix.startswith("sqlite") and slashes and not path.startswith("/"):
@@ -316,7 +321,8 @@ def load_config(path: str | Path) -> AtlasConfig:
     """Read and check a configuration file.
 
     Raises:
-        ConfigError: If the file is missing, is not YAML, or a setting is wrong; the message names the setting.
+        ConfigError: If the file is missing, is not YAML, or a setting is wrong; the message names
+            the setting.
     """
     path = Path(path)
     try:

@@ -24,8 +24,9 @@ AtlasError
 ├── ConfigError                  a configuration that cannot work
 └── StoreError                   the store refused or is away
 
-All of them are rebuilt from `args` alone, because they cross process borders by pickle. A message says what was
-wrong, shows the value, and never holds a path, a secret or a stack trace: the gateway sends it to the caller.
+All of them are rebuilt from `args` alone, because they cross process borders by pickle. A message
+says what was wrong, shows the value, and never holds a path, a secret or a stack trace: the gateway
+sends it to the caller.
 """
 
 

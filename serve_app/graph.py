@@ -6,7 +6,8 @@ client -> Gateway -> Embedder
                   -> tools (Ray tasks)
 """
 
-# Without `from __future__ import annotations`: Serve reads the argument type of `build_app` at run time.
+# Without `from __future__ import annotations`: Serve reads the argument type of `build_app` at run
+# time.
 
 from typing import Any
 

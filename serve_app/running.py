@@ -1,4 +1,4 @@
-"""A running graph: starts Ray and Serve here or joins a cluster, deploys, and takes everything down again."""
+"""A running graph: starts Ray and Serve or joins a cluster, deploys, and takes down again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.deployment import Application
 
+from serve_app.errors import ConfigError
 from serve_app.gateway.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve_app.graph import APP_NAME, BuildArgs, build_app
-from serve_app.models.controller import PoolController
+from serve_app.models.controller import PoolController, failure_reason
 from serve_app.schemas import MemberState, PoolState
 
 _POLL_S = 0.5
@@ -62,7 +64,7 @@ def pool_controller() -> Any:
 def running_graph(
     config: Path, *, host: str = "127.0.0.1", port: int = 8000, address: str | None = None
 ) -> Iterator[RunningGraph]:
-    """Deploy a configuration; on the way out takes down what was started, and a joined cluster is left standing.
+    """Deploy a configuration; takes down on the way out what it started.
 
     Args:
         config: Configuration file.
@@ -77,11 +79,29 @@ def running_graph(
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(build_app(BuildArgs(config=str(config))), name=APP_NAME, route_prefix="/")
+        _deploy(build_app(BuildArgs(config=str(config))))
         yield RunningGraph()
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _deploy(application: Application) -> None:
+    """Run the application; what keeps a deployment from starting is said in one line.
+
+    Raises:
+        ConfigError: If a deployment does not start.
+    """
+    try:
+        serve.run(application, name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        deployments = serve.status().applications[APP_NAME].deployments
+        reasons = [
+            f"{name}: {failure_reason(d.message)}"
+            for name, d in deployments.items()
+            if d.status != "HEALTHY"
+        ]
+        raise ConfigError("the graph did not start; " + "; ".join(reasons)) from error
 
 
 def cluster_status(address: str) -> tuple[list[DeploymentRow], PoolState | None]:

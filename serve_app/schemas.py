@@ -1,7 +1,7 @@
 """Domain types: what the gateway, the router and the orchestrator say to each other.
 
-Plain frozen dataclasses, because they cross process borders on every request; wire models of the HTTP API live in
-`gateway.wire`. A pair is written `model_id@tool_id` everywhere.
+Plain frozen dataclasses, because they cross process borders on every request; wire models of the
+HTTP API live in `gateway.wire`. A pair is written `model_id@tool_id` everywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ NO_TOOL = "none"
 """The tool id of plain generation."""
 
 ToolKind = Literal["none", "function", "context", "sampling"]
-"""How a tool joins a model: not at all, as a callable function, as text in the prompt, or by sampling and choosing."""
+"""How a tool joins a model: not at all, as a callable function, as text in the prompt, or by
+sampling and choosing."""
 
 
 class Pair(NamedTuple):
@@ -211,7 +212,8 @@ class ChatCall:
     messages: tuple[dict[str, Any], ...]
     """OpenAI messages, validated and free of unknown fields."""
     sampling: dict[str, Any]
-    """OpenAI sampling parameters that the caller set, validated (temperature, top_p, max_tokens, stop, seed, n …)."""
+    """OpenAI sampling parameters that the caller set, validated (temperature, top_p, max_tokens,
+    stop, seed, n …)."""
     limits: Limits
     owner: str = "local"
     """Id of the caller's API key; `local` where none is asked for."""

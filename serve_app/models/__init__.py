@@ -1,1 +1,1 @@
-"""Model applications: local (vLLM), remote (OpenAI-compatible HTTP), custom; and the controller of the pool."""
+"""Model applications (local, remote, custom) and the controller of the pool."""

@@ -1,7 +1,8 @@
-"""PoolController: brings the configured models up, watches them, and tells everybody which pairs can be chosen.
+"""PoolController: brings the models up, watches them, tells everybody what can be chosen.
 
-Level-triggered: each round compares what is configured with what Serve runs and takes the next step for each model,
-so it converges from any half-done state. Gateways and routers follow it by long poll (`PoolWatcher`).
+Level-triggered: each round compares what is configured with what Serve runs and takes the next step
+for each model, so it converges from any half-done state. Gateways and routers follow it by long
+poll (`PoolWatcher`).
 """
 
 from __future__ import annotations
@@ -115,14 +116,16 @@ class PoolController:
                 await self._warm_up(config)
         elif status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
             self._starts.pop(member.model_id, None)
-            await self._set(member.model_id, MemberState.FAILED, _reason(application.message))
+            await self._set(
+                member.model_id, MemberState.FAILED, failure_reason(application.message)
+            )
         start = self._starts.get(member.model_id)
         if start and time.monotonic() - start.began_s > self._config.pool.start_timeout_s:
             self._starts.pop(member.model_id)
             await self._set(member.model_id, MemberState.FAILED, "the model did not start in time")
 
     async def _start(self, config: ModelConfig) -> None:
-        """Deploy a model's application if the number of starts and the free memory allow one more."""
+        """Deploy a model's application, if starts under way and free memory allow."""
         needed_gib = config.startup_memory_gib if isinstance(config, LocalModelConfig) else 0.0
         reserved_gib = sum(start.reserved_gib for start in self._starts.values())
         single_node = sum(node["Alive"] for node in ray.nodes()) == 1
@@ -138,7 +141,7 @@ class PoolController:
         except Exception as error:
             self._starts.pop(config.model_id, None)
             logger.exception("model %s: cannot be deployed", config.model_id)
-            await self._set(config.model_id, MemberState.FAILED, _reason(str(error)))
+            await self._set(config.model_id, MemberState.FAILED, failure_reason(str(error)))
 
     async def _warm_up(self, config: ModelConfig) -> None:
         """Send one small request; ready if it is answered."""
@@ -148,7 +151,7 @@ class PoolController:
             await asyncio.wait_for(handle.complete.remote(body), _WARM_UP_TIMEOUT_S)
         except Exception as error:
             logger.warning("model %s: warm-up request failed: %s", config.model_id, error)
-            await self._set(config.model_id, MemberState.FAILED, _reason(str(error)))
+            await self._set(config.model_id, MemberState.FAILED, failure_reason(str(error)))
         else:
             await self._set(config.model_id, MemberState.READY, None)
 
@@ -168,8 +171,8 @@ class PoolController:
             self._changed.notify_all()
 
 
-def _reason(message: str) -> str:
-    """The one line of a Serve message or traceback that says why, with no path of the server in it."""
+def failure_reason(message: str) -> str:
+    """The one line of a message or traceback that says why, without the server's paths."""
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     errors = [
         line for line in lines if re.match(r"^[\w.]*(Error|Exception|Refused|Failed)\w*:", line)

@@ -1,7 +1,7 @@
 """Puts one model's Serve application in place.
 
-Runs in a short-lived Ray task, because naming a vLLM deployment imports vLLM (11 s and 0.8 GB here), which neither
-the controller nor the gateway should carry.
+Runs in a short-lived Ray task, because naming a vLLM deployment imports vLLM (11 s and 0.8 GB
+here), which neither the controller nor the gateway should carry.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from serve_app.models.protocol import application_name
 
 
 def deployment_name(config: ModelConfig) -> str:
-    """Name of a model's ingress deployment; holds a fingerprint of the settings that need a new application."""
+    """Name of a model's deployment; holds a fingerprint of what needs a new application."""
     settings = config.model_dump(
         mode="json", exclude={"card", "price", "tools", "max_completion_tokens"}
     )

@@ -24,7 +24,7 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 class JsonLLMServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
-    """`LLMServer` for callers that do not import vLLM: JSON bodies instead of vLLM's request classes."""
+    """`LLMServer` for callers without vLLM: JSON bodies in place of request classes."""
 
     async def complete(self, body: ChatBody) -> dict[str, Any]:
         """Answer a request whole; see `ModelServer.complete`."""

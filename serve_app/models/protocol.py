@@ -1,4 +1,4 @@
-"""What every model application speaks, whatever is behind it: OpenAI chat bodies in, OpenAI chat bodies out.
+"""What every model application speaks: OpenAI chat bodies in, OpenAI chat bodies out.
 
 The bodies are plain JSON values, so that neither the gateway nor the router imports an engine.
 """
@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 ChatBody = dict[str, Any]
-"""A chat completion request: `messages`, sampling parameters, `tools`, `tool_choice`, `logprobs`; no `model`."""
+"""A chat completion request: `messages`, sampling parameters, `tools`, `tool_choice`, `logprobs`;
+no `model`."""
 
 
 class ModelServer(Protocol):

@@ -1,7 +1,7 @@
 """Remote models: any OpenAI-compatible HTTP endpoint behind the same two methods as a local one.
 
-One owner of retries: `openai`'s own are off; connection errors, 408, 429 and 5xx are tried again with back-off and
-jitter, honouring `Retry-After`, and only before the first byte of an answer.
+One owner of retries: `openai`'s own are off; connection errors, 408, 429 and 5xx are tried again
+with back-off and jitter, honouring `Retry-After`, and only before the first byte of an answer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RemoteModel:
         )
 
     async def check_health(self) -> None:
-        """Ask nothing: an endpoint that is away shows in the requests, and restarting this replica would not help."""
+        """Always well: a restart here would not bring an endpoint back that is away."""
 
     async def complete(self, body: ChatBody) -> dict[str, Any]:
         """Answer a request whole; see `ModelServer.complete`."""

@@ -1,4 +1,4 @@
-"""PoolWatcher: a process's own copy of the pool, kept fresh by long poll; it outlives the controller's absences."""
+"""A process's own copy of the pool, kept fresh by long poll and in the controller's absence."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Running a decision: the step loop, its deadline and budget, and how each kind of tool joins a model."""
+"""Running a decision: the step loop, its limits, and how each tool joins a model."""

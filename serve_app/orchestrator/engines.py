@@ -1,10 +1,10 @@
-"""Calls to model applications: a deadline on every await, cancellation that reaches the engine, errors translated."""
+"""Calls to model applications: deadlines, cancellation that reaches the engine, clear errors."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class Deadline:
 
 
 def translated(error: BaseException) -> AtlasError:
-    """What a failed call to another deployment means, as one of our errors and without its traceback."""
+    """What a failed call to another deployment means, as one of our errors."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, AtlasError):
         return cause
@@ -59,7 +59,7 @@ CALL_ERRORS = (RayError, RayServeException, AtlasError, TimeoutError)
 
 
 async def call(response: Any, deadline: Deadline) -> Any:
-    """Await a deployment response within the deadline; cancels the work there when this side stops waiting.
+    """Await a deployment response within the deadline; cancels the work it gives up on.
 
     Raises:
         AtlasError: The error of the other side, translated.
@@ -97,7 +97,7 @@ class ModelClients:
 
     async def stream(
         self, model_id: str, body: ChatBody, deadline: Deadline
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of one completion; errors as `complete`, at any point."""
         response = (await self._handle(model_id)).options(stream=True).stream.remote(body)
         chunks = aiter(response)

@@ -1,14 +1,16 @@
 """How `model@tool` runs: plain generation, function tools, context tools, sampling tools.
 
-One asynchronous generator serves streamed and whole answers, so that there is one way a pair works. It yields
-`Delta`s of the answer and ends with one `StepResult`; nothing re-writes what the model said.
+One asynchronous generator serves streamed and whole answers, so that there is one way a pair works.
+It yields `Delta`s of the answer and ends with one `StepResult`; nothing re-writes what the model
+said.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +19,8 @@ from serve_app.errors import EngineError, ToolFailed, ToolRetry
 from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.engines import Deadline, ModelClients
 from serve_app.schemas import ChatCall, Pair, ToolCall, Usage
-from serve_app.tools.base import Tool
 from serve_app.tools.best_of import vote
 from serve_app.tools.config import BestOfConfig
-from serve_app.tools.registry import build_tool
 from serve_app.tools.runner import ToolRunner
 
 _CHARS_PER_TOKEN = 3
@@ -36,7 +36,7 @@ class Delta:
 
 @dataclass
 class StepResult:
-    """What one run of a pair produced; filled while it runs, so that a failed run shows its part."""
+    """What one run of a pair produced, or a failed run until it failed."""
 
     choices: list[dict[str, Any]] = field(default_factory=list)
     """Choices of an OpenAI completion: message, finish_reason, logprobs."""
@@ -61,7 +61,7 @@ class PairExecutor:
     """Runs pairs; one per gateway replica."""
 
     def __init__(self, config: AtlasConfig, clients: ModelClients) -> None:
-        """Build every configured tool.
+        """Take the configured tools; `start` gets their workers ready.
 
         Args:
             config: The deployment.
@@ -69,9 +69,11 @@ class PairExecutor:
         """
         self._config = config
         self._clients = clients
-        self._tools: dict[str, Tool] = {tool.tool_id: build_tool(tool) for tool in config.tools}
-        self._configs = {tool.tool_id: tool for tool in config.tools}
-        self._runner = ToolRunner(config.tools)
+        self._runner = ToolRunner(config.tools, config.data_path() / "cache")
+
+    async def start(self) -> None:
+        """Start the tools' workers and keep them warm."""
+        await self._runner.start()
 
     def close(self) -> None:
         """Let go of the tools' workers."""
@@ -79,11 +81,11 @@ class PairExecutor:
 
     def kind(self, tool_id: str) -> str:
         """How a tool joins a model."""
-        return self._tools[tool_id].kind if tool_id in self._tools else "none"
+        return self._runner.tool(tool_id).kind if tool_id in self._runner else "none"
 
     async def run(
         self, pair: Pair, call: ChatCall, deadline: Deadline, result: StepResult, *, stream: bool
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Run a pair on a request.
 
         Args:
@@ -91,7 +93,8 @@ class PairExecutor:
             call: The request.
             deadline: When the step must be done.
             result: Filled with the outcome; complete once the generator ends.
-            stream: Whether to ask the engine for pieces; otherwise one delta per answer comes at the end.
+            stream: Whether to ask the engine for pieces; otherwise one delta per answer comes at
+                the end.
 
         Yields:
             Pieces of the answer as they are known to be final.
@@ -118,8 +121,9 @@ class PairExecutor:
                 if call.tool_choice is not None:
                     body["tool_choice"] = call.tool_choice
             runs = self._generate(pair, body, deadline, result, stream=stream)
-        async for delta in runs:
-            yield delta
+        async with aclosing(runs) as deltas:
+            async for delta in deltas:
+                yield delta
 
     def _body(
         self, pair: Pair, call: ChatCall, messages: list[dict[str, Any]], result: StepResult
@@ -146,7 +150,7 @@ class PairExecutor:
 
     async def _generate(
         self, pair: Pair, body: ChatBody, deadline: Deadline, result: StepResult, *, stream: bool
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """One engine call; leaves its choices in `result`."""
         if not stream:
             completion = await self._clients.complete(pair.model_id, body, deadline)
@@ -156,12 +160,14 @@ class PairExecutor:
                 raise EngineError("the engine gave no choice")
             return
         merged: dict[int, dict[str, Any]] = {}
-        async for chunk in self._clients.stream(pair.model_id, body, deadline):
-            self._charge(pair, chunk.get("usage"), result)
-            for choice in chunk.get("choices", ()):
-                merge_choice(merged.setdefault(choice["index"], {}), choice)
-            if chunk.get("choices"):
-                yield Delta(chunk["choices"])
+        async with aclosing(self._clients.stream(pair.model_id, body, deadline)) as chunks:
+            async for chunk in chunks:
+                self._charge(pair, chunk.get("usage"), result)
+                choices = [{**c, "delta": c.get("delta") or {}} for c in chunk.get("choices", ())]
+                for choice in choices:
+                    merge_choice(merged.setdefault(choice["index"], {}), choice)
+                if choices:
+                    yield Delta(choices)
         result.choices = [merged[index] for index in sorted(merged)]
         if not result.choices:
             raise EngineError("the engine gave no choice")
@@ -175,22 +181,26 @@ class PairExecutor:
         result: StepResult,
         *,
         stream: bool,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Offer the tool; run what the model calls; stop when it answers.
 
-        In a stream, the pieces of a round are held back until they are known to be answer text, not a call.
+        In a stream, the pieces of a round are held back until they are known to be answer text, not
+        a call.
         """
-        schema = self._tools[pair.tool_id].schema()
+        schema = self._runner.tool(pair.tool_id).schema()
         rounds = self._config.gateway.limits.max_tool_rounds
         for _ in range(rounds + 1):
             body = self._body(pair, call, messages, result) | {
                 "tools": [schema],
                 "tool_choice": "auto",
             }
-            async for delta in self._generate(pair, body, deadline, result, stream=stream):
-                texts = [_text_only(choice) for choice in delta.choices]
-                if any(texts):
-                    yield Delta([text for text in texts if text])
+            async with aclosing(
+                self._generate(pair, body, deadline, result, stream=stream)
+            ) as deltas:
+                async for delta in deltas:
+                    texts = [text for text in map(_text_only, delta.choices) if text]
+                    if texts:
+                        yield Delta(texts)
             message = result.choices[0]["message"]
             calls = message.get("tool_calls") or []
             if not calls:
@@ -277,7 +287,7 @@ class PairExecutor:
         result: StepResult,
     ) -> None:
         """Several answers at once; the one most of them agree on wins."""
-        settings = self._configs[pair.tool_id]
+        settings = self._runner.tool(pair.tool_id).config
         assert isinstance(settings, BestOfConfig)
         body = self._body(pair, call, messages, result)
         body |= {
@@ -319,7 +329,7 @@ def merge_choice(merged: dict[str, Any], choice: dict[str, Any]) -> None:
     """Add one streamed choice to what came before it, giving the choice of a whole completion."""
     merged["index"] = choice["index"]
     message = merged.setdefault("message", {"role": "assistant", "content": None})
-    delta = choice.get("delta") or {}
+    delta = choice["delta"]
     if delta.get("content"):
         message["content"] = (message["content"] or "") + delta["content"]
     for piece in delta.get("tool_calls") or ():
@@ -339,7 +349,7 @@ def merge_choice(merged: dict[str, Any], choice: dict[str, Any]) -> None:
 
 def _text_only(choice: dict[str, Any]) -> dict[str, Any] | None:
     """A streamed choice without tool calls and ending, or `None` where no text is left."""
-    content = (choice.get("delta") or {}).get("content")
+    content = choice["delta"].get("content")
     if not content:
         return None
     kept = {"index": choice["index"], "delta": {"content": content}}

@@ -1,14 +1,14 @@
-"""The step loop: decide, run the best pair, fall back to the next while no byte has left and time remains.
+"""The step loop: decide, run the best pair, fall back to the next while that is possible.
 
 Whole and streamed requests share it. What happened is handed to the outcome log, answered or not.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,14 +25,14 @@ from serve_app.errors import (
     ServiceError,
 )
 from serve_app.models.watcher import PoolWatcher
-from serve_app.orchestrator.engines import Deadline, ModelClients, call as await_call
+from serve_app.orchestrator.engines import Deadline, ModelClients
+from serve_app.orchestrator.engines import call as await_call
 from serve_app.orchestrator.executor import Delta, PairExecutor, StepResult
 from serve_app.schemas import (
     NO_TOOL,
     Candidate,
     ChatCall,
     Decision,
-    Limits,
     MemberState,
     Pair,
     Path,
@@ -100,7 +100,8 @@ class Orchestrator:
             embedder: Handle of the `Embedder` deployment.
             router: Handle of the `Router` deployment.
             controller: Handle of the `PoolController` deployment.
-            record: Takes the report and the alpha of every request that was decided; must not block.
+            record: Takes the report and the alpha of every request that was decided; must not
+                block.
         """
         self._config = config
         self._embedder = embedder
@@ -135,6 +136,10 @@ class Orchestrator:
             for member in pool.models
         }
         return bool(pool.ready_pairs()), {"pool_version": pool.pool_version, "models": models}
+
+    async def start(self) -> None:
+        """Get the tools' workers ready."""
+        await self._executor.start()
 
     def close(self) -> None:
         """Let go of the tools' workers."""
@@ -178,8 +183,8 @@ class Orchestrator:
         """Answer a request piece by piece.
 
         Yields:
-            OpenAI `chat.completion.chunk` objects, the first with an `atlas` object that names the pair and the
-            path; then the report.
+            OpenAI `chat.completion.chunk` objects, the first with an `atlas` object that names the
+            pair and the path; then the report.
 
         Raises:
             ModelNotFound: If `model` names nothing in the pool.
@@ -195,21 +200,21 @@ class Orchestrator:
             "created": int(time.time()),
         }
         opened: set[int] = set()
-        async for delta in self._answer(run, stream=True):
-            for choice in delta.choices:
-                chunk = {**head, "model": str(run.pair)}
-                if not opened:
-                    chunk["atlas"] = {"pair": str(run.pair), "path": run.path.value}
-                if choice["index"] not in opened:
-                    opened.add(choice["index"])
-                    choice = choice | {
-                        "delta": {"role": "assistant", "content": ""} | (choice.get("delta") or {})
-                    }
-                yield {**chunk, "choices": [_clean(choice)]}
+        # Closed level by level: a caller who leaves a stream must reach the engine at once.
+        async with aclosing(self._answer(run, stream=True)) as deltas:
+            async for delta in deltas:
+                for choice in delta.choices:
+                    chunk = {**head, "model": str(run.pair)}
+                    if not opened:
+                        chunk["atlas"] = {"pair": str(run.pair), "path": run.path.value}
+                    if choice["index"] not in opened:
+                        opened.add(choice["index"])
+                        choice["delta"] = {"role": "assistant", "content": ""} | choice["delta"]
+                    yield {**chunk, "choices": [_clean(choice)]}
         yield run.report()
 
-    async def _answer(self, run: _Run, *, stream: bool) -> AsyncIterator[Delta]:
-        """Try the candidates in order until one answers; the report goes to the log however it ends."""
+    async def _answer(self, run: _Run, *, stream: bool) -> AsyncGenerator[Delta, None]:
+        """Try the candidates in order until one answers; reports however it ends."""
         await self._decide(run)
         assert run.decision is not None
         error: str | None = "the caller went away"
@@ -221,11 +226,11 @@ class Orchestrator:
                 sent = False
                 run.pair, run.path = candidate.pair, path
                 try:
-                    async for delta in self._step(
-                        run, candidate.pair, path, is_last=is_last, stream=stream
-                    ):
-                        sent = True
-                        yield delta
+                    step = self._step(run, candidate.pair, path, is_last=is_last, stream=stream)
+                    async with aclosing(step) as deltas:
+                        async for delta in deltas:
+                            sent = True
+                            yield delta
                 except AtlasError as failure:
                     error = failure.message
                     if sent or is_last or _is_over(run.deadline):
@@ -244,7 +249,7 @@ class Orchestrator:
 
     async def _step(
         self, run: _Run, pair: Pair, path: Path, *, is_last: bool, stream: bool
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Run one pair and put what it did on record."""
         assert run.decision is not None
         result = StepResult()
@@ -256,8 +261,10 @@ class Orchestrator:
             else run.deadline.sooner(run.deadline.remaining_s() * _FIRST_TRY_SHARE)
         )
         try:
-            async for delta in self._executor.run(pair, run.call, deadline, result, stream=stream):
-                yield delta
+            work = self._executor.run(pair, run.call, deadline, result, stream=stream)
+            async with aclosing(work) as deltas:
+                async for delta in deltas:
+                    yield delta
             run.choices = result.choices
             error = None
         except AtlasError as failure:

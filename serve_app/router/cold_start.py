@@ -1,7 +1,8 @@
 """The cold-start rule: similarity to what each pair says of itself, minus the alpha-weighted price.
 
-In comes a query embedding, out go the candidates from best to worst. It needs no outcome and no training, so it
-serves from the first request on, and stays as the prior of pairs nobody has measured.
+In comes a query embedding, out go the candidates from best to worst. It needs no outcome and no
+training, so it serves from the first request on, and stays as the prior of pairs nobody has
+measured.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class PairCard:
 def pair_cards(config: AtlasConfig) -> tuple[PairCard, ...]:
     """The card of every configured pair.
 
-    A pair's own examples speak for it. A pair without a card of its own borrows its model's and tool's examples.
+    A pair's own examples speak for it. A pair without a card of its own borrows its model's and
+    tool's examples.
     """
     own = {Pair.parse(card.pair): card for card in config.pairs}
     tools = {tool.tool_id: tool for tool in config.tools}
@@ -67,7 +69,8 @@ def normalised_cost(costs_usd: Sequence[float]) -> NDArray[np.float32]:
     """Prices on a log scale, mapped to [0, 1] over the pool; all 0 where they do not differ.
 
     Args:
-        costs_usd: (num_pairs,) price of a typical call; free pairs count as a hundredth of the cheapest paid one.
+        costs_usd: (num_pairs,) price of a typical call; free pairs count as a hundredth of the
+            cheapest paid one.
 
     Returns:
         (num_pairs,) normalised costs.

@@ -20,7 +20,8 @@ class Router:
     """Chooses a pair per request.
 
     Invariants:
-        - A request reads the rule and the pool once, so its decision and the versions it reports fit together.
+        - A request reads the rule and the pool once, so its decision and the versions it reports
+          fit together.
         - It chooses only among pairs whose model answered its last check.
     """
 

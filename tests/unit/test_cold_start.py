@@ -1,4 +1,4 @@
-"""The cold-start rule: nearest card wins, price breaks near-ties as far as alpha says, limits are kept."""
+"""The cold-start rule: nearest card wins, price breaks near-ties, limits are kept."""
 
 from collections.abc import Sequence
 

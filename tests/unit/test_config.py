@@ -13,7 +13,8 @@ CONFIGS = sorted(path for path in Path("configs").glob("*.yaml"))
 
 MINIMAL = """
 models:
-  - {type: remote, model_id: a, base_url: "http://127.0.0.1:1/v1", remote_model: x, tools: [none, calculator]}
+  - {type: remote, model_id: a, base_url: "http://127.0.0.1:1/v1", remote_model: x, tools: [none,
+    calculator]}
 tools:
   - {type: calculator, tool_id: calculator}
 """

@@ -1,0 +1,1 @@
+"""HTTP in and out: routes, authentication, limits, streaming, and errors as status codes."""

@@ -1,0 +1,388 @@
+"""The HTTP API: its routes, and what each does with the orchestrator and the store.
+
+`build_api` returns an ASGI app that needs no Ray: a Serve deployment mounts it, and tests run it
+on a loopback server. A request passes the edge first (`edge.Edge`), which hands on the whole body
+and the key's owner; errors raised here become responses there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from serve_app.config import AtlasConfig
+from serve_app.errors import (
+    AtlasError,
+    DeadlineExceeded,
+    MethodNotAllowed,
+    NotFound,
+)
+from serve_app.gateway.auth import Authenticator
+from serve_app.gateway.calls import to_chat_call
+from serve_app.gateway.edge import (
+    UNKNOWN_ROUTE,
+    Edge,
+    Exchange,
+    RouteRule,
+    looks_like_request_id,
+)
+from serve_app.gateway.errors import JsonResponse, error_response
+from serve_app.gateway.extension import completion_extension, decision_object
+from serve_app.gateway.openapi import openapi_document
+from serve_app.gateway.parsing import parse_json, validate
+from serve_app.gateway.pool_view import PoolView
+from serve_app.gateway.streaming import ChunkShaper, EventStream
+from serve_app.gateway.wire import ChatRequest, FeedbackRequest
+from serve_app.schemas import ChatCall, Decision, PoolState, Report
+from serve_app.store import OutcomeLog, Scope, Store, add_feedback
+from serve_app.telemetry import GATEWAY_COST_USD, GATEWAY_TOKENS, MetricSink, NoMetrics
+
+Json = dict[str, Any]
+
+DEADLINE_GRACE_S = 0.25
+"""The orchestrator keeps the deadline too and knows more to say: how long it may take for that."""
+
+PROBES = ("/healthz", "/readyz")
+"""Asked every few seconds by whoever watches; answered however busy the gateway is."""
+
+FEEDBACK_PATIENCE_S = 1.0
+"""Outcomes are written behind the response: how long feedback waits for its request to appear."""
+
+_FEEDBACK_POLL_S = 0.05
+
+
+class Orchestrator(Protocol):
+    """What runs a request, and puts its report into the outcome log, answered or not."""
+
+    async def complete(self, call: ChatCall) -> tuple[Json, Report]:
+        """Run a request whole.
+
+        Returns:
+            An OpenAI `chat.completion` object, and the report.
+
+        Raises:
+            AtlasError: If it cannot be answered.
+        """
+        ...
+
+    def stream(self, call: ChatCall) -> AsyncGenerator[Json | Report, None]:
+        """Run a request piece by piece; closed early when the client leaves.
+
+        Yields:
+            OpenAI `chat.completion.chunk` objects with the pair as `model`, then the report. The
+            first chunk may have an `atlas` object with `pair` and `path`, for the headers.
+
+        Raises:
+            AtlasError: Before the first chunk as `complete`; after it, and the answer is cut off.
+        """
+        ...
+
+    async def decide(self, call: ChatCall) -> Decision:
+        """Decide only.
+
+        Raises:
+            AtlasError: If nothing can be chosen.
+        """
+        ...
+
+    def pool(self) -> PoolState:
+        """The pool, as last heard of; never waits."""
+        ...
+
+    def ready(self) -> tuple[bool, Json]:
+        """Whether any request can be served, and the details; never waits."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    method: str
+    path: str
+    handler: Callable[[Request], Awaitable[Response]]
+    rule: RouteRule
+
+
+def build_api(
+    orchestrator: Orchestrator,
+    store: Store,
+    outcomes: OutcomeLog,
+    config: AtlasConfig,
+    metrics: MetricSink | None = None,
+) -> Starlette:
+    """The whole HTTP API as an ASGI app.
+
+    Args:
+        orchestrator: Runs requests.
+        store: Has the keys, takes the feedback.
+        outcomes: Where the orchestrator's reports go; feedback has it flushed first.
+        config: Limits, authentication, prices.
+        metrics: Where counts go.
+    """
+    metrics = metrics or NoMetrics()
+    api = _Api(orchestrator, store, outcomes, config, metrics)
+    endpoints = [
+        _Endpoint(
+            method,
+            path,
+            handler,
+            RouteRule(path, scope, reads_body=method == "POST", is_probe=path in PROBES),
+        )
+        for method, path, handler, scope in (
+            ("POST", "/v1/chat/completions", api.chat_completions, Scope.CHAT),
+            ("POST", "/v1/route", api.route, Scope.CHAT),
+            ("POST", "/v1/feedback", api.feedback, Scope.FEEDBACK),
+            ("GET", "/v1/models", api.models, Scope.CHAT),
+            ("GET", "/v1/models/{model_id:path}", api.model, Scope.CHAT),
+            ("GET", "/v1/admin/models", api.admin_models, Scope.ADMIN),
+            ("GET", "/v1/admin/tools", api.admin_tools, Scope.ADMIN),
+            ("GET", "/healthz", api.healthz, None),
+            ("GET", "/readyz", api.readyz, None),
+            ("GET", "/openapi.json", api.openapi, None),
+        )
+    ]
+    edge = Middleware(
+        Edge,
+        limits=config.gateway.limits,
+        authenticator=Authenticator(config.gateway.auth.mode, store),
+        find_rule=_rule_finder(endpoints),
+        metrics=metrics,
+    )
+    app = Starlette(
+        routes=[Route(e.path, e.handler, methods=[e.method]) for e in endpoints],
+        middleware=[edge],
+        exception_handlers={HTTPException: _http_exception},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def _rule_finder(endpoints: list[_Endpoint]) -> Callable[[str, str], RouteRule]:
+    exact = {(e.method, e.path): e.rule for e in endpoints}
+    prefixes = [(e.method, e.path.partition("{")[0], e.rule) for e in endpoints if "{" in e.path]
+
+    def find(method: str, path: str) -> RouteRule:
+        method = "GET" if method == "HEAD" else method
+        rule = exact.get((method, path))
+        if rule is not None:
+            return rule
+        for prefix_method, prefix, rule in prefixes:
+            if method == prefix_method and path.startswith(prefix) and len(path) > len(prefix):
+                return rule
+        return UNKNOWN_ROUTE
+
+    return find
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    """What the router raises where no route fits."""
+    assert isinstance(error, HTTPException)
+    exchange: Exchange = request.scope["atlas"]
+    if error.status_code == 405:
+        refusal: AtlasError = MethodNotAllowed(f"this path does not take {request.method[:16]}")
+    else:
+        refusal = NotFound("there is nothing at this path; see /openapi.json")
+    exchange.line.error = type(refusal).__name__
+    return error_response(refusal, dict(error.headers or {}))
+
+
+class _Api:
+    """The handlers, one per route."""
+
+    def __init__(
+        self,
+        orchestrator: Orchestrator,
+        store: Store,
+        outcomes: OutcomeLog,
+        config: AtlasConfig,
+        metrics: MetricSink,
+    ) -> None:
+        self._orchestrator = orchestrator
+        self._store = store
+        self._outcomes = outcomes
+        self._config = config
+        self._limits = config.gateway.limits
+        self._metrics = metrics
+        self._view: PoolView | None = None
+        self._openapi = JsonResponse(openapi_document(self._limits, config.gateway.auth.mode)).body
+
+    # The API proper.
+
+    async def chat_completions(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        exchange: Exchange = request.scope["atlas"]
+        body, call = self._read_call(exchange)
+        if body.stream:
+            return await self._stream(exchange, body, call)
+        async with _deadline(exchange):
+            completion, report = await self._orchestrator.complete(call)
+        extension = self._book(exchange, call, report)
+        completion["model"] = extension["pair"]
+        completion["atlas"] = extension
+        headers = {"x-atlas-pair": extension["pair"], "x-atlas-path": extension["path"]}
+        return JsonResponse(completion, headers=headers)
+
+    async def _stream(self, exchange: Exchange, body: ChatRequest, call: ChatCall) -> Response:
+        items = self._orchestrator.stream(call)
+        try:
+            async with _deadline(exchange):
+                first = await anext(items)
+            if isinstance(first, Report):
+                raise TypeError("the orchestrator's stream had no chunk")
+        except BaseException:
+            await items.aclose()
+            raise
+        return EventStream(
+            first,
+            items,
+            exchange=exchange,
+            shaper=ChunkShaper(include_usage=body.includes_usage),
+            deadline=lambda: _deadline(exchange),
+            finish=lambda report: self._book(exchange, call, report),
+        )
+
+    async def route(self, request: Request) -> Response:
+        """`POST /v1/route`."""
+        exchange: Exchange = request.scope["atlas"]
+        _, call = self._read_call(exchange)
+        async with _deadline(exchange):
+            decision = await self._orchestrator.decide(call)
+        exchange.line.pair, exchange.line.path = str(decision.pair), str(decision.path)
+        exchange.line.policy_version = decision.policy_version
+        headers = {"x-atlas-pair": str(decision.pair), "x-atlas-path": str(decision.path)}
+        body = {
+            "object": "atlas.decision",
+            "request_id": exchange.request_id,
+            "alpha": call.limits.alpha,
+            **decision_object(decision),
+        }
+        return JsonResponse(body, headers=headers)
+
+    async def feedback(self, request: Request) -> Response:
+        """`POST /v1/feedback`."""
+        exchange: Exchange = request.scope["atlas"]
+        said = validate(FeedbackRequest, parse_json(exchange.body, self._limits.max_json_depth))
+        patience_s = FEEDBACK_PATIENCE_S if looks_like_request_id(said.request_id) else 0.0
+        if patience_s:
+            await self._outcomes.flush(patience_s)
+        while True:
+            try:
+                await add_feedback(
+                    self._store, said.request_id, exchange.owner, said.score, said.comment
+                )
+                break
+            except NotFound:
+                # Another replica may have answered the request, and not written it yet.
+                if exchange.elapsed_s() >= patience_s:
+                    raise
+                await asyncio.sleep(_FEEDBACK_POLL_S)
+        return JsonResponse(
+            {"object": "atlas.feedback", "request_id": said.request_id, "score": said.score}
+        )
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`."""
+        return JsonResponse({"object": "list", "data": self._pool_view().entries()})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/{model_id}`."""
+        return JsonResponse(self._pool_view().entry(request.path_params["model_id"]))
+
+    async def admin_models(self, request: Request) -> Response:
+        """`GET /v1/admin/models`."""
+        view = self._pool_view()
+        body = {"object": "list", "data": view.admin_models()}
+        return JsonResponse(body | {"pool_version": view.pool.pool_version})
+
+    async def admin_tools(self, request: Request) -> Response:
+        """`GET /v1/admin/tools`."""
+        view = self._pool_view()
+        body = {"object": "list", "data": view.admin_tools()}
+        return JsonResponse(body | {"pool_version": view.pool.pool_version})
+
+    async def healthz(self, request: Request) -> Response:
+        """`GET /healthz`: this process answers."""
+        return JsonResponse({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        """`GET /readyz`: a request can be served."""
+        ready, details = self._orchestrator.ready()
+        status = {"status": "ready" if ready else "not ready"}
+        return JsonResponse({**details, **status}, 200 if ready else 503)
+
+    async def openapi(self, request: Request) -> Response:
+        """`GET /openapi.json`."""
+        return Response(self._openapi, media_type="application/json")
+
+    # What they share.
+
+    def _read_call(self, exchange: Exchange) -> tuple[ChatRequest, ChatCall]:
+        """The request in the body, checked against everything known here."""
+        raw = parse_json(exchange.body, self._limits.max_json_depth)
+        body = validate(ChatRequest, raw)
+        exchange.line.model = body.model if len(body.model) <= 128 else body.model[:128]
+        call = to_chat_call(
+            body,
+            request_id=exchange.request_id,
+            owner=exchange.owner,
+            default_alpha=self._config.router.default_alpha,
+            limits=self._limits,
+            elapsed_s=exchange.elapsed_s(),
+        )
+        exchange.ends_s = time.monotonic() + call.limits.deadline_s
+        self._pool_view().check(call)
+        return body, call
+
+    def _pool_view(self) -> PoolView:
+        pool = self._orchestrator.pool()
+        if self._view is None or self._view.pool is not pool:
+            self._view = PoolView(pool, self._config)
+        return self._view
+
+    def _book(self, exchange: Exchange, call: ChatCall, report: Report) -> Json:
+        """Log and count a finished request.
+
+        Returns:
+            Its `atlas` object.
+        """
+        pair, line = str(report.pair), exchange.line
+        line.pair, line.path = pair, str(report.decision.path)
+        line.policy_version = report.decision.policy_version
+        line.steps = len(report.steps)
+        line.prompt_tokens = report.usage.prompt_tokens
+        line.completion_tokens = report.usage.completion_tokens
+        line.cost_usd = report.usage.cost_usd
+        self._metrics.record(GATEWAY_TOKENS, line.prompt_tokens, pair=pair, kind="prompt")
+        self._metrics.record(GATEWAY_TOKENS, line.completion_tokens, pair=pair, kind="completion")
+        self._metrics.record(GATEWAY_COST_USD, line.cost_usd, pair=pair)
+        return completion_extension(report, alpha=call.limits.alpha, explain=call.explain)
+
+
+@asynccontextmanager
+async def _deadline(exchange: Exchange) -> AsyncIterator[None]:
+    """End the block when the request's time is up.
+
+    Raises:
+        DeadlineExceeded: If it was.
+    """
+    left_s = exchange.ends_s + DEADLINE_GRACE_S - time.monotonic()
+    try:
+        async with asyncio.timeout(left_s) as timeout:
+            yield
+    except TimeoutError:
+        if not timeout.expired():
+            raise
+        raise DeadlineExceeded(
+            f"the request's {exchange.ends_s - exchange.started_s:g} s are up; "
+            "atlas.deadline_s sets them"
+        ) from None

@@ -1,0 +1,204 @@
+"""From a wire model to a `ChatCall`: what spans fields, or depends on the configuration.
+
+In comes a `ChatRequest` whose fields are right each by itself; out goes a call in which they are
+right together and within the limits, in the shape that engines take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve_app.config import LimitsConfig
+from serve_app.errors import DeadlineExceeded, InvalidRequest
+from serve_app.gateway.schema_check import check_json_schema
+from serve_app.gateway.wire import (
+    AssistantMessage,
+    AtlasOptions,
+    ChatRequest,
+    InstructionMessage,
+    JsonSchemaResponseFormat,
+    NamedToolChoice,
+    TextPart,
+    ToolMessage,
+)
+from serve_app.schemas import ChatCall, Limits
+
+
+def to_chat_call(
+    request: ChatRequest,
+    *,
+    request_id: str,
+    owner: str,
+    default_alpha: float,
+    limits: LimitsConfig,
+    elapsed_s: float = 0.0,
+) -> ChatCall:
+    """Check what spans fields or depends on the configuration, and build the call.
+
+    Args:
+        request: The body.
+        request_id: The server's own id of the request.
+        owner: Id of the caller's key.
+        default_alpha: The cost-quality dial where the caller names none.
+        limits: The bounds.
+        elapsed_s: Seconds since the request arrived; the call's deadline is what is left.
+
+    Raises:
+        DeadlineExceeded: If nothing is left.
+        InvalidRequest: If something is over its limit or contradicts another field.
+    """
+    _check_bounds(request, limits)
+    _check_contradictions(request)
+    _check_tools(request)
+    return ChatCall(
+        request_id=request_id,
+        model=request.model,
+        messages=_messages(request, limits),
+        sampling=_sampling(request),
+        limits=_limits(request.atlas or AtlasOptions(), default_alpha, limits, elapsed_s),
+        owner=owner,
+        tools=tuple(
+            tool.model_dump(mode="json", exclude_none=True) for tool in request.tools or ()
+        ),
+        tool_choice=(
+            request.tool_choice.model_dump()
+            if isinstance(request.tool_choice, NamedToolChoice)
+            else request.tool_choice
+        ),
+        explain=request.atlas is not None and request.atlas.explain,
+    )
+
+
+def _check_bounds(request: ChatRequest, limits: LimitsConfig) -> None:
+    options = request.atlas or AtlasOptions()
+    for field, value, most in (
+        ("messages", len(request.messages), limits.max_messages),
+        ("tools", len(request.tools or ()), limits.max_tools),
+        ("n", request.n, limits.max_n),
+        ("max_tokens", request.max_tokens, limits.max_completion_tokens),
+        ("max_completion_tokens", request.max_completion_tokens, limits.max_completion_tokens),
+        ("atlas.deadline_s", options.deadline_s, limits.max_deadline_s),
+        ("atlas.max_steps", options.max_steps, limits.max_steps),
+    ):
+        if value is not None and value > most:
+            raise InvalidRequest(f"{field}: at most {most:g} here, got {value:g}", field)
+
+
+def _check_contradictions(request: ChatRequest) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("stream_options: only allowed with 'stream': true", "stream_options")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise InvalidRequest("top_logprobs: only allowed with 'logprobs': true", "top_logprobs")
+    old, new = request.max_tokens, request.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise InvalidRequest(
+            f"max_tokens is {old} and max_completion_tokens {new}; send one of them", "max_tokens"
+        )
+
+
+def _check_tools(request: ChatRequest) -> None:
+    names = [tool.function.name for tool in request.tools or ()]
+    if len(set(names)) < len(names):
+        raise InvalidRequest("tools: two tools have the same name", "tools")
+    choice = request.tool_choice
+    if choice is not None and choice != "none" and not names:
+        raise InvalidRequest("tool_choice: only allowed with tools", "tool_choice")
+    if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
+        raise InvalidRequest(
+            f"tool_choice: no tool is named {choice.function.name!r}", "tool_choice"
+        )
+    for index, tool in enumerate(request.tools or ()):
+        if tool.function.parameters is not None:
+            check_json_schema(
+                tool.function.parameters, f"tools[{index}].function.parameters", is_object=True
+            )
+    chosen = request.response_format
+    if isinstance(chosen, JsonSchemaResponseFormat):
+        if chosen.json_schema.schema_ is None:
+            field = "response_format.json_schema.schema"
+            raise InvalidRequest(f"{field}: this field is required", field)
+        check_json_schema(chosen.json_schema.schema_, "response_format.json_schema.schema")
+
+
+def _messages(request: ChatRequest, limits: LimitsConfig) -> tuple[dict[str, Any], ...]:
+    """The messages as engines get them: content as one string, and roles every template knows."""
+    chars, called = 0, set[str]()
+    messages: list[dict[str, Any]] = []
+    for index, message in enumerate(request.messages):
+        out: dict[str, Any] = {"role": message.role, "content": _text(message.content)}
+        chars += len(out["content"] or "")
+        if isinstance(message, InstructionMessage):
+            out["role"] = "system"
+        elif isinstance(message, AssistantMessage):
+            if message.content is None and not message.tool_calls:
+                field = f"messages[{index}].content"
+                raise InvalidRequest(f"{field}: required unless there are tool_calls", field)
+            if message.tool_calls:
+                out["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+                called.update(call.id for call in message.tool_calls)
+                chars += sum(len(call.function.arguments) for call in message.tool_calls)
+        elif isinstance(message, ToolMessage):
+            if message.tool_call_id not in called:
+                field = f"messages[{index}].tool_call_id"
+                raise InvalidRequest(f"{field}: answers no earlier tool call", field)
+            out["tool_call_id"] = message.tool_call_id
+        if not isinstance(message, ToolMessage) and message.name is not None:
+            out["name"] = message.name
+        messages.append(out)
+    if chars > limits.max_prompt_chars:
+        raise InvalidRequest(
+            f"messages: at most {limits.max_prompt_chars} characters in all, got {chars}",
+            "messages",
+        )
+    return tuple(messages)
+
+
+def _text(content: str | list[TextPart] | None) -> str | None:
+    return "\n".join(part.text for part in content) if isinstance(content, list) else content
+
+
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "n",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "logprobs",
+    "top_logprobs",
+    "parallel_tool_calls",
+)
+
+
+def _sampling(request: ChatRequest) -> dict[str, Any]:
+    sampling: dict[str, Any] = {
+        name: value for name in _SAMPLING if (value := getattr(request, name)) is not None
+    }
+    max_tokens = request.max_completion_tokens or request.max_tokens
+    if max_tokens is not None:
+        sampling["max_tokens"] = max_tokens
+    if request.stop is not None:
+        sampling["stop"] = request.stop if isinstance(request.stop, list) else [request.stop]
+    if request.response_format is not None and request.response_format.type != "text":
+        sampling["response_format"] = request.response_format.model_dump(
+            by_alias=True, exclude_none=True
+        )
+    return sampling
+
+
+def _limits(
+    options: AtlasOptions, default_alpha: float, limits: LimitsConfig, elapsed_s: float
+) -> Limits:
+    deadline_s = limits.default_deadline_s if options.deadline_s is None else options.deadline_s
+    if deadline_s <= elapsed_s:
+        raise DeadlineExceeded(
+            f"the request took {elapsed_s:.2f} s to arrive; its deadline is {deadline_s:g} s"
+        )
+    return Limits(
+        alpha=default_alpha if options.alpha is None else options.alpha,
+        deadline_s=deadline_s - elapsed_s,
+        max_cost_usd=options.max_cost_usd,
+        max_steps=options.max_steps or limits.max_steps,
+        models=None if options.models is None else frozenset(options.models),
+        tools=None if options.tools is None else frozenset(options.tools),
+    )

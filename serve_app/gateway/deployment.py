@@ -1,0 +1,59 @@
+"""Gateway: the Serve deployment that callers talk to; a shell that joins the HTTP API to the orchestrator."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ray import serve
+from starlette.types import ASGIApp
+
+from serve_app.config import AtlasConfig
+from serve_app.gateway.app import build_api
+from serve_app.orchestrator.orchestrator import Orchestrator
+from serve_app.store import OutcomeLog, Store
+
+logger = logging.getLogger(__name__)
+
+
+@serve.ingress()
+class Gateway:
+    """HTTP in and out.
+
+    Invariants:
+        - A request that is not answered ends with an error in OpenAI's shape by its deadline.
+        - Writing outcomes never delays or fails an answer.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: AtlasConfig, embedder: Any, router: Any, controller: Any
+    ) -> None:
+        """Open the store and join the parts."""
+        self._config = config
+        self._store = await Store.open(config.store_url())
+
+        async def embed(texts: list[str]) -> list[bytes]:
+            return [
+                vector.astype("<f4").tobytes() for vector in await embedder.embed_many.remote(texts)
+            ]
+
+        self._outcomes = OutcomeLog(
+            self._store,
+            flush_interval_s=config.store.flush_interval_s,
+            max_pending=config.store.max_pending,
+            embed=embed,
+        )
+        self._orchestrator = Orchestrator(
+            config, embedder, router, controller, self._outcomes.record
+        )
+        await self._orchestrator.start()
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Serve asks for the application after the constructor."""
+        return build_api(self._orchestrator, self._store, self._outcomes, self._config)
+
+    async def __del__(self) -> None:
+        """Serve's shutdown hook: write what is pending."""
+        self._orchestrator.close()
+        await self._outcomes.close()
+        await self._store.close()

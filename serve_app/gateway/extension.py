@@ -1,0 +1,92 @@
+"""What responses say beyond OpenAI's shape: the `atlas` object, and the lists of models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve_app.schemas import Candidate, Decision, Report, Step, Usage
+
+Json = dict[str, Any]
+
+
+def completion_extension(report: Report, *, alpha: float, explain: bool) -> Json:
+    """The `atlas` object of a completion.
+
+    Args:
+        report: The finished request.
+        alpha: The cost-quality dial it ran with.
+        explain: Whether to list every candidate.
+    """
+    decision = report.decision
+    extension: Json = {
+        "request_id": report.request_id,
+        "pair": str(report.pair),
+        "path": str(report.steps[-1].path if report.steps else decision.path),
+        "confidence": decision.confidence,
+        "propensity": decision.propensity,
+        "alpha": alpha,
+        "steps": [_step(step) for step in report.steps],
+        "usage": usage(report.usage),
+        "seconds": report.seconds,
+        "cost_usd": report.usage.cost_usd,
+        "policy_version": decision.policy_version,
+        "pool_version": decision.pool_version,
+    }
+    if explain:
+        extension["decision"] = decision_object(decision)
+    return extension
+
+
+def decision_object(decision: Decision) -> Json:
+    """A decision with every candidate's scores, best first."""
+    return {
+        "pair": str(decision.pair),
+        "path": str(decision.path),
+        "confidence": decision.confidence,
+        "propensity": decision.propensity,
+        "candidates": [_candidate(candidate) for candidate in decision.candidates],
+        "policy_version": decision.policy_version,
+        "pool_version": decision.pool_version,
+        "seconds": decision.seconds,
+    }
+
+
+def usage(used: Usage) -> Json:
+    """Tokens, as OpenAI counts them."""
+    return {
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "total_tokens": used.prompt_tokens + used.completion_tokens,
+    }
+
+
+def _candidate(candidate: Candidate) -> Json:
+    return {
+        "pair": str(candidate.pair),
+        "utility": candidate.utility,
+        "quality": candidate.quality,
+        "cost": candidate.cost,
+    }
+
+
+def _step(step: Step) -> Json:
+    return {
+        "pair": str(step.pair),
+        "path": str(step.path),
+        "propensity": step.propensity,
+        "seconds": step.seconds,
+        "usage": usage(step.usage),
+        "cost_usd": step.usage.cost_usd,
+        "error": step.error,
+        "mean_logprob": step.mean_logprob,
+        "tool_calls": [
+            {
+                "tool_id": call.tool_id,
+                "arguments": call.arguments,
+                "ok": call.ok,
+                "seconds": call.seconds,
+                "sources": call.data.get("sources", []),
+            }
+            for call in step.tool_calls
+        ],
+    }

@@ -1,0 +1,118 @@
+"""From bytes to a wire model, with an error that names the field and shows the value.
+
+In comes the body of a request; out goes one of the models of `wire`, or an `InvalidRequest`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import ValidationError
+
+from serve_app.errors import InvalidRequest
+from serve_app.gateway.wire import Wire
+
+_MAX_ERROR_VALUE_CHARS = 80
+
+WireModel = TypeVar("WireModel", bound=Wire)
+
+
+def parse_json(body: bytes, max_depth: int) -> dict[str, Any]:
+    """Read a body as one JSON object.
+
+    Repeated keys count with their last value. NaN, Infinity, numbers beyond double range, lone
+    surrogates and invalid UTF-8 are no JSON.
+
+    Raises:
+        InvalidRequest: If it is none, or nests deeper than `max_depth`.
+    """
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        reason = str(error).partition(":")[0][:100]
+        raise InvalidRequest(f"the body is not valid JSON: {reason} at byte {error.pos}") from error
+    if not isinstance(parsed, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {_json_type(parsed)}")
+    # A body with few brackets cannot be deep: the walk is for the others.
+    if body.count(b"{") + body.count(b"[") > max_depth and _deeper_than(parsed, max_depth):
+        raise InvalidRequest(f"the body nests deeper than {max_depth} levels")
+    return parsed
+
+
+def _deeper_than(value: Any, max_depth: int) -> bool:
+    level = [value]
+    for _ in range(max_depth):
+        level = [
+            item
+            for container in level
+            for item in (container.values() if isinstance(container, dict) else container)
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
+def validate(kind: type[WireModel], body: dict[str, Any]) -> WireModel:
+    """Check a body against its model.
+
+    Raises:
+        InvalidRequest: Naming the first wrong field.
+    """
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise _invalid_request(error, body) from None
+
+
+def _invalid_request(error: ValidationError, body: dict[str, Any]) -> InvalidRequest:
+    """The deepest of the errors: of variants tried in turn, the one that got furthest is meant."""
+    errors = error.errors(include_url=False, include_context=False)
+    located = [(_field(item["loc"], body), item) for item in errors]
+    (path, depth), first = max(located, key=lambda pair: pair[0][1])
+    value = first.get("input")
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"unknown parameter {path!r}", path)
+    if first["type"] == "missing":
+        return InvalidRequest(f"{path}: this field is required", path)
+    if path == "atlas.pattern":
+        return InvalidRequest("atlas.pattern: patterns are not available yet; leave it out", path)
+    if path.endswith(".type") and ".content[" in path and isinstance(value, str):
+        return InvalidRequest(
+            f"{path}: only text is served; content of type {_shown(value)} is not supported", path
+        )
+    if first["type"].startswith("union_tag"):
+        return InvalidRequest(f"{path}: {first['msg'][:300]}", path)
+    shown = f", got {_shown(value)}" if depth else ""
+    return InvalidRequest(f"{path}: {first['msg'][:300]}{shown}", path)
+
+
+def _field(loc: tuple[str | int, ...], body: Any) -> tuple[str, int]:
+    """The path of an error as the caller would write it, without variants' tags, and its depth."""
+    path, depth, here = "", 0, body
+    for index, part in enumerate(loc):
+        if isinstance(here, list) and isinstance(part, int) and part < len(here):
+            path, here = f"{path}[{part}]", here[part]
+        elif (
+            isinstance(here, dict)
+            and isinstance(part, str)
+            and (part in here or index == len(loc) - 1)
+        ):
+            path, here = (f"{path}.{part}" if path else part)[:200], here.get(part)
+        else:
+            continue
+        depth += 1
+    return path or "body", depth
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return f"a JSON {_json_type(value)}"
+    text = orjson.dumps(value, default=str).decode()
+    return text if len(text) <= _MAX_ERROR_VALUE_CHARS else text[:_MAX_ERROR_VALUE_CHARS] + "…"
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")

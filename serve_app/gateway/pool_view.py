@@ -1,0 +1,178 @@
+"""What callers see of the pool: names that exist, and OpenAI's list of models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve_app.config import AtlasConfig
+from serve_app.errors import InvalidRequest, ModelNotFound, NoCandidate
+from serve_app.gateway.wire import ROUTED_MODEL
+from serve_app.schemas import ChatCall, MemberState, ModelMember, Pair, PoolState
+
+Json = dict[str, Any]
+
+
+class PoolView:
+    """The pool at one version, indexed by name."""
+
+    def __init__(self, pool: PoolState, config: AtlasConfig) -> None:
+        """Index a pool; `config` has the prices."""
+        self.pool = pool
+        self._config = config
+        self._members = {member.model_id: member for member in pool.models}
+        self._pairs = {str(pair): pair for pair in pool.pairs}
+        self._tools = frozenset(pool.tools) | {pair.tool_id for pair in pool.pairs}
+
+    def check(self, call: ChatCall) -> None:
+        """Refuse a call that names what is not there.
+
+        Raises:
+            ModelNotFound: If `model` names nothing in the pool.
+            NoCandidate: If it names a model that does not answer now.
+            InvalidRequest: If an allow-list names what is not there, or forbids the pinned pair.
+        """
+        limits = call.limits
+        self._check_names(limits.models, self._members, "models")
+        self._check_names(limits.tools, self._tools, "tools")
+        if call.model == ROUTED_MODEL:
+            return
+        pair = self._pairs.get(call.model)
+        member = self._members.get(call.model if pair is None else pair.model_id)
+        if member is None:
+            raise ModelNotFound(
+                f"the model {_shortened(call.model)!r} does not exist; see /v1/models", "model"
+            )
+        if member.state is not MemberState.READY:
+            reason = f": {member.reason}" if member.reason else ""
+            raise NoCandidate(f"model {member.model_id!r} is {member.state}{reason}", "model")
+        if limits.models is not None and member.model_id not in limits.models:
+            raise InvalidRequest(
+                f"atlas.models does not allow the pinned model {member.model_id!r}", "atlas.models"
+            )
+        if pair is not None and limits.tools is not None and pair.tool_id not in limits.tools:
+            raise InvalidRequest(
+                f"atlas.tools does not allow the pinned tool {pair.tool_id!r}", "atlas.tools"
+            )
+
+    @staticmethod
+    def _check_names(
+        wanted: frozenset[str] | None, known: frozenset[str] | dict[str, Any], field: str
+    ) -> None:
+        for name in sorted(wanted or ()):
+            if name not in known:
+                raise InvalidRequest(
+                    f"atlas.{field}: {_shortened(name)!r} is not in the pool", f"atlas.{field}"
+                )
+
+    def entries(self) -> list[Json]:
+        """Everything a request may name as `model`: the router, each model, each pair."""
+        return [
+            self._entry(ROUTED_MODEL),
+            *(self._entry(model_id) for model_id in self._members),
+            *(self._entry(name) for name in self._pairs),
+        ]
+
+    def entry(self, name: str) -> Json:
+        """One entry of the list.
+
+        Raises:
+            ModelNotFound: If there is none of that name.
+        """
+        if name != ROUTED_MODEL and name not in self._members and name not in self._pairs:
+            raise ModelNotFound(
+                f"the model {_shortened(name)!r} does not exist; see /v1/models", "model"
+            )
+        return self._entry(name)
+
+    def _entry(self, name: str) -> Json:
+        if name == ROUTED_MODEL:
+            ready = any(member.state is MemberState.READY for member in self._members.values())
+            extension: Json = {
+                "kind": "router",
+                "state": str(MemberState.READY if ready else MemberState.STARTING),
+                "pool_version": self.pool.pool_version,
+            }
+            return _openai_model(name, 0.0, extension)
+        pair = self._pairs.get(name)
+        member = self._members[name if pair is None else pair.model_id]
+        extension = {
+            "kind": "model" if pair is None else "pair",
+            "state": str(member.state),
+            "reason": member.reason,
+            "pool_version": self.pool.pool_version,
+        }
+        if pair is not None:
+            extension |= {"model_id": pair.model_id, "tool_id": pair.tool_id}
+        return _openai_model(name, member.since_unix_s, extension | self._price(member, pair))
+
+    def _price(self, member: ModelMember, pair: Pair | None) -> Json:
+        """Prices of what the configuration knows; nothing for a model added since."""
+        models = {model.model_id: model for model in self._config.models}
+        tools = {tool.tool_id: tool for tool in self._config.tools}
+        if member.model_id not in models:
+            return {}
+        price: Json = models[member.model_id].price.model_dump()
+        if pair is not None and pair.tool_id in tools:
+            price["usd_per_tool_call"] = tools[pair.tool_id].price_usd_per_call
+        return {"price": price}
+
+    def admin_models(self) -> list[Json]:
+        """Each model with its state and settings; no address, path, environment or key."""
+        configured = {model.model_id: model for model in self._config.models}
+        rows = []
+        for member in self.pool.models:
+            row: Json = {
+                "model_id": member.model_id,
+                "state": str(member.state),
+                "reason": member.reason,
+                "since_unix_s": member.since_unix_s,
+                "pairs": [str(p) for p in self.pool.pairs if p.model_id == member.model_id],
+            }
+            model = configured.get(member.model_id)
+            if model is not None:
+                row |= {
+                    "type": model.type,
+                    "description": model.card.description,
+                    "price": model.price.model_dump(),
+                    "max_ongoing_requests": model.max_ongoing_requests,
+                    "max_completion_tokens": model.max_completion_tokens,
+                    "autoscaling": model.autoscaling.model_dump(),
+                }
+            rows.append(row)
+        return rows
+
+    def admin_tools(self) -> list[Json]:
+        """Each tool with its settings; no path, environment or key."""
+        configured = {tool.tool_id: tool for tool in self._config.tools}
+        rows = []
+        for tool_id in sorted(self._tools):
+            row: Json = {
+                "tool_id": tool_id,
+                "pairs": [str(p) for p in self.pool.pairs if p.tool_id == tool_id],
+            }
+            tool = configured.get(tool_id)
+            if tool is not None:
+                row |= {
+                    "type": tool.type,
+                    "description": tool.description,
+                    "price_usd_per_call": tool.price_usd_per_call,
+                    "timeout_s": tool.timeout_s,
+                    "max_concurrency": tool.max_concurrency,
+                    "max_queued": tool.max_queued,
+                }
+            rows.append(row)
+        return rows
+
+
+def _openai_model(name: str, created_unix_s: float, extension: Json) -> Json:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(created_unix_s),
+        "owned_by": "atlas-serve",
+        "atlas": extension,
+    }
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 80 else name[:80] + "…"

@@ -1,0 +1,316 @@
+"""Outcomes of finished requests: a queue beside the request path, and the batches it writes.
+
+In come `Report`s, from `OutcomeLog.record`, which never waits; out go rows of `requests` and
+`outcomes`. What must stay true: a store that is slow or away costs memory up to a bound and then
+outcomes, never a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import insert, select
+
+from serve_app.errors import StoreError
+from serve_app.schemas import Report
+from serve_app.store.database import Store, is_transient
+from serve_app.store.tables import OutcomeRow, RequestRow
+from serve_app.telemetry import STORE_DROPPED, STORE_WRITTEN, MetricSink, NoMetrics
+
+logger = logging.getLogger(__name__)
+
+Embed = Callable[[list[str]], Awaitable[Sequence[bytes]]]
+"""Texts in, their (dim,) float32 little-endian embeddings out, in the same order."""
+
+_BATCH = 500
+_EMBED_BATCH = 64
+_EMBED_TIMEOUT_S = 3.0
+_EMBED_PAUSE_S = 10.0
+_WRITE_TIMEOUT_S = 30.0
+_FIRST_BACKOFF_S = 0.1
+_LAST_BACKOFF_S = 5.0
+_COMPLAIN_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    report: Report
+    alpha: float | None
+    created_unix_s: float
+
+
+class OutcomeLog:
+    """Takes reports at once and writes them soon.
+
+    Algorithm:
+        A task wakes every `flush_interval_s`, or at once for `flush`, and writes what is queued in
+        batches, each in one transaction. A store that is away is tried again with growing pauses
+        up to 5 s, and the batch stays first in the queue. A batch with a row the store will not
+        take is written row by row, so that only that row is lost.
+
+    Invariants:
+        - At most `max_pending` reports are held; newer ones are dropped, counted and logged.
+        - Reports are written in the order they were recorded.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        flush_interval_s: float = 0.2,
+        max_pending: int = 50_000,
+        embed: Embed | None = None,
+        metrics: MetricSink | None = None,
+    ) -> None:
+        """Make a log; its task starts with the first `record`, in the loop that calls it.
+
+        Args:
+            store: Where the rows go.
+            flush_interval_s: Seconds a report waits at most while the store keeps up.
+            max_pending: Reports held while it does not.
+            embed: Fills in the embedding of reports that have none; when it fails, none is stored.
+            metrics: Counts what is written and dropped.
+        """
+        self._store = store
+        self._flush_interval_s = flush_interval_s
+        self._max_pending = max_pending
+        self._embed = embed
+        self._metrics = metrics or NoMetrics()
+        self._queue: deque[_Entry] = deque()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self._recorded = 0
+        self._settled = 0
+        self._settled_changed = asyncio.Condition()
+        self._dropped = 0
+        self._next_complaint = 0.0
+        self._embed_again_at = 0.0
+
+    @property
+    def pending(self) -> int:
+        """Reports not yet written."""
+        return len(self._queue)
+
+    @property
+    def dropped(self) -> int:
+        """Reports lost since the start."""
+        return self._dropped
+
+    def record(self, report: Report, alpha: float | None = None) -> None:
+        """Queue a report; never waits and never raises for the store's sake.
+
+        Args:
+            report: A finished request, answered or failed.
+            alpha: The cost-quality dial it ran with.
+        """
+        if self._closed or len(self._queue) >= self._max_pending:
+            self._drop(
+                1,
+                "the log is closed" if self._closed else f"{self._max_pending} are waiting already",
+            )
+            return
+        self._queue.append(_Entry(report, alpha, time.time()))
+        self._recorded += 1
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="outcome-log")
+
+    async def flush(self, timeout_s: float = 5.0) -> bool:
+        """Wait until everything recorded so far is written (or dropped as bad).
+
+        Returns:
+            Whether that was reached within `timeout_s`.
+        """
+        target = self._recorded
+        if self._settled >= target:
+            return True
+        self._wake.set()
+        try:
+            async with asyncio.timeout(timeout_s), self._settled_changed:
+                await self._settled_changed.wait_for(lambda: self._settled >= target)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Write what is left, for at most `timeout_s`, and stop."""
+        if self._closed:
+            return
+        flushed = await self.flush(timeout_s)
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        if not flushed and self._queue:
+            self._drop(len(self._queue), "the store did not take them before the end")
+            self._queue.clear()
+
+    async def _run(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._flush_interval_s):
+                    await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                batch = [self._queue[i] for i in range(min(_BATCH, len(self._queue)))]
+                await self._write(batch)
+                for _ in batch:
+                    self._queue.popleft()
+                async with self._settled_changed:
+                    self._settled += len(batch)
+                    self._settled_changed.notify_all()
+
+    async def _write(self, batch: list[_Entry]) -> None:
+        """Write a batch, however long the store is away."""
+        embeddings = await self._embeddings(batch)
+        rows = [_rows(entry, embedding) for entry, embedding in zip(batch, embeddings, strict=True)]
+        try:
+            await self._insert(rows)
+        except Exception:  # whatever a driver makes of a bad value, the task must live on
+            logger.warning(
+                "a batch of %d outcomes was refused; writing them one by one",
+                len(rows),
+                exc_info=True,
+            )
+            for row in rows:
+                try:
+                    await self._insert([row])
+                except Exception:
+                    if not await self._written_before(row[0]["request_id"]):
+                        self._drop(1, f"the store refused the row of {row[0]['request_id']}")
+
+    async def _written_before(self, request_id: str) -> bool:
+        """Whether an earlier try got through although its answer was lost."""
+        query = select(RequestRow.request_id).where(RequestRow.request_id == request_id)
+        try:
+            async with asyncio.timeout(_WRITE_TIMEOUT_S), self._store.begin() as connection:
+                return await connection.scalar(query) is not None
+        except (StoreError, TimeoutError):
+            return False
+
+    async def _insert(self, rows: list[_Rows]) -> None:
+        """Insert in one transaction, again and again while the store is away.
+
+        Raises:
+            Exception: If the store is there and refuses the rows.
+        """
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            try:
+                async with asyncio.timeout(_WRITE_TIMEOUT_S), self._store.begin() as connection:
+                    await connection.execute(insert(RequestRow), [request for request, _ in rows])
+                    outcomes = [outcome for _, steps in rows for outcome in steps]
+                    if outcomes:
+                        await connection.execute(insert(OutcomeRow), outcomes)
+            except (StoreError, TimeoutError) as error:
+                if not is_transient(error):
+                    raise
+                self._complain(
+                    "the store is away (%r); %d outcomes wait",
+                    error.__cause__ or error,
+                    len(self._queue),
+                )
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
+            else:
+                self._metrics.record(STORE_WRITTEN, len(rows))
+                return
+
+    async def _embeddings(self, batch: list[_Entry]) -> list[bytes | None]:
+        """The embedding of every entry, filled in where missing and possible."""
+        found = [entry.report.embedding for entry in batch]
+        if self._embed is None or time.monotonic() < self._embed_again_at:
+            return found
+        missing = [
+            i for i, embedding in enumerate(found) if embedding is None and batch[i].report.query
+        ]
+        for start in range(0, len(missing), _EMBED_BATCH):
+            part = missing[start : start + _EMBED_BATCH]
+            try:
+                async with asyncio.timeout(_EMBED_TIMEOUT_S):
+                    made = await self._embed([batch[i].report.query for i in part])
+            except (
+                Exception
+            ) as error:  # whatever the embedder's fault, the outcomes are worth keeping
+                self._complain("no embedding for %d outcomes: %r", len(missing) - start, error)
+                self._embed_again_at = time.monotonic() + _EMBED_PAUSE_S
+                break
+            for i, embedding in zip(part, made, strict=False):
+                found[i] = bytes(embedding)
+        return found
+
+    def _drop(self, count: int, why: str) -> None:
+        self._dropped += count
+        self._metrics.record(STORE_DROPPED, count)
+        self._complain("dropped %d outcomes (%d since the start): %s", count, self._dropped, why)
+
+    def _complain(self, message: str, *args: Any) -> None:
+        """Log a warning, but not a flood of them."""
+        now = time.monotonic()
+        if now >= self._next_complaint:
+            self._next_complaint = now + _COMPLAIN_EVERY_S
+            logger.warning(message, *args)
+
+
+_Rows = tuple[dict[str, Any], list[dict[str, Any]]]
+"""Values of one `RequestRow` and of its `OutcomeRow`s."""
+
+
+def storable_text(text: str) -> str:
+    """The text as every database takes it: PostgreSQL has no NUL, and none has lone surrogates."""
+    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+
+
+def _rows(entry: _Entry, embedding: bytes | None) -> _Rows:
+    report = entry.report
+    decision = report.decision
+    request = {
+        "request_id": report.request_id,
+        "owner": report.owner,
+        "query": storable_text(report.query),
+        "embedding": embedding,
+        "model_id": decision.pair.model_id,
+        "tool_id": decision.pair.tool_id,
+        "path": str(decision.path),
+        "confidence": decision.confidence,
+        "propensity": decision.propensity,
+        "alpha": entry.alpha,
+        "policy_version": decision.policy_version,
+        "pool_version": decision.pool_version,
+        "prompt_tokens": report.usage.prompt_tokens,
+        "completion_tokens": report.usage.completion_tokens,
+        "cost_usd": report.usage.cost_usd,
+        "seconds": report.seconds,
+        "error": None if report.error is None else storable_text(report.error),
+        "created_unix_s": entry.created_unix_s,
+    }
+    outcomes = [
+        {
+            "request_id": report.request_id,
+            "step_index": index,
+            "model_id": step.pair.model_id,
+            "tool_id": step.pair.tool_id,
+            "path": str(step.path),
+            "propensity": step.propensity,
+            "prompt_tokens": step.usage.prompt_tokens,
+            "completion_tokens": step.usage.completion_tokens,
+            "cost_usd": step.usage.cost_usd,
+            "seconds": step.seconds,
+            "mean_logprob": step.mean_logprob,
+            "tool_calls": [
+                {"tool_id": call.tool_id, "ok": call.ok, "seconds": call.seconds}
+                for call in step.tool_calls
+            ],
+            "error": None if step.error is None else storable_text(step.error),
+        }
+        for index, step in enumerate(report.steps)
+    ]
+    return request, outcomes

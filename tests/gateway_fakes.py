@@ -1,0 +1,290 @@
+"""The real gateway on a loopback port, in front of a scripted orchestrator: the one fake part."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import openai
+import uvicorn
+from starlette.applications import Starlette
+
+from serve_app.config import AtlasConfig
+from serve_app.errors import EngineError
+from serve_app.gateway.app import build_api
+from serve_app.schemas import (
+    Candidate,
+    ChatCall,
+    Decision,
+    MemberState,
+    ModelMember,
+    Pair,
+    PoolState,
+    Report,
+    Step,
+    ToolCall,
+    Usage,
+)
+from serve_app.schemas import Path as DecidedBy
+from serve_app.store import OutcomeLog, Store
+
+T = TypeVar("T")
+
+PAIR = Pair("small", "calculator")
+
+
+def gateway_config(**gateway: Any) -> AtlasConfig:
+    """Three remote models that nobody calls, with the given gateway settings."""
+    models = [
+        {
+            "type": "remote",
+            "model_id": name,
+            "base_url": "http://user:secret@127.0.0.1:1/v1",
+            "remote_model": "x",
+            "api_key_env": "SECRET_KEY_NAME",
+            "tools": ["none", "calculator"],
+            "price": {"usd_per_1m_prompt_tokens": 1.0, "usd_per_1m_completion_tokens": 2.0},
+        }
+        for name in ("small", "large", "broken")
+    ]
+    tools = [{"type": "calculator", "tool_id": "calculator"}]
+    return AtlasConfig.model_validate({"models": models, "tools": tools, "gateway": gateway})
+
+
+class ScriptedOrchestrator:
+    """Answers with the last user message; certain messages make it misbehave.
+
+    Attributes:
+        calls: Every call that arrived.
+        cancelled: Request ids whose work was cancelled or closed early.
+    """
+
+    def __init__(self, config: AtlasConfig, outcomes: OutcomeLog) -> None:
+        self.calls: list[ChatCall] = []
+        self.cancelled: list[str] = []
+        self.is_ready = True
+        self._outcomes = outcomes
+        states = {"broken": MemberState.FAILED}
+        self._pool = PoolState(
+            pool_version=3,
+            models=tuple(
+                ModelMember(model.model_id, states.get(model.model_id, MemberState.READY))
+                for model in config.models
+            ),
+            tools=("none", "calculator"),
+            pairs=config.all_pairs(),
+        )
+
+    def pool(self) -> PoolState:
+        return self._pool
+
+    def ready(self) -> tuple[bool, dict[str, Any]]:
+        return self.is_ready, {"pool_version": self._pool.pool_version}
+
+    async def decide(self, call: ChatCall) -> Decision:
+        self.calls.append(call)
+        await self._misbehave(call)
+        return _decision()
+
+    async def complete(self, call: ChatCall) -> tuple[dict[str, Any], Report]:
+        self.calls.append(call)
+        await self._misbehave(call)
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": call.query},
+                "finish_reason": "stop",
+                "logprobs": None,
+            }
+            for index in range(call.sampling.get("n", 1))
+        ]
+        report = self._report(call)
+        usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+        head = {"id": f"chatcmpl-{call.request_id}", "object": "chat.completion", "created": 1}
+        return {**head, "model": "?", "choices": choices, "usage": usage}, report
+
+    async def stream(self, call: ChatCall) -> AsyncGenerator[dict[str, Any] | Report, None]:
+        self.calls.append(call)
+        await self._misbehave(call)
+        head = {
+            "id": f"chatcmpl-{call.request_id}",
+            "object": "chat.completion.chunk",
+            "created": 1,
+            "model": str(PAIR),
+        }
+        words = [word + " " for word in call.query.split(" ")]
+        if call.query.startswith("!flood"):
+            words = ["x" * 65536] * 1000
+        try:
+            for index in range(call.sampling.get("n", 1)):
+                for position, word in enumerate(words):
+                    delta = {"content": word} | ({"role": "assistant"} if position == 0 else {})
+                    choice = {"index": index, "delta": delta, "finish_reason": None}
+                    yield {**head, "choices": [choice]}
+                    if call.query.startswith("!break"):
+                        raise EngineError("the engine broke")
+                    if call.query.startswith("!bug-late"):
+                        raise ValueError("/secret/path")
+                    if call.query.startswith("!trickle"):
+                        await asyncio.sleep(0.05)
+                    if call.query.startswith("!stall"):
+                        await asyncio.sleep(60)
+                yield {**head, "choices": [{"index": index, "delta": {}, "finish_reason": "stop"}]}
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.append(call.request_id)
+            raise
+        usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+        yield {**head, "choices": [], "usage": usage}
+        yield self._report(call)
+
+    async def _misbehave(self, call: ChatCall) -> None:
+        if call.query.startswith("!fail"):
+            raise EngineError("the engine failed")
+        if call.query.startswith("!bug") and not call.query.startswith("!bug-late"):
+            raise ValueError("/secret/path")
+        if call.query.startswith("!hang"):
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.cancelled.append(call.request_id)
+                raise
+
+    def _report(self, call: ChatCall) -> Report:
+        usage = Usage(7, 5, 0.25)
+        tool_call = ToolCall("calculator", {"x": "1+1"}, True, "2", 0.01, {"sources": ["s1"]})
+        step = Step(PAIR, DecidedBy.COLD_START, 0.5, usage, 0.02, (tool_call,), answer=call.query)
+        report = Report(
+            request_id=call.request_id,
+            decision=_decision(),
+            steps=(step,),
+            usage=usage,
+            seconds=0.02,
+            query=call.query,
+            embedding=b"\0\0\0\0",
+            owner=call.owner,
+        )
+        self._outcomes.record(report, call.limits.alpha)
+        return report
+
+
+def _decision() -> Decision:
+    candidates = tuple(
+        Candidate(pair, 0.9 - 0.1 * rank, 0.95, 0.1)
+        for rank, pair in enumerate((PAIR, Pair("large", "none")))
+    )
+    return Decision(candidates, DecidedBy.COLD_START, 0.8, 0.5, 2, 3, 0.0001)
+
+
+class Loopback:
+    """A running gateway: real uvicorn, real store, scripted orchestrator."""
+
+    def __init__(self, config: AtlasConfig, database: Path) -> None:
+        self.config = config
+        self.orchestrator: ScriptedOrchestrator
+        self.outcomes: OutcomeLog
+        self.store: Store
+        self.app: Starlette
+        self._database = database
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._server: uvicorn.Server
+        self._thread = threading.Thread(target=self._run, name="loopback-gateway")
+
+    def start(self) -> None:
+        self._thread.start()
+        self._started.wait(20)
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        if self._failure is not None:
+            raise self._failure
+
+    def run(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run a coroutine function in the server's loop."""
+
+        async def wrapped() -> T:
+            return await work()
+
+        return asyncio.run_coroutine_threadsafe(wrapped(), self._loop).result(20)
+
+    def client(self, api_key: str = "none", **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=20, **options
+        )
+
+    def raw(self, data: bytes, timeout_s: float = 10.0) -> bytes:
+        """Send bytes, and read until the server closes or `timeout_s` passes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s) as connection:
+            connection.sendall(data)
+            return read_all(connection)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._started.set()
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.store = await Store.open(f"sqlite+aiosqlite:///{self._database}")
+        self.outcomes = OutcomeLog(self.store, flush_interval_s=0.05)
+        self.orchestrator = ScriptedOrchestrator(self.config, self.outcomes)
+        self.app = build_api(self.orchestrator, self.store, self.outcomes, self.config)
+        options = uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="off")
+        self._server = uvicorn.Server(options)
+        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        while not self._server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        self._started.set()
+        await serving
+        await self.outcomes.close()
+        await self.store.close()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    received = b""
+    while True:
+        try:
+            part = connection.recv(65536)
+        except (TimeoutError, ConnectionResetError):
+            return received
+        if not part:
+            return received
+        received += part
+
+
+@contextmanager
+def running_gateway(folder: Path, **gateway: Any) -> Iterator[Loopback]:
+    """A gateway with these settings, with its store in `folder`."""
+    loopback = Loopback(gateway_config(**gateway), folder / "atlas.db")
+    loopback.start()
+    try:
+        yield loopback
+    finally:
+        loopback.stop()
+
+
+def eventually(claim: Callable[[], bool], within_s: float = 5.0) -> bool:
+    """Whether the claim becomes true in time."""
+    ends = time.monotonic() + within_s
+    while time.monotonic() < ends:
+        if claim():
+            return True
+        time.sleep(0.01)
+    return claim()

@@ -1,0 +1,355 @@
+"""The edge against callers that misbehave: raw sockets to a real server with tight limits."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx2
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from serve_app.gateway.proxy import ProxyEdge, middlewares
+from tests.gateway_fakes import Loopback, eventually, read_all, running_gateway
+
+BODY_TIMEOUT_S = 0.5
+BODY = json.dumps({"model": "atlas", "messages": [{"role": "user", "content": "hi"}]}).encode()
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    limits = {
+        "max_body_bytes": 4096,
+        "max_header_bytes": 2048,
+        "body_timeout_s": BODY_TIMEOUT_S,
+        "max_ongoing_requests": 4,
+        "default_deadline_s": 5,
+        "max_deadline_s": 10,
+    }
+    with running_gateway(tmp_path_factory.mktemp("edge"), limits=limits) as loopback:
+        yield loopback
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(gateway: Loopback) -> Iterator[None]:
+    yield
+    assert eventually(lambda: answers(gateway))
+
+
+def answers(gateway: Loopback) -> bool:
+    headers = {"content-type": "application/json"}
+    url = gateway.url + "/v1/chat/completions"
+    return httpx2.post(url, content=BODY, headers=headers).status_code == 200
+
+
+def status_of(response: bytes) -> int:
+    assert response.startswith(b"HTTP/1.1 "), response[:80]
+    return int(response[9:12])
+
+
+def error_of(response: bytes) -> dict[str, str | None]:
+    error: dict[str, str | None] = json.loads(response.partition(b"\r\n\r\n")[2])["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert b"x-request-id: req_" in response
+    return error
+
+
+def length(body: bytes | int) -> bytes:
+    return b"content-length: %d\r\n\r\n" % (body if isinstance(body, int) else len(body))
+
+
+def test_a_declared_length_over_the_limit_is_refused_before_the_body(gateway: Loopback) -> None:
+    began = time.monotonic()
+    response = gateway.raw(HEAD + length(4097))
+    assert status_of(response) == 413
+    assert "more than 4096" in str(error_of(response)["message"])
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("declared", [b"9" * 30, b"1" + b"0" * 18])
+def test_an_absurd_declared_length_is_a_4xx(gateway: Loopback, declared: bytes) -> None:
+    response = gateway.raw(HEAD + b"content-length: " + declared + b"\r\n\r\n")
+    assert 400 <= status_of(response) < 500
+
+
+def test_a_sender_who_sends_too_much_gets_to_read_why(gateway: Loopback) -> None:
+    response = gateway.raw(HEAD + length(3_000_000) + b"x" * 3_000_000)
+    assert status_of(response) == 413
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+def test_a_chunked_body_is_counted_while_it_comes(gateway: Loopback) -> None:
+    chunk = b"400\r\n" + b"x" * 1024 + b"\r\n"
+    response = gateway.raw(HEAD + b"transfer-encoding: chunked\r\n\r\n" + 6 * chunk)
+    assert status_of(response) == 413
+
+
+def test_an_endless_body_is_cut_off(gateway: Loopback) -> None:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+        connection.sendall(HEAD + b"transfer-encoding: chunked\r\n\r\n")
+        cut_off = threading.Event()
+
+        def send() -> None:
+            try:
+                while not cut_off.wait(0.001):
+                    connection.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n")
+            except OSError:
+                cut_off.set()
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        response = read_all(connection)
+        assert cut_off.wait(5)
+        sender.join()
+    assert status_of(response) == 413
+
+
+def test_a_body_that_stops_half_way_is_a_408(gateway: Loopback) -> None:
+    began = time.monotonic()
+    response = gateway.raw(HEAD + length(100) + b'{"model"')
+    assert status_of(response) == 408
+    assert "did not arrive" in str(error_of(response)["message"])
+    assert BODY_TIMEOUT_S <= time.monotonic() - began < BODY_TIMEOUT_S + 3
+
+
+def test_a_body_that_trickles_is_a_408(gateway: Loopback) -> None:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+        connection.sendall(HEAD + length(1000))
+        began = time.monotonic()
+        while time.monotonic() - began < 2 * BODY_TIMEOUT_S:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+        assert status_of(read_all(connection)) == 408
+
+
+def test_the_deadline_counts_from_arrival(gateway: Loopback) -> None:
+    body = BODY[:-1] + b', "atlas": {"deadline_s": 4}}'
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+        connection.sendall(HEAD + b"connection: close\r\n" + length(body) + body[:10])
+        time.sleep(0.2)
+        connection.sendall(body[10:])
+        assert status_of(read_all(connection)) == 200
+    assert 1 < gateway.orchestrator.calls[-1].limits.deadline_s < 3.9
+
+
+def test_a_deadline_that_passed_on_the_way_is_a_504(gateway: Loopback) -> None:
+    body = BODY[:-1] + b', "atlas": {"deadline_s": 0.05}}'
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+        connection.sendall(HEAD + b"connection: close\r\n" + length(body) + body[:10])
+        time.sleep(0.2)
+        connection.sendall(body[10:])
+        assert status_of(read_all(connection)) == 504
+
+
+def test_a_client_that_leaves_within_its_body_is_forgotten(
+    gateway: Loopback, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "serve_app.gateway")
+    with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+        connection.sendall(HEAD + length(100) + b"{")
+        time.sleep(0.05)
+    assert eventually(lambda: any("status=499" in line for line in caplog.messages))
+
+
+def test_headers_over_the_limit_are_a_431(gateway: Loopback) -> None:
+    response = gateway.raw(
+        b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-a: " + b"a" * 3000 + b"\r\n\r\n", 1
+    )
+    assert status_of(response) == 431
+    assert "at most 2048" in str(error_of(response)["message"])
+
+
+def test_many_small_headers_are_a_431(gateway: Loopback) -> None:
+    headers = b"".join(b"x-%d: 1\r\n" % index for index in range(500))
+    assert (
+        status_of(gateway.raw(b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + headers + b"\r\n", 1))
+        == 431
+    )
+
+
+def test_a_long_address_is_a_431(gateway: Loopback) -> None:
+    response = gateway.raw(b"GET /healthz?" + b"a" * 3000 + b" HTTP/1.1\r\nhost: x\r\n\r\n", 1)
+    assert status_of(response) == 431
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json", 200),
+        ("application/json; charset=utf-8", 200),
+        ('Application/JSON;charset="UTF-8"', 200),
+        ("application/json; charset=latin-1", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("text/plain", 415),
+        ("multipart/form-data", 415),
+        (None, 415),
+    ],
+)
+def test_only_json_is_read(gateway: Loopback, content_type: str | None, status: int) -> None:
+    headers = {} if content_type is None else {"content-type": content_type}
+    url = gateway.url + "/v1/chat/completions"
+    assert httpx2.post(url, content=BODY, headers=headers).status_code == status
+
+
+def test_a_compressed_body_is_a_415(gateway: Loopback) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    url = gateway.url + "/v1/chat/completions"
+    assert httpx2.post(url, content=BODY, headers=headers).status_code == 415
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[" * 4000, b'{"a":' * 800, b"\xff\xfe", b'"\\ud800"', b"null", b"\0"],
+    ids=lambda body: repr(body[:8]),
+)
+def test_a_body_that_is_no_json_object_is_a_400(gateway: Loopback, body: bytes) -> None:
+    response = gateway.raw(HEAD + b"connection: close\r\n" + length(body) + body)
+    assert status_of(response) == 400
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+def test_a_body_on_a_get_is_not_waited_for(gateway: Loopback) -> None:
+    response = gateway.raw(b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + length(1000) + b"x")
+    assert status_of(response) == 200
+    assert b"connection: close" in response
+
+
+def test_a_body_on_an_unknown_path_is_not_waited_for(gateway: Loopback) -> None:
+    response = gateway.raw(b"POST /nowhere HTTP/1.1\r\nhost: x\r\n" + length(1000) + b"x")
+    assert status_of(response) == 404
+
+
+def test_too_many_at_once_are_refused_in_milliseconds_and_probes_are_not(
+    gateway: Loopback,
+) -> None:
+    hanging = json.dumps(
+        {
+            "model": "atlas",
+            "messages": [{"role": "user", "content": "!hang"}],
+            "atlas": {"deadline_s": 3},
+        }
+    ).encode()
+    connections = []
+    arrived = len(gateway.orchestrator.calls)
+    try:
+        for _ in range(4):
+            connection = socket.create_connection(("127.0.0.1", gateway.port), timeout=10)
+            connections.append(connection)
+            connection.sendall(HEAD + length(hanging) + hanging)
+        assert eventually(lambda: len(gateway.orchestrator.calls) == arrived + 4)
+        headers = {"content-type": "application/json"}
+        url = gateway.url + "/v1/chat/completions"
+        with httpx2.Client() as client:
+            client.get(gateway.url + "/healthz")
+            began = time.monotonic()
+            busy = client.post(url, content=BODY, headers=headers)
+            seconds = time.monotonic() - began
+            assert busy.status_code == 429
+            assert busy.headers["retry-after"] == "1"
+            assert busy.json()["error"]["type"] == "rate_limit_error"
+            assert seconds < 1.0
+            assert client.get(gateway.url + "/healthz").status_code == 200
+            assert client.get(gateway.url + "/readyz").status_code == 200
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def test_a_kept_connection_serves_the_next_request_after_an_error(gateway: Loopback) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=10)
+    for body, status in ((b"{}", 400), (BODY, 200), (BODY, 200)):
+        headers = {"content-type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        own_end = connection.sock.getsockname()
+        response = connection.getresponse()
+        response.read()
+        assert response.status == status
+        assert connection.sock.getsockname() == own_end
+    connection.close()
+
+
+def test_a_reader_who_stops_reading_is_given_up_at_the_deadline(gateway: Loopback) -> None:
+    body = json.dumps(
+        {
+            "model": "atlas",
+            "stream": True,
+            "messages": [{"role": "user", "content": "!flood"}],
+            "atlas": {"deadline_s": 0.5},
+        }
+    ).encode()
+    before = len(gateway.orchestrator.cancelled)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", gateway.port))
+        connection.sendall(HEAD + length(body) + body)
+        assert eventually(lambda: len(gateway.orchestrator.cancelled) == before + 1)
+
+
+def test_a_websocket_is_turned_away(gateway: Loopback) -> None:
+    response = gateway.raw(
+        b"GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+        b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        1,
+    )
+    assert status_of(response) < 500
+
+
+# In front of Serve.
+
+
+async def headers_behind_the_proxy_edge(
+    headers: list[tuple[bytes, bytes]],
+) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
+    """Headers as the app gets them, and as the client gets them back."""
+    seen: list[tuple[bytes, bytes]] = []
+    sent: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend(scope["headers"])
+        start = {"type": "http.response.start", "status": 200}
+        own = [(b"x-request-id", b"req_own"), (b"X-Request-ID", b"serves")]
+        await send({**start, "headers": own})
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await ProxyEdge(app)({"type": "http", "headers": headers}, receive, send)
+    return seen, sent[0]["headers"]
+
+
+async def test_serves_control_headers_do_not_get_through() -> None:
+    control = [
+        (b"serve_multiplexed_model_id", b"\xff"),
+        (b"Serve-Multiplexed-Model-Id", b"x"),
+        (b"x-request-timeout-seconds", b"0"),
+        (b"x-request-disconnect-disabled", b"?1"),
+        (b"x-session-id", b"\xff"),
+        (b"x-serve-router-replica", b"x"),
+    ]
+    seen, _ = await headers_behind_the_proxy_edge([*control, (b"accept", b"*/*")])
+    assert seen == [(b"accept", b"*/*"), (b"x-client-request-id", b"")]
+
+
+async def test_the_callers_request_id_gets_through_under_another_name() -> None:
+    seen, _ = await headers_behind_the_proxy_edge([(b"x-request-id", b"mine")])
+    assert seen == [(b"x-client-request-id", b"mine")]
+    seen, _ = await headers_behind_the_proxy_edge([(b"x-request-id", b"\xff bad")])
+    assert seen == [(b"x-client-request-id", b"")]
+
+
+async def test_only_our_own_request_id_comes_back() -> None:
+    _, returned = await headers_behind_the_proxy_edge([])
+    assert returned == [(b"x-request-id", b"req_own")]
+
+
+def test_serve_gets_the_proxy_edge_as_a_middleware() -> None:
+    (middleware,) = middlewares()
+    assert repr(middleware) == "Middleware(ProxyEdge)"
