@@ -1,0 +1,110 @@
+"""What a tool is: a typed description for models and a synchronous `run` inside a Ray worker."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from serve_app.schemas import ToolKind
+from serve_app.tools.config import ToolSettings
+
+NO_PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {},
+    "required": [],
+    "additionalProperties": False,
+}
+"""Schema of a tool that is never called with arguments."""
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What one call produced; crosses process borders."""
+
+    text: str
+    """What the model sees; never longer than the tool's `max_result_chars`."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    """JSON-able details, for example `{"sources": [...]}`."""
+
+    seconds: float = 0.0
+    """Wall time of the call as the gateway saw it."""
+
+    cost_usd: float = 0.0
+    """Price of the call, in US dollars."""
+
+
+class Tool(ABC):
+    """One capability, built from its settings inside the process that runs it.
+
+    Invariants:
+        - `parameters` is a JSON schema of an object with `additionalProperties` false; arguments
+          are checked against it before `run` is dispatched, so `run` may rely on it.
+        - `run` raises only `ToolRetry` (the model may try again), `ToolFailed` or `ToolTimeout`.
+        - `run` ends at its deadline, and so does everything it started.
+    """
+
+    parameters: ClassVar[dict[str, Any]] = NO_PARAMETERS
+
+    def __init__(self, config: ToolSettings) -> None:
+        """Keep the settings; heavy state is made in `warm`.
+
+        Args:
+            config: The tool's settings.
+        """
+        self.config = config
+
+    @property
+    def tool_id(self) -> str:
+        """The tool's name in the pool."""
+        return self.config.tool_id
+
+    @property
+    def description(self) -> str:
+        """What the tool does, for models and the router."""
+        return self.config.description
+
+    @property
+    def kind(self) -> ToolKind:
+        """How the tool joins a model."""
+        return self.config.kind
+
+    def schema(self) -> dict[str, Any]:
+        """The tool as an entry of OpenAI's `tools`."""
+        return {
+            "type": "function",
+            "function": {
+                "name": self.tool_id,
+                "description": self.description,
+                "parameters": self.parameters,
+            },
+        }
+
+    def warm(self) -> None:
+        """Load what the first call would otherwise wait for; calling it again costs nothing."""
+        return
+
+    @abstractmethod
+    def run(self, arguments: dict[str, Any], deadline_s: float) -> ToolResult:
+        """Do the work.
+
+        Args:
+            arguments: Valid against `parameters`.
+            deadline_s: Seconds from now until the result is worthless.
+
+        Returns:
+            The result; the runner fills in seconds and cost.
+
+        Raises:
+            ToolRetry: If other arguments could succeed.
+            ToolFailed: If the call failed for good; `ToolTimeout` when time ran out.
+        """
+
+    def clip(self, text: str) -> str:
+        """Bound a text for the model to `max_result_chars`, saying what was cut."""
+        limit = self.config.max_result_chars
+        if len(text) <= limit:
+            return text
+        note = f"\n[cut: {len(text)} characters]"
+        return text[: limit - len(note)] + note

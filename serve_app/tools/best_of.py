@@ -1,0 +1,149 @@
+"""Self-consistency: of several sampled answers, the one most of them agree on."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from serve_app.errors import ToolFailed
+from serve_app.tools.base import Tool, ToolResult
+from serve_app.tools.config import BestOfConfig
+
+_BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+_FINAL = re.compile(
+    r"(?:####|(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=))\s*[:=]?\s*(.+?)\s*(?:$|\n|(?<=\w)\.\s)",
+    re.IGNORECASE,
+)
+_CODE = re.compile(r"```[\w+-]*\n(.*?)```", re.DOTALL)
+_CODE_START = re.compile(r"^(?:def|class|import|from|async def|@)\b", re.MULTILINE)
+_NUMBER = re.compile(
+    r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d{1,3})?(?:\s*/\s*\d+)?|[-+]?\.\d+"
+)
+_UNITS_AROUND = re.compile(r"^[\s$€£≈=]*|[\s%°.!]*$")
+
+
+def final_answer(answer: str) -> str:
+    """The part of an answer that is compared: after a marker, or the whole of it.
+
+    Args:
+        answer: A model's text.
+
+    Returns:
+        What follows `####` or `answer is`, or stands in a LaTeX box; the last one counts.
+    """
+    for pattern in (_BOXED, _FINAL):
+        found = pattern.findall(answer)
+        if found:
+            return str(found[-1]).strip()
+    return answer.strip()
+
+
+def normalise(answer: str) -> str:
+    """Bring an answer into a form in which equal answers are equal strings.
+
+    Args:
+        answer: A model's text.
+
+    Returns:
+        `number:` and its value, `code:` and its text without comments and blank lines, or `text:`
+        and its words; empty for an answer with nothing in it.
+    """
+    blocks = _CODE.findall(answer)
+    if blocks or _CODE_START.search(answer):
+        return _normalise_code(blocks[-1] if blocks else answer)
+    final = final_answer(unicodedata.normalize("NFKC", answer))
+    number = _as_number(final)
+    if number is not None:
+        return f"number:{number}"
+    words = re.findall(r"\w+", final.casefold())
+    return f"text:{' '.join(words)}" if words else (f"text:{final}" if final else "")
+
+
+def _normalise_code(code: str) -> str:
+    lines = [
+        re.sub(r"\s+#.*$|^#.*$", "", line).rstrip() for line in code.expandtabs(4).splitlines()
+    ]
+    kept = [re.sub(r"(?<=\S)[ ]+", " ", line) for line in lines if line.strip()]
+    return "code:" + "\n".join(kept).replace("'", '"')
+
+
+def _as_number(text: str) -> Fraction | None:
+    """The value of a text that is one number, whatever sign, unit or separator stands around it."""
+    bare = _UNITS_AROUND.sub(
+        "", text.replace("\N{MINUS SIGN}", "-").replace("\N{FRACTION SLASH}", "/")
+    )
+    matches = list(_NUMBER.finditer(bare))
+    if len(matches) != 1:
+        return None
+    match = matches[0]
+    if match.start() != 0 or re.search(r"\d", bare[match.end() :]):
+        return None
+    if len(bare[match.end() :].split()) > 3 or len(match[0]) > 200:
+        return None
+    number = match[0].replace(",", "").replace(" ", "")
+    try:
+        numerator, _, denominator = number.partition("/")
+        value = Fraction(numerator) / (Fraction(denominator) if denominator else 1)
+    except (ValueError, ZeroDivisionError):
+        return None
+    unit = bare[match.end() :].strip()
+    # 5 apples and 5 pears are the same number; 5 and 5k are not.
+    return value if not unit or not match[0][-1:].isalnum() or bare[match.end()].isspace() else None
+
+
+def vote(answers: Sequence[str]) -> int:
+    """Choose among sampled answers by majority (self-consistency, arXiv 2203.11171).
+
+    Args:
+        answers: At least one text; empty ones never win over others.
+
+    Returns:
+        The index of the first answer of the largest group of equal ones; of groups of the same
+        size, the one that appeared first.
+
+    Raises:
+        ValueError: If there are no answers.
+    """
+    if not answers:
+        raise ValueError("vote needs at least one answer")
+    keys = [normalise(answer) for answer in answers]
+    counts = Counter(key for key in keys if key)
+    if not counts:
+        return 0
+    # `most_common` keeps the order of first appearance among equals.
+    return keys.index(counts.most_common(1)[0][0])
+
+
+def agreement(answers: Sequence[str]) -> float:
+    """Share of the answers that agree with the chosen one.
+
+    Args:
+        answers: At least one text.
+
+    Returns:
+        A number in (0, 1].
+    """
+    keys = [normalise(answer) for answer in answers]
+    return keys.count(keys[vote(answers)]) / len(keys)
+
+
+class BestOf(Tool):
+    """Sampling and voting; the orchestrator draws the samples, so there is nothing to dispatch."""
+
+    config: BestOfConfig
+
+    def run(self, arguments: dict[str, Any], deadline_s: float) -> ToolResult:
+        """Not callable.
+
+        Args:
+            arguments: Ignored.
+            deadline_s: Ignored.
+
+        Raises:
+            ToolFailed: Always.
+        """
+        raise ToolFailed(f"tool {self.tool_id!r} samples answers; it cannot be called")

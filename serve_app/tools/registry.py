@@ -1,0 +1,50 @@
+"""From settings to tools: the one place that knows which class a `type` means."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from serve_app.tools.base import Tool
+from serve_app.tools.config import (
+    BestOfConfig,
+    CalculatorConfig,
+    NoneConfig,
+    PythonConfig,
+    RetrievalConfig,
+    ToolConfig,
+)
+
+
+def build_tool(config: ToolConfig) -> Tool:
+    """Make the tool that these settings describe; cheap, heavy state comes with `warm` or `run`.
+
+    Args:
+        config: Settings of any tool.
+
+    Returns:
+        The tool.
+    """
+    # Imported on use: reading a tool's schema must not load another tool's libraries.
+    match config:
+        case NoneConfig():
+            from serve_app.tools.none import NoTool
+
+            return NoTool(config)
+        case CalculatorConfig():
+            from serve_app.tools.calculator import Calculator
+
+            return Calculator(config)
+        case PythonConfig():
+            from serve_app.tools.python import PythonTool
+
+            return PythonTool(config)
+        case RetrievalConfig():
+            from serve_app.tools.retrieval import Retrieval
+
+            return Retrieval(config)
+        case BestOfConfig():
+            from serve_app.tools.best_of import BestOf
+
+            return BestOf(config)
+        case _:
+            assert_never(config)

@@ -1,0 +1,322 @@
+"""Runs tools as Ray tasks for one gateway replica: check, queue, dispatch, wait, give up in time.
+
+Tools never run in the calling process. A call's arguments are checked against the tool's JSON
+schema here, so a wrong call costs no task. A call past its deadline, or whose caller has gone, is
+cancelled: interrupted first, which keeps the worker and what it has loaded, then by killing the
+worker. Sandboxed code ends with either, and at its own deadline anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import ray
+import ray.exceptions
+from pydantic import TypeAdapter
+
+from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
+from serve_app.tools.base import Tool, ToolResult
+from serve_app.tools.config import RetrievalConfig, ToolConfig, ToolSettings
+from serve_app.tools.registry import build_tool
+
+logger = logging.getLogger(__name__)
+
+CANCEL_AFTER_S = 0.5
+"""How long past its deadline a task may take to end by itself before it is cancelled."""
+FORCE_AFTER_S = 1.0
+"""How long a cancelled task may take to end before its worker is killed."""
+KEEP_WARM_S = 0.6
+"""Ray ends a worker that idles for a second while there are more than it likes; asked more often,
+it stays."""
+
+_CONFIG: TypeAdapter[ToolConfig] = TypeAdapter(ToolConfig)
+_built: dict[str, Tool] = {}
+"""Tools of this worker process by their settings: the second call finds the index loaded."""
+
+
+def _tool(config_json: str) -> Tool:
+    if config_json not in _built:
+        _built[config_json] = build_tool(_CONFIG.validate_json(config_json))
+    return _built[config_json]
+
+
+def _run_tool(config_json: str, arguments: dict[str, Any], deadline_s: float) -> ToolResult:
+    """The Ray task: one call of one tool."""
+    tool = _tool(config_json)
+    try:
+        return tool.run(arguments, deadline_s)
+    except (ToolRetry, ToolFailed):
+        raise
+    except Exception:
+        # The text of an unforeseen error may hold paths; it stays in this worker's log.
+        logger.exception("tool %s failed", tool.tool_id)
+        raise ToolFailed(f"tool {tool.tool_id!r} failed") from None
+
+
+def _warm_tool(config_json: str) -> None:
+    """The Ray task that keeps a worker, with what the tool loads, ready."""
+    _tool(config_json).warm()
+
+
+@dataclass
+class _Entry:
+    """One tool as the runner sees it."""
+
+    config: ToolSettings
+    config_json: str
+    tool: Tool
+    validator: jsonschema.Draft202012Validator
+    places: asyncio.Semaphore
+    call: Any
+    warm: Any
+    waiting: int = 0
+    running: int = 0
+
+    def leave(self) -> None:
+        """Give a place back."""
+        self.running -= 1
+        self.places.release()
+
+
+class ToolRunner:
+    """The gateway's way to its tools; one for each replica, used from one event loop.
+
+    Invariants:
+        - At most `max_concurrency` calls of a tool run and `max_queued` wait; more are refused.
+        - Whatever ends a call (result, error, deadline, cancellation) gives its place back, and
+          not before the call has ended on the cluster.
+        - Messages of the errors raised hold no path and no stack trace.
+    """
+
+    def __init__(self, configs: Iterable[ToolConfig], cache_dir: Path | None = None) -> None:
+        """Build the tools' schemas; nothing is started.
+
+        Args:
+            configs: Settings of every tool of the pool.
+            cache_dir: Where tools keep what is slow to build, unless their settings say.
+        """
+        self._entries = {
+            config.tool_id: _entry(_with_cache_dir(config, cache_dir)) for config in configs
+        }
+        self._keep_warm: asyncio.Task[None] | None = None
+        self._endings: set[asyncio.Task[None]] = set()
+
+    def __contains__(self, tool_id: str) -> bool:
+        """Whether the pool has this tool."""
+        return tool_id in self._entries
+
+    def tool(self, tool_id: str) -> Tool:
+        """The tool's description and schema, for offering it to a model.
+
+        Args:
+            tool_id: Its name.
+
+        Returns:
+            The tool; its `run` is not for this process.
+
+        Raises:
+            ToolFailed: If the pool has no such tool.
+        """
+        return self._entry(tool_id).tool
+
+    def load(self) -> dict[str, dict[str, int]]:
+        """Calls running and waiting by tool, for metrics and `atlas status`."""
+        return {
+            tool_id: {"running": entry.running, "waiting": entry.waiting}
+            for tool_id, entry in self._entries.items()
+        }
+
+    async def start(self, *, keep_warm: bool = True) -> None:
+        """Load what first calls would wait for, and keep one worker of each such tool alive.
+
+        A tool that cannot be warmed is logged and left cold: its calls say what is wrong.
+
+        Args:
+            keep_warm: Whether to go on asking, so that Ray does not end idle workers.
+        """
+        await self._warm_all()
+        if keep_warm and self._keep_warm is None:
+            self._keep_warm = asyncio.create_task(self._warm_forever())
+
+    def close(self) -> None:
+        """Stop keeping workers warm; running calls end by themselves."""
+        task, self._keep_warm = self._keep_warm, None
+        if task is not None:
+            task.cancel()
+
+    async def run(self, tool_id: str, arguments: Any, *, deadline_s: float) -> ToolResult:
+        """Run one call.
+
+        Args:
+            tool_id: The tool.
+            arguments: As the model wrote them, parsed from JSON.
+            deadline_s: Seconds the caller can wait, in the queue and for the result; the tool's own
+                `timeout_s` bounds the run.
+
+        Returns:
+            The result, with its seconds and price.
+
+        Raises:
+            ToolRetry: If the arguments do not fit the schema, or others could succeed.
+            ToolTimeout: If it did not finish in time.
+            ToolFailed: If there is no such tool, it is busy, its worker died, or it failed.
+        """
+        begin = time.monotonic()
+        entry = self._entry(tool_id)
+        _check(entry, arguments)
+        await self._take_place(entry, deadline_s)
+        left_s = min(deadline_s - (time.monotonic() - begin), entry.config.timeout_s)
+        result = await self._dispatch(entry, arguments, left_s)
+        return replace(
+            result,
+            seconds=time.monotonic() - begin,
+            cost_usd=entry.config.price_usd_per_call,
+        )
+
+    def _entry(self, tool_id: str) -> _Entry:
+        try:
+            return self._entries[tool_id]
+        except KeyError:
+            raise ToolFailed(f"no tool {tool_id!r}; tools: {sorted(self._entries)}") from None
+
+    async def _take_place(self, entry: _Entry, deadline_s: float) -> None:
+        """Wait for one of the tool's places, within bounds."""
+        if entry.places.locked() and entry.waiting >= entry.config.max_queued:
+            raise ToolFailed(f"tool {entry.tool.tool_id!r} is busy")
+        entry.waiting += 1
+        try:
+            async with asyncio.timeout(deadline_s):
+                await entry.places.acquire()
+        except TimeoutError:
+            raise ToolTimeout(f"tool {entry.tool.tool_id!r} is busy: no place in time") from None
+        finally:
+            entry.waiting -= 1
+        entry.running += 1
+
+    async def _dispatch(self, entry: _Entry, arguments: Any, deadline_s: float) -> ToolResult:
+        """Run the task and give the place back, now or when a cancelled task has ended."""
+        name = entry.tool.tool_id
+        if deadline_s <= 0:
+            entry.leave()
+            raise ToolTimeout(f"tool {name!r} had no time left")
+        begin = time.monotonic()
+        reference = entry.call.remote(entry.config_json, arguments, deadline_s)
+        ending: asyncio.Task[None] | None = None
+        try:
+            async with asyncio.timeout(deadline_s + CANCEL_AFTER_S):
+                result: ToolResult = await reference
+        except TimeoutError:
+            ending = asyncio.create_task(_end(entry, reference))
+            raise ToolTimeout(f"tool {name!r} did not finish in {deadline_s:.3g} s") from None
+        except asyncio.CancelledError:
+            ending = asyncio.create_task(_end(entry, reference))
+            raise
+        except ray.exceptions.RayTaskError as error:
+            raise _unwrap(error, name) from None
+        except ray.exceptions.RayError as error:
+            seconds = time.monotonic() - begin
+            logger.warning("tool %s: %s after %.3f s", name, type(error).__name__, seconds)
+            raise ToolFailed(f"tool {name!r} failed: its worker stopped") from None
+        finally:
+            if ending is None:
+                entry.leave()
+            else:
+                # Somebody must hold on to the task: the event loop itself does not.
+                self._endings.add(ending)
+                ending.add_done_callback(self._endings.discard)
+        return result
+
+    async def _warm_forever(self) -> None:
+        while True:
+            await asyncio.sleep(KEEP_WARM_S)
+            await self._warm_all()
+
+    async def _warm_all(self) -> None:
+        entries = [entry for entry in self._entries.values() if entry.tool.kind != "none"]
+        await asyncio.gather(*(self._warm(entry) for entry in entries if entry.running == 0))
+
+    async def _warm(self, entry: _Entry) -> None:
+        if entry.tool.kind == "sampling":
+            return
+        try:
+            await entry.warm.remote(entry.config_json)
+        except (ray.exceptions.RayError, ToolFailed, ToolRetry) as error:
+            logger.warning("tool %s: not warm: %s", entry.tool.tool_id, type(error).__name__)
+
+
+def _with_cache_dir(config: ToolConfig, cache_dir: Path | None) -> ToolConfig:
+    if isinstance(config, RetrievalConfig) and config.cache_dir is None:
+        return config.model_copy(update={"cache_dir": cache_dir})
+    return config
+
+
+def _entry(config: ToolConfig) -> _Entry:
+    tool = build_tool(config)
+    # Calls have no effect outside their sandbox, so one whose worker died may be tried again; it
+    # happens when Ray ends an idle worker just as it is given work.
+    options: dict[str, Any] = {"num_cpus": config.num_cpus, "max_retries": 1}
+    if config.memory_bytes is not None:
+        options["memory"] = config.memory_bytes
+    # Workers are shared by what has the same environment: a variable of its own keeps a tool whose
+    # state is slow to load on workers that have it.
+    runtime_env = {"env_vars": {"ATLAS_TOOL": config.tool_id}} if config.dedicated_worker else None
+    if runtime_env is not None:
+        options["runtime_env"] = runtime_env
+    return _Entry(
+        config=config,
+        config_json=config.model_dump_json(),
+        tool=tool,
+        validator=jsonschema.Draft202012Validator(tool.parameters),
+        places=asyncio.Semaphore(config.max_concurrency),
+        call=ray.remote(_run_tool).options(name=f"tool:{config.tool_id}", **options),
+        warm=ray.remote(_warm_tool).options(
+            name=f"warm:{config.tool_id}", num_cpus=0, max_retries=0, runtime_env=runtime_env
+        ),
+    )
+
+
+def _check(entry: _Entry, arguments: Any) -> None:
+    """Refuse arguments that do not fit the schema, saying what to change."""
+    name = entry.tool.tool_id
+    if entry.tool.kind in ("none", "sampling"):
+        raise ToolFailed(f"tool {name!r} cannot be called")
+    error = jsonschema.exceptions.best_match(entry.validator.iter_errors(arguments))
+    if error is not None:
+        where = ".".join(str(part) for part in error.absolute_path)
+        reason = error.message
+        if len(reason) > 300:  # both ends: the value comes first, what is wrong with it last
+            reason = f"{reason[:150]} … {reason[-150:]}"
+        raise ToolRetry(f"tool {name!r}: {f'{where}: ' if where else ''}{reason}")
+
+
+async def _end(entry: _Entry, reference: Any) -> None:
+    """End a task nobody waits for any more, then give its place back."""
+    try:
+        for force in (False, True):
+            with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                ray.cancel(reference, force=force)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FORCE_AFTER_S):
+                    await reference
+                return
+    except ray.exceptions.RayError:
+        return
+    finally:
+        entry.leave()
+
+
+def _unwrap(error: ray.exceptions.RayTaskError, name: str) -> ToolRetry | ToolFailed:
+    """The tool's own error out of Ray's wrapper, which carries the worker's stack trace."""
+    cause = error.cause
+    if isinstance(cause, ToolRetry | ToolFailed):
+        return type(cause)(*cause.args)
+    logger.error("tool %s: unexpected %s", name, type(cause).__name__)
+    return ToolFailed(f"tool {name!r} failed")

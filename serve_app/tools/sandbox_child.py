@@ -1,0 +1,267 @@
+"""What happens in the forked process of one run: confinement first, then the code that was sent.
+
+Standard library and sandlock only; `sandbox_server` loads this file by its path. In this order the
+process loses: inherited descriptors, unbounded resources, the root user (where the server has it),
+files (Landlock, by sandlock), system calls (seccomp). It can start no other process.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import ctypes
+import io
+import linecache
+import os
+import resource
+import signal
+import struct
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from serve_app.tools import sandbox_policy as policy
+else:
+    # Put there by the server: importing it as part of the package would import the package.
+    import sandbox_policy as policy
+
+SOURCE_NAME = "<python>"
+CONFINED = b"confined"
+"""What the child says on its status pipe before it runs anything."""
+
+_CAP_DAC_READ_SEARCH = 2
+_PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS = 1, 8
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class ConfinementError(Exception):
+    """The child could not be confined; nothing was run."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How children are confined, the same for every run of this server."""
+
+    base: str
+    """The server's own folder; each run gets one inside it."""
+    readable: tuple[str, ...]
+    """Folders and files a child may read."""
+    run_uid: int | None
+    """User id a child changes to; `None` keeps the server's, without its capabilities."""
+
+
+def _set_limits(limits: dict[str, Any], run_uid: int | None) -> None:
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        in_use = int(statm.read().split()[0]) * resource.getpagesize()
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
+        f.write("1000")
+    caps = {
+        resource.RLIMIT_AS: in_use + limits["memory_mb"] * (1 << 20),
+        resource.RLIMIT_CPU: limits["cpu_seconds"],
+        resource.RLIMIT_FSIZE: limits["max_file_bytes"],
+        resource.RLIMIT_NOFILE: limits["max_open_files"],
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
+    if run_uid is not None:
+        # Counted for each user id: exact only because nobody else has this one.
+        caps[resource.RLIMIT_NPROC] = limits["max_threads"]
+    for name, value in caps.items():
+        hard = resource.getrlimit(name)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        # A second more for the CPU's hard limit, whose signal would hide which limit it was.
+        spare = int(name == resource.RLIMIT_CPU and value != hard)
+        resource.setrlimit(name, (value, value + spare))
+
+
+def die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends; at once if it has already."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def _drop_privileges(run_uid: int | None) -> None:
+    """Become `run_uid`, keeping only the capability to read what Landlock lets through."""
+    keep = 0
+    if run_uid is not None:
+        keep = 1 << _CAP_DAC_READ_SEARCH
+        _libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
+        os.setgroups([])
+        os.setresgid(run_uid, run_uid, run_uid)
+        os.setresuid(run_uid, run_uid, run_uid)
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    current = ctypes.create_string_buffer(24)
+    if _libc.capget(header, current) != 0:
+        raise ConfinementError("capabilities cannot be read")
+    keep &= struct.unpack("=6I", current.raw)[1]
+    if _libc.capset(header, struct.pack("=6I", keep, keep, 0, 0, 0, 0)) != 0:
+        raise ConfinementError("capabilities cannot be dropped")
+
+
+def _confine(plan: Plan, workdir: str, limits: dict[str, Any], parent_pid: int) -> None:
+    """Take everything away; the order matters, each step needs what the next one removes."""
+    import sandlock
+
+    os.setsid()
+    os.umask(0o077)
+    os.chdir(workdir)
+    _set_limits(limits, plan.run_uid)
+    _drop_privileges(plan.run_uid)
+    # After the change of user, which resets it.
+    die_with(parent_pid)
+    protection = sandlock.Protection
+    sandlock.confine(
+        sandlock.Sandbox(
+            fs_readable=plan.readable,
+            fs_writable=[workdir, "/dev/null"],
+            # What an older kernel lacks of these, the system call filter refuses anyway.
+            allow_degraded=[
+                protection.NET_TCP,
+                protection.FS_IOCTL_DEV,
+                protection.SIGNAL_SCOPE,
+                protection.ABSTRACT_UNIX_SOCKET_SCOPE,
+            ],
+        )
+    )
+    policy.install_seccomp()
+
+
+class _CountingFile(io.FileIO):
+    """Standard output that knows whether anything was written to it."""
+
+    written = 0
+
+    def write(self, data: Any, /) -> int:
+        self.written += len(data)
+        return super().write(data)
+
+
+def _report(error: BaseException) -> None:
+    """Print an error as Python does, without the frames of files the caller does not know."""
+    with contextlib.suppress(BaseException):
+        seen = traceback.TracebackException.from_exception(error, limit=-50)
+        chain: traceback.TracebackException | None = seen
+        while chain is not None:
+            chain.stack = traceback.StackSummary.from_list(
+                [frame for frame in chain.stack if frame.filename == SOURCE_NAME]
+            )
+            chain = chain.__cause__ or chain.__context__
+        sys.stderr.write("".join(seen.format()))
+
+
+def _exit_code(stop: SystemExit) -> int:
+    if stop.code is None:
+        return 0
+    if isinstance(stop.code, int):
+        return stop.code & 0xFF
+    sys.stderr.write(f"{stop.code}\n")
+    return 1
+
+
+def _execute(code: str, stdout: _CountingFile) -> int:
+    """Run code as a fresh `__main__`; like a shell, show a last expression if nothing was shown."""
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    linecache.cache[SOURCE_NAME] = (len(code), None, code.splitlines(keepends=True), SOURCE_NAME)
+    try:
+        tree = ast.parse(code, SOURCE_NAME)
+        last = None
+        if tree.body and isinstance(tree.body[-1], ast.Expr):
+            last = ast.Expression(tree.body.pop().value)  # type: ignore[attr-defined]
+        exec(compile(tree, SOURCE_NAME, "exec"), module.__dict__)
+        if last is not None:
+            value = eval(compile(last, SOURCE_NAME, "eval"), module.__dict__)
+            sys.stdout.flush()
+            if value is not None and stdout.written == 0:
+                sys.stdout.write(f"{value!r}\n")
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread() and not thread.daemon:
+                thread.join()
+    except SystemExit as stop:
+        return _exit_code(stop)
+    except BaseException as error:
+        _report(error)
+        return 1
+    return 0
+
+
+def run_child(
+    plan: Plan, workdir: str, request: dict[str, Any], pipes: list[int], server: int
+) -> int:
+    """Everything that happens in the forked process; returns its exit code."""
+    null = os.open("/dev/null", os.O_RDONLY)
+    for target, source in enumerate((null, *pipes)):
+        os.dup2(source, target, inheritable=False)
+    os.closerange(4, 1 << 20)
+    os.environ.clear()
+    os.environ.update(HOME=workdir, TMPDIR=workdir, LANG="C.UTF-8", PATH="")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        _confine(plan, workdir, request["limits"], server)
+    except Exception as error:
+        os.write(3, f"{type(error).__name__}: {error}".encode(errors="replace")[:500])
+        return 1
+    if request.get("probe"):
+        os.write(3, _probe(plan).encode() or CONFINED)
+        return 0
+    os.write(3, CONFINED)
+    os.close(3)
+    raw = _CountingFile(1, "w")
+    sys.stdin = io.TextIOWrapper(io.FileIO(0), encoding="utf-8")
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace")
+    sys.stderr = io.TextIOWrapper(
+        io.FileIO(2, "w"),
+        "utf-8",
+        "backslashreplace",
+        write_through=True,
+    )
+    sys.argv = [SOURCE_NAME]
+    sys.orig_argv[:] = ["python"]
+    code = _execute(request["code"], raw)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):
+            stream.flush()
+    return code
+
+
+def _probe(plan: Plan) -> str:
+    """Try to get out; returns what succeeded, or nothing when the walls hold."""
+    import socket
+
+    def fork() -> None:
+        if os.fork() == 0:
+            os._exit(0)
+
+    outside = os.path.join(plan.base, "probe")
+    doors: dict[str, Callable[[], object]] = {
+        "a foreign file was read": lambda: os.open("/etc/passwd", os.O_RDONLY),
+        "the process table was read": lambda: os.open("/proc/self/environ", os.O_RDONLY),
+        "a foreign file was written": lambda: os.open(outside, os.O_WRONLY | os.O_CREAT),
+        "a TCP socket was made": lambda: socket.socket(socket.AF_INET),
+        "a UNIX socket was made": lambda: socket.socket(socket.AF_UNIX),
+        "a process was made": fork,
+        "a program was started": lambda: os.execv(sys.executable, ["python", "-c", "0"]),
+        "another process was signalled": lambda: os.kill(os.getppid(), 0),
+    }
+    for name, door in doors.items():
+        with contextlib.suppress(OSError):
+            door()
+            return name
+    try:
+        with open("probe", "wb") as own:
+            own.write(b"1")
+        with open(os.__file__, "rb") as runtime:
+            runtime.read(1)
+    except OSError as error:
+        return f"its own files are out of reach: {error.strerror}"
+    return ""
