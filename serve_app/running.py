@@ -75,6 +75,9 @@ def running_graph(
     # A cluster of our own on a laptop: a small object store, no telemetry, no dashboard.
     own = {"include_dashboard": False, "object_store_memory": 256 << 20} if address is None else {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray makes its workers 15 nicer than everything else: beside any other work on the machine,
+    # replicas then do not even start in time.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ[CALLBACK_VARIABLE] = CALLBACK
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
     try:

@@ -86,7 +86,7 @@ class PoolController:
             except Exception:
                 logger.exception("a reconcile round failed; trying again")
             starting = any(member.state is MemberState.STARTING for member in self._state.models)
-            await asyncio.sleep(0.5 if starting else self._config.pool.health_interval_s)
+            await asyncio.sleep(1.0 if starting else self._config.pool.health_interval_s)
 
     async def _reconcile(self) -> None:
         """One round: the next step of every model."""

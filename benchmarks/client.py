@@ -1,0 +1,276 @@
+"""A load generator that costs little: HTTP/1.1 over raw keep-alive sockets, in its own process.
+
+In: a `Load`. Out: a `Measurement`. `run_load` starts `python -m benchmarks.client`, which reads the
+load as JSON from standard input and writes the measurement to standard output. Every request has
+its own body, so no cache can answer it. A response that is not 200, is cut off or does not come in
+time counts as an error and in no latency.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+ASK_TIMEOUT_S = 30.0
+
+OPENERS = ("what is", "please work out", "tell me quickly", "could you find", "I need to know")
+SUBJECTS = ("{a} times {b}", "the capital near {a} and {b}", "a function that adds {a} to {b}")
+ENDINGS = ("?", " today?", ", in one word?", " and say why.", ", step by step?")
+
+
+def question(number: int) -> str:
+    """A short question; different numbers give different questions."""
+    opener = OPENERS[number % len(OPENERS)]
+    subject = SUBJECTS[number // 5 % len(SUBJECTS)].format(a=number, b=number * 7 % 1009)
+    return f"{opener} {subject}{ENDINGS[number // 15 % len(ENDINGS)]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One run of load against one URL."""
+
+    host: str
+    port: int
+    path: str
+    mode: Literal["closed", "open"]
+    """`closed`: each connection asks again when answered. `open`: arrivals at a fixed rate."""
+    seconds: float
+    concurrency: int = 1
+    """Connections of a closed loop; upper bound of an open one."""
+    rate: float = 0.0
+    """Requests per second of an open loop."""
+    body: dict[str, Any] | None = None
+    """Fields of the JSON body beside `messages`; `None` sends GET."""
+    stream: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+    first_number: int = 0
+    """Number of the first question, so that runs never share one."""
+
+
+@dataclass(slots=True)
+class Measurement:
+    """What came back; latencies in milliseconds, in the order of completion."""
+
+    latencies_ms: list[float] = field(default_factory=list)
+    """Request sent (open loop: due) to last byte."""
+    first_ms: list[float] = field(default_factory=list)
+    """Streams only: request sent to the first event with content."""
+    errors: int = 0
+    error_sample: str | None = None
+    seconds: float = 0.0
+    client_cpu_s: float = 0.0
+    """CPU time of the load generator itself."""
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection with one request at a time on it."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._answer: asyncio.Future[tuple[int, bytes]] | None = None
+        self._buffer = bytearray()
+        self._body_start = -1
+        self._content_length = -1
+        self.first_content_s: float | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail what was asked."""
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(ConnectionError("connection closed before the answer"))
+
+    @property
+    def usable(self) -> bool:
+        """Whether another request can go out on it."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def close(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def ask(self, request: bytes) -> tuple[int, bytes]:
+        """Send a request; returns status and body bytes (chunked framing left in).
+
+        Raises:
+            ConnectionError: If the connection closes first.
+            TimeoutError: If the answer takes longer than `ASK_TIMEOUT_S`.
+        """
+        assert self._transport is not None
+        self._buffer.clear()
+        self._body_start = self._content_length = -1
+        self.first_content_s = None
+        self._answer = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        async with asyncio.timeout(ASK_TIMEOUT_S):
+            return await self._answer
+
+    def data_received(self, data: bytes) -> None:
+        """Collect, note the first content, and finish when the framing says so."""
+        self._buffer += data
+        if self._body_start < 0:
+            end = self._buffer.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            self._body_start = end + 4
+            self._content_length = _content_length(bytes(self._buffer[:end]).lower())
+        if self.first_content_s is None and b'"content":"' in self._buffer.replace(b": ", b":"):
+            self.first_content_s = time.perf_counter()
+        if self._content_length >= 0:
+            complete = len(self._buffer) - self._body_start >= self._content_length
+        else:
+            complete = self._buffer.endswith(b"0\r\n\r\n")
+        if complete and self._answer is not None and not self._answer.done():
+            status = int(self._buffer[9:12])
+            self._answer.set_result((status, bytes(self._buffer[self._body_start :])))
+
+
+def _content_length(head: bytes) -> int:
+    """Content-Length of a lower-case head; -1 where the body is chunked."""
+    for line in head.split(b"\r\n")[1:]:
+        name, _, value = line.partition(b":")
+        if name == b"content-length":
+            return int(value)
+    return -1
+
+
+def build_request(load: Load, number: int) -> bytes:
+    """The bytes of one request."""
+    headers = {"host": f"{load.host}:{load.port}"} | load.headers
+    payload = b""
+    if load.body is not None:
+        messages = [{"role": "user", "content": question(number)}]
+        fields = load.body | {"messages": messages} | ({"stream": True} if load.stream else {})
+        payload = json.dumps(fields).encode()
+        headers |= {"content-type": "application/json", "content-length": str(len(payload))}
+    lines = [f"{'GET' if load.body is None else 'POST'} {load.path} HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + payload
+
+
+class _Run:
+    """One load while it runs."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._number = load.first_number
+        self.measurement = Measurement()
+
+    async def connect(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(Connection, self._load.host, self._load.port)
+        return connection
+
+    async def one(self, connection: Connection, due_s: float | None = None) -> None:
+        """Send the next question; `due_s` is when an open loop wanted it sent."""
+        self._number += 1
+        request = build_request(self._load, self._number)
+        sent_s = time.perf_counter()
+        try:
+            status, body = await connection.ask(request)
+        except (ConnectionError, TimeoutError) as error:
+            connection.close()
+            self._fail(f"{type(error).__name__}: {error}")
+            return
+        done_s = time.perf_counter()
+        if status != 200 or (self._load.stream and b"[DONE]" not in body):
+            self._fail(f"{status}: {body[:300].decode(errors='replace')}")
+            return
+        self.measurement.latencies_ms.append((done_s - (due_s or sent_s)) * 1e3)
+        if self._load.stream and connection.first_content_s is not None:
+            self.measurement.first_ms.append((connection.first_content_s - sent_s) * 1e3)
+
+    def _fail(self, sample: str) -> None:
+        self.measurement.errors += 1
+        self.measurement.error_sample = self.measurement.error_sample or sample
+
+    async def closed(self) -> None:
+        """Every connection asks again as soon as it is answered."""
+        end_s = time.perf_counter() + self._load.seconds
+
+        async def ask_on() -> None:
+            connection = await self.connect()
+            while time.perf_counter() < end_s:
+                if not connection.usable:
+                    connection = await self.connect()
+                await self.one(connection)
+            connection.close()
+
+        await asyncio.gather(*(ask_on() for _ in range(self._load.concurrency)))
+
+    async def open(self) -> None:
+        """Requests fall due at a fixed rate, whether or not earlier ones are answered."""
+        idle: list[Connection] = []
+        running: set[asyncio.Task[None]] = set()
+
+        async def serve(due_s: float) -> None:
+            connection = idle.pop() if idle else await self.connect()
+            await self.one(connection, due_s)
+            if connection.usable:
+                idle.append(connection)
+
+        began_s = time.perf_counter()
+        for index in range(int(self._load.rate * self._load.seconds)):
+            due_s = began_s + index / self._load.rate
+            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+            if len(running) >= self._load.concurrency:
+                self._fail("the open loop's bound on requests in flight was reached")
+                continue
+            task = asyncio.create_task(serve(due_s))
+            running.add(task)
+            task.add_done_callback(running.discard)
+        await asyncio.gather(*running)
+        for connection in idle:
+            connection.close()
+
+
+async def measure(load: Load) -> Measurement:
+    """Run a load in this process."""
+    run = _Run(load)
+    loop: Callable[[], Coroutine[Any, Any, None]] = (
+        run.closed if load.mode == "closed" else run.open
+    )
+    cpu_s, began_s = time.process_time(), time.perf_counter()
+    await loop()
+    run.measurement.seconds = time.perf_counter() - began_s
+    run.measurement.client_cpu_s = time.process_time() - cpu_s
+    return run.measurement
+
+
+async def run_load(load: Load) -> Measurement:
+    """Run a load in a process of its own.
+
+    Raises:
+        RuntimeError: If that process fails; the message holds what it wrote.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "benchmarks.client",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate(json.dumps(asdict(load)).encode())
+    if process.returncode:
+        raise RuntimeError(f"the load generator failed: {err.decode(errors='replace')[-2000:]}")
+    return Measurement(**json.loads(out))
+
+
+def main() -> None:
+    """Read a load, run it, write the measurement."""
+    load = Load(**json.loads(sys.stdin.read()))
+    sys.stdout.write(json.dumps(asdict(asyncio.run(measure(load)))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""One Ray cluster, one graph and one set of engines for the whole session; started by the first
+test that asks."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+
+from serve_app.schemas import PoolState
+
+BEHAVIOURS = ("echo", "fail", "refuse", "hang", "break", "loop", "bad_call")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The running graph as a client sees it."""
+
+    url: str
+    config: Path
+    pool: PoolState
+    """The pool when no model was starting any more."""
+
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=120)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def graph_config(port: int) -> dict[str, object]:
+    """The shipped nano configuration, with scripted engines, a remote model and a broken one beside
+    it."""
+    config = yaml.safe_load(Path("configs/nano.yaml").read_text().replace("../", f"{Path.cwd()}/"))
+    for behaviour in BEHAVIOURS:
+        config["models"].append(
+            {
+                "type": "custom",
+                "model_id": f"scripted-{behaviour}",
+                "import_path": "tests.fakes:ScriptedModel",
+                "settings": {"behaviour": behaviour},
+                "num_cpus": 0,
+                "tools": ["none", "calculator", "best_of"],
+                "price": {"usd_per_1m_prompt_tokens": 1000, "usd_per_1m_completion_tokens": 1000},
+                "card": {"examples": [f"zzz scripted {behaviour} zzz"]},
+            }
+        )
+    config["models"].append(
+        {
+            "type": "remote",
+            "model_id": "remote-math",
+            "base_url": f"http://127.0.0.1:{port}/v1",
+            "remote_model": "nano-math@calculator",
+            "health_path": None,
+            "card": {"examples": ["zzz remote zzz"]},
+        }
+    )
+    config["models"].append(
+        {
+            "type": "local",
+            "model_id": "broken",
+            "model_source": "/nonexistent/weights",
+            "bundle": {"CPU": 0.01},
+            "num_cpus": 0.01,
+            "startup_memory_gib": 0.1,
+            "card": {"examples": ["zzz broken zzz"]},
+        }
+    )
+    return config
+
+
+@pytest.fixture(scope="session")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+    """The graph with every engine up; about two minutes on two idle cores."""
+    from serve_app.running import running_graph
+
+    folder = tmp_path_factory.mktemp("graph")
+    port = free_port()
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(graph_config(port)))
+    os.environ["ATLAS_DATA_DIR"] = str(folder / "data")
+    try:
+        with running_graph(path, port=port) as running:
+            *_, pool = running.wait_for_pool()
+            yield Graph(f"http://127.0.0.1:{port}", path, pool)
+    finally:
+        del os.environ["ATLAS_DATA_DIR"]
+
+
+@pytest.fixture(scope="session")
+def ray_session(graph: Graph) -> Graph:
+    """The session's Ray cluster; the graph's."""
+    return graph

@@ -1,0 +1,281 @@
+"""Chat through the running graph: real engines, real tools, the official client, pinned and
+routed."""
+
+from __future__ import annotations
+
+import time
+
+import httpx
+import openai
+import pytest
+
+from serve_app.schemas import MemberState
+from tests.conftest import Graph
+
+pytestmark = pytest.mark.serve
+
+# Questions each pair is built for: phrasings of the kind the models are trained on.
+RIGHT = [
+    ("nano-math@calculator", "What is 15% of 240?", "36"),
+    ("nano-math@calculator", "Solve 3x + 7 = 31 for x.", "8"),
+    ("nano-facts@none", "What is the capital of France?", "Paris"),
+    ("nano-code@python", "What is the sum of [31, 204, 9, 77]?", "321"),
+]
+
+
+def ask(
+    client: openai.OpenAI, question: str, model: str = "atlas", **atlas: object
+) -> tuple[str, dict[str, object]]:
+    completion = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        extra_body={"atlas": atlas},
+    )
+    extension = completion.model_extra["atlas"] if completion.model_extra else {}
+    return completion.choices[0].message.content or "", extension
+
+
+@pytest.mark.parametrize(("pair", "question", "gold"), RIGHT)
+def test_a_pinned_pair_answers_right(graph: Graph, pair: str, question: str, gold: str) -> None:
+    answer, extension = ask(graph.client(), question, pair)
+    assert gold in answer
+    assert (extension["pair"], extension["path"]) == (pair, "pinned")
+
+
+@pytest.mark.parametrize(("pair", "question", "gold"), RIGHT)
+def test_a_routed_question_reaches_a_right_pair(
+    graph: Graph, pair: str, question: str, gold: str
+) -> None:
+    answer, extension = ask(graph.client(), question)
+    assert (extension["pair"], extension["path"]) == (pair, "cold_start")
+    assert gold in answer
+
+
+def test_retrieval_answers_what_no_model_knows(graph: Graph) -> None:
+    question = "Which year was the Brosen Bridge completed?"
+    answer, extension = ask(graph.client(), question, "nano-facts@retrieval")
+    call = extension["steps"][0]["tool_calls"][0]  # type: ignore[index]
+    assert call["sources"]
+    assert "1505" in answer
+    assert "1505" not in ask(graph.client(), question, "nano-facts@none")[0]
+
+
+def test_a_streamed_answer_is_the_whole_one_in_pieces(graph: Graph) -> None:
+    request = {
+        "model": "nano-math@calculator",
+        "messages": [{"role": "user", "content": "What is 15% of 240?"}],
+        "temperature": 0,
+    }
+    whole = graph.client().chat.completions.create(**request)  # type: ignore[call-overload]
+    chunks = list(graph.client().chat.completions.create(**request, stream=True))  # type: ignore[call-overload]
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert not any(choice.delta.tool_calls for chunk in chunks for choice in chunk.choices)
+    assert [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason] == [
+        "stop"
+    ]
+
+
+async def test_the_async_client_streams_with_usage(graph: Graph) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{graph.url}/v1", api_key="none", max_retries=0)
+    stream = await client.chat.completions.create(
+        model="atlas",
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    usages = [chunk.usage async for chunk in stream if chunk.usage]
+    await client.close()
+    assert [usage.total_tokens > 0 for usage in usages] == [True]
+
+
+def test_best_of_returns_one_of_its_samples(graph: Graph) -> None:
+    completion = graph.client().chat.completions.create(
+        model="scripted-echo@best_of", messages=[{"role": "user", "content": "hi"}]
+    )
+    assert len(completion.choices) == 1
+    assert '"n": 5' in (completion.choices[0].message.content or "")
+
+
+def test_several_choices_come_back_when_asked_for(graph: Graph) -> None:
+    completion = graph.client().chat.completions.create(
+        model="nano-facts",
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        n=3,
+    )
+    assert [choice.index for choice in completion.choices] == [0, 1, 2]
+
+
+def test_the_callers_own_tools_reach_the_model_and_nothing_unknown_does(graph: Graph) -> None:
+    tool = {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+    }
+    completion = graph.client().chat.completions.create(
+        model="scripted-echo",
+        messages=[{"role": "user", "content": "hi"}],
+        tools=[tool],
+        user="me",  # type: ignore[list-item]
+    )
+    content = completion.choices[0].message.content or ""
+    assert '"weather"' in content
+    assert set(httpx_json(content)) == {"messages", "max_tokens", "tools"}
+
+
+def httpx_json(text: str) -> dict[str, object]:
+    parsed: dict[str, object] = httpx.Response(200, text=text).json()
+    return parsed
+
+
+@pytest.mark.parametrize("first", ["scripted-fail", "scripted-loop", "scripted-refuse"])
+def test_a_failing_pair_is_replaced_by_the_next_best(graph: Graph, first: str) -> None:
+    behaviour = first.removeprefix("scripted-")
+    answer, extension = ask(
+        graph.client(),
+        f"zzz scripted {behaviour} zzz",
+        models=[first, "scripted-echo"],
+        tools=["calculator"],
+    )
+    steps = extension["steps"]
+    assert [step["pair"].split("@")[0] for step in steps] == [first, "scripted-echo"]  # type: ignore[attr-defined]
+    assert steps[0]["error"]  # type: ignore[index]
+    assert extension["path"] == "cold_start"
+    assert "messages" in answer
+
+
+def test_a_pair_that_hangs_is_replaced_within_the_deadline(graph: Graph) -> None:
+    began_s = time.monotonic()
+    _, extension = ask(
+        graph.client(),
+        "zzz scripted hang zzz",
+        models=["scripted-hang", "scripted-echo"],
+        tools=["none"],
+        deadline_s=4,
+    )
+    assert time.monotonic() - began_s < 4.5
+    assert extension["pair"] == "scripted-echo@none"
+
+
+def test_a_pinned_pair_that_hangs_ends_at_the_deadline(graph: Graph) -> None:
+    began_s = time.monotonic()
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(graph.client(), "hi", "scripted-hang", deadline_s=1)
+    assert caught.value.status_code == 504
+    assert time.monotonic() - began_s < 2
+
+
+def test_a_pinned_pair_that_fails_is_not_replaced(graph: Graph) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(graph.client(), "hi", "scripted-fail")
+    assert caught.value.status_code == 502
+
+
+def test_what_the_engine_refuses_is_the_callers_fault(graph: Graph) -> None:
+    with pytest.raises(openai.BadRequestError, match="scripted refusal"):
+        ask(graph.client(), "hi", "scripted-refuse")
+
+
+def test_a_prompt_longer_than_the_engine_takes_is_refused(graph: Graph) -> None:
+    with pytest.raises(openai.BadRequestError):
+        ask(graph.client(), "many words and more " * 5000, "nano-math")
+
+
+def test_a_stream_that_breaks_ends_with_an_error_event(graph: Graph) -> None:
+    stream = graph.client().chat.completions.create(
+        model="scripted-break", messages=[{"role": "user", "content": "hi"}], stream=True
+    )
+    text = ""
+    with pytest.raises(openai.APIError, match="scripted break"):
+        for chunk in stream:
+            text += "".join(choice.delta.content or "" for choice in chunk.choices)
+    assert text == "one two "
+
+
+def test_a_call_the_model_got_wrong_is_told_to_the_model(graph: Graph) -> None:
+    answer, extension = ask(graph.client(), "hi", "scripted-bad_call@calculator")
+    assert answer.startswith("Error: the arguments are not JSON")
+    assert extension["steps"][0]["tool_calls"][0]["ok"] is False  # type: ignore[index]
+
+
+def test_a_remote_model_answers_like_a_local_one(graph: Graph) -> None:
+    answer, extension = ask(graph.client(), "What is 15% of 240?", "remote-math")
+    assert "36" in answer
+    assert extension["pair"] == "remote-math@none"
+
+
+def test_a_cost_limit_leaves_out_the_dear_pairs(graph: Graph) -> None:
+    _, extension = ask(graph.client(), "zzz scripted echo zzz", max_cost_usd=0.0001)
+    assert str(extension["pair"]).startswith("nano-")
+
+
+def test_a_cost_limit_caps_the_tokens_of_a_pinned_pair(graph: Graph) -> None:
+    answer, _ = ask(graph.client(), "hi", "scripted-echo", max_cost_usd=0.1)
+    assert (
+        httpx_json(answer)["max_tokens"] == 100 - 12
+    )  # 0.1 USD at 1000 USD per million, less the prompt
+
+
+def test_a_model_that_cannot_start_is_failed_with_its_reason_and_harms_no_other(
+    graph: Graph,
+) -> None:
+    members = {member.model_id: member for member in graph.pool.models}
+    assert members["broken"].state is MemberState.FAILED
+    assert members["broken"].reason
+    assert "/" not in (members["broken"].reason or "")
+    assert all(
+        member.state is MemberState.READY for name, member in members.items() if name != "broken"
+    )
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(graph.client(), "hi", "broken")
+    assert caught.value.status_code == 503
+
+
+def test_readiness_tells_where_each_model_stands(graph: Graph) -> None:
+    answer = httpx.get(f"{graph.url}/readyz")
+    assert answer.status_code == 200
+    assert answer.json()["models"]["nano-math"]["state"] == "ready"
+    assert answer.json()["models"]["broken"]["state"] == "failed"
+
+
+def test_a_decision_is_explained_without_running_it(graph: Graph) -> None:
+    body = {
+        "model": "atlas",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    }
+    decision = httpx.post(f"{graph.url}/v1/route", json=body).json()
+    assert decision["pair"] == "nano-facts@none"
+    assert len(decision["candidates"]) > 10
+
+
+def test_feedback_is_kept_once_and_only_for_ones_own_request(graph: Graph) -> None:
+    _, extension = ask(graph.client(), "What is the capital of France?")
+    feedback = {"request_id": extension["request_id"], "score": 1.0}
+    statuses = [httpx.post(f"{graph.url}/v1/feedback", json=feedback).status_code for _ in range(2)]
+    unknown = httpx.post(
+        f"{graph.url}/v1/feedback", json={"request_id": "req_unknown", "score": 1.0}
+    ).status_code
+    assert (statuses[0] // 100, statuses[1], unknown) == (2, 409, 404)
+
+
+async def test_every_step_is_stored_with_its_embedding(graph: Graph) -> None:
+    from sqlalchemy import select
+
+    from serve_app.config import load_config
+    from serve_app.store import Store
+    from serve_app.store.tables import OutcomeRow, RequestRow
+
+    _, extension = ask(graph.client(), "What is the capital of Spain?", "nano-facts")
+    time.sleep(1.5)
+    store = await Store.open(load_config(graph.config).store_url())
+    async with store.begin() as connection:
+        request_id = extension["request_id"]
+        request = (
+            await connection.execute(select(RequestRow).where(RequestRow.request_id == request_id))
+        ).one()
+        steps = (
+            await connection.execute(select(OutcomeRow).where(OutcomeRow.request_id == request_id))
+        ).all()
+    await store.close()
+    assert len(request.embedding) == 384 * 4
+    assert [(step.model_id, step.tool_id) for step in steps] == [("nano-facts", "none")]
