@@ -1,0 +1,119 @@
+"""`atlas nano …`: train the bundled models, evaluate them, and write labelled questions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from serve_app.nano.registry import MINUTES, SHAPES, load_generator, weights_dir
+from serve_app.nano.task import Question, Split
+
+app = typer.Typer(no_args_is_help=True, help="The bundled offline models.")
+console = Console()
+
+_SPLITS: tuple[Split, ...] = ("seen", "held_out")
+
+
+@app.command("train")
+def train_command(
+    name: Annotated[str, typer.Argument(help="math, facts or code")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write [shipped weights]")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Wall-clock budget [per model]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Token budget; makes a run repeatable")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    warm_start: Annotated[Path | None, typer.Option(help="Weights to continue from")] = None,
+    muon_lr: Annotated[float, typer.Option()] = 0.02,
+    adamw_lr: Annotated[float, typer.Option()] = 3e-3,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step, with padding")] = 2048,
+) -> None:
+    """Train one model from scratch on this machine's CPU."""
+    _log_to_console()
+    _check_name(name)
+    from serve_app.nano.trainer import TrainingSettings, train
+
+    if minutes is None and tokens is None:
+        minutes = MINUTES[name]
+    settings = TrainingSettings(
+        shape=SHAPES[name],
+        minutes=minutes,
+        tokens=tokens,
+        seed=seed,
+        muon_lr=muon_lr,
+        adamw_lr=adamw_lr,
+        batch_tokens=batch_tokens,
+        warm_start=warm_start,
+    )
+    train(f"nano-{name}", load_generator(name), out or weights_dir(name), settings)
+
+
+@app.command("eval")
+def eval_command(
+    names: Annotated[list[str] | None, typer.Argument(help="Models [all]")] = None,
+    model_dir: Annotated[Path | None, typer.Option(help="Weights, for one model")] = None,
+    n: Annotated[int, typer.Option(help="Questions per cell", min=1)] = 300,
+    seed: Annotated[int, typer.Option()] = 1,
+    wrong: Annotated[Path | None, typer.Option(help="JSONL of wrong answers to write")] = None,
+) -> None:
+    """Evaluate models through vLLM; prints the table and saves it next to the weights."""
+    _log_to_console()
+    from serve_app.nano.evaluate import evaluate_model, save, show
+
+    chosen = names or list(SHAPES)
+    for name in chosen:
+        _check_name(name)
+    if model_dir is not None and len(chosen) != 1:
+        raise typer.BadParameter("--model-dir goes with exactly one model name")
+    everything, mistakes = [], []
+    for name in chosen:
+        rows, missed = evaluate_model(name, model_dir, n=n, seed=seed)
+        save(rows, (model_dir or weights_dir(name)) / "eval.json", seed=seed)
+        everything += rows
+        mistakes += missed
+    show(everything, console)
+    if wrong is not None:
+        wrong.write_text("".join(json.dumps(m) + "\n" for m in mistakes), encoding="utf-8")
+    if not all(row.passed for row in everything):
+        raise typer.Exit(code=1)
+
+
+@app.command("questions")
+def questions_command(
+    out: Annotated[Path, typer.Argument(help="JSONL file to write")],
+    n: Annotated[int, typer.Option(help="Questions per model and split", min=1)] = 500,
+    seed: Annotated[int, typer.Option()] = 2,
+    names: Annotated[list[str] | None, typer.Option("--name", help="Models [all]")] = None,
+) -> None:
+    """Write labelled questions of all domains, one JSON object per line."""
+    questions: list[Question] = []
+    for name in names or list(SHAPES):
+        _check_name(name)
+        generator = load_generator(name)
+        for split in _SPLITS:
+            rng = random.Random(f"{seed}-{name}-{split}")
+            questions += generator.questions(rng, split, n)
+    lines = [json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions]
+    out.write_text("".join(lines), encoding="utf-8")
+    console.print(f"{len(lines)} questions -> {out}")
+
+
+def _check_name(name: str) -> None:
+    if name not in SHAPES:
+        raise typer.BadParameter(f"no nano model {name!r}; choose one of {', '.join(SHAPES)}")
+
+
+def _log_to_console() -> None:
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)]
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,68 @@
+"""Names of the nano models and where each one's generator, evaluation cells and weights are.
+
+Cheap to import: a generator module is loaded only when asked for, and none needs torch or vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from serve_app.nano.task import EvalCell, TaskGenerator
+
+WEIGHTS_ROOT = Path(__file__).with_name("weights")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Size of one nano model; a Llama with tied embeddings and heads of 32 dimensions."""
+
+    hidden_size: int
+    num_layers: int
+    mlp_size: int
+    vocab_size: int
+    induction_init: bool = False
+    """Whether training starts with a pair of heads that copy; see `induction_init.py`."""
+
+
+SHAPES: dict[str, ModelShape] = {
+    "math": ModelShape(hidden_size=128, num_layers=4, mlp_size=352, vocab_size=1280),
+    "facts": ModelShape(
+        hidden_size=128, num_layers=5, mlp_size=352, vocab_size=1792, induction_init=True
+    ),
+    "code": ModelShape(hidden_size=128, num_layers=4, mlp_size=448, vocab_size=1280),
+}
+"""Per short name; the model id is `nano-<name>`."""
+
+MINUTES: dict[str, float] = {"math": 30.0, "facts": 30.0, "code": 35.0}
+"""Training budgets that reach the published figures, in minutes of one idle core."""
+
+
+def task_module(name: str) -> ModuleType:
+    """The module `serve_app.nano.<name>_tasks`.
+
+    Raises:
+        ValueError: If there is no nano model of that name.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"no nano model {name!r}; choose one of {', '.join(SHAPES)}")
+    return importlib.import_module(f"serve_app.nano.{name}_tasks")
+
+
+def load_generator(name: str) -> TaskGenerator:
+    """The generator of a nano model, by short name."""
+    generator: TaskGenerator = task_module(name).GENERATOR
+    return generator
+
+
+def load_cells(name: str) -> tuple[EvalCell, ...]:
+    """The cells of a nano model's evaluation table, by short name."""
+    cells: tuple[EvalCell, ...] = task_module(name).EVAL_CELLS
+    return cells
+
+
+def weights_dir(name: str) -> Path:
+    """Where the weights of a nano model ship."""
+    return WEIGHTS_ROOT / f"nano-{name}"
