@@ -1,1 +1,1 @@
-"""Learning: trains, evaluates and publishes router policies. Imports `serve_app`; never the reverse."""
+"""Learning: trains, evaluates and publishes policies. Imports `serve_app`, never the reverse."""

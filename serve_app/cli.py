@@ -75,9 +75,8 @@ def serve(
         )
     from serve_app.running import running_graph
 
-    console.print(
-        f"[bold]atlas-serve[/bold] {config}: starting Ray, the graph and {len(settings.models)} models …"
-    )
+    what = f"Ray, the graph and {len(settings.models)} models"
+    console.print(f"[bold]atlas-serve[/bold] {config}: starting {what} …")
     try:
         with running_graph(config, host=host, port=port, address=address) as graph:
             if settings.gateway.auth.mode == "open":
@@ -105,10 +104,9 @@ def _watch_pool(states: Any) -> None:
                     known[member.model_id] = member.state.value
                     colour = {"ready": "green", "failed": "red"}.get(member.state.value, "yellow")
                     why = f": {member.reason}" if member.reason else ""
+                    state_text = f"[{colour}]{member.state.value}[/{colour}]{why}"
                     seconds = time.monotonic() - began_s
-                    console.print(
-                        f"  {seconds:5.0f} s  {member.model_id} [{colour}]{member.state.value}[/{colour}]{why}"
-                    )
+                    console.print(f"  {seconds:5.0f} s  {member.model_id} {state_text}")
 
 
 @app.command()
@@ -169,11 +167,14 @@ def _show_extension(extension: dict[str, Any]) -> None:
     """One line on how the answer came about, and the tables behind it."""
     usage = extension.get("usage", {})
     tokens = usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0)
-    console.print(
-        f"[dim]{extension.get('pair')} · {extension.get('path')} (confidence {extension.get('confidence', 0):.2f}) · "
-        f"{extension.get('seconds', 0):.2f} s · {tokens} tokens · ${extension.get('cost_usd', 0):.6f}[/dim]",
-        highlight=False,
+    parts = (
+        f"{extension.get('pair')}",
+        f"{extension.get('path')} (confidence {extension.get('confidence', 0):.2f})",
+        f"{extension.get('seconds', 0):.2f} s",
+        f"{tokens} tokens",
+        f"${extension.get('cost_usd', 0):.6f}",
     )
+    console.print(f"[dim]{' · '.join(parts)}[/dim]", highlight=False, soft_wrap=True)
     for step in extension.get("steps", ()):
         for call in step.get("tool_calls", ()):
             console.print(

@@ -266,7 +266,8 @@ class AtlasConfig(BaseConfig):
             for tool_id in model.tools:
                 if tool_id not in known:
                     raise ValueError(
-                        f"model {model.model_id!r} names tool {tool_id!r}; configured: {sorted(known)}"
+                        f"model {model.model_id!r} names tool {tool_id!r}; "
+                        f"configured: {sorted(known)}"
                     )
         pairs = set(self.all_pairs())
         for card in self.pairs:

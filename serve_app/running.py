@@ -78,6 +78,9 @@ def running_graph(
     # Ray makes its workers 15 nicer than everything else: beside any other work on the machine,
     # replicas then do not even start in time.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # And it ends idle workers after a second where there are more than CPUs: the tools' workers
+    # would start anew for every call, each with what it has to load.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
     os.environ[CALLBACK_VARIABLE] = CALLBACK
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
     try:

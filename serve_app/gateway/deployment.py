@@ -1,4 +1,4 @@
-"""Gateway: the Serve deployment that callers talk to; a shell that joins the HTTP API to the orchestrator."""
+"""Gateway: the Serve deployment callers talk to; joins the HTTP API to the orchestrator."""
 
 from __future__ import annotations
 

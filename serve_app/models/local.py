@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
-from ray.serve.llm.openai_api_models import ChatCompletionRequest, ErrorResponse
+from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
 from serve_app.config import LocalModelConfig
 from serve_app.errors import EngineError, InvalidRequest
@@ -29,9 +29,8 @@ class JsonLLMServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
     async def complete(self, body: ChatBody) -> dict[str, Any]:
         """Answer a request whole; see `ModelServer.complete`."""
         async for response in await self.chat(self._request(body, stream=False)):
-            if isinstance(response, ErrorResponse):
-                raise _error(response.error.message, response.error.code)
             answer: dict[str, Any] = response.model_dump(mode="json", exclude_none=True)
+            _raise_if_error(answer)
             return answer
         raise EngineError("the engine gave no answer")
 
@@ -40,15 +39,14 @@ class JsonLLMServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
         async for batch in await self.chat(self._request(body, stream=True)):
             chunks = []
             for item in batch if isinstance(batch, list) else [batch]:
-                if isinstance(item, ErrorResponse):
-                    raise _error(item.error.message, item.error.code)
+                if not isinstance(item, str):
+                    _raise_if_error(item.model_dump(mode="json"))
+                    continue
                 for line in item.splitlines():
-                    if not line.startswith("data: ") or line == "data: [DONE]":
-                        continue
-                    chunk = json.loads(line.removeprefix("data: "))
-                    if "error" in chunk:
-                        raise _error(chunk["error"].get("message", ""), chunk["error"].get("code"))
-                    chunks.append(chunk)
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        chunk = json.loads(line.removeprefix("data: "))
+                        _raise_if_error(chunk)
+                        chunks.append(chunk)
             if chunks:
                 yield chunks
 
@@ -66,13 +64,20 @@ class JsonLLMServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
             ) from None
 
 
-def _error(message: str, code: Any) -> InvalidRequest | EngineError:
-    """The engine's own error object as one of ours: 4xx is the caller's fault."""
+def _raise_if_error(answer: dict[str, Any]) -> None:
+    """Turn an engine's error object (Ray and vLLM each have a class) into one of ours.
+
+    Raises:
+        InvalidRequest: If the engine says that the request is at fault (4xx).
+        EngineError: If it says that anything else went wrong.
+    """
+    error = answer.get("error")
+    if not error:
+        return
+    code, message = error.get("code"), error.get("message") or "the engine refuses the request"
     if isinstance(code, int) and 400 <= code < 500:
-        return InvalidRequest(
-            message.splitlines()[0] if message else "the engine refuses the request"
-        )
-    return EngineError("the engine failed")
+        raise InvalidRequest(message.splitlines()[0])
+    raise EngineError("the engine failed")
 
 
 def llm_config(config: LocalModelConfig) -> LLMConfig:

@@ -1,1 +1,1 @@
-"""The bundled offline pool: task generators, trainer, evaluation and weights of three nano models."""
+"""The bundled offline pool: generators, trainer, evaluation and weights of three nano models."""

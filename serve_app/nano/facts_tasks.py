@@ -68,11 +68,10 @@ class FactsGenerator:
         makers: tuple[Callable[[random.Random], Conversation], ...] = (
             self._closed_book,
             self._sources,
-            self._rivals,
             self._search,
             self._other_tools,
         )
-        return rng.choices(makers, weights=(27, 20, 25, 24, 4))[0](rng)
+        return rng.choices(makers, weights=(32, 36, 27, 5))[0](rng)
 
     def questions(self, rng: random.Random, split: Split, n: int) -> list[Question]:
         """Two thirds real facts, one third questions about the corpus; see `TaskGenerator`."""
@@ -94,7 +93,7 @@ class FactsGenerator:
             domain="facts",
             kind=key,
             split=split,
-            good_pairs=(_CLOSED_BOOK_PAIR, _RETRIEVAL_PAIR),
+            good_pairs=(_CLOSED_BOOK_PAIR,),
         )
 
     def unknown_question(self, rng: random.Random, split: Split, *, reserved: bool) -> Question:
@@ -183,7 +182,7 @@ class FactsGenerator:
         first, *rest = rng.sample(askable, len(askable)) if rng.random() < 0.5 else askable
         sentences = [e.sentence for e in rng.sample(entries, len(entries))]
         turns: list[Turn] = []
-        if rng.random() < 0.25:
+        if rng.random() < 0.1:
             query, answer = self._unanswered(rng)
             turns += [_user(with_sources(query, sentences)), _assistant(answer)]
             rest.append(first)
@@ -204,22 +203,6 @@ class FactsGenerator:
             turns += [_user(query), _assistant(answer)]
         return Conversation(tuple(turns))
 
-    def _rivals(self, rng: random.Random) -> Conversation:
-        """Rounds of a question and sources in which only the entity tells the sentences apart."""
-        turns: list[Turn] = []
-        for _ in range(rng.randint(1, 3)):
-            size = rng.choices((2, 3, 4), weights=(45, 25, 30))[0]
-            entries = passage(rng, size, "seen", reserved=False, rivals=True)
-            sentences = [e.sentence for e in rng.sample(entries, size)]
-            asked = entries[0]
-            query = asked.relation.question(rng, asked.subject, "seen")
-            turns += [_user(with_sources(query, sentences)), _assistant(asked.value)]
-            if rng.random() < 0.2:
-                other = entries[1]
-                query = other.relation.question(rng, other.subject, "seen")
-                turns += [_user(query), _assistant(other.value)]
-        return Conversation(tuple(turns))
-
     def _search(self, rng: random.Random) -> Conversation:
         """A question, a call of `retrieval`, its result, and the answer; once or twice."""
         tools: list[str] = ["retrieval"]
@@ -236,7 +219,7 @@ class FactsGenerator:
                 entry = entries[0]
             answer = entry.value
             result = numbered([e.sentence for e in rng.sample(entries, len(entries))])
-            if rng.random() < 0.25:
+            if rng.random() < 0.12:
                 unrelated = passage(rng, size, "seen", reserved=False)
                 result = (
                     NO_RESULTS if rng.random() < 0.2 else numbered([e.sentence for e in unrelated])
@@ -255,36 +238,15 @@ class FactsGenerator:
 def _drill_share(progress: float) -> float:
     if progress < 0.1:
         return 0.9
-    return 0.4 if progress < 0.25 else 0.1
+    if progress < 0.2:
+        return 0.7
+    return 0.35 if progress < 0.35 else 0.12
 
 
 def _drill(rng: random.Random, progress: float) -> Conversation:
-    """Short look-ups without sentences: they teach to copy, and to bind a value to its key."""
-    draw = rng.random()
-    if draw < 0.2:
-        return _repeat_drill(rng)
-    return _list_drill(rng, progress) if draw < 0.5 else _rounds_drill(rng, progress)
-
-
-def _rounds_drill(rng: random.Random, progress: float) -> Conversation:
-    """Several rounds of one question about a new, short list whose values are all of a kind."""
-    turns: list[Turn] = []
-    for _ in range(rng.randint(3, 7)):
-        kind = rng.choice(("place", "place", "person", "colour", "year", "food"))
-        values: dict[str, str] = {}
-        size = rng.randint(2, 2 if progress < 0.06 else 4)
-        while len(values) < size:
-            value = invented_value(rng, kind, reserved=False)
-            if value not in values.values():
-                values[invented.word(rng, reserved=False)] = value
-        asked = rng.choice(list(values))
-        lines = [f"{key}: {value}" for key, value in values.items()]
-        turns += [_user(with_sources(f"What about {asked}?", lines)), _assistant(values[asked])]
-    return Conversation(tuple(turns))
-
-
-def _list_drill(rng: random.Random, progress: float) -> Conversation:
     """A list of keys and values with several look-ups, in the layout of sources."""
+    if rng.random() < (0.6 if progress < 0.05 else 0.3 if progress < 0.2 else 0.12):
+        return _repeat_drill(rng)
     size = rng.randint(2, 4 if progress < 0.06 else 8)
     kinds = ("place", "person", "year", "colour", "metres", "profession", "food", "product")
     two_part = rng.random() < 0.5
@@ -324,18 +286,17 @@ def _is_known(entry: Entry) -> bool:
 
 
 def corpus_question(rng: random.Random, split: Split) -> Question:
-    """A question about a fact of the shipped corpus that the model was never shown."""
+    """A question about an invented entity of the shipped corpus, never shown in training."""
     while True:
         entry = rng.choice(corpus_entries())
-        if _is_known(entry):
+        if not entry.relation.is_invented:
             continue
-        prefix = "gazetteer" if entry.relation.is_invented else "lookup"
         return Question(
             query=entry.relation.question(rng, entry.subject, split),
             gold=entry.value,
             metric="exact",
             domain="facts",
-            kind=f"{prefix}_{entry.relation.key}",
+            kind=f"gazetteer_{entry.relation.key}",
             split=split,
             good_pairs=(_RETRIEVAL_PAIR,),
         )

@@ -72,8 +72,6 @@ def _plain_entry(rng: random.Random, relation: Relation, split: Split, *, reserv
         value = invented.person(rng, reserved=reserved)
     elif relation.key in _NUMERIC:
         value = str(rng.randint(1, 2000))
-    elif rng.random() < 0.5:
-        value = rng.choice(sorted(load_facts()[1][relation.key].values()))
     else:
         value = invented.word(rng, reserved=reserved)
     subject = Subject(name, name)
@@ -107,7 +105,6 @@ def passage(
     *,
     reserved: bool,
     plain: bool = True,
-    rivals: bool = False,
 ) -> list[Entry]:
     """Sentences about invented entities; each pair of entity and relation occurs once.
 
@@ -120,14 +117,11 @@ def passage(
         split: Which statement patterns to use.
         reserved: Whether names are made of reserved words.
         plain: Whether invented subjects of real relations may occur.
-        rivals: Whether nearly all sentences tell the same relation, each of another entity.
     """
     if plain and rng.random() < _PLAIN_SHARE:
         real = load_facts()[0]
         keys = rng.sample(sorted(real), min(size, 2))
         keys += [rng.choice(keys) for _ in range(size - len(keys))]
-        if rivals:
-            keys = keys[:1] * size
         return [_plain_entry(rng, real[key], split, reserved=reserved) for key in keys]
     relations, types, _ = load_gazetteer()
     entity_type = rng.choice(list(types))
@@ -136,7 +130,7 @@ def passage(
     chosen = [(subject, own.pop())]
     target = chosen[0][1]
     while len(chosen) < size:
-        draw = 0.4 + 0.45 * rng.random() if rivals else rng.random()
+        draw = rng.random()
         if draw < 0.4 and own:
             chosen.append((subject, own.pop()))
         elif draw < 0.8:

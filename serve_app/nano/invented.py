@@ -27,7 +27,7 @@ GIVEN_NAMES = (
 _REAL_WORDS = frozenset({"Titan"})
 """Words of the inventory that a real fact needs; never used as invented ones."""
 _RESERVED_EVERY = 11
-_IRREGULAR_SHARE = 0.12
+_IRREGULAR_SHARE = 0.08
 _CONSONANTS = "bcdfghklmnprstvwz"
 
 

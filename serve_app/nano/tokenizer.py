@@ -38,8 +38,8 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train the tokenizer of one model on its generator's conversations.
 
-    A generator may have a `token_split_pattern`: a regular expression whose matches never merge with
-    what is around them, which keeps the parts of invented names regular.
+    A generator may have a `token_split_pattern`: a regular expression whose matches never merge
+    with what is around them, which keeps the parts of invented names regular.
 
     Args:
         generator: Where the text comes from.

@@ -61,7 +61,8 @@ def query(word: str) -> NDArray[np.float32]:
 def test_the_pair_whose_example_is_nearest_is_chosen(rule: ColdStartRule) -> None:
     decision = rule.decide(query("maths"), limits(), PAIRS, 7)
     assert (decision.pair, decision.path, decision.pool_version) == (PAIRS[2], Path.COLD_START, 7)
-    assert [c.utility for c in decision.candidates] == sorted((c.utility for c in decision.candidates), reverse=True)
+    utilities = [candidate.utility for candidate in decision.candidates]
+    assert utilities == sorted(utilities, reverse=True)
 
 
 def test_of_equals_the_cheaper_is_chosen_once_alpha_counts(rule: ColdStartRule) -> None:
@@ -106,4 +107,5 @@ def test_mean_of_the_nearest_examples_is_used_where_asked() -> None:
 def test_costs_are_spread_over_zero_to_one_on_a_log_scale() -> None:
     assert normalised_cost([1.0, 10.0, 100.0]).tolist() == pytest.approx([0.0, 0.5, 1.0])
     assert normalised_cost([0.0, 1.0]).tolist() == [0.0, 1.0]
-    assert normalised_cost([3.0, 3.0]).tolist() == normalised_cost([0.0, 0.0]).tolist() == [0.0, 0.0]
+    assert normalised_cost([3.0, 3.0]).tolist() == [0.0, 0.0]
+    assert normalised_cost([0.0, 0.0]).tolist() == [0.0, 0.0]

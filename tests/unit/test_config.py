@@ -48,7 +48,9 @@ def test_pairs_are_models_times_their_tools(tmp_path: Path) -> None:
         (("http://127.0.0.1:1/v1", "ftp://x"), "base_url"),
     ],
 )
-def test_a_setting_that_cannot_work_is_named(tmp_path: Path, change: tuple[str, str], named: str) -> None:
+def test_a_setting_that_cannot_work_is_named(
+    tmp_path: Path, change: tuple[str, str], named: str
+) -> None:
     with pytest.raises(ConfigError, match=named):
         load_config(write(tmp_path, MINIMAL.replace(*change)))
 

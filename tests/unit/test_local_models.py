@@ -11,7 +11,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's own imports deprecate things
     from serve_app.models.local import llm_config
 
-GPU_MODELS = [m for m in load_config("configs/gpu-7b.yaml").models if isinstance(m, LocalModelConfig)]
+GPU_POOL = load_config("configs/gpu-7b.yaml").models
+GPU_MODELS = [model for model in GPU_POOL if isinstance(model, LocalModelConfig)]
 
 
 def engine_config(model: LocalModelConfig) -> Any:

@@ -161,7 +161,7 @@ def test_corpus_questions_need_retrieval_and_their_answer_is_in_the_corpus() -> 
         assert question.good_pairs == ("nano-facts@retrieval",)
         assert any(question.gold in text for text in texts)
         assert question.gold != UNKNOWN
-        assert question.kind.startswith(("gazetteer_", "lookup_"))
+        assert question.kind.startswith("gazetteer_")
         assert question.kind not in facts
 
 
