@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from serve_app.config import AtlasConfig, load_config
 from serve_app.errors import ConfigError
@@ -56,9 +57,10 @@ def test_a_setting_that_cannot_work_is_named(
 
 
 def test_the_same_model_twice_is_refused(tmp_path: Path) -> None:
-    line = MINIMAL.splitlines()[2]
+    parsed = yaml.safe_load(MINIMAL)
+    parsed["models"] *= 2
     with pytest.raises(ConfigError, match="more than once"):
-        load_config(write(tmp_path, MINIMAL.replace(line, f"{line}\n{line}")))
+        load_config(write(tmp_path, yaml.safe_dump(parsed)))
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "models: [", ""])
