@@ -18,16 +18,16 @@ from typing import Any, Literal
 
 ASK_TIMEOUT_S = 30.0
 
-OPENERS = ("what is", "please work out", "tell me quickly", "could you find", "I need to know")
-SUBJECTS = ("{a} times {b}", "the capital near {a} and {b}", "a function that adds {a} to {b}")
-ENDINGS = ("?", " today?", ", in one word?", " and say why.", ", step by step?")
+OPENERS = ("what is", "work out", "tell me", "find", "please give")
+SUBJECTS = ("{a} times {b}", "the sum of {a} and {b}", "{a} divided by {b}", "{a} percent of {b}")
 
 
 def question(number: int) -> str:
-    """A short question; different numbers give different questions."""
-    opener = OPENERS[number % len(OPENERS)]
-    subject = SUBJECTS[number // 5 % len(SUBJECTS)].format(a=number, b=number * 7 % 1009)
-    return f"{opener} {subject}{ENDINGS[number // 15 % len(ENDINGS)]}"
+    """A short question (about 10 tokens); the first 20 million numbers give as many questions."""
+    rest, opener = divmod(number, len(OPENERS))
+    rest, subject = divmod(rest, len(SUBJECTS))
+    a, b = divmod(rest % 1_000_000, 1000)
+    return f"{OPENERS[opener]} {SUBJECTS[subject].format(a=b, b=a)}?"
 
 
 @dataclass(frozen=True, slots=True)

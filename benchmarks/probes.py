@@ -13,8 +13,13 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.models.protocol import application_name
+from serve_app.telemetry import SERVE_LOGGING
 
-_OPTIONS: dict[str, Any] = {"max_ongoing_requests": 1024, "ray_actor_options": {"num_cpus": 0}}
+_OPTIONS: dict[str, Any] = {
+    "max_ongoing_requests": 1024,
+    "ray_actor_options": {"num_cpus": 0},
+    "logging_config": SERVE_LOGGING,
+}
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -93,7 +93,7 @@ class Bench:
         """Measure each scenario `rounds` times for `seconds`."""
         self._seconds = seconds
         self._rounds = rounds
-        self._next_number = int(time.time()) % 10_000_000 * 1000
+        self._next_number = 0
 
     def run_phase(
         self, phase: Phase, endpoints: list[Endpoint], rate: float = 0.0
@@ -109,7 +109,7 @@ class Bench:
         self, phase: Phase, endpoint: Endpoint, seconds: float, rate: float = 0.0
     ) -> Measurement:
         """One endpoint, once."""
-        self._next_number += 1_000_000
+        self._next_number += 100_000
         load = Load(
             host="127.0.0.1",
             port=endpoint.port,

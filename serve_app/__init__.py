@@ -6,7 +6,11 @@ reading a configuration does not import Ray.
 
 from typing import Any
 
+from serve_app import environment
+
 __version__ = "0.1.0"
+
+environment.apply()
 
 
 def __getattr__(name: str) -> Any:

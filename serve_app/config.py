@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from serve_app.environment import MAX_REQUEST_S
 from serve_app.errors import ConfigError
 from serve_app.schemas import NO_TOOL, Pair
 from serve_app.tools.config import ToolConfig
@@ -189,7 +190,7 @@ class LimitsConfig(BaseConfig):
     body_timeout_s: float = Field(default=15.0, gt=0)
     """Seconds from the first byte of a request to the last of its body."""
     default_deadline_s: float = Field(default=60.0, gt=0)
-    max_deadline_s: float = Field(default=600.0, gt=0)
+    max_deadline_s: float = Field(default=600.0, gt=0, le=MAX_REQUEST_S)
     max_ongoing_requests: int = Field(default=512, ge=1)
     """Requests one gateway replica works on; more get 429 with Retry-After."""
     max_tool_rounds: int = Field(default=3, ge=1, le=16)

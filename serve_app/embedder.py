@@ -216,16 +216,8 @@ class Embedder:
             batch_wait_timeout_s=config.embedder.batch_wait_timeout_s,
         )
 
-    async def embed(self, text: str) -> NDArray[np.float32]:
-        """Vector (dim,) of one text, L2-normalised; long text is cut at `max_tokens`.
-
-        Raises:
-            InvalidRequest: If it is no valid text.
-        """
-        return await self._batcher.submit(self._encoder.tokenize(text))
-
-    async def embed_many(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Vectors (batch, dim) of several texts, in their order.
+    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors (batch, dim) of texts, L2-normalised, in their order; long text is cut.
 
         Raises:
             InvalidRequest: If one of them is no valid text.

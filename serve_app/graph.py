@@ -20,6 +20,7 @@ from serve_app.embedder import Embedder
 from serve_app.gateway.deployment import Gateway
 from serve_app.models.controller import PoolController
 from serve_app.router.deployment import Router
+from serve_app.telemetry import SERVE_LOGGING
 
 APP_NAME = "atlas"
 """Name of the Serve application with the gateway."""
@@ -58,4 +59,5 @@ def _options(config: DeploymentConfig) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": config.num_cpus},
         "max_ongoing_requests": config.max_ongoing_requests,
         "autoscaling_config": config.autoscaling.model_dump(),
+        "logging_config": SERVE_LOGGING,
     }

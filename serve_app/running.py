@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +15,9 @@ from ray import serve
 from ray.serve.deployment import Application
 
 from serve_app.errors import ConfigError
-from serve_app.gateway.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve_app.graph import APP_NAME, BuildArgs, build_app
 from serve_app.models.controller import PoolController, failure_reason
 from serve_app.schemas import MemberState, PoolState
-
-_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class RunningGraph:
 
     def wait_for_pool(self) -> Iterator[PoolState]:
         """The pool's states, until no model is starting any more."""
-        controller = pool_controller()
+        controller = _pool_controller()
         version = -1
         while True:
             state: PoolState = controller.state.remote(version).result(timeout_s=60)
@@ -55,9 +51,13 @@ class RunningGraph:
             time.sleep(3600)
 
 
-def pool_controller() -> Any:
+def _pool_controller() -> Any:
     """Handle of the pool controller."""
-    return serve.get_deployment_handle(PoolController.__name__, app_name=APP_NAME)
+    handle: Any = serve.get_deployment_handle(PoolController.__name__, app_name=APP_NAME)
+    if not handle.is_initialized:
+        # Throughput mode would run its router in the caller's event loop, and here is none.
+        handle._init(_run_router_in_separate_loop=True)
+    return handle
 
 
 @contextmanager
@@ -74,14 +74,6 @@ def running_graph(
     """
     # A cluster of our own on a laptop: a small object store, no telemetry, no dashboard.
     own = {"include_dashboard": False, "object_store_memory": 256 << 20} if address is None else {}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray makes its workers 15 nicer than everything else: beside any other work on the machine,
-    # replicas then do not even start in time.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    # And it ends idle workers after a second where there are more than CPUs: the tools' workers
-    # would start anew for every call, each with what it has to load.
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
-    os.environ[CALLBACK_VARIABLE] = CALLBACK
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
     try:
         serve.start(http_options={"host": host, "port": port})
@@ -133,7 +125,7 @@ def cluster_status(address: str) -> tuple[list[DeploymentRow], PoolState | None]
                     )
                 )
         try:
-            pool = pool_controller().state.remote().result(timeout_s=10)
+            pool = _pool_controller().state.remote().result(timeout_s=10)
         except Exception:  # a status page shows what it can
             pool = None
         return rows, pool

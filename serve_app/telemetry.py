@@ -11,6 +11,10 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Protocol
 
+SERVE_LOGGING = {"enable_access_log": False}
+"""For every deployment: the gateway logs a line per request, and one more per hop would cost more
+than it says."""
+
 
 class Metric(NamedTuple):
     """One metric: what is counted or measured, and by which tags it is split."""

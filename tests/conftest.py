@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -37,10 +38,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def graph_config(port: int) -> dict[str, object]:
+def graph_config(port: int) -> dict[str, Any]:
     """The shipped nano configuration, with scripted engines, a remote model and a broken one beside
     it."""
-    config = yaml.safe_load(Path("configs/nano.yaml").read_text().replace("../", f"{Path.cwd()}/"))
+    config: dict[str, Any] = yaml.safe_load(
+        Path("configs/nano.yaml").read_text().replace("../", f"{Path.cwd()}/")
+    )
     for behaviour in BEHAVIOURS:
         config["models"].append(
             {

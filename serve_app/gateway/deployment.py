@@ -12,6 +12,7 @@ from serve_app.config import AtlasConfig
 from serve_app.gateway.app import build_api
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.store import OutcomeLog, Store
+from serve_app.telemetry import RayMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +31,20 @@ class Gateway:
     ) -> None:
         """Open the store and join the parts."""
         self._config = config
+        self._metrics = RayMetrics()
         self._store = await Store.open(config.store_url())
 
-        async def embed(texts: list[str]) -> list[bytes]:
-            return [
-                vector.astype("<f4").tobytes() for vector in await embedder.embed_many.remote(texts)
-            ]
+        async def embed(text: str) -> bytes:
+            vectors = await embedder.embed.remote([text])
+            encoded: bytes = vectors[0].astype("<f4").tobytes()
+            return encoded
 
         self._outcomes = OutcomeLog(
             self._store,
             flush_interval_s=config.store.flush_interval_s,
             max_pending=config.store.max_pending,
             embed=embed,
+            metrics=self._metrics,
         )
         self._orchestrator = Orchestrator(
             config, embedder, router, controller, self._outcomes.record
@@ -50,7 +53,9 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Serve asks for the application after the constructor."""
-        return build_api(self._orchestrator, self._store, self._outcomes, self._config)
+        return build_api(
+            self._orchestrator, self._store, self._outcomes, self._config, self._metrics
+        )
 
     async def __del__(self) -> None:
         """Serve's shutdown hook: write what is pending."""

@@ -3,8 +3,7 @@
 Serve obeys headers of anyone who sends them: they set its timeout, keep work running after the
 client left, pick replicas, become its request id, and crash its parsing where they are not UTF-8.
 None of that is a caller's business here. Serve calls `middlewares` in every process with an HTTP
-server when its environment has
-`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.gateway.proxy:middlewares` at start.
+server when its environment says so at start (`serve_app.environment`).
 """
 
 from __future__ import annotations
@@ -13,9 +12,6 @@ import re
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-CALLBACK = "serve_app.gateway.proxy:middlewares"
 
 _CONTROL = re.compile(
     rb"serve[-_]multiplexed[-_]model[-_]id|x[-_]session[-_]id|x-request-timeout-seconds"

@@ -16,6 +16,7 @@ from ray.serve.deployment import Application
 
 from serve_app.config import LocalModelConfig, ModelConfig, RemoteModelConfig
 from serve_app.models.protocol import application_name
+from serve_app.telemetry import SERVE_LOGGING
 
 
 def deployment_name(config: ModelConfig) -> str:
@@ -41,6 +42,7 @@ def build_model(config: ModelConfig) -> Application:
         "name": deployment_name(config),
         "autoscaling_config": config.autoscaling.model_dump(),
         "max_ongoing_requests": config.max_ongoing_requests,
+        "logging_config": SERVE_LOGGING,
     }
     if isinstance(config, RemoteModelConfig):
         from serve_app.models.remote import RemoteModel

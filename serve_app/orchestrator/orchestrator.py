@@ -25,8 +25,8 @@ from serve_app.errors import (
     ServiceError,
 )
 from serve_app.models.watcher import PoolWatcher
+from serve_app.orchestrator.deciding import Decider
 from serve_app.orchestrator.engines import Deadline, ModelClients
-from serve_app.orchestrator.engines import call as await_call
 from serve_app.orchestrator.executor import Delta, PairExecutor, StepResult
 from serve_app.schemas import (
     NO_TOOL,
@@ -104,8 +104,7 @@ class Orchestrator:
                 block.
         """
         self._config = config
-        self._embedder = embedder
-        self._router = router
+        self._decider = Decider(embedder, router)
         self._record = record
         self._executor = PairExecutor(config, ModelClients())
         self._watcher = PoolWatcher(controller)
@@ -298,9 +297,9 @@ class Orchestrator:
                 self._plain_tools if limits.tools is None else limits.tools & self._plain_tools
             )
             limits = replace(limits, tools=allowed)
-        deadline = run.deadline
-        run.embedding = await await_call(self._embedder.embed.remote(run.call.query), deadline)
-        run.decision = await await_call(self._router.decide.remote(run.embedding, limits), deadline)
+        run.embedding, run.decision = await self._decider.decide(
+            run.call.query, limits, run.deadline
+        )
 
     def _pinned(self, model: str) -> Decision:
         """The decision the caller made.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
-from serve_app.errors import NoCandidate
+from serve_app.errors import AtlasError, NoCandidate
 from serve_app.models.watcher import PoolWatcher
 from serve_app.router.cold_start import ColdStartRule, pair_cards
-from serve_app.schemas import Decision, Limits
+from serve_app.schemas import Decision, Limits, Pair
 
 
 class Router:
@@ -31,7 +32,7 @@ class Router:
         """Embed the cards, then follow the pool."""
         cards = pair_cards(config)
         texts = sorted({text for card in cards for text in card.texts})
-        vectors = dict(zip(texts, await embedder.embed_many.remote(texts), strict=True))
+        vectors = dict(zip(texts, await embedder.embed.remote(texts), strict=True))
         self._rule = ColdStartRule(
             cards,
             lambda wanted: np.stack([vectors[text] for text in wanted]),
@@ -40,20 +41,37 @@ class Router:
         self._watcher = PoolWatcher(controller)
         await self._watcher.first()
 
-    async def decide(self, embedding: NDArray[np.float32], limits: Limits) -> Decision:
-        """The candidates for one query, from best to worst.
+    async def decide(
+        self, embeddings: NDArray[np.float32], limits: Sequence[Limits]
+    ) -> list[Decision | AtlasError]:
+        """The candidates for each query, from best to worst.
 
         Args:
-            embedding: (dim,) L2-normalised query embedding.
-            limits: What the caller allows.
+            embeddings: (batch, dim) L2-normalised query embeddings.
+            limits: What the caller of each allows.
 
-        Raises:
-            NoCandidate: If no ready pair is within the limits.
+        Returns:
+            Per query its decision, or `NoCandidate` if no ready pair is within its limits.
         """
-        began_s = time.perf_counter()
         pool = self._watcher.state
         ready = pool.ready_pairs()
+        return [
+            self._decide(embedding, allowed, ready, pool.pool_version)
+            for embedding, allowed in zip(embeddings, limits, strict=True)
+        ]
+
+    def _decide(
+        self,
+        embedding: NDArray[np.float32],
+        limits: Limits,
+        ready: tuple[Pair, ...],
+        pool_version: int,
+    ) -> Decision | AtlasError:
+        began_s = time.perf_counter()
         if not ready:
-            raise NoCandidate("no model of the pool is ready")
-        decision = self._rule.decide(embedding, limits, ready, pool.pool_version)
+            return NoCandidate("no model of the pool is ready")
+        try:
+            decision = self._rule.decide(embedding, limits, ready, pool_version)
+        except AtlasError as error:
+            return error
         return replace(decision, seconds=time.perf_counter() - began_s)

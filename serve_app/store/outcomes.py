@@ -12,11 +12,11 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 
 from serve_app.errors import StoreError
 from serve_app.schemas import Report
@@ -26,13 +26,14 @@ from serve_app.telemetry import STORE_DROPPED, STORE_WRITTEN, MetricSink, NoMetr
 
 logger = logging.getLogger(__name__)
 
-Embed = Callable[[list[str]], Awaitable[Sequence[bytes]]]
-"""Texts in, their (dim,) float32 little-endian embeddings out, in the same order."""
+Embed = Callable[[str], Awaitable[bytes]]
+"""A text in, its (dim,) float32 little-endian embedding out."""
 
 _BATCH = 500
-_EMBED_BATCH = 64
 _EMBED_TIMEOUT_S = 3.0
 _EMBED_PAUSE_S = 10.0
+_EMBED_SHARE = 0.1
+"""Share of the embedder's time that requests nobody waits for may take from those that wait."""
 _WRITE_TIMEOUT_S = 30.0
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
@@ -53,7 +54,8 @@ class OutcomeLog:
         A task wakes every `flush_interval_s`, or at once for `flush`, and writes what is queued in
         batches, each in one transaction. A store that is away is tried again with growing pauses
         up to 5 s, and the batch stays first in the queue. A batch with a row the store will not
-        take is written row by row, so that only that row is lost.
+        take is written row by row, so that only that row is lost. A request without an embedding
+        (the caller named the pair) gets it later, by a second task that runs a tenth of the time.
 
     Invariants:
         - At most `max_pending` reports are held; newer ones are dropped, counted and logged.
@@ -75,7 +77,7 @@ class OutcomeLog:
             store: Where the rows go.
             flush_interval_s: Seconds a report waits at most while the store keeps up.
             max_pending: Reports held while it does not.
-            embed: Fills in the embedding of reports that have none; when it fails, none is stored.
+            embed: Makes the embedding of reports that have none; what it fails for keeps none.
             metrics: Counts what is written and dropped.
         """
         self._store = store
@@ -92,7 +94,8 @@ class OutcomeLog:
         self._settled_changed = asyncio.Condition()
         self._dropped = 0
         self._next_complaint = 0.0
-        self._embed_again_at = 0.0
+        self._without_embedding: deque[tuple[str, str]] = deque(maxlen=max_pending)
+        self._embed_task: asyncio.Task[None] | None = None
 
     @property
     def pending(self) -> int:
@@ -145,10 +148,11 @@ class OutcomeLog:
             return
         flushed = await self.flush(timeout_s)
         self._closed = True
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        for task in (self._task, self._embed_task):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         if not flushed and self._queue:
             self._drop(len(self._queue), "the store did not take them before the end")
             self._queue.clear()
@@ -170,8 +174,7 @@ class OutcomeLog:
 
     async def _write(self, batch: list[_Entry]) -> None:
         """Write a batch, however long the store is away."""
-        embeddings = await self._embeddings(batch)
-        rows = [_rows(entry, embedding) for entry, embedding in zip(batch, embeddings, strict=True)]
+        rows = [_rows(entry) for entry in batch]
         try:
             await self._insert(rows)
         except Exception:  # whatever a driver makes of a bad value, the task must live on
@@ -186,6 +189,7 @@ class OutcomeLog:
                 except Exception:
                     if not await self._written_before(row[0]["request_id"]):
                         self._drop(1, f"the store refused the row of {row[0]['request_id']}")
+        self._embed_later(batch)
 
     async def _written_before(self, request_id: str) -> bool:
         """Whether an earlier try got through although its answer was lost."""
@@ -224,28 +228,38 @@ class OutcomeLog:
                 self._metrics.record(STORE_WRITTEN, len(rows))
                 return
 
-    async def _embeddings(self, batch: list[_Entry]) -> list[bytes | None]:
-        """The embedding of every entry, filled in where missing and possible."""
-        found = [entry.report.embedding for entry in batch]
-        if self._embed is None or time.monotonic() < self._embed_again_at:
-            return found
-        missing = [
-            i for i, embedding in enumerate(found) if embedding is None and batch[i].report.query
-        ]
-        for start in range(0, len(missing), _EMBED_BATCH):
-            part = missing[start : start + _EMBED_BATCH]
+    def _embed_later(self, batch: list[_Entry]) -> None:
+        if self._embed is None:
+            return
+        self._without_embedding.extend(
+            (entry.report.request_id, storable_text(entry.report.query))
+            for entry in batch
+            if entry.report.embedding is None and entry.report.query
+        )
+        if self._without_embedding and (self._embed_task is None or self._embed_task.done()):
+            self._embed_task = asyncio.get_running_loop().create_task(
+                self._fill_in(self._embed), name="outcome-embeddings"
+            )
+
+    async def _fill_in(self, embed: Embed) -> None:
+        """Embed what was stored without, one text at a time, until nothing is left."""
+        while self._without_embedding:
+            request_id, query = self._without_embedding.popleft()
+            began_s = time.monotonic()
             try:
                 async with asyncio.timeout(_EMBED_TIMEOUT_S):
-                    made = await self._embed([batch[i].report.query for i in part])
-            except (
-                Exception
-            ) as error:  # whatever the embedder's fault, the outcomes are worth keeping
-                self._complain("no embedding for %d outcomes: %r", len(missing) - start, error)
-                self._embed_again_at = time.monotonic() + _EMBED_PAUSE_S
-                break
-            for i, embedding in zip(part, made, strict=False):
-                found[i] = bytes(embedding)
-        return found
+                    embedding = await embed(query)
+                async with asyncio.timeout(_WRITE_TIMEOUT_S), self._store.begin() as connection:
+                    await connection.execute(
+                        update(RequestRow)
+                        .where(RequestRow.request_id == request_id)
+                        .values(embedding=embedding)
+                    )
+            except Exception as error:  # whoever's fault it is, the outcome itself is stored
+                self._complain("no embedding for request %s: %r", request_id, error)
+                await asyncio.sleep(_EMBED_PAUSE_S)
+            else:
+                await asyncio.sleep((time.monotonic() - began_s) * (1 / _EMBED_SHARE - 1))
 
     def _drop(self, count: int, why: str) -> None:
         self._dropped += count
@@ -269,14 +283,14 @@ def storable_text(text: str) -> str:
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
-def _rows(entry: _Entry, embedding: bytes | None) -> _Rows:
+def _rows(entry: _Entry) -> _Rows:
     report = entry.report
     decision = report.decision
     request = {
         "request_id": report.request_id,
         "owner": report.owner,
         "query": storable_text(report.query),
-        "embedding": embedding,
+        "embedding": report.embedding,
         "model_id": decision.pair.model_id,
         "tool_id": decision.pair.tool_id,
         "path": str(decision.path),

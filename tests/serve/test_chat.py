@@ -3,12 +3,14 @@ routed."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionFunctionToolParam
 
 from serve_app.nano.registry import load_generator
 from serve_app.schemas import MemberState
@@ -116,7 +118,7 @@ def test_several_choices_come_back_when_asked_for(graph: Graph) -> None:
 
 
 def test_the_callers_own_tools_reach_the_model_and_nothing_unknown_does(graph: Graph) -> None:
-    tool = {
+    tool: ChatCompletionFunctionToolParam = {
         "type": "function",
         "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
     }
@@ -124,7 +126,7 @@ def test_the_callers_own_tools_reach_the_model_and_nothing_unknown_does(graph: G
         model="scripted-echo",
         messages=[{"role": "user", "content": "hi"}],
         tools=[tool],
-        user="me",  # type: ignore[list-item]
+        user="me",
     )
     content = completion.choices[0].message.content or ""
     assert '"weather"' in content
@@ -279,13 +281,16 @@ async def test_every_step_is_stored_with_its_embedding(graph: Graph) -> None:
     from serve_app.store.tables import OutcomeRow, RequestRow
 
     _, extension = ask(graph.client(), "What is the capital of Spain?", "nano-facts")
-    time.sleep(1.5)
     store = await Store.open(load_config(graph.config).store_url())
+    request_id = extension["request_id"]
+    query = select(RequestRow).where(RequestRow.request_id == request_id)
+    request = None
+    async with asyncio.timeout(30):  # embedded in the background, because the pair was named
+        while request is None or request.embedding is None:
+            await asyncio.sleep(0.1)
+            async with store.begin() as connection:
+                request = (await connection.execute(query)).one_or_none()
     async with store.begin() as connection:
-        request_id = extension["request_id"]
-        request = (
-            await connection.execute(select(RequestRow).where(RequestRow.request_id == request_id))
-        ).one()
         steps = (
             await connection.execute(select(OutcomeRow).where(OutcomeRow.request_id == request_id))
         ).all()

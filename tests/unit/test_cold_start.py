@@ -55,7 +55,8 @@ def limits(**changes: object) -> Limits:
 
 
 def query(word: str) -> NDArray[np.float32]:
-    return encode([word])[0]
+    vector: NDArray[np.float32] = encode([word])[0]
+    return vector
 
 
 def test_the_pair_whose_example_is_nearest_is_chosen(rule: ColdStartRule) -> None:

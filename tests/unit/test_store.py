@@ -196,26 +196,34 @@ async def test_text_no_database_takes_is_made_storable(store: Store) -> None:
     await log.close()
 
 
-async def test_missing_embeddings_are_filled_in_before_writing(store: Store) -> None:
-    asked: list[list[str]] = []
+async def test_missing_embeddings_are_filled_in_once_the_outcomes_are_written(store: Store) -> None:
+    asked: list[str] = []
+    may_embed = asyncio.Event()
 
-    async def embed(texts: list[str]) -> list[bytes]:
-        asked.append(texts)
-        return [text.encode() for text in texts]
+    async def embed(text: str) -> bytes:
+        asked.append(text)
+        await may_embed.wait()
+        return text.encode()
 
     log = await fast_log(store, embed=embed)
     log.record(report("req_1"))
     log.record(report("req_2", embedding=None, query="two"))
     log.record(report("req_3", embedding=None, query=""))
     assert await log.flush()
-    assert asked == [["two"]]
     written = {row["request_id"]: row["embedding"] for row in await rows(store, RequestRow)}
+    assert written == {"req_1": b"\1\2\3\4", "req_2": None, "req_3": None}
+    may_embed.set()
+    async with asyncio.timeout(10):
+        while written["req_2"] is None:
+            await asyncio.sleep(0.01)
+            written = {row["request_id"]: row["embedding"] for row in await rows(store, RequestRow)}
     assert written == {"req_1": b"\1\2\3\4", "req_2": b"two", "req_3": None}
+    assert asked == ["two"]
     await log.close()
 
 
 async def test_an_embedder_that_fails_costs_only_the_embedding(store: Store) -> None:
-    async def embed(texts: list[str]) -> list[bytes]:
+    async def embed(text: str) -> bytes:
         raise RuntimeError("away")
 
     log = await fast_log(store, embed=embed)

