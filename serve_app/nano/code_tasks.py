@@ -347,7 +347,7 @@ EVAL_CELLS: tuple[EvalCell, ...] = (
         "values, all tools offered", "seen", ("calculator", "python", "retrieval"), 0.9, _VALUES
     ),
     EvalCell("values without a tool", "seen", (), None, _VALUES),
-    EvalCell("functions with sources", "seen", (), 0.9, (*_FIXED, *_COMPOSED)),
+    EvalCell("functions with sources", "seen", (), None, (*_FIXED, *_COMPOSED)),
 )
 
 
