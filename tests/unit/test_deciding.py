@@ -1,0 +1,162 @@
+"""The shared hops to the embedder and the router; the deployments' handles are scripted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, NoCandidate
+from serve_app.orchestrator.deciding import Decider
+from serve_app.orchestrator.engines import Deadline
+from serve_app.schemas import Candidate, Decision, Limits, Pair, Path
+
+
+class Response:
+    """What a handle's `remote` returns."""
+
+    def __init__(self, work: Awaitable[Any]) -> None:
+        self._task = asyncio.ensure_future(work)
+
+    def __await__(self) -> Any:
+        return self._task.__await__()
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
+class Method:
+    """A handle's method."""
+
+    def __init__(self, run: Callable[..., Awaitable[Any]]) -> None:
+        self._run = run
+
+    def remote(self, *arguments: Any) -> Response:
+        return Response(self._run(*arguments))
+
+
+class Deployments:
+    """An embedder that numbers texts by their length, and a router that repeats the number."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.open = asyncio.Event()
+        self.open.set()
+        self.embed = Method(self._embed)
+        self.decide = Method(self._decide)
+
+    async def _embed(self, texts: list[str]) -> NDArray[np.float32]:
+        self.batches.append(texts)
+        await self.open.wait()
+        if "bad" in texts:
+            raise InvalidRequest("not text")
+        return np.array([[len(text)] for text in texts], dtype=np.float32)
+
+    async def _decide(
+        self, embeddings: NDArray[np.float32], limits: Sequence[Limits]
+    ) -> list[Decision | AtlasError]:
+        return [
+            NoCandidate("none within the limits")
+            if allowed.models == frozenset()
+            else decision(float(embedding[0]))
+            for embedding, allowed in zip(embeddings, limits, strict=True)
+        ]
+
+
+def decision(quality: float) -> Decision:
+    candidate = Candidate(Pair("m", "none"), quality, quality, 0.0)
+    return Decision((candidate,), Path.COLD_START, 1.0, 1.0, 0, 1)
+
+
+LIMITS = Limits(alpha=0.0, deadline_s=5.0)
+
+
+async def ask(decider: Decider, query: str, limits: Limits = LIMITS) -> float:
+    embedding, decided = await decider.decide(query, limits, Deadline.after(5))
+    assert float(embedding[0]) == decided.candidates[0].quality
+    return decided.candidates[0].quality
+
+
+async def test_a_lone_query_goes_at_once() -> None:
+    deployments = Deployments()
+    assert await ask(Decider(deployments, deployments), "four") == 4
+    assert deployments.batches == [["four"]]
+
+
+async def test_queries_that_arrive_while_two_batches_run_share_the_next() -> None:
+    deployments = Deployments()
+    deployments.open.clear()
+    decider = Decider(deployments, deployments)
+    tasks = [asyncio.create_task(ask(decider, "x" * n)) for n in range(1, 11)]
+    await asyncio.sleep(0.01)
+    assert [len(batch) for batch in deployments.batches] == [1, 1]
+    deployments.open.set()
+    assert await asyncio.gather(*tasks) == list(range(1, 11))
+    assert [len(batch) for batch in deployments.batches] == [1, 1, 8]
+
+
+async def test_a_full_batch_waits_for_none() -> None:
+    deployments = Deployments()
+    deployments.open.clear()
+    decider = Decider(deployments, deployments)
+    tasks = [asyncio.create_task(ask(decider, "x")) for _ in range(2 + 32)]
+    await asyncio.sleep(0.01)
+    assert [len(batch) for batch in deployments.batches] == [1, 1, 32]
+    deployments.open.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_one_query_that_cannot_be_embedded_fails_alone() -> None:
+    deployments = Deployments()
+    deployments.open.clear()
+    decider = Decider(deployments, deployments)
+    queries = ("a", "b", "bad", "fine")
+    tasks = [asyncio.create_task(ask(decider, query)) for query in queries]
+    await asyncio.sleep(0.01)
+    deployments.open.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(results[2], InvalidRequest)
+    assert [results[0], results[1], results[3]] == [1, 1, 4]
+
+
+async def test_limits_that_admit_no_pair_fail_their_own_request_only() -> None:
+    deployments = Deployments()
+    deployments.open.clear()
+    decider = Decider(deployments, deployments)
+    nothing = Limits(alpha=0.0, deadline_s=5.0, models=frozenset())
+    tasks = [
+        asyncio.create_task(ask(decider, "abc", limits))
+        for limits in (LIMITS, LIMITS, nothing, LIMITS)
+    ]
+    await asyncio.sleep(0.01)
+    deployments.open.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(results[2], NoCandidate)
+    assert [results[0], results[1], results[3]] == [3, 3, 3]
+
+
+async def test_a_query_whose_time_is_up_does_not_wait_for_its_batch() -> None:
+    deployments = Deployments()
+    deployments.open.clear()
+    decider = Decider(deployments, deployments)
+    patient = asyncio.create_task(ask(decider, "ab"))
+    with pytest.raises(DeadlineExceeded):
+        await decider.decide("abc", LIMITS, Deadline.after(0.05))
+    deployments.open.set()
+    assert await patient == 2
+
+
+async def test_a_query_whose_caller_left_is_not_embedded() -> None:
+    deployments = Deployments()
+    deployments.open.clear()
+    decider = Decider(deployments, deployments)
+    tasks = [asyncio.create_task(ask(decider, query)) for query in ("a", "b", "gone", "stays")]
+    await asyncio.sleep(0.01)
+    tasks[2].cancel()
+    deployments.open.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert deployments.batches == [["a"], ["b"], ["stays"]]
