@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig, EmbedderConfig
 from serve_app.errors import ConfigError, InvalidRequest
-from serve_app.onnx_export import GRAPH_FILE, export_encoder, is_intact, source_key
+from serve_app.onnx_export import GRAPH_FILE, export_encoder, is_intact, read_spec, source_key
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,11 @@ _Waiting = tuple[TokenIds, asyncio.Future[NDArray[np.float32]]]
 
 _MAX_CHARS_PER_TOKEN = 64
 """Text past this many characters per allowed token is not looked at: it would only cost time."""
-_MAX_PADDING = 0.25
-"""Share of padding up to which texts of different lengths run together."""
+_RUN_TOKENS = 128
+"""Tokens up to which texts run together; beyond, attention over all of them costs more than it
+saves."""
+_OTHER_TEXT = -1e4
+"""Added to the attention score between tokens of different texts; its exponential is 0."""
 
 
 class Network(Protocol):
@@ -47,8 +50,8 @@ class Network(Protocol):
 
     dim: int
 
-    def run(self, input_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Right-padded ids (batch, seq) of `lengths` (batch,) to unit vectors (batch, dim)."""
+    def run(self, token_ids: Sequence[TokenIds]) -> NDArray[np.float32]:
+        """Token ids of texts to unit vectors (batch, dim)."""
         ...
 
 
@@ -75,10 +78,9 @@ class TextEncoder:
         self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self._max_tokens)
-        self._pad_id = network_config.get("pad_token_id") or 0
         self._network: Network
         if config.backend == "onnx":
-            self._network = _OnnxNetwork(cached_graph(folder, cache_dir), config.num_threads)
+            self._network = _OnnxNetwork(folder, cache_dir, config.num_threads)
         else:
             self._network = _TorchNetwork(folder, config.num_threads)
 
@@ -113,14 +115,10 @@ class TextEncoder:
         return self.encode_tokens([self.tokenize(text) for text in texts])
 
     def encode_tokens(self, token_ids: Sequence[TokenIds]) -> NDArray[np.float32]:
-        """As `encode`, for texts that are tokenised already; those of like length run together."""
+        """As `encode`, for texts that are tokenised already; short ones run together."""
         vectors = np.empty((len(token_ids), self.dim), np.float32)
-        for group in group_by_length([len(ids) for ids in token_ids]):
-            lengths = np.array([len(token_ids[index]) for index in group], np.int32)
-            padded = np.full((len(group), lengths[-1]), self._pad_id, np.int32)
-            for row, index in enumerate(group):
-                padded[row, : lengths[row]] = token_ids[index]
-            vectors[group] = self._network.run(padded, lengths)
+        for run in runs_of([len(ids) for ids in token_ids]):
+            vectors[run] = self._network.run(token_ids[run])
         return vectors
 
 
@@ -228,26 +226,25 @@ class Embedder:
         return np.stack(await asyncio.gather(*map(self._batcher.submit, token_ids)))
 
 
-def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Split texts into groups that run together without much padding.
+def runs_of(lengths: Sequence[int]) -> list[slice]:
+    """Cut texts, in their order, into runs of at most `_RUN_TOKENS` tokens or one text.
 
     Args:
         lengths: Tokens of each text.
 
     Returns:
-        Indices into `lengths`, each once; ascending lengths within a group and from group to group.
+        Slices of the texts, one behind the other.
     """
-    groups: list[list[int]] = []
-    real = 0
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        length = lengths[index]
-        if groups and real + length >= (1 - _MAX_PADDING) * length * (len(groups[-1]) + 1):
-            groups[-1].append(index)
-            real += length
-        else:
-            groups.append([index])
-            real = length
-    return groups
+    runs: list[slice] = []
+    start = total = 0
+    for index, length in enumerate(lengths):
+        if index > start and total + length > _RUN_TOKENS:
+            runs.append(slice(start, index))
+            start, total = index, 0
+        total += length
+    if start < len(lengths):
+        runs.append(slice(start, len(lengths)))
+    return runs
 
 
 def find_model(model: str) -> Path:
@@ -308,8 +305,11 @@ def cached_graph(folder: Path, cache_dir: Path) -> Path:
 class _OnnxNetwork:
     """onnxruntime on the CPU."""
 
-    def __init__(self, export: Path, num_threads: int) -> None:
+    def __init__(self, folder: Path, cache_dir: Path, num_threads: int) -> None:
         import onnxruntime
+
+        export = cached_graph(folder, cache_dir)
+        self._pools_first = read_spec(folder).pooling == "cls"
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
@@ -322,10 +322,23 @@ class _OnnxNetwork:
         )
         self.dim: int = self._session.get_outputs()[0].shape[1]
 
-    def run(self, input_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
+    def run(self, token_ids: Sequence[TokenIds]) -> NDArray[np.float32]:
         """See `Network.run`."""
+        lengths = [len(ids) for ids in token_ids]
+        text_of = np.repeat(np.arange(len(lengths)), lengths)
+        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        pooling = np.arange(len(lengths))[:, None] == text_of
+        if self._pools_first:
+            pooling &= positions == 0
+        bias = np.where(text_of[:, None] == text_of, np.float32(0), np.float32(_OTHER_TEXT))
         vectors: NDArray[np.float32] = self._session.run(
-            None, {"input_ids": input_ids, "lengths": lengths}
+            None,
+            {
+                "input_ids": np.concatenate(token_ids, dtype=np.int32, casting="unsafe")[None],
+                "positions": positions[None],
+                "attention_bias": bias[None, None],
+                "pooling": pooling.astype(np.float32),
+            },
         )[0]
         return vectors
 
@@ -342,12 +355,15 @@ class _TorchNetwork:
         self._model = SentenceTransformer(str(folder), device="cpu").eval()
         self.dim = int(self._model.get_embedding_dimension() or 0)
 
-    def run(self, input_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
+    def run(self, token_ids: Sequence[TokenIds]) -> NDArray[np.float32]:
         """See `Network.run`."""
         torch = self._torch
-        mask = (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        lengths = np.array([len(ids) for ids in token_ids])
+        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+        input_ids = np.zeros(mask.shape, np.int64)
+        input_ids[mask == 1] = np.concatenate(token_ids)
         features = {
-            "input_ids": torch.from_numpy(input_ids.astype(np.int64)),
+            "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(mask),
         }
         with torch.inference_mode():

@@ -22,6 +22,7 @@ AtlasError
 │   └── ToolFailed               final for this step
 │       └── ToolTimeout          the tool ran past its time
 ├── ConfigError                  a configuration that cannot work
+├── SnapshotError                a router snapshot that is damaged, foreign or does not fit
 └── StoreError                   the store refused or is away
 
 All of them are rebuilt from `args` alone, because they cross process borders by pickle. A message
@@ -179,6 +180,10 @@ class ToolTimeout(ToolFailed):
 
 class ConfigError(AtlasError, ValueError):
     """A configuration that cannot work."""
+
+
+class SnapshotError(AtlasError, ValueError):
+    """A router snapshot that is damaged, foreign or does not fit."""
 
 
 class StoreError(AtlasError):

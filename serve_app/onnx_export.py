@@ -1,9 +1,11 @@
 """Turn the weights of a BERT sentence encoder into an ONNX graph of fused operators, without torch.
 
 In: a sentence-transformers folder (BERT, mean or CLS pooling). Out: a folder with `model.onnx`,
-`model.onnx.data` and a manifest. The graph takes `input_ids` (batch, seq) int32, right-padded, and
-`lengths` (batch,) int32, and gives `embedding` (batch, dim) float32, L2-normalised. Weights lie in
-a file of their own, so that a reader maps them into memory.
+`model.onnx.data` and a manifest. Texts run one behind the other without padding: the graph takes
+`input_ids` and `positions` (1, tokens) int32, `attention_bias` (1, 1, tokens, tokens) float32, 0
+between tokens of one text and very negative elsewhere, and `pooling` (batch, tokens) float32, the
+weights of each text's tokens; it gives `embedding` (batch, dim) float32, L2-normalised. Weights lie
+in a file of their own, so that a reader maps them into memory.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from serve_app.errors import ConfigError
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 """Rises when the graph changes, so that cached ones are rebuilt."""
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
@@ -183,8 +185,12 @@ class _GraphWriter:
             self.nodes,
             "encoder",
             inputs=[
-                helper.make_tensor_value_info("input_ids", TensorProto.INT32, ["batch", "seq"]),
-                helper.make_tensor_value_info("lengths", TensorProto.INT32, ["batch"]),
+                helper.make_tensor_value_info("input_ids", TensorProto.INT32, [1, "tokens"]),
+                helper.make_tensor_value_info("positions", TensorProto.INT32, [1, "tokens"]),
+                helper.make_tensor_value_info(
+                    "attention_bias", TensorProto.FLOAT, [1, 1, "tokens", "tokens"]
+                ),
+                helper.make_tensor_value_info("pooling", TensorProto.FLOAT, ["batch", "tokens"]),
             ],
             outputs=[
                 helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", spec.dim])
@@ -225,9 +231,11 @@ def _build(graph: _GraphWriter, folder: Path, spec: EncoderSpec) -> None:
             "input_ids",
             "",
             words,
-            graph.weight("positions", positions),
+            graph.weight("position_embeddings", positions),
             "",
             *norm("embeddings"),
+            "",
+            "positions",
         ]
         eps = spec.layer_norm_eps
         graph.node("EmbedLayerNormalization", inputs, "hidden", fused=True, epsilon=eps)
@@ -246,7 +254,7 @@ def _build(graph: _GraphWriter, folder: Path, spec: EncoderSpec) -> None:
             )
             attention = graph.node(
                 "MultiHeadAttention",
-                [*query_key_value, bias, "lengths"],
+                [*query_key_value, bias, "", "attention_bias"],
                 f"{layer}.attended",
                 fused=True,
                 num_heads=spec.num_heads,
@@ -276,31 +284,11 @@ def _build(graph: _GraphWriter, folder: Path, spec: EncoderSpec) -> None:
                 "BiasGelu", [*dense(hidden, f"{layer}.intermediate")], f"{layer}.inner", fused=True
             )
             hidden = add_and_norm(*dense(inner, f"{layer}.output"), hidden, f"{layer}.output")
-    _pool(graph, hidden, spec)
-
-
-def _pool(graph: _GraphWriter, hidden: str, spec: EncoderSpec) -> None:
-    if spec.pooling == "cls":
-        pooled = graph.node(
-            "Gather", [hidden, graph.constant("first", np.array(0, np.int64))], "pooled", axis=1
-        )
-    else:
-        # Mean over real tokens; its divisor falls out of the normalisation, so the sum is enough.
-        zero, one = (
-            graph.constant(name, np.array(n, np.int64)) for name, n in (("zero", 0), ("one", 1))
-        )
-        shape = graph.node("Shape", ["input_ids"], "shape")
-        seq = graph.node("Gather", [shape, one], "seq", axis=0)
-        places = graph.node("Range", [zero, seq, one], "places")
-        ends = graph.node(
-            "Unsqueeze", ["lengths", graph.constant("axis", np.array([1], np.int64))], "ends_int32"
-        )
-        ends = graph.node("Cast", [ends], "ends", to=7)
-        real = graph.node("Less", [places, ends], "real")
-        mask = graph.node("Cast", [real], "mask", to=1)
-        row = graph.node("Unsqueeze", [mask, "axis"], "row")
-        total = graph.node("MatMul", [row, hidden], "total")
-        pooled = graph.node("Squeeze", [total, "axis"], "pooled")
+    # One row of hidden states per token; a mean's divisor falls out of the normalisation.
+    rows = graph.node(
+        "Squeeze", [hidden, graph.constant("first_axis", np.array([0], np.int64))], "rows"
+    )
+    pooled = graph.node("MatMul", ["pooling", rows], "pooled")
     graph.node("LpNormalization", [pooled], "embedding", axis=-1, p=2)
 
 

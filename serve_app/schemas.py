@@ -53,6 +53,11 @@ class Path(StrEnum):
     """The caller named the model or the pair."""
     COLD_START = "cold_start"
     """Similarity to the pairs' cards: the prior before any outcome is known."""
+    CLUSTERS = "clusters"
+    """Path 1: the outcomes of like questions."""
+    OUT_OF_DISTRIBUTION = "out_of_distribution"
+    """The query is unlike everything profiled: the pair that is best overall, or the configured
+    fallback."""
     FALLBACK = "fallback"
     """The choice failed before the first byte, and the next-best pair took over."""
 

@@ -20,7 +20,7 @@ from serve_app.embedder import (
     TokenIds,
     cached_graph,
     find_model,
-    group_by_length,
+    runs_of,
 )
 from serve_app.errors import ConfigError, InvalidRequest
 
@@ -100,15 +100,13 @@ def test_what_is_no_text_is_refused(encoder: TextEncoder, text: str) -> None:
         encoder.encode(["fine", text])
 
 
-def test_groups_hold_every_text_once_with_little_padding() -> None:
-    lengths = [256, 5, 7, 6, 250, 5, 30, 31, 90, 6]
-    groups = group_by_length(lengths)
-    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    for group in groups:
-        tokens = [lengths[index] for index in group]
-        assert tokens == sorted(tokens)
-        assert sum(tokens) >= 0.75 * max(tokens) * len(tokens)
-    assert len(groups) < len(lengths)
+def test_runs_hold_every_text_once_in_order_and_few_tokens() -> None:
+    lengths = [5, 7, 6, 250, 5, 30, 31, 90, 6, 128]
+    runs = runs_of(lengths)
+    assert [index for run in runs for index in range(len(lengths))[run]] == list(range(10))
+    assert all(sum(lengths[run]) <= 128 or len(lengths[run]) == 1 for run in runs)
+    assert len(runs) == 5
+    assert runs_of([]) == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "no_weights", "no_manifest"])
