@@ -31,6 +31,8 @@ _WITH_HAPROXY = {
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(MAX_REQUEST_S + 60),
     # Bounds how long a connection may be silent while a request is being sent.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",
+    # Headers beyond 16 KB still reach the gateway, which answers in OpenAI's shape.
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     # Ten seconds by default, which a small machine that is starting engines does not keep.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "40",

@@ -16,7 +16,7 @@ import yaml
 
 from serve_app.schemas import PoolState
 
-BEHAVIOURS = ("echo", "fail", "refuse", "hang", "break", "loop", "bad_call")
+BEHAVIOURS = ("echo", "fail", "refuse", "hang", "break", "drip", "loop", "bad_call")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class ScriptedModel:
         refuse: says the request is wrong.
         hang: never answers.
         break: streams two pieces, then raises.
+        drip: streams for ever, ten pieces a second.
         loop: calls the tool it is offered for ever.
         bad_call: calls the tool with arguments that are not JSON, then reports what came back.
         die: ends its own process.
@@ -54,6 +55,9 @@ class ScriptedModel:
             yield [_chunk({"role": "assistant", "content": ""}), _chunk({"content": "one "})]
             yield [_chunk({"content": "two "})]
             raise EngineError("scripted break")
+        while self._behaviour == "drip":
+            yield [_chunk({"role": "assistant", "content": "drop "})]
+            await asyncio.sleep(0.1)
         completion = await self.complete(body)
         choice = completion["choices"][0]
         message = choice["message"]

@@ -4,13 +4,18 @@ routed."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import random
 import time
+from collections.abc import Iterator
 
 import httpx
 import openai
 import pytest
+import ray
 from openai.types.chat import ChatCompletionFunctionToolParam
+from ray import serve
 
 from serve_app.nano.registry import load_generator
 from serve_app.schemas import MemberState
@@ -297,3 +302,67 @@ async def test_every_step_is_stored_with_its_embedding(graph: Graph) -> None:
     await store.close()
     assert len(request.embedding) == 384 * 4
     assert [(step.model_id, step.tool_id) for step in steps] == [("nano-facts", "none")]
+
+
+def error_of(response: httpx.Response) -> dict[str, object]:
+    assert response.headers["x-request-id"].startswith("req_")
+    error: dict[str, object] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def test_headers_too_large_are_refused_in_openai_shape(graph: Graph) -> None:
+    response = httpx.get(f"{graph.url}/v1/models", headers={"x-long": "a" * 20_000})
+    assert response.status_code == 431
+    assert "header" in str(error_of(response)["message"])
+
+
+def test_a_body_without_an_end_is_cut_off(graph: Graph) -> None:
+    def chunks() -> Iterator[bytes]:
+        while True:
+            yield b" " * 65536
+
+    started_s = time.monotonic()
+    address = graph.url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(address[0], int(address[1]), timeout=60)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.request("POST", "/v1/chat/completions", chunks(), encode_chunked=True)
+    assert time.monotonic() - started_s < 30
+    connection.close()
+
+
+def test_serves_own_control_headers_are_not_the_callers_to_set(graph: Graph) -> None:
+    response = httpx.post(
+        f"{graph.url}/v1/chat/completions",
+        json={"model": "scripted-echo", "messages": [{"role": "user", "content": "hi"}]},
+        headers={"x-request-timeout-seconds": "0.0001", "serve_multiplexed_model_id": "x"},
+        timeout=60,
+    )
+    assert response.status_code == 200
+
+
+def ongoing_requests(model_id: str) -> int:
+    """Requests the replicas of a model are working on."""
+    details = serve.context._get_global_client().get_serve_details()
+    deployments = details["applications"][f"model-{model_id}"]["deployments"].values()
+    actors = [replica["actor_name"] for d in deployments for replica in d["replicas"]]
+    calls = [
+        ray.get_actor(actor, namespace="serve").get_num_ongoing_requests.remote()
+        for actor in actors
+    ]
+    return sum(ray.get(calls))
+
+
+def test_the_engine_hears_that_a_streaming_client_left(graph: Graph) -> None:
+    question = {
+        "model": "scripted-drip",
+        "messages": [{"role": "user", "content": "hi"}],
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{graph.url}/v1/chat/completions", json=question, timeout=30) as r:
+        assert next(r.iter_lines()).startswith("data: ")
+        assert ongoing_requests("scripted-drip") == 1
+    give_up_s = time.monotonic() + 20  # far from the request's own deadline of 60 s
+    while ongoing_requests("scripted-drip"):
+        assert time.monotonic() < give_up_s
+        time.sleep(0.2)
