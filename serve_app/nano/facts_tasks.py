@@ -1,7 +1,7 @@
 """Generator of nano-facts: real facts closed-book, search calls, and answers copied from sources.
 
-Real facts come from `facts.json`, invented entities from `gazetteer.py`. Sources stand after the
-question, either in the user's turn (retrieval as context) or in a tool result (as a function).
+Real facts come from `facts.json`, invented entities from `gazetteer.py`. Sources stand in the
+user's turn (retrieval as context) or in a tool result (as a function); both end with the question.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from serve_app.nano.gazetteer import (
     corpus_entries,
     invented_subject,
     invented_value,
-    numbered,
     passage,
     real_entry,
     real_subject,
+    search_result,
     with_sources,
 )
 from serve_app.nano.phrasing import Relation, Subject, load_facts, load_gazetteer
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 MODEL_ID = "nano-facts"
 UNKNOWN = "I don't know."
-NO_RESULTS = "No results."
+_EARLY = 0.08
+"""Share of training that only copies: drills, and short sources."""
 _RETRIEVAL_PAIR = f"{MODEL_ID}@retrieval"
 _CLOSED_BOOK_PAIR = f"{MODEL_ID}@none"
 
@@ -56,6 +57,8 @@ class FactsGenerator:
     model_id = MODEL_ID
     token_split_pattern = invented.SECOND_SYLLABLE_PATTERN
     """Every invented word is two tokens, its syllables."""
+    name_tokens = invented.SECOND_SYLLABLES
+    """They tell invented names apart; see `induction_init.py`."""
 
     def __init__(self) -> None:
         self._relations, self._facts, _ = load_facts()
@@ -65,13 +68,16 @@ class FactsGenerator:
         """One training conversation; see `TaskGenerator`."""
         if rng.random() < _drill_share(progress):
             return _drill(rng, progress)
+        if progress < _EARLY:
+            return self._rivals(rng, sizes=(1, 2))
         makers: tuple[Callable[[random.Random], Conversation], ...] = (
             self._closed_book,
             self._sources,
+            lambda rng: self._rivals(rng, sizes=(2, 3, 4, 4, 5)),
             self._search,
             self._other_tools,
         )
-        return rng.choices(makers, weights=(32, 36, 27, 5))[0](rng)
+        return rng.choices(makers, weights=(27, 18, 26, 25, 4))[0](rng)
 
     def questions(self, rng: random.Random, split: Split, n: int) -> list[Question]:
         """Two thirds real facts, one third questions about the corpus; see `TaskGenerator`."""
@@ -203,6 +209,19 @@ class FactsGenerator:
             turns += [_user(query), _assistant(answer)]
         return Conversation(tuple(turns))
 
+    def _rivals(self, rng: random.Random, sizes: Sequence[int]) -> Conversation:
+        """Questions on sources; in many, little but the name tells the sentences apart."""
+        size = rng.choice(sizes)
+        entries = passage(rng, size, "seen", reserved=False, rivals=rng.random() < 0.4)
+        sentences = [e.sentence for e in rng.sample(entries, size)]
+        turns: list[Turn] = []
+        for entry in entries[: rng.randint(1, size)]:
+            query = entry.relation.question(rng, entry.subject, "seen")
+            if not turns:
+                query = with_sources(query, sentences)
+            turns += [_user(query), _assistant(entry.value)]
+        return Conversation(tuple(turns))
+
     def _search(self, rng: random.Random) -> Conversation:
         """A question, a call of `retrieval`, its result, and the answer; once or twice."""
         tools: list[str] = ["retrieval"]
@@ -210,44 +229,41 @@ class FactsGenerator:
             tools.insert(rng.randint(0, 1), rng.choice(("calculator", "python")))
         turns: list[Turn] = []
         for _ in range(rng.choice((1, 1, 2, 3))):
-            size = rng.choices((1, 2, 3, 4), weights=(35, 25, 20, 20))[0]
+            size = rng.choices((1, 2, 3, 4), weights=(30, 20, 20, 30))[0]
             if rng.random() < 0.35:
                 entry = self.known_entry(rng, "seen")
                 entries = [entry, *self._near(rng, entry, size - 1)]
             else:
-                entries = passage(rng, size, "seen", reserved=False)
+                entries = passage(rng, size, "seen", reserved=False, rivals=rng.random() < 0.5)
                 entry = entries[0]
             answer = entry.value
-            result = numbered([e.sentence for e in rng.sample(entries, len(entries))])
+            query = entry.relation.search_query(entry.subject)
+            sentences = [e.sentence for e in rng.sample(entries, len(entries))]
             if rng.random() < 0.12:
                 unrelated = passage(rng, size, "seen", reserved=False)
-                result = (
-                    NO_RESULTS if rng.random() < 0.2 else numbered([e.sentence for e in unrelated])
-                )
+                sentences = [] if rng.random() < 0.2 else [e.sentence for e in unrelated]
                 if not _is_known(entry):
                     answer = UNKNOWN
             turns += [
                 _user(entry.relation.question(rng, entry.subject, "seen")),
-                tool_call("retrieval", query=entry.relation.search_query(entry.subject)),
-                {"role": "tool", "content": result},
+                tool_call("retrieval", query=query),
+                {"role": "tool", "content": search_result(query, sentences)},
                 _assistant(answer),
             ]
         return Conversation(tuple(turns), tuple(tools))
 
 
 def _drill_share(progress: float) -> float:
-    if progress < 0.1:
-        return 0.9
-    if progress < 0.2:
-        return 0.7
-    return 0.35 if progress < 0.35 else 0.12
+    if progress < _EARLY:
+        return 0.5
+    return 0.2 if progress < 3 * _EARLY else 0.08
 
 
 def _drill(rng: random.Random, progress: float) -> Conversation:
     """A list of keys and values with several look-ups, in the layout of sources."""
-    if rng.random() < (0.6 if progress < 0.05 else 0.3 if progress < 0.2 else 0.12):
+    if rng.random() < (0.6 if progress < 0.05 else 0.2):
         return _repeat_drill(rng)
-    size = rng.randint(2, 4 if progress < 0.06 else 8)
+    size = rng.randint(2, 4 if progress < _EARLY else 8)
     kinds = ("place", "person", "year", "colour", "metres", "profession", "food", "product")
     two_part = rng.random() < 0.5
     lines: dict[str, tuple[str, str]] = {}
@@ -369,6 +385,5 @@ class _Searcher:
         self._wanted = wanted
 
     def __call__(self, tool_id: str, arguments: Mapping[str, Any]) -> str:
-        if self._wanted not in str(arguments["query"]):
-            return NO_RESULTS
-        return numbered(self._sentences)
+        query = str(arguments["query"])
+        return search_result(query, self._sentences if self._wanted in query else ())

@@ -17,6 +17,7 @@ from pathlib import Path
 from serve_app.nano import invented
 from serve_app.nano.phrasing import Relation, Subject, load_facts, load_gazetteer
 from serve_app.nano.task import Split
+from serve_app.tools.retrieval import NO_SOURCES, query_line, with_question
 
 CORPUS_PATH = Path(__file__).with_name("corpus.jsonl")
 CORPUS_SEED = 20
@@ -105,6 +106,7 @@ def passage(
     *,
     reserved: bool,
     plain: bool = True,
+    rivals: bool = False,
 ) -> list[Entry]:
     """Sentences about invented entities; each pair of entity and relation occurs once.
 
@@ -117,11 +119,14 @@ def passage(
         split: Which statement patterns to use.
         reserved: Whether names are made of reserved words.
         plain: Whether invented subjects of real relations may occur.
+        rivals: Whether nearly all sentences tell the same relation, each of another entity.
     """
     if plain and rng.random() < _PLAIN_SHARE:
         real = load_facts()[0]
         keys = rng.sample(sorted(real), min(size, 2))
         keys += [rng.choice(keys) for _ in range(size - len(keys))]
+        if rivals:
+            keys = keys[:1] * size
         return [_plain_entry(rng, real[key], split, reserved=reserved) for key in keys]
     relations, types, _ = load_gazetteer()
     entity_type = rng.choice(list(types))
@@ -130,7 +135,7 @@ def passage(
     chosen = [(subject, own.pop())]
     target = chosen[0][1]
     while len(chosen) < size:
-        draw = rng.random()
+        draw = 0.4 + 0.45 * rng.random() if rivals else rng.random()
         if draw < 0.4 and own:
             chosen.append((subject, own.pop()))
         elif draw < 0.8:
@@ -162,8 +167,13 @@ def numbered(sentences: Sequence[str]) -> str:
 
 
 def with_sources(question: str, sentences: Sequence[str]) -> str:
-    """A question with the passages found for it, as context retrieval puts them into the prompt."""
-    return f"{question}\n\nSources:\n{numbered(sentences)}"
+    """A question behind the passages found for it, as context retrieval lays out a prompt."""
+    return with_question(numbered(sentences) if sentences else NO_SOURCES, question)
+
+
+def search_result(query: str, sentences: Sequence[str]) -> str:
+    """What the retrieval tool returns: the passages, and behind them the query it was given."""
+    return numbered(sentences) + query_line(query) if sentences else NO_SOURCES
 
 
 @cache

@@ -63,7 +63,10 @@ def word(kind: Kind, problem: Problem, split: Split, rng: random.Random) -> str:
 
 
 def with_sources(query: str, rng: random.Random) -> str:
-    """The question as the retrieval tool leaves it: followed by passages, here of no use."""
+    """A question followed by passages of no use.
+
+    Context retrieval now puts them before the question; the shipped weights know this order.
+    """
     lines = []
     for index in range(1, rng.randint(1, 4) + 1):
         name, other = rng.sample(NAMES, 2)

@@ -36,7 +36,7 @@ SHAPES: dict[str, ModelShape] = {
 }
 """Per short name; the model id is `nano-<name>`."""
 
-MINUTES: dict[str, float] = {"math": 30.0, "facts": 30.0, "code": 35.0}
+MINUTES: dict[str, float] = {"math": 30.0, "facts": 38.0, "code": 35.0}
 """Training budgets that reach the published figures, in minutes of one idle core."""
 
 

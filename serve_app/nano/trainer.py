@@ -19,7 +19,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -105,7 +105,8 @@ def train(
     torch.manual_seed(settings.seed)
     tokenizer = _tokenizer(generator, settings)
     assert_rendering_matches(generator, tokenizer, seed=settings.seed)
-    model = build_model(tokenizer, settings)
+    name_tokens: tuple[str, ...] = getattr(generator, "name_tokens", ())
+    model = build_model(tokenizer, settings, name_tokens)
     report = TrainingReport(
         model_id=model_id,
         settings=json.loads(json.dumps(asdict(replace(settings, warm_start=None)))),
@@ -119,8 +120,18 @@ def train(
     return report
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings) -> LlamaForCausalLM:
-    """A Llama of the configured shape, fresh or continued from `settings.warm_start`."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast,
+    settings: TrainingSettings,
+    name_tokens: Sequence[str] = (),
+) -> LlamaForCausalLM:
+    """A Llama of the configured shape, fresh or continued from `settings.warm_start`.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        settings: Size, and what to continue from.
+        name_tokens: Tokens that tell names apart, for `add_induction_heads`.
+    """
     if settings.warm_start is not None:
         warm: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
             settings.warm_start, dtype=torch.float32
@@ -145,7 +156,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings) 
     )
     model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
     if shape.induction_init:
-        add_induction_heads(model)
+        add_induction_heads(model, tokenizer.get_vocab(), name_tokens)
     return model
 
 

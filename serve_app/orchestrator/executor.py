@@ -21,6 +21,7 @@ from serve_app.orchestrator.engines import Deadline, ModelClients
 from serve_app.schemas import ChatCall, Pair, ToolCall, Usage
 from serve_app.tools.best_of import vote
 from serve_app.tools.config import BestOfConfig
+from serve_app.tools.retrieval import with_question
 from serve_app.tools.runner import ToolRunner
 
 _CHARS_PER_TOKEN = 3
@@ -271,11 +272,11 @@ class PairExecutor:
         deadline: Deadline,
         result: StepResult,
     ) -> None:
-        """Put what the tool finds for the query behind the last user message."""
+        """Put what the tool finds for the query before it in the last user message."""
         text = await self._run_tool(pair, {"query": call.query}, deadline, result)
         for message in reversed(messages):
             if message["role"] == "user":
-                message["content"] = f"{call.query}\n\nSources:\n{text}"
+                message["content"] = with_question(text, call.query)
                 return
 
     async def _sample(

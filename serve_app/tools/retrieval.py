@@ -31,6 +31,16 @@ NO_SOURCES = "No sources found."
 PROBE = "The quick brown fox jumps over the lazy dog."
 
 
+def query_line(query: str) -> str:
+    """The end of a result: what was looked for, so that it stands next to the model's answer."""
+    return f"\nQuery: {query.strip()}"
+
+
+def with_question(result: str, question: str) -> str:
+    """A prompt of a result as context; the question, and so the name asked for, comes last."""
+    return f"Sources:\n{result.removesuffix(query_line(question))}\n\nQuestion: {question}"
+
+
 class Encoder(Protocol):
     """Anything that turns texts into unit vectors."""
 
@@ -261,7 +271,8 @@ class Retrieval(Tool):
             deadline_s: Unused: a search takes milliseconds, and the runner bounds the loading.
 
         Returns:
-            Lines `[1] sentence`; `data["sources"]` has id, title, score and text of each.
+            Lines `[1] sentence` and, where it fits, `query_line`; `data["sources"]` has id, title,
+            score and text of each.
 
         Raises:
             ToolRetry: If the query has no words.
@@ -288,7 +299,10 @@ class Retrieval(Tool):
             }
             for sentence, score in found
         ]
-        return ToolResult(self.clip("\n".join(lines)), {"sources": sources})
+        text = "\n".join(lines)
+        with_query = text + query_line(query)
+        fits = len(with_query) <= self.config.max_result_chars
+        return ToolResult(with_query if fits else self.clip(text), {"sources": sources})
 
     def _loaded(self) -> Index:
         if self._index is None:

@@ -275,7 +275,7 @@ async def test_index_is_loaded_once_and_stays(tmp_path: Path) -> None:
         cache_dir=tmp_path / "cache",
     )
     first = await call(runner, "retrieval", {"query": "Norway"})
-    assert first.text == "[1] Oslo is the capital of Norway."
+    assert first.text == "[1] Oslo is the capital of Norway.\nQuery: Norway"
     corpus.unlink()
     assert (await call(runner, "retrieval", {"query": "Oslo"})).data["sources"][0]["id"] == "a#0"
 

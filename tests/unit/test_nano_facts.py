@@ -18,7 +18,14 @@ from serve_app.nano.facts_tasks import (
     corpus_question,
     evaluation_items,
 )
-from serve_app.nano.gazetteer import CORPUS_PATH, build_corpus, corpus_entries, passage
+from serve_app.nano.gazetteer import (
+    CORPUS_PATH,
+    build_corpus,
+    corpus_entries,
+    passage,
+    search_result,
+    with_sources,
+)
 from serve_app.nano.phrasing import (
     FACTS_PATH,
     GAZETTEER_PATH,
@@ -28,6 +35,7 @@ from serve_app.nano.phrasing import (
     normalized,
 )
 from serve_app.nano.task import Conversation
+from serve_app.tools.retrieval import NO_SOURCES
 
 ALL_RELATIONS = [*load_facts()[0].values(), *load_gazetteer()[0].values()]
 NUM_SAMPLES = 2500
@@ -136,6 +144,23 @@ def test_answers_to_sources_are_copied_from_them() -> None:
             continue
         for item in evaluation_items(cell, rng, 20):
             assert item.question.gold in item.messages[0]["content"]
+
+
+def test_what_was_asked_stands_last_in_both_layouts() -> None:
+    sentences = ["Lake Fa is deep.", "Lake Bo is not."]
+    shown = "[1] Lake Fa is deep.\n[2] Lake Bo is not."
+    assert with_sources("Is it deep?", sentences) == f"Sources:\n{shown}\n\nQuestion: Is it deep?"
+    assert search_result("depth Lake Fa", sentences) == f"{shown}\nQuery: depth Lake Fa"
+    assert search_result("depth Lake Fa", []) == NO_SOURCES
+
+
+def test_rival_sentences_tell_the_same_relation_of_different_names() -> None:
+    rng = random.Random(8)
+    passages = [passage(rng, 4, "seen", reserved=False, rivals=True) for _ in range(200)]
+    same = [e.relation.key == found[0].relation.key for found in passages for e in found[1:]]
+    names = [len({e.subject.name for e in found}) for found in passages]
+    assert sum(same) >= 0.8 * len(same)
+    assert sum(n == 4 for n in names) >= 190
 
 
 def test_tools_are_called_only_when_retrieval_is_offered() -> None:

@@ -11,11 +11,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="training needs torch")
 
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from serve_app.nano.batching import batches, collate, encode  # noqa: E402
 from serve_app.nano.chat_format import IM_END, render, tool_call, tool_schemas  # noqa: E402
 from serve_app.nano.evaluate import is_right, passes_tests  # noqa: E402
+from serve_app.nano.induction_init import add_induction_heads  # noqa: E402
 from serve_app.nano.math_tasks import GENERATOR  # noqa: E402
 from serve_app.nano.muon import Muon, orthogonalize  # noqa: E402
 from serve_app.nano.registry import ModelShape, task_module  # noqa: E402
@@ -194,6 +195,48 @@ def test_batches_fit_and_repeat_for_the_same_seed(tokenizer: PreTrainedTokenizer
         assert one.input_ids.numel() <= 512
         assert torch.equal(one.input_ids, two.input_ids)
         assert torch.equal(one.positions, two.positions)
+
+
+def test_a_fresh_model_binds_words_to_the_name_before_them() -> None:
+    """Before any step: the last word finds the words behind the same name, not behind others."""
+    torch.manual_seed(0)
+    vocabulary = {f"w{i}": i for i in range(400)}
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=128, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, head_dim=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    config._attn_implementation = "eager"  # the one that returns its weights
+    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    add_induction_heads(model, vocabulary, [f"w{i}" for i in range(50)])
+    words = torch.randint(50, 400, (5, 9))
+    names = torch.tensor([[7], [21], [33], [44], [33]])
+    ids = torch.cat([names, words], dim=1).reshape(1, -1)
+    with torch.no_grad():
+        attended = model(ids, output_attentions=True).attentions[1][0, 1, -1]
+    by_name = attended.reshape(5, 10).sum(dim=1)
+    assert by_name[2] + by_name[4] > 0.9
+    assert by_name[2] > 0.3
+
+
+def test_training_leaves_the_noting_of_names_as_it_is() -> None:
+    torch.manual_seed(0)
+    vocabulary = {f"w{i}": i for i in range(60)}
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=128, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, head_dim=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    add_induction_heads(model, vocabulary, ["w1", "w2"])
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    before = weight.detach().clone()
+    muon = Muon([weight], lr=0.1)
+    ids = torch.randint(60, (2, 16))
+    for _ in range(3):
+        model(ids, labels=ids).loss.backward()
+        muon.step()
+    model(ids)
+    assert torch.equal(weight[:64], before[:64])
+    assert not torch.allclose(weight[64:], before[64:])
 
 
 def test_muon_updates_are_nearly_orthogonal() -> None:

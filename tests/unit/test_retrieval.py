@@ -20,6 +20,8 @@ from serve_app.tools.retrieval import (
     Index,
     Retrieval,
     SharedEncoder,
+    query_line,
+    with_question,
 )
 
 DOCUMENTS = [
@@ -85,7 +87,21 @@ def test_best_sentence_comes_first_with_its_source(corpus: Path) -> None:
     assert (first["id"], first["title"]) == ("rome#0", "rome")
     assert first["text"] == "Rome is the capital of Italy."
     assert len(result.data["sources"]) == 2
-    assert len(result.text.splitlines()) == 2
+    assert len(result.text.splitlines()) == 3
+
+
+def test_a_result_ends_with_what_was_looked_for_where_that_fits(corpus: Path) -> None:
+    query = "What is the capital of Italy? " + 40 * "capital "
+    result = make_tool(corpus, top_k=1).run({"query": query}, 10)
+    assert result.text == f"[1] Rome is the capital of Italy.\nQuery: {query.strip()}"
+    result = make_tool(corpus, top_k=1, max_result_chars=100).run({"query": query}, 10)
+    assert result.text == "[1] Rome is the capital of Italy."
+
+
+def test_context_puts_the_question_once_and_last() -> None:
+    text = f"[1] Oslo is in Norway.{query_line('Where is Oslo?')}"
+    expected = "Sources:\n[1] Oslo is in Norway.\n\nQuestion: Where is Oslo?"
+    assert with_question(text, "Where is Oslo?") == expected
 
 
 def test_scores_fall_and_are_reciprocal_ranks(corpus: Path) -> None:
