@@ -180,7 +180,7 @@ def _show_extension(extension: dict[str, Any]) -> None:
             console.print(
                 f"[dim]  {call['tool_id']}({json.dumps(call['arguments'])})[/dim]", highlight=False
             )
-    candidates = extension.get("candidates")
+    candidates = extension.get("decision", {}).get("candidates")
     if candidates:
         table = Table("pair", "utility", "quality", "cost", title="candidates")
         for candidate in candidates:

@@ -75,6 +75,7 @@ def running_graph(
     # A cluster of our own on a laptop: a small object store, no telemetry, no dashboard.
     own = {"include_dashboard": False, "object_store_memory": 256 << 20} if address is None else {}
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options={"host": host, "port": port})
         _deploy(build_app(BuildArgs(config=str(config))))

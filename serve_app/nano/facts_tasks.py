@@ -77,7 +77,7 @@ class FactsGenerator:
             self._search,
             self._other_tools,
         )
-        return rng.choices(makers, weights=(27, 18, 26, 25, 4))[0](rng)
+        return rng.choices(makers, weights=(30, 18, 18, 30, 4))[0](rng)
 
     def questions(self, rng: random.Random, split: Split, n: int) -> list[Question]:
         """Two thirds real facts, one third questions about the corpus; see `TaskGenerator`."""
@@ -212,7 +212,7 @@ class FactsGenerator:
     def _rivals(self, rng: random.Random, sizes: Sequence[int]) -> Conversation:
         """Questions on sources; in many, little but the name tells the sentences apart."""
         size = rng.choice(sizes)
-        entries = passage(rng, size, "seen", reserved=False, rivals=rng.random() < 0.4)
+        entries = passage(rng, size, "seen", reserved=False, rivals=rng.random() < 0.25)
         sentences = [e.sentence for e in rng.sample(entries, size)]
         turns: list[Turn] = []
         for entry in entries[: rng.randint(1, size)]:
@@ -234,7 +234,7 @@ class FactsGenerator:
                 entry = self.known_entry(rng, "seen")
                 entries = [entry, *self._near(rng, entry, size - 1)]
             else:
-                entries = passage(rng, size, "seen", reserved=False, rivals=rng.random() < 0.5)
+                entries = passage(rng, size, "seen", reserved=False, rivals=rng.random() < 0.25)
                 entry = entries[0]
             answer = entry.value
             query = entry.relation.search_query(entry.subject)
