@@ -60,6 +60,12 @@ def _pool_controller() -> Any:
     return handle
 
 
+def _join(address: str | None, **options: Any) -> None:
+    """Start or join a cluster, without the lines it would print for its own developers."""
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
 @contextmanager
 def running_graph(
     config: Path, *, host: str = "127.0.0.1", port: int = 8000, address: str | None = None
@@ -74,8 +80,7 @@ def running_graph(
     """
     # A cluster of our own on a laptop: a small object store, no telemetry, no dashboard.
     own = {"include_dashboard": False, "object_store_memory": 256 << 20} if address is None else {}
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    _join(address, **own)
     try:
         serve.start(http_options={"host": host, "port": port})
         _deploy(build_app(BuildArgs(config=str(config))))
@@ -109,7 +114,7 @@ def cluster_status(address: str) -> tuple[list[DeploymentRow], PoolState | None]
     Raises:
         ConnectionError: If there is no such cluster.
     """
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
+    _join(address, namespace="serve")
     try:
         rows = []
         details = serve.context._get_global_client().get_serve_details()

@@ -1,0 +1,1 @@
+"""Routing quality on real outcome tables: `python -m benchmarks.routing`."""

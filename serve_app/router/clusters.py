@@ -1,0 +1,396 @@
+"""Path 1: expected quality from the outcomes of like queries, minus the alpha-weighted cost.
+
+In comes a query embedding, out go the candidates from best to worst:
+`U = (1 - alpha) * quality - alpha * cost`, cost on a log scale in [0, 1] over the pool (Wu et al.,
+arXiv 2601.03872, section 3.1, with the cost's unit fixed). The quality blends the Beta posteriors
+of the nearest clusters with a kernel ridge head over fixed landmarks (Nystroem's approximation;
+Williams and Seeger, 2001). Nothing here grows with the number of logged outcomes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.errors import NoCandidate, SnapshotError
+from serve_app.router.cold_start import normalised_cost
+from serve_app.router.gate import Gate, Verdict
+from serve_app.router.snapshot import RouterSnapshot
+from serve_app.schemas import Candidate, Decision, Limits, Pair, Path
+
+_DISCOUNT = 0.98
+"""Weight that a pair's earlier feedback keeps at each new one: it remembers about 50."""
+_MAX_INERTIA = 20.0
+"""Feedbacks that weigh as much as everything the snapshot knows of a pair; less for a pair it knows
+little of."""
+_PRIOR_INERTIA = 3.0
+"""The same for a pair the snapshot does not know."""
+_PRIOR_SPREAD = 0.3
+"""Score points that one point of cosine similarity is worth for such a pair."""
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is known of the configured pairs before any outcome."""
+
+    pairs: tuple[Pair, ...]
+    costs_usd: NDArray[np.float32]
+    """(num_pairs,) price of a typical call."""
+    similarities: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    """(dim,) query embedding -> (num_pairs,) similarity to each pair's card in [0, 1]."""
+    descriptors: NDArray[np.float32] | None = None
+    """(num_pairs, descriptor) as the snapshot was fitted with; `None` knows none."""
+
+
+class ClusterRule:
+    """Chooses by clusters; learns from feedback.
+
+    Invariants:
+        - The snapshot never changes. What feedback taught lies beside it and is discounted.
+        - Pairs are addressed by one index: the snapshot's own first, then those only the prior
+          knows.
+        - One thread at a time.
+    """
+
+    def __init__(
+        self,
+        snapshot: RouterSnapshot,
+        prior: Prior | None = None,
+        *,
+        epsilon: float = 0.0,
+        fallback: Pair | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Lay out the tables.
+
+        Args:
+            snapshot: What was fitted.
+            prior: Serves the pairs that the snapshot does not know; without it they are not
+                candidates.
+            epsilon: Probability in [0, 1] of a pair drawn uniformly from the admitted ones.
+            fallback: Comes first when the query is outside the profiled distribution; `None` takes
+                the best pair overall.
+            seed: Of the exploration; `None` takes the machine's entropy.
+        """
+        self._snapshot = snapshot
+        self._gate = Gate(snapshot)
+        self._prior = prior
+        self._epsilon = epsilon
+        self._fallback = fallback
+        self._random = random.Random(seed)
+        known = set(snapshot.pairs)
+        self._new = [i for i, pair in enumerate(prior.pairs if prior else ()) if pair not in known]
+        new_pairs = [prior.pairs[i] for i in self._new] if prior else []
+        self._pairs = (*snapshot.pairs, *new_pairs)
+        self._index = {pair: i for i, pair in enumerate(self._pairs)}
+        self._lay_out_costs()
+        self._lay_out_qualities()
+        self._models = np.array([pair.model_id for pair in self._pairs])
+        self._tools = np.array([pair.tool_id for pair in self._pairs])
+        self._available: tuple[Pair, ...] = ()
+        self._available_index = np.zeros(0, np.intp)
+
+    @property
+    def snapshot(self) -> RouterSnapshot:
+        """What was fitted."""
+        return self._snapshot
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Every pair the rule can rank, in the order of `qualities`."""
+        return self._pairs
+
+    @property
+    def costs(self) -> NDArray[np.float32]:
+        """(num_pairs,) normalised costs in [0, 1]."""
+        return self._costs
+
+    def qualities(
+        self, embedding: NDArray[np.float32], *, gated: bool = True
+    ) -> NDArray[np.float32]:
+        """(num_pairs,) expected scores in [0, 1] for one query.
+
+        Args:
+            embedding: (dim,) L2-normalised, of the snapshot's encoder.
+            gated: Outside the profiled distribution, give the pairs' overall scores.
+        """
+        similarity = self._similarity(embedding)
+        if gated and not self._gate.is_inside(self._distance(similarity)):
+            overall: NDArray[np.float32] = np.clip(self._overall, 0.0, 1.0)
+            return overall
+        return self._qualities(embedding, *self._assign(embedding), similarity)
+
+    def distance(self, embedding: NDArray[np.float32]) -> float:
+        """Distance of a query to the nearest profiled point."""
+        return self._distance(self._similarity(embedding))
+
+    def decide(
+        self,
+        embedding: NDArray[np.float32],
+        limits: Limits,
+        available: Sequence[Pair],
+        pool_version: int,
+        *,
+        num_candidates: int | None = 32,
+    ) -> Decision:
+        """Order the available pairs that the caller's limits admit.
+
+        Args:
+            embedding: (dim,) L2-normalised query embedding.
+            limits: What the caller allows.
+            available: Pairs that answer now.
+            pool_version: Goes into the decision.
+            num_candidates: The best ones that are named; `None` names all.
+
+        Raises:
+            NoCandidate: If nothing is left. Guessing a pair here would hide it.
+        """
+        nearest, weights = self._assign(embedding)
+        admitted = self._admitted(limits, available, nearest, weights)
+        if not len(admitted):
+            raise NoCandidate("no pair that answers now is within the request's limits")
+        similarity = self._similarity(embedding)
+        distance = self._distance(similarity)
+        inside = self._gate.is_inside(distance)
+        quality = (
+            self._qualities(embedding, nearest, weights, similarity)
+            if inside
+            else np.clip(self._overall, 0.0, 1.0)
+        )[admitted]
+        cost = self._costs[admitted]
+        utility = (1 - limits.alpha) * quality - limits.alpha * cost
+        order = self._order(utility, num_candidates)
+        order, propensity = self._explore(order, admitted, inside)
+        verdict = self._judge(quality, int(order[0]), distance)
+        return Decision(
+            candidates=tuple(
+                Candidate(self._pairs[pair], value, of_pair, price)
+                for pair, value, of_pair, price in zip(
+                    admitted[order].tolist(),
+                    utility[order].tolist(),
+                    quality[order].tolist(),
+                    cost[order].tolist(),
+                    strict=True,
+                )
+            ),
+            path=Path.CLUSTERS if inside else Path.OUT_OF_DISTRIBUTION,
+            confidence=verdict.confidence,
+            propensity=propensity,
+            policy_version=self._snapshot.version,
+            pool_version=pool_version,
+        )
+
+    def judge(self, embedding: NDArray[np.float32]) -> Verdict:
+        """The gate's verdict on the best pair for a query, whatever its cost."""
+        quality = self.qualities(embedding, gated=False)
+        return self._judge(quality, int(quality.argmax()), self.distance(embedding))
+
+    def update(self, embedding: NDArray[np.float32], pair: Pair, score: float) -> None:
+        """Learn from one feedback; a pair nobody knows is ignored.
+
+        The score's difference from what was expected is evidence about the pair in general and
+        about it in the query's clusters. Evidence is discounted per pair, so a pair that changes
+        is noticed after tens of feedbacks whatever its past.
+
+        Args:
+            embedding: (dim,) of the query that was answered.
+            pair: The pair that answered it.
+            score: In [0, 1]; clipped.
+        """
+        index = self._index.get(pair)
+        if index is None:
+            return
+        nearest, weights = self._assign(embedding)
+        expected = self._fitted(embedding, nearest, weights, self._similarity(embedding))[index]
+        residual = min(1.0, max(0.0, score)) - float(expected)
+        self._seen[index] = _DISCOUNT * self._seen[index] + 1.0
+        self._residual[index] = _DISCOUNT * self._residual[index] + residual
+        self._cluster_seen[:, index] *= _DISCOUNT
+        self._cluster_residual[:, index] *= _DISCOUNT
+        self._cluster_seen[nearest, index] += weights
+        self._cluster_residual[nearest, index] += weights * residual
+        inertia = self._inertia[index]
+        shift = self._residual[index] / (inertia + self._seen[index])
+        # A cluster starts from the pair's shift and moves on with its own evidence.
+        seen = self._cluster_seen[:, index]
+        own = (self._cluster_residual[:, index] - seen * shift) / (inertia + seen)
+        self._shift[:, index] = shift + own
+        self._overall[index] = self._overall_fitted[index] + shift
+
+    def _lay_out_costs(self) -> None:
+        own = self._snapshot.pair_costs_usd
+        added = self._prior.costs_usd[self._new] if self._prior else own[:0]
+        costs_usd = np.concatenate([own, added]).astype(np.float32)
+        self._costs = normalised_cost(costs_usd.tolist())
+        # (clusters, pairs): what a request of each cluster costs, for the caller's limit.
+        rows = np.broadcast_to(
+            added.astype(np.float32), (len(self._snapshot.centroids), len(added))
+        )
+        self._cluster_costs_usd = np.concatenate([self._snapshot.costs_usd, rows], axis=1)
+
+    def _lay_out_qualities(self) -> None:
+        snapshot, num_new = self._snapshot, len(self._new)
+        weight = snapshot.head_weight
+        pair_mean = snapshot.pair_alpha / (snapshot.pair_alpha + snapshot.pair_beta)
+        cluster_mean = snapshot.score_alpha / (snapshot.score_alpha + snapshot.score_beta)
+        self._prior_mean = self._prior_means()
+        self._overall_fitted = np.concatenate([pair_mean, self._prior_mean]).astype(np.float32)
+        self._overall = self._overall_fitted.copy()
+        num_clusters = len(cluster_mean)
+        # The head is relative to the pair's mean, so both blend into one table and one factor.
+        self._base = np.concatenate(
+            [
+                (1 - weight) * cluster_mean + weight * pair_mean,
+                np.broadcast_to(self._prior_mean, (num_clusters, num_new)),
+            ],
+            axis=1,
+        ).astype(np.float32)
+        self._head_in = snapshot.head_in
+        self._head_out = weight * snapshot.head_out
+        self._anchors = snapshot.landmarks if len(snapshot.landmarks) else snapshot.centroids
+        self._anchor_norms = (self._anchors**2).sum(axis=1)
+        self._centroid_norms = (snapshot.centroids**2).sum(axis=1)
+        shape = (num_clusters, len(self._pairs))
+        self._shift = np.zeros(shape, np.float32)
+        self._cluster_seen = np.zeros(shape, np.float32)
+        self._cluster_residual = np.zeros(shape, np.float32)
+        self._seen = np.zeros(len(self._pairs))
+        self._residual = np.zeros(len(self._pairs))
+        known = np.minimum(snapshot.pair_alpha + snapshot.pair_beta, _MAX_INERTIA)
+        self._inertia = np.concatenate([known, np.full(num_new, _PRIOR_INERTIA)])
+
+    def _prior_means(self) -> NDArray[np.float32]:
+        """(num_new,) mean score expected of the pairs the snapshot does not know."""
+        snapshot = self._snapshot
+        bias = np.full(len(self._new), snapshot.prior_bias, np.float32)
+        if self._prior is None or self._prior.descriptors is None or not len(self._new):
+            return bias
+        descriptors = self._prior.descriptors[self._new]
+        if descriptors.shape[1] != len(snapshot.prior_weights):
+            raise SnapshotError(
+                f"pairs are described by {descriptors.shape[1]} numbers, the snapshot was fitted "
+                f"with {len(snapshot.prior_weights)}"
+            )
+        return np.clip(bias + descriptors @ snapshot.prior_weights, 0.0, 1.0).astype(np.float32)
+
+    def _assign(
+        self, embedding: NDArray[np.float32]
+    ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+        """The nearest clusters of every scale and their weights, which sum to 1."""
+        closeness = 2 * (self._snapshot.centroids @ embedding) - self._centroid_norms
+        nearest, weights, start = [], [], 0
+        for scale in self._snapshot.scales:
+            part = closeness[start : start + scale.num_clusters]
+            if scale.nearest == 1:
+                indices = part.argmax(keepdims=True)
+                shares = np.array([scale.weight], np.float32)
+            else:
+                indices = part.argpartition(-scale.nearest)[-scale.nearest :]
+                closest = part[indices]
+                shares = np.exp((closest - closest.max()) / self._snapshot.temperature)
+                shares *= scale.weight / shares.sum()
+            nearest.append(indices + start)
+            weights.append(shares)
+            start += scale.num_clusters
+        return np.concatenate(nearest), np.concatenate(weights)
+
+    def _similarity(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(num_anchors,) squared distance to each anchor, negated."""
+        closeness: NDArray[np.float32] = 2 * (self._anchors @ embedding) - self._anchor_norms - 1
+        return np.minimum(closeness, 0.0)
+
+    @staticmethod
+    def _distance(similarity: NDArray[np.float32]) -> float:
+        return float(np.sqrt(-similarity.max()))
+
+    def _fitted(
+        self,
+        embedding: NDArray[np.float32],
+        nearest: NDArray[np.intp],
+        weights: NDArray[np.float32],
+        similarity: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """(num_pairs,) what the snapshot and the prior expect, feedback left out; not clipped."""
+        quality: NDArray[np.float32] = weights @ self._base[nearest]
+        num_known = len(self._snapshot.pairs)
+        if self._head_in.size and self._snapshot.head_weight:
+            kernel = np.exp(self._snapshot.head_gamma * similarity)
+            quality[:num_known] += (kernel @ self._head_in) @ self._head_out
+        if self._new and self._prior is not None:
+            likeness = self._prior.similarities(embedding)
+            quality[num_known:] += _PRIOR_SPREAD * (likeness[self._new] - likeness.mean())
+        return quality
+
+    def _qualities(
+        self,
+        embedding: NDArray[np.float32],
+        nearest: NDArray[np.intp],
+        weights: NDArray[np.float32],
+        similarity: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        fitted = self._fitted(embedding, nearest, weights, similarity)
+        return np.clip(fitted + weights @ self._shift[nearest], 0.0, 1.0)
+
+    def _admitted(
+        self,
+        limits: Limits,
+        available: Sequence[Pair],
+        nearest: NDArray[np.intp],
+        weights: NDArray[np.float32],
+    ) -> NDArray[np.intp]:
+        """Indices of the available pairs within the limits."""
+        # The pool changes rarely; comparing it costs less than indexing it anew.
+        if len(available) != len(self._available) or tuple(available) != self._available:
+            self._available = tuple(available)
+            self._available_index = np.array(
+                [self._index[pair] for pair in available if pair in self._index], np.intp
+            )
+        admitted = self._available_index
+        if limits.models is not None:
+            admitted = admitted[np.isin(self._models[admitted], list(limits.models))]
+        if limits.tools is not None:
+            admitted = admitted[np.isin(self._tools[admitted], list(limits.tools))]
+        if limits.max_cost_usd is not None:
+            costs_usd = weights @ self._cluster_costs_usd[nearest]
+            admitted = admitted[costs_usd[admitted] <= limits.max_cost_usd]
+        return admitted
+
+    @staticmethod
+    def _order(utility: NDArray[np.float32], num_candidates: int | None) -> NDArray[np.intp]:
+        """Indices from best to worst; equal utility keeps the pool's order."""
+        if num_candidates is None or num_candidates >= len(utility):
+            return np.argsort(-utility, kind="stable")
+        least = np.partition(utility, -num_candidates)[-num_candidates]
+        top = np.flatnonzero(utility >= least)
+        return top[np.argsort(-utility[top], kind="stable")][:num_candidates]
+
+    def _explore(
+        self, order: NDArray[np.intp], admitted: NDArray[np.intp], inside: bool
+    ) -> tuple[NDArray[np.intp], float]:
+        """Put the pair that is taken first, and say with which probability it was."""
+        if not inside and self._fallback is not None:
+            place = np.flatnonzero(admitted == self._index.get(self._fallback, -1))
+            order = np.concatenate([place, order[~np.isin(order, place)]])
+        if not self._epsilon:
+            return order, 1.0
+        share = self._epsilon / len(admitted)
+        greedy = int(order[0])
+        if self._random.random() >= self._epsilon:
+            return order, 1.0 - self._epsilon + share
+        drawn = self._random.randrange(len(admitted))
+        if drawn == greedy:
+            return order, 1.0 - self._epsilon + share
+        return np.concatenate([[drawn], order[order != drawn]]), share
+
+    def _judge(self, quality: NDArray[np.float32], chosen: int, distance: float) -> Verdict:
+        value = float(quality[chosen])
+        if len(quality) == 1:
+            return self._gate.judge(value, value, value, distance)
+        top = np.partition(quality, -2)[-2:]
+        best = float(top[1])
+        runner_up = float(top[0]) if value == best else best
+        return self._gate.judge(value, best, runner_up, distance)

@@ -1,0 +1,300 @@
+"""The versioned, immutable router artifact: what fitting writes and every router replica reads.
+
+On disk it is a folder: `tensors.safetensors` and `snapshot.json`, which holds the schema version,
+the names and numbers, and the sha256 of the tensors and of itself. A folder appears under its name
+only when it is complete. Reading checks everything before anything is used; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from serve_app.errors import SnapshotError
+from serve_app.schemas import Pair
+
+SCHEMA_VERSION = 1
+KIND = "atlas-router-snapshot"
+TENSORS_FILE = "tensors.safetensors"
+DOCUMENT_FILE = "snapshot.json"
+POLICY_PREFIX = "policy."
+"""Tensors under this prefix are weights of the learned policy; their shapes are its own affair."""
+
+Array = NDArray[np.float32]
+
+_SHAPES: dict[str, tuple[str | int, ...]] = {
+    "centroids": ("clusters", "dim"),
+    "score_alpha": ("clusters", "pairs"),
+    "score_beta": ("clusters", "pairs"),
+    "tokens": ("clusters", "pairs"),
+    "seconds": ("clusters", "pairs"),
+    "costs_usd": ("clusters", "pairs"),
+    "pair_alpha": ("pairs",),
+    "pair_beta": ("pairs",),
+    "pair_costs_usd": ("pairs",),
+    "landmarks": ("landmarks", "dim"),
+    "head_in": ("landmarks", "rank"),
+    "head_out": ("rank", "pairs"),
+    "prior_weights": ("descriptor",),
+    "distance_quantiles": ("quantiles",),
+    "gate_weights": (5,),
+}
+_POSITIVE = ("score_alpha", "score_beta", "pair_alpha", "pair_beta")
+_NOT_NEGATIVE = ("tokens", "seconds", "costs_usd", "pair_costs_usd", "distance_quantiles")
+
+
+class Scale(NamedTuple):
+    """One clustering among several of different fineness."""
+
+    num_clusters: int
+    nearest: int
+    """Clusters a query is shared among, at least 1."""
+    weight: float
+    """Share of this scale in the clusters' quality; those of all scales sum to 1."""
+
+
+@dataclass(frozen=True)
+class RouterSnapshot:
+    """Everything path 1 needs to decide. All arrays are finite float32.
+
+    Expected quality of pair p for an embedding x (see `router.clusters`):
+    `(1 - head_weight) * sum_k a_k(x) mean[k, p] + head_weight * (pair_mean[p] + head(x)[p])`.
+    """
+
+    version: int
+    """Policy version; only rises."""
+    encoder: str
+    """The encoder's name; embeddings of another one mean nothing here."""
+    pairs: tuple[Pair, ...]
+    centroids: Array
+    """(clusters, dim) means of unit vectors, not normalised; those of all scales, one after
+    another."""
+    scales: tuple[Scale, ...]
+    """How the centroids are grouped, in their order."""
+    temperature: float
+    """Difference in squared distance that makes a cluster e times lighter; above 0."""
+    score_alpha: Array
+    """(clusters, pairs) first parameter of the Beta posterior of the score."""
+    score_beta: Array
+    """(clusters, pairs) second one."""
+    tokens: Array
+    """(clusters, pairs) mean tokens of a request, prompt and completion; 0 where unknown."""
+    seconds: Array
+    """(clusters, pairs) mean seconds of a request; 0 where unknown."""
+    costs_usd: Array
+    """(clusters, pairs) mean US dollars of a request."""
+    pair_alpha: Array
+    """(pairs,) Beta posterior of the score over all queries."""
+    pair_beta: Array
+    """(pairs,)"""
+    pair_costs_usd: Array
+    """(pairs,) mean US dollars of a request over all queries; what alpha weighs."""
+    landmarks: Array
+    """(landmarks, dim) unit vectors the head compares a query with; may be empty."""
+    head_in: Array
+    """(landmarks, rank)"""
+    head_out: Array
+    """(rank, pairs)"""
+    head_gamma: float
+    """Width of the head's kernel exp(-gamma * squared distance)."""
+    head_weight: float
+    """Share of the head in the quality, in [0, 1]; 0 is clusters alone."""
+    prior_weights: Array
+    """(descriptor,) what a pair's descriptor says of its mean score; may be empty."""
+    prior_bias: float
+    """Mean score of a pair with a descriptor of zeros."""
+    distance_quantiles: Array
+    """(quantiles,) ascending: distance of held-out training queries to the nearest landmark or
+    centroid, at evenly spaced quantiles from 0 to 1."""
+    trusted_quantile: float
+    """Quantile in [0, 1] past which a query counts as outside the profiled distribution."""
+    gate_weights: Array
+    """(5,) logistic calibration of the confidence; see `router.gate`."""
+    examples: tuple[tuple[str, ...], ...]
+    """(clusters,) questions nearest to each centroid; may be empty tuples."""
+    metadata: Mapping[str, str | int | float] = field(default_factory=dict)
+    """How it was made: seed, counts, chosen settings, cross-validated figures."""
+    policy: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Weights of the learned policy by name; empty without one."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            SnapshotError: If a shape, a value or a range is wrong.
+        """
+        if self.version < 1 or not self.encoder or not self.pairs:
+            raise SnapshotError("a snapshot needs a version of at least 1, an encoder and pairs")
+        if len(set(self.pairs)) != len(self.pairs):
+            raise SnapshotError("a snapshot holds a pair twice")
+        self._check_arrays()
+        num_clusters = len(self.centroids)
+        if not num_clusters or not len(self.distance_quantiles):
+            raise SnapshotError("a snapshot needs a centroid and distance quantiles")
+        if len(self.examples) != num_clusters:
+            raise SnapshotError(
+                f"a snapshot has examples of {len(self.examples)} clusters, but {num_clusters}"
+            )
+        if (
+            sum(scale.num_clusters for scale in self.scales) != num_clusters
+            or any(not 1 <= scale.nearest <= scale.num_clusters for scale in self.scales)
+            or any(not 0 <= scale.weight <= 1 for scale in self.scales)
+            or abs(sum(scale.weight for scale in self.scales) - 1) > 1e-3
+        ):
+            raise SnapshotError(f"scales {self.scales!r} do not fit {num_clusters} centroids")
+        for name, low, high in (
+            ("temperature", 1e-9, 1e9),
+            ("head_gamma", 0.0, 1e9),
+            ("head_weight", 0.0, 1.0),
+            ("prior_bias", -1e9, 1e9),
+            ("trusted_quantile", 0.0, 1.0),
+        ):
+            if not low <= getattr(self, name) <= high:  # a NaN is not either
+                raise SnapshotError(f"{name} {getattr(self, name)!r} is not in [{low:g}, {high:g}]")
+
+    @property
+    def dim(self) -> int:
+        """Length of a query embedding."""
+        return int(self.centroids.shape[1])
+
+    def _check_arrays(self) -> None:
+        sizes: dict[str | int, int] = {"pairs": len(self.pairs)}
+        for name, shape in _SHAPES.items():
+            array = getattr(self, name)
+            if array.dtype != np.float32:
+                raise SnapshotError(f"{name} is {array.dtype}, not float32")
+            wanted = [sizes.get(axis, axis) for axis in shape]
+            if array.ndim != len(shape) or any(
+                isinstance(size, int) and size != found
+                for size, found in zip(wanted, array.shape, strict=True)
+            ):
+                raise SnapshotError(f"{name} has shape {array.shape}, expected {wanted}")
+            sizes.update(zip(shape, array.shape, strict=True))
+            if not np.isfinite(array).all():
+                raise SnapshotError(f"{name} holds a value that is not finite")
+        for name in _POSITIVE:
+            if (getattr(self, name) <= 0).any():
+                raise SnapshotError(f"{name} holds a value that is not above 0")
+        for name in _NOT_NEGATIVE:
+            if (getattr(self, name) < 0).any():
+                raise SnapshotError(f"{name} holds a value below 0")
+        if (np.diff(self.distance_quantiles) < 0).any():
+            raise SnapshotError("distance_quantiles do not ascend")
+
+
+def save_snapshot(snapshot: RouterSnapshot, folder: Path) -> None:
+    """Write a snapshot; the folder appears complete or not at all.
+
+    Raises:
+        SnapshotError: If the folder is there already: snapshots never change.
+    """
+    if folder.exists():
+        raise SnapshotError(
+            f"snapshot {folder.name!r} is there already, and snapshots never change"
+        )
+    tensors = {name: np.ascontiguousarray(getattr(snapshot, name)) for name in _SHAPES}
+    tensors |= {
+        POLICY_PREFIX + name: np.ascontiguousarray(value) for name, value in snapshot.policy.items()
+    }
+    packed = save_tensors(tensors)
+    document: dict[str, Any] = {
+        "kind": KIND,
+        "schema_version": SCHEMA_VERSION,
+        "tensors_sha256": hashlib.sha256(packed).hexdigest(),
+        "pairs": [list(pair) for pair in snapshot.pairs],
+        "scales": snapshot.scales,
+        "examples": snapshot.examples,
+        "metadata": dict(snapshot.metadata),
+    }
+    document |= {name: getattr(snapshot, name) for name in _plain_fields()}
+    document["sha256"] = _digest(document)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(fresh / TENSORS_FILE, packed)
+        _write(fresh / DOCUMENT_FILE, json.dumps(document, indent=1).encode())
+        os.rename(fresh, folder)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def load_snapshot(folder: Path) -> RouterSnapshot:
+    """Read and check a snapshot.
+
+    Raises:
+        SnapshotError: If it is missing, truncated, damaged, of another schema, or not a snapshot.
+    """
+    name = folder.name
+    try:
+        document = json.loads((folder / DOCUMENT_FILE).read_bytes())
+        packed = (folder / TENSORS_FILE).read_bytes()
+    except OSError as error:
+        raise SnapshotError(f"snapshot {name!r} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SnapshotError(f"snapshot {name!r}: {DOCUMENT_FILE} is not JSON") from error
+    if not isinstance(document, dict) or document.get("kind") != KIND:
+        raise SnapshotError(f"snapshot {name!r} is not a router snapshot")
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise SnapshotError(
+            f"snapshot {name!r} has schema {document.get('schema_version')!r}, this version reads "
+            f"{SCHEMA_VERSION}; fit it again"
+        )
+    if document.pop("sha256", None) != _digest(document):
+        raise SnapshotError(
+            f"snapshot {name!r} is damaged: {DOCUMENT_FILE} does not match its hash"
+        )
+    if hashlib.sha256(packed).hexdigest() != document.get("tensors_sha256"):
+        raise SnapshotError(f"snapshot {name!r} is damaged: {TENSORS_FILE} does not match its hash")
+    try:
+        tensors = load_tensors(packed)
+        policy = {
+            key.removeprefix(POLICY_PREFIX): value
+            for key, value in tensors.items()
+            if key.startswith(POLICY_PREFIX)
+        }
+        fields_read: dict[str, Any] = {key: tensors[key] for key in _SHAPES}
+        fields_read |= {key: document[key] for key in _plain_fields()}
+        return RouterSnapshot(
+            pairs=tuple(Pair(model_id, tool_id) for model_id, tool_id in document["pairs"]),
+            scales=tuple(Scale(*scale) for scale in document["scales"]),
+            examples=tuple(tuple(texts) for texts in document["examples"]),
+            metadata=document["metadata"],
+            policy=policy,
+            **fields_read,
+        )
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        if isinstance(error, SnapshotError):
+            raise
+        raise SnapshotError(f"snapshot {name!r} lacks or mangles a field: {error}") from error
+
+
+def _plain_fields() -> list[str]:
+    """Names of the fields that are one number or word."""
+    special = {"pairs", "scales", "examples", "metadata", "policy", *_SHAPES}
+    return [entry.name for entry in fields(RouterSnapshot) if entry.name not in special]
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write and force to disk, so that a complete name never stands for lost bytes."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
