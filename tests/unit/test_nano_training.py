@@ -197,16 +197,20 @@ def test_batches_fit_and_repeat_for_the_same_seed(tokenizer: PreTrainedTokenizer
         assert torch.equal(one.positions, two.positions)
 
 
+def small_llama(vocab_size: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, head_dim=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    config._attn_implementation = "eager"  # the one that returns its weights
+    return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+
+
 def test_a_fresh_model_binds_words_to_the_name_before_them() -> None:
     """Before any step: the last word finds the words behind the same name, not behind others."""
     torch.manual_seed(0)
     vocabulary = {f"w{i}": i for i in range(400)}
-    config = LlamaConfig(
-        vocab_size=400, hidden_size=128, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=4, head_dim=32, tie_word_embeddings=True,
-    )  # fmt: skip
-    config._attn_implementation = "eager"  # the one that returns its weights
-    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model = small_llama(400)
     add_induction_heads(model, vocabulary, [f"w{i}" for i in range(50)])
     words = torch.randint(50, 400, (5, 9))
     names = torch.tensor([[7], [21], [33], [44], [33]])
@@ -221,11 +225,7 @@ def test_a_fresh_model_binds_words_to_the_name_before_them() -> None:
 def test_training_leaves_the_noting_of_names_as_it_is() -> None:
     torch.manual_seed(0)
     vocabulary = {f"w{i}": i for i in range(60)}
-    config = LlamaConfig(
-        vocab_size=60, hidden_size=128, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=4, head_dim=32, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model = small_llama(60)
     add_induction_heads(model, vocabulary, ["w1", "w2"])
     weight = model.model.layers[0].self_attn.q_proj.weight
     before = weight.detach().clone()
