@@ -166,6 +166,15 @@ class EmbedderConfig(BaseConfig):
     deployment: DeploymentConfig = DeploymentConfig()
 
 
+class ExplorationConfig(BaseConfig):
+    """How often a pair is tried that does not look best, so that the log can judge it later."""
+
+    method: Literal["epsilon_greedy", "thompson"] = "epsilon_greedy"
+    """`epsilon_greedy` draws uniformly; `thompson` draws by the chance that a pair is best."""
+    epsilon: float = Field(default=0.0, ge=0, le=1)
+    """Share of the decisions that are drawn; 0 = never. The propensity of each is logged."""
+
+
 class RouterConfig(BaseConfig):
     """How `model: atlas` decides."""
 
@@ -173,6 +182,14 @@ class RouterConfig(BaseConfig):
     """Cost-quality dial when the caller names none; 0 = quality only."""
     example_top_k: int = Field(default=3, ge=1)
     """The cold-start rule takes the mean similarity of this many nearest examples."""
+    snapshot: str | None = None
+    """Folder of a router snapshot; promoted once, when this store first sees it."""
+    fallback: str | None = None
+    """`model_id@tool_id` that gets queries unlike everything profiled; `None`: the pair that is
+    best overall."""
+    exploration: ExplorationConfig = ExplorationConfig()
+    refresh_interval_s: float = Field(default=1.0, gt=0)
+    """How often a replica asks the store for a new policy and new feedback."""
     deployment: DeploymentConfig = DeploymentConfig()
 
 
@@ -197,6 +214,8 @@ class LimitsConfig(BaseConfig):
     """Tool calls a model may make before it must answer."""
     max_steps: int = Field(default=4, ge=1, le=16)
     """Pairs tried for one request: the choice and its fallbacks."""
+    feedback_per_minute: float = Field(default=600.0, gt=0)
+    """Verdicts one caller may give on average, at each gateway replica; a tenth of it at once."""
 
 
 class AuthConfig(BaseConfig):
@@ -217,6 +236,9 @@ class StoreConfig(BaseConfig):
     """Outcomes are written in batches this often."""
     max_pending: int = Field(default=50_000, ge=1)
     """Outcomes held in memory while the store is slow; more are counted and dropped."""
+    snapshots_dir: str = "snapshots"
+    """Folder of the router snapshots, shared by all nodes of a cluster; a relative one lies in
+    `data_dir`."""
 
 
 class GatewayConfig(BaseConfig):
@@ -271,10 +293,13 @@ class AtlasConfig(BaseConfig):
                         f"configured: {sorted(known)}"
                     )
         pairs = set(self.all_pairs())
-        for card in self.pairs:
-            if Pair.parse(card.pair) not in pairs:
+        named = [("pairs", card.pair) for card in self.pairs]
+        if self.router.fallback is not None:
+            named.append(("router.fallback", self.router.fallback))
+        for where, pair in named:
+            if Pair.parse(pair) not in pairs:
                 raise ValueError(
-                    f"pairs: {card.pair!r} is no pair of a configured model and one of its tools"
+                    f"{where}: {pair!r} is no pair of a configured model and one of its tools"
                 )
         return self
 
@@ -302,6 +327,10 @@ class AtlasConfig(BaseConfig):
         if prefix.startswith("sqlite") and slashes and not path.startswith("/"):
             return f"{prefix}:///{self.data_path() / path}"
         return url
+
+    def snapshots_path(self) -> Path:
+        """The folder of the router snapshots, absolute."""
+        return self.data_path() / self.store.snapshots_dir
 
     def data_path(self) -> Path:
         """The data folder, made absolute."""

@@ -116,6 +116,21 @@ class Candidate:
     """Expected score in [0, 1]."""
     cost: float
     """Normalised price in [0, 1] over the pool."""
+    low: float = 0.0
+    """With `high`: the 95% interval of the quality; [0, 1] where nothing was measured."""
+    high: float = 1.0
+    cost_usd: float = 0.0
+    """What such a request is expected to cost, in US dollars."""
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """What the profile holds that is like a query; only for explanations."""
+
+    cluster: int
+    """Index of the nearest cluster."""
+    examples: tuple[str, ...]
+    """Profiled questions nearest to its centre."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +147,11 @@ class Decision:
     pool_version: int
     seconds: float = 0.0
     """Time the decision took, embedding excluded."""
+    distance_quantile: float | None = None
+    """Share of the profiled queries that are nearer to the others than this one is, in [0, 1];
+    `None` without a profile."""
+    likeness: Likeness | None = None
+    """Only where an explanation was asked for."""
 
     @property
     def pair(self) -> Pair:

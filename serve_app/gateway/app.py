@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -42,6 +42,7 @@ from serve_app.gateway.extension import completion_extension, decision_object
 from serve_app.gateway.openapi import openapi_document
 from serve_app.gateway.parsing import parse_json, validate
 from serve_app.gateway.pool_view import PoolView
+from serve_app.gateway.rate import RateLimiter
 from serve_app.gateway.streaming import ChunkShaper, EventStream
 from serve_app.gateway.wire import ChatRequest, FeedbackRequest
 from serve_app.schemas import ChatCall, Decision, PoolState, Report
@@ -213,6 +214,7 @@ class _Api:
         self._config = config
         self._limits = config.gateway.limits
         self._metrics = metrics
+        self._feedback_rate = RateLimiter(self._limits.feedback_per_minute)
         self._view: PoolView | None = None
         self._openapi = JsonResponse(openapi_document(self._limits, config.gateway.auth.mode)).body
 
@@ -256,7 +258,7 @@ class _Api:
         exchange: Exchange = request.scope["atlas"]
         _, call = self._read_call(exchange)
         async with _deadline(exchange):
-            decision = await self._orchestrator.decide(call)
+            decision = await self._orchestrator.decide(replace(call, explain=True))
         exchange.line.pair, exchange.line.path = str(decision.pair), str(decision.path)
         exchange.line.policy_version = decision.policy_version
         headers = {"x-atlas-pair": str(decision.pair), "x-atlas-path": str(decision.path)}
@@ -272,13 +274,15 @@ class _Api:
         """`POST /v1/feedback`."""
         exchange: Exchange = request.scope["atlas"]
         said = validate(FeedbackRequest, parse_json(exchange.body, self._limits.max_json_depth))
+        self._feedback_rate.take(exchange.owner)
+        score = min(1.0, max(0.0, said.score))
         patience_s = FEEDBACK_PATIENCE_S if looks_like_request_id(said.request_id) else 0.0
         if patience_s:
             await self._outcomes.flush(patience_s)
         while True:
             try:
                 await add_feedback(
-                    self._store, said.request_id, exchange.owner, said.score, said.comment
+                    self._store, said.request_id, exchange.owner, score, said.comment
                 )
                 break
             except NotFound:
@@ -287,7 +291,7 @@ class _Api:
                     raise
                 await asyncio.sleep(_FEEDBACK_POLL_S)
         return JsonResponse(
-            {"object": "atlas.feedback", "request_id": said.request_id, "score": said.score}
+            {"object": "atlas.feedback", "request_id": said.request_id, "score": score}
         )
 
     async def models(self, request: Request) -> Response:

@@ -9,8 +9,10 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from serve_app.config import AtlasConfig
+from serve_app.errors import AtlasError
 from serve_app.gateway.app import build_api
 from serve_app.orchestrator.orchestrator import Orchestrator
+from serve_app.schemas import ChatCall, Report
 from serve_app.store import OutcomeLog, Store
 from serve_app.telemetry import RayMetrics
 
@@ -56,6 +58,10 @@ class Gateway:
         return build_api(
             self._orchestrator, self._store, self._outcomes, self._config, self._metrics
         )
+
+    async def measure(self, call: ChatCall) -> tuple[Report, AtlasError | None]:
+        """Run a pinned request for a profile; see `Orchestrator.measure`."""
+        return await self._orchestrator.measure(call)
 
     async def __del__(self) -> None:
         """Serve's shutdown hook: write what is pending."""

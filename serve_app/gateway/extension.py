@@ -39,11 +39,14 @@ def completion_extension(report: Report, *, alpha: float, explain: bool) -> Json
 
 def decision_object(decision: Decision) -> Json:
     """A decision with every candidate's scores, best first."""
+    like = decision.likeness
     return {
         "pair": str(decision.pair),
         "path": str(decision.path),
         "confidence": decision.confidence,
         "propensity": decision.propensity,
+        "distance_quantile": decision.distance_quantile,
+        "cluster": None if like is None else {"index": like.cluster, "examples": like.examples},
         "candidates": [_candidate(candidate) for candidate in decision.candidates],
         "policy_version": decision.policy_version,
         "pool_version": decision.pool_version,
@@ -65,7 +68,10 @@ def _candidate(candidate: Candidate) -> Json:
         "pair": str(candidate.pair),
         "utility": candidate.utility,
         "quality": candidate.quality,
+        "quality_low": candidate.low,
+        "quality_high": candidate.high,
         "cost": candidate.cost,
+        "cost_usd": candidate.cost_usd,
     }
 
 

@@ -277,6 +277,6 @@ class FeedbackRequest(Wire):
 
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     """As the completion's `x-request-id` header and `atlas.request_id` said."""
-    score: Annotated[float, Field(ge=0, le=1)]
-    """0 = useless, 1 = right."""
+    score: Annotated[float, Field(allow_inf_nan=False)]
+    """0 = useless, 1 = right; clipped to that range."""
     comment: Annotated[str, Field(max_length=4096)] | None = None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from serve_app.errors import ToolRetry
+from serve_app.nano import gazetteer
 from serve_app.nano.chat_format import tool_call
 from serve_app.nano.math_phrasings import expand, fill, load_phrasings, restyle, swap_synonyms
 from serve_app.nano.math_problems import EASY_KINDS, HARD_KINDS, KINDS, Kind, Problem
@@ -63,12 +64,9 @@ def word(kind: Kind, problem: Problem, split: Split, rng: random.Random) -> str:
 
 
 def with_sources(query: str, rng: random.Random) -> str:
-    """A question followed by passages of no use.
-
-    Context retrieval now puts them before the question; the shipped weights know this order.
-    """
-    lines = []
-    for index in range(1, rng.randint(1, 4) + 1):
+    """A question behind passages of no use, in the layout of context retrieval."""
+    sentences = []
+    for _ in range(rng.randint(1, 4)):
         name, other = rng.sample(NAMES, 2)
         sentence = rng.choice(_SOURCE_SENTENCES).format(
             name=name,
@@ -78,8 +76,8 @@ def with_sources(query: str, rng: random.Random) -> str:
             height=rng.randint(300, 8000),
             share=rng.randint(2, 99),
         )
-        lines.append(f"[{index}] {sentence}")
-    return f"{query}\n\nSources:\n" + "\n".join(lines)
+        sentences.append(sentence)
+    return gazetteer.with_sources(query, sentences)
 
 
 _SOURCE_SENTENCES = (

@@ -30,6 +30,7 @@ class _Waiting:
     query: str
     limits: Limits
     deadline: Deadline
+    explain: bool
     answer: asyncio.Future[_Answer]
 
     def settle(self, answer: _Answer | Exception) -> None:
@@ -61,8 +62,16 @@ class Decider:
         self._waiting: deque[_Waiting] = deque()
         self._in_flight: set[asyncio.Task[None]] = set()
 
-    async def decide(self, query: str, limits: Limits, deadline: Deadline) -> _Answer:
+    async def decide(
+        self, query: str, limits: Limits, deadline: Deadline, *, explain: bool = False
+    ) -> _Answer:
         """The (dim,) embedding of a query, and the decision for it.
+
+        Args:
+            query: What is routed on.
+            limits: What the caller allows.
+            deadline: When the decision must be there.
+            explain: Whether the decision names every candidate and what is like the query.
 
         Raises:
             NoCandidate: If no ready pair is within the limits.
@@ -71,7 +80,7 @@ class Decider:
             DeadlineExceeded: If time is up.
         """
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(query, limits, deadline, answer))
+        self._waiting.append(_Waiting(query, limits, deadline, explain, answer))
         self._send()
         try:
             async with asyncio.timeout(deadline.remaining_s()):
@@ -113,8 +122,9 @@ class Decider:
         queries = [request.query for request in batch]
         embeddings = await call(self._embedder.embed.remote(queries), deadline)
         limits = [request.limits for request in batch]
+        explain = [request.explain for request in batch]
         decisions: list[Decision | AtlasError] = await call(
-            self._router.decide.remote(embeddings, limits), deadline
+            self._router.decide.remote(embeddings, limits, explain), deadline
         )
         for request, embedding, decision in zip(batch, embeddings, decisions, strict=True):
             request.settle(decision if isinstance(decision, AtlasError) else (embedding, decision))

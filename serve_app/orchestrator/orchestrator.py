@@ -66,6 +66,8 @@ class _Run:
     pair: Pair | None = None
     """The pair that is running or ran last."""
     path: Path = Path.PINNED
+    is_traffic: bool = True
+    """Whether it goes into the outcome log."""
 
     def report(self, error: str | None = None) -> Report:
         assert self.decision is not None
@@ -178,6 +180,26 @@ class Orchestrator:
         }
         return completion, report
 
+    async def measure(self, call: ChatCall) -> tuple[Report, AtlasError | None]:
+        """Run a request for a profile: as any other, but it is not traffic.
+
+        Returns:
+            What happened, and what it failed with, if it did.
+
+        Raises:
+            ModelNotFound, NoCandidate: If nothing could run.
+        """
+        run = _Run(call, Deadline.after(call.limits.deadline_s), is_traffic=False)
+        failure = None
+        try:
+            async for _ in self._answer(run, stream=False):
+                pass
+        except AtlasError as error:
+            if run.decision is None:
+                raise
+            failure = error
+        return run.report(failure.message if failure else None), failure
+
     async def stream(self, call: ChatCall) -> AsyncGenerator[dict[str, Any] | Report, None]:
         """Answer a request piece by piece.
 
@@ -244,7 +266,8 @@ class Orchestrator:
                 error = None
                 return
         finally:
-            self._record(run.report(error), run.call.limits.alpha)
+            if run.is_traffic:
+                self._record(run.report(error), run.call.limits.alpha)
 
     async def _step(
         self, run: _Run, pair: Pair, path: Path, *, is_last: bool, stream: bool
@@ -298,7 +321,7 @@ class Orchestrator:
             )
             limits = replace(limits, tools=allowed)
         run.embedding, run.decision = await self._decider.decide(
-            run.call.query, limits, run.deadline
+            run.call.query, limits, run.deadline, explain=run.call.explain
         )
 
     def _pinned(self, model: str) -> Decision:

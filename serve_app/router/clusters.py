@@ -9,9 +9,9 @@ Williams and Seeger, 2001). Nothing here grows with the number of logged outcome
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from serve_app.errors import NoCandidate, SnapshotError
 from serve_app.router.cold_start import normalised_cost
 from serve_app.router.gate import Gate, Verdict
 from serve_app.router.snapshot import RouterSnapshot
-from serve_app.schemas import Candidate, Decision, Limits, Pair, Path
+from serve_app.schemas import Candidate, Decision, Likeness, Limits, Pair, Path
 
 _DISCOUNT = 0.98
 """Weight that a pair's earlier feedback keeps at each new one: it remembers about 50."""
@@ -31,6 +31,10 @@ _PRIOR_INERTIA = 3.0
 """The same for a pair the snapshot does not know."""
 _PRIOR_SPREAD = 0.3
 """Score points that one point of cosine similarity is worth for such a pair."""
+_INTERVAL_DEVIATIONS = 1.96
+"""Standard deviations either side of a 95% interval."""
+_THOMPSON_DRAWS = 512
+"""Draws from the posteriors per explored decision; their shares are the propensities."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class ClusterRule:
         prior: Prior | None = None,
         *,
         epsilon: float = 0.0,
+        method: Literal["epsilon_greedy", "thompson"] = "epsilon_greedy",
         fallback: Pair | None = None,
         seed: int | None = None,
     ) -> None:
@@ -71,7 +76,8 @@ class ClusterRule:
             snapshot: What was fitted.
             prior: Serves the pairs that the snapshot does not know; without it they are not
                 candidates.
-            epsilon: Probability in [0, 1] of a pair drawn uniformly from the admitted ones.
+            epsilon: Probability in [0, 1] of a pair drawn from the admitted ones.
+            method: Drawn uniformly, or by the chance that the pair is best (Thompson, 1933).
             fallback: Comes first when the query is outside the profiled distribution; `None` takes
                 the best pair overall.
             seed: Of the exploration; `None` takes the machine's entropy.
@@ -80,8 +86,9 @@ class ClusterRule:
         self._gate = Gate(snapshot)
         self._prior = prior
         self._epsilon = epsilon
+        self._method = method
         self._fallback = fallback
-        self._random = random.Random(seed)
+        self._random = np.random.default_rng(seed)
         known = set(snapshot.pairs)
         self._new = [i for i, pair in enumerate(prior.pairs if prior else ()) if pair not in known]
         new_pairs = [prior.pairs[i] for i in self._new] if prior else []
@@ -163,17 +170,26 @@ class ClusterRule:
         )[admitted]
         cost = self._costs[admitted]
         utility = (1 - limits.alpha) * quality - limits.alpha * cost
+        spread = self._spread(quality, admitted, nearest, weights)
         order = self._order(utility, num_candidates)
-        order, propensity = self._explore(order, admitted, inside)
+        order, propensity = self._explore(
+            order, admitted, inside, utility, (1 - limits.alpha) * spread
+        )
+        reach = _INTERVAL_DEVIATIONS * spread
+        low, high = np.maximum(quality - reach, 0.0), np.minimum(quality + reach, 1.0)
+        costs_usd = weights @ self._cluster_costs_usd[np.ix_(nearest, admitted[order])]
         verdict = self._judge(quality, int(order[0]), distance)
         return Decision(
             candidates=tuple(
-                Candidate(self._pairs[pair], value, of_pair, price)
-                for pair, value, of_pair, price in zip(
+                Candidate(self._pairs[pair], *numbers)
+                for pair, *numbers in zip(
                     admitted[order].tolist(),
                     utility[order].tolist(),
                     quality[order].tolist(),
                     cost[order].tolist(),
+                    low[order].tolist(),
+                    high[order].tolist(),
+                    costs_usd.tolist(),
                     strict=True,
                 )
             ),
@@ -182,7 +198,14 @@ class ClusterRule:
             propensity=propensity,
             policy_version=self._snapshot.version,
             pool_version=pool_version,
+            distance_quantile=verdict.distance_quantile,
         )
+
+    def likeness(self, embedding: NDArray[np.float32]) -> Likeness:
+        """What was profiled that is like a query."""
+        nearest, weights = self._assign(embedding)
+        cluster = int(nearest[weights.argmax()])
+        return Likeness(cluster, self._snapshot.examples[cluster])
 
     def judge(self, embedding: NDArray[np.float32]) -> Verdict:
         """The gate's verdict on the best pair for a query, whatever its cost."""
@@ -241,6 +264,13 @@ class ClusterRule:
         self._overall_fitted = np.concatenate([pair_mean, self._prior_mean]).astype(np.float32)
         self._overall = self._overall_fitted.copy()
         num_clusters = len(cluster_mean)
+        self._fitted_seen = np.concatenate(
+            [
+                snapshot.score_alpha + snapshot.score_beta,
+                np.full((num_clusters, num_new), _PRIOR_INERTIA, np.float32),
+            ],
+            axis=1,
+        )
         # The head is relative to the pair's mean, so both blend into one table and one factor.
         self._base = np.concatenate(
             [
@@ -268,6 +298,8 @@ class ClusterRule:
         snapshot = self._snapshot
         bias = np.full(len(self._new), snapshot.prior_bias, np.float32)
         if self._prior is None or self._prior.descriptors is None or not len(self._new):
+            return bias
+        if not len(snapshot.prior_weights):  # fitted without descriptors
             return bias
         descriptors = self._prior.descriptors[self._new]
         if descriptors.shape[1] != len(snapshot.prior_weights):
@@ -335,6 +367,19 @@ class ClusterRule:
         fitted = self._fitted(embedding, nearest, weights, similarity)
         return np.clip(fitted + weights @ self._shift[nearest], 0.0, 1.0)
 
+    def _spread(
+        self,
+        quality: NDArray[np.float32],
+        admitted: NDArray[np.intp],
+        nearest: NDArray[np.intp],
+        weights: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """(num_admitted,) standard deviation of the expected scores, as of a Beta posterior."""
+        place = np.ix_(nearest, admitted)
+        seen = weights @ (self._fitted_seen[place] + self._cluster_seen[place])
+        spread: NDArray[np.float32] = np.sqrt(quality * (1 - quality) / (seen + 1))
+        return spread
+
     def _admitted(
         self,
         limits: Limits,
@@ -369,7 +414,12 @@ class ClusterRule:
         return top[np.argsort(-utility[top], kind="stable")][:num_candidates]
 
     def _explore(
-        self, order: NDArray[np.intp], admitted: NDArray[np.intp], inside: bool
+        self,
+        order: NDArray[np.intp],
+        admitted: NDArray[np.intp],
+        inside: bool,
+        utility: NDArray[np.float32],
+        spread: NDArray[np.float32],
     ) -> tuple[NDArray[np.intp], float]:
         """Put the pair that is taken first, and say with which probability it was."""
         if not inside and self._fallback is not None:
@@ -377,14 +427,15 @@ class ClusterRule:
             order = np.concatenate([place, order[~np.isin(order, place)]])
         if not self._epsilon:
             return order, 1.0
-        share = self._epsilon / len(admitted)
-        greedy = int(order[0])
-        if self._random.random() >= self._epsilon:
-            return order, 1.0 - self._epsilon + share
-        drawn = self._random.randrange(len(admitted))
-        if drawn == greedy:
-            return order, 1.0 - self._epsilon + share
-        return np.concatenate([[drawn], order[order != drawn]]), share
+        if self._method == "thompson":
+            draws = self._random.normal(utility, spread, (_THOMPSON_DRAWS, len(utility)))
+            shares = np.bincount(draws.argmax(axis=1), minlength=len(utility)) / _THOMPSON_DRAWS
+        else:
+            shares = np.full(len(admitted), 1 / len(admitted))
+        chances = self._epsilon * shares
+        chances[order[0]] += 1 - self._epsilon
+        taken = int(self._random.choice(len(chances), p=chances))
+        return np.concatenate([[taken], order[order != taken]]), float(chances[taken])
 
     def _judge(self, quality: NDArray[np.float32], chosen: int, distance: float) -> Verdict:
         value = float(quality[chosen])

@@ -65,6 +65,23 @@ def pair_cards(config: AtlasConfig) -> tuple[PairCard, ...]:
     return tuple(cards)
 
 
+def pair_descriptors(
+    cards: Sequence[PairCard], encode: Callable[[Sequence[str]], NDArray[np.float32]]
+) -> NDArray[np.float32]:
+    """What is known of pairs beforehand, in numbers: what their descriptor says, and their price.
+
+    Args:
+        cards: The pairs.
+        encode: texts -> (num_texts, dim) L2-normalised.
+
+    Returns:
+        (num_pairs, dim + 1): the embedding of the descriptor, and the normalised price.
+    """
+    said = encode([card.texts[0] for card in cards])
+    price = normalised_cost([card.cost_usd for card in cards])
+    return np.concatenate([said, price[:, None]], axis=1).astype(np.float32)
+
+
 def normalised_cost(costs_usd: Sequence[float]) -> NDArray[np.float32]:
     """Prices on a log scale, mapped to [0, 1] over the pool; all 0 where they do not differ.
 
@@ -158,7 +175,13 @@ class ColdStartRule:
         order = np.argsort(-utility, kind="stable")
         weights = np.exp((utility - utility.max()) / _CONFIDENCE_TEMPERATURE)
         candidates = tuple(
-            Candidate(admitted[i], float(utility[i]), float(quality[i]), float(cost[i]))
+            Candidate(
+                admitted[i],
+                float(utility[i]),
+                float(quality[i]),
+                float(cost[i]),
+                cost_usd=self._cards[index[i]].cost_usd,
+            )
             for i in order
         )
         return Decision(

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 
 from serve_app.errors import Conflict, NotFound
+from serve_app.schemas import Pair
 from serve_app.store.database import Store
 from serve_app.store.outcomes import storable_text
-from serve_app.store.tables import FeedbackRow, RequestRow
+from serve_app.store.tables import FeedbackRow, OutcomeRow, RequestRow
+
+_IDS_AT_ONCE = 500
+"""Ids in one query; databases bound the number of parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A score for an answered request."""
+
+    request_id: str
+    pair: Pair
+    """The pair that gave the answer."""
+    query: str
+    embedding: bytes
+    """(dim,) float32 little-endian."""
+    score: float
+    created_unix_s: float
 
 
 async def add_feedback(
@@ -50,3 +70,63 @@ async def add_feedback(
             )
     except IntegrityError as error:
         raise Conflict(f"request {request_id!r} has its feedback already", "request_id") from error
+
+
+async def verdict_ids(store: Store, since_unix_s: float, limit: int) -> list[str]:
+    """Ids of the last `limit` requests rated since a point in time, oldest first.
+
+    Raises:
+        StoreError: If the store is away.
+    """
+    query = (
+        select(FeedbackRow.request_id)
+        .where(FeedbackRow.created_unix_s >= since_unix_s)
+        .order_by(FeedbackRow.created_unix_s.desc(), FeedbackRow.request_id.desc())
+        .limit(limit)
+    )
+    async with store.begin() as connection:
+        return list(reversed((await connection.scalars(query)).all()))
+
+
+async def read_verdicts(store: Store, request_ids: Sequence[str]) -> list[Verdict]:
+    """The verdicts on some requests, oldest first.
+
+    A request that was not answered, or whose embedding is not written yet, is left out.
+
+    Raises:
+        StoreError: If the store is away.
+    """
+    verdicts: list[Verdict] = []
+    for start in range(0, len(request_ids), _IDS_AT_ONCE):
+        query = (
+            select(
+                FeedbackRow.request_id,
+                OutcomeRow.model_id,
+                OutcomeRow.tool_id,
+                RequestRow.query,
+                RequestRow.embedding,
+                FeedbackRow.score,
+                FeedbackRow.created_unix_s,
+            )
+            .join(RequestRow, RequestRow.request_id == FeedbackRow.request_id)
+            .join(OutcomeRow, OutcomeRow.request_id == FeedbackRow.request_id)
+            .where(
+                FeedbackRow.request_id.in_(request_ids[start : start + _IDS_AT_ONCE]),
+                OutcomeRow.error.is_(None),
+                RequestRow.embedding.is_not(None),
+            )
+        )
+        async with store.begin() as connection:
+            rows = (await connection.execute(query)).all()
+        verdicts += [
+            Verdict(
+                request_id=row.request_id,
+                pair=Pair(row.model_id, row.tool_id),
+                query=row.query,
+                embedding=row.embedding or b"",
+                score=row.score,
+                created_unix_s=row.created_unix_s,
+            )
+            for row in rows
+        ]
+    return sorted(verdicts, key=lambda verdict: (verdict.created_unix_s, verdict.request_id))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Float, ForeignKey, Integer, LargeBinary, String, Text
+from sqlalchemy import JSON, Boolean, Float, ForeignKey, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -88,4 +88,94 @@ class FeedbackRow(Base):
     score: Mapped[float] = mapped_column(Float)
     """In [0, 1]."""
     comment: Mapped[str | None] = mapped_column(Text)
+    created_unix_s: Mapped[float] = mapped_column(Float, index=True)
+
+
+class SnapshotRow(Base):
+    """A router snapshot in the snapshots' folder, under its id."""
+
+    __tablename__ = "snapshots"
+
+    snapshot_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    about: Mapped[dict[str, Any]] = mapped_column(JSON)
+    """How it was made; the snapshot's own metadata."""
     created_unix_s: Mapped[float] = mapped_column(Float)
+
+
+class PolicyRow(Base):
+    """One publication of a snapshot. The highest version serves; none ever changes."""
+
+    __tablename__ = "policies"
+
+    policy_version: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    snapshot_id: Mapped[str | None] = mapped_column(ForeignKey("snapshots.snapshot_id"))
+    """`None` is the cold-start rule."""
+    reason: Mapped[str] = mapped_column(String(300))
+    report: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """The evaluation it was promoted on."""
+    created_unix_s: Mapped[float] = mapped_column(Float)
+
+
+class ProfileQuestionRow(Base):
+    """One labelled question that pairs were measured on."""
+
+    __tablename__ = "profile_questions"
+
+    question_key: Mapped[str] = mapped_column(String(32), primary_key=True)
+    """Hash of query, gold and metric."""
+    query: Mapped[str] = mapped_column(Text)
+    domain: Mapped[str] = mapped_column(String(200))
+    split: Mapped[str] = mapped_column(String(16))
+    """`train` or `held_out`."""
+    encoder: Mapped[str] = mapped_column(String(300))
+    embedding: Mapped[bytes] = mapped_column(LargeBinary)
+    """(dim,) float32 little-endian, of `encoder`."""
+
+
+class ProfileOutcomeRow(Base):
+    """What one pair did on one labelled question."""
+
+    __tablename__ = "profile_outcomes"
+
+    question_key: Mapped[str] = mapped_column(
+        ForeignKey("profile_questions.question_key"), primary_key=True
+    )
+    model_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tool_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """Of the model's and the tool's settings: other settings are another measurement."""
+    score: Mapped[float] = mapped_column(Float)
+    """In [0, 1]."""
+    prompt_tokens: Mapped[int] = mapped_column(Integer)
+    completion_tokens: Mapped[int] = mapped_column(Integer)
+    cost_usd: Mapped[float] = mapped_column(Float)
+    """Model and tool."""
+    seconds: Mapped[float] = mapped_column(Float)
+    mean_logprob: Mapped[float | None] = mapped_column(Float)
+    tool_errors: Mapped[int] = mapped_column(Integer)
+    """Tool calls that failed."""
+    answer: Mapped[str | None] = mapped_column(Text)
+    error: Mapped[str | None] = mapped_column(Text)
+    """Why there is no answer; the score is 0 then."""
+    judge_agreed: Mapped[bool | None] = mapped_column(Boolean)
+    """Whether the judge said the same in both orders; `None` without a judge."""
+    propensity: Mapped[float] = mapped_column(Float)
+    created_unix_s: Mapped[float] = mapped_column(Float)
+
+
+class JobRow(Base):
+    """One job of the learning loop."""
+
+    __tablename__ = "jobs"
+
+    job_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(32))
+    state: Mapped[str] = mapped_column(String(16))
+    """`queued`, `running`, `succeeded`, `failed` or `cancelled`."""
+    settings: Mapped[dict[str, Any]] = mapped_column(JSON)
+    progress: Mapped[dict[str, Any]] = mapped_column(JSON)
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    error: Mapped[str | None] = mapped_column(Text)
+    owner: Mapped[str] = mapped_column(String(64))
+    created_unix_s: Mapped[float] = mapped_column(Float, index=True)
+    updated_unix_s: Mapped[float] = mapped_column(Float)

@@ -158,8 +158,34 @@ def test_descriptors_predict_a_new_pairs_mean_and_must_fit_the_snapshot() -> Non
     described = replace(new_pair_prior(), descriptors=np.array([[0.0], [2.0]], np.float32))
     quality = ClusterRule(snapshot, described).qualities(topics()[0])
     assert quality[3] == pytest.approx(0.4 + 0.2, abs=1e-5)
+    longer = replace(make_snapshot(), prior_weights=np.array([0.1, 0.2], np.float32))
     with pytest.raises(SnapshotError, match="described by 1 numbers"):
-        ClusterRule(make_snapshot(), described)
+        ClusterRule(longer, described)
+
+
+def test_the_interval_of_a_quality_narrows_with_what_was_seen() -> None:
+    decision = ClusterRule(make_snapshot(), new_pair_prior()).decide(
+        topics()[1], LIMITS, (*PAIRS, NEW), 1
+    )
+    width = {c.pair: c.high - c.low for c in decision.candidates}
+    assert all(c.low <= c.quality <= c.high for c in decision.candidates)
+    assert width[NEW] > 3 * width[STRONG] > 0
+
+
+def test_thompson_draws_by_the_chance_of_being_best_and_says_it() -> None:
+    rule = ClusterRule(make_snapshot(), epsilon=1.0, method="thompson", seed=0)
+    decisions = [rule.decide(topics()[0], LIMITS, PAIRS, 1) for _ in range(300)]
+    # Expected scores .90, .92 and .20 of 50 outcomes each: the last is never best.
+    picked = {pair: sum(d.pair == pair for d in decisions) / 300 for pair in PAIRS}
+    stated = float(np.mean([d.propensity for d in decisions if d.pair == STRONG]))
+    assert picked[MATH] == 0
+    assert 0.2 < picked[CHEAP] < picked[STRONG]
+    assert stated == pytest.approx(picked[STRONG], abs=0.08)
+
+
+def test_the_likeness_of_a_query_is_its_nearest_cluster() -> None:
+    likeness = ClusterRule(make_snapshot()).likeness(topics()[1])
+    assert (likeness.cluster, likeness.examples) == (1, ("b", "c"))
 
 
 def test_a_degraded_pair_is_left_within_50_feedbacks_and_comes_back() -> None:

@@ -57,7 +57,7 @@ class Deployments:
         return np.array([[len(text)] for text in texts], dtype=np.float32)
 
     async def _decide(
-        self, embeddings: NDArray[np.float32], limits: Sequence[Limits]
+        self, embeddings: NDArray[np.float32], limits: Sequence[Limits], explain: Sequence[bool]
     ) -> list[Decision | AtlasError]:
         return [
             NoCandidate("none within the limits")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -297,7 +298,9 @@ def test_route_shows_the_decision_and_runs_nothing(gateway: Loopback) -> None:
     decision = response.json()
     assert decision["pair"] == str(PAIR)
     assert decision["alpha"] == 0.7
-    assert [set(c) for c in decision["candidates"]] == [{"pair", "utility", "quality", "cost"}] * 2
+    scores = {"pair", "utility", "quality", "quality_low", "quality_high", "cost", "cost_usd"}
+    assert [set(c) for c in decision["candidates"]] == [scores] * 2
+    assert gateway.orchestrator.calls[-1].explain
     assert decision["request_id"] == response.headers["x-request-id"]
 
 
@@ -372,13 +375,28 @@ def test_feedback_is_taken_once(gateway: Loopback) -> None:
     assert post(gateway, "/v1/feedback", body).status_code == 409
 
 
+@pytest.mark.parametrize(("said", "kept"), [(7, 1.0), (-0.5, 0.0), (0.25, 0.25)])
+def test_a_score_is_clipped_to_the_scale(gateway: Loopback, said: float, kept: float) -> None:
+    request_id = extension_of(ask(gateway, "hi"))["request_id"]
+    answer = post(gateway, "/v1/feedback", {"request_id": request_id, "score": said})
+    assert answer.json()["score"] == kept
+
+
+def test_too_much_feedback_is_a_429_that_says_when_to_come_back(tmp_path: Path) -> None:
+    with running_gateway(tmp_path, limits={"feedback_per_minute": 20}) as strict:
+        body = {"request_id": "unknown", "score": 1}
+        responses = [post(strict, "/v1/feedback", body) for _ in range(3)]
+    assert [response.status_code for response in responses] == [404, 404, 429]
+    assert responses[-1].headers["retry-after"]
+
+
 def test_feedback_on_an_unknown_request_is_a_404(gateway: Loopback) -> None:
     response = post(gateway, "/v1/feedback", {"request_id": "req_" + "0" * 32, "score": 0})
     assert response.status_code == 404
 
 
-@pytest.mark.parametrize("score", ["NaN", "Infinity", "1e999", "2", "-0.1", '"1"', "true", "null"])
-def test_a_score_outside_the_scale_is_a_400(gateway: Loopback, score: str) -> None:
+@pytest.mark.parametrize("score", ["NaN", "Infinity", "1e999", '"1"', "true", "null"])
+def test_a_score_that_is_no_finite_number_is_a_400(gateway: Loopback, score: str) -> None:
     body = f'{{"request_id": "req_1", "score": {score}}}'.encode()
     response = httpx2.post(
         gateway.url + "/v1/feedback", content=body, headers={"content-type": "application/json"}

@@ -207,9 +207,10 @@ def test_questions_are_the_same_for_the_same_seed_and_cover_every_type() -> None
     assert {question.good_pairs for question in first} == {("nano-math@calculator",)}
 
 
-def test_sources_follow_the_question_in_the_form_retrieval_uses() -> None:
+def test_sources_stand_before_the_question_as_retrieval_puts_them() -> None:
     text = with_sources("What is 2 + 2?", random.Random(1))
-    assert text.startswith("What is 2 + 2?\n\nSources:\n[1] ")
+    assert text.startswith("Sources:\n[1] ")
+    assert text.endswith("\n\nQuestion: What is 2 + 2?")
 
 
 def test_the_evaluation_requires_what_was_promised() -> None:

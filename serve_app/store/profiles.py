@@ -1,0 +1,135 @@
+"""Outcomes of pairs on labelled questions: written as they come, never twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from sqlalchemy import insert, select
+from sqlalchemy.exc import IntegrityError
+
+from serve_app.schemas import Pair
+from serve_app.store.database import Store
+from serve_app.store.outcomes import storable_text
+from serve_app.store.tables import ProfileOutcomeRow, ProfileQuestionRow
+
+_KEYS_AT_ONCE = 500
+"""Keys in one query; databases bound the number of parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileQuestion:
+    """One labelled question; fields as in `ProfileQuestionRow`."""
+
+    question_key: str
+    query: str
+    domain: str
+    split: str
+    encoder: str
+    embedding: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileOutcome:
+    """What one pair did on one question; fields as in `ProfileOutcomeRow`."""
+
+    question_key: str
+    model_id: str
+    tool_id: str
+    fingerprint: str
+    score: float
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float
+    seconds: float
+    mean_logprob: float | None
+    tool_errors: int
+    answer: str | None
+    error: str | None
+    judge_agreed: bool | None
+    created_unix_s: float
+    propensity: float = 1.0
+
+    @property
+    def pair(self) -> Pair:
+        """Who answered."""
+        return Pair(self.model_id, self.tool_id)
+
+
+async def add_questions(store: Store, questions: Iterable[ProfileQuestion]) -> None:
+    """Keep questions; a known one takes over the new domain, split and embedding.
+
+    Raises:
+        StoreError: If the store is away.
+    """
+    for question in questions:
+        values = asdict(question) | {"query": storable_text(question.query)}
+        try:
+            async with store.begin() as connection:
+                await connection.execute(insert(ProfileQuestionRow).values(values))
+        except IntegrityError:
+            async with store.begin() as connection:
+                await connection.execute(
+                    ProfileQuestionRow.__table__.update()  # type: ignore[attr-defined]
+                    .where(ProfileQuestionRow.question_key == question.question_key)
+                    .values(values)
+                )
+
+
+async def add_outcomes(store: Store, outcomes: Sequence[ProfileOutcome]) -> None:
+    """Keep outcomes, all in one transaction.
+
+    Raises:
+        IntegrityError: If one of them is there already.
+        StoreError: If the store is away.
+    """
+    rows = []
+    for outcome in outcomes:
+        row = asdict(outcome)
+        for name in ("answer", "error"):
+            row[name] = None if row[name] is None else storable_text(row[name])
+        rows.append(row)
+    async with store.begin() as connection:
+        await connection.execute(insert(ProfileOutcomeRow), rows)
+
+
+async def measured(store: Store, question_keys: Sequence[str]) -> set[tuple[str, Pair, str]]:
+    """Which (question, pair, fingerprint) are measured already."""
+    row = ProfileOutcomeRow
+    done: set[tuple[str, Pair, str]] = set()
+    for start in range(0, len(question_keys), _KEYS_AT_ONCE):
+        keys = question_keys[start : start + _KEYS_AT_ONCE]
+        query = select(row.question_key, row.model_id, row.tool_id, row.fingerprint).where(
+            row.question_key.in_(keys)
+        )
+        async with store.begin() as connection:
+            found = (await connection.execute(query)).all()
+        done |= {(key, Pair(model_id, tool_id), mark) for key, model_id, tool_id, mark in found}
+    return done
+
+
+async def read_profile(
+    store: Store, encoder: str, split: str | None = None
+) -> tuple[list[ProfileQuestion], list[ProfileOutcome]]:
+    """The questions embedded by an encoder, and every outcome on them; in a fixed order.
+
+    Args:
+        store: Where they are.
+        encoder: Name of the encoder.
+        split: `train`, `held_out`, or `None` for both.
+    """
+    question, outcome = ProfileQuestionRow, ProfileOutcomeRow
+    chosen = [question.encoder == encoder]
+    if split is not None:
+        chosen.append(question.split == split)
+    questions = select(question.__table__).where(*chosen).order_by(question.question_key)
+    outcomes = (
+        select(outcome.__table__)
+        .join(question, question.question_key == outcome.question_key)
+        .where(*chosen)
+        .order_by(outcome.question_key, outcome.model_id, outcome.tool_id, outcome.created_unix_s)
+    )
+    async with store.begin() as connection:
+        asked = [ProfileQuestion(**row) for row in (await connection.execute(questions)).mappings()]
+        done = [ProfileOutcome(**row) for row in (await connection.execute(outcomes)).mappings()]
+    return asked, done
