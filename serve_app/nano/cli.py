@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +11,11 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from serve_app.errors import ConfigError
 from serve_app.nano.registry import MINUTES, SHAPES, load_generator, weights_dir
-from serve_app.nano.task import Question, Split
 
 app = typer.Typer(no_args_is_help=True, help="The bundled offline models.")
 console = Console()
-
-_SPLITS: tuple[Split, ...] = ("seen", "held_out")
 
 
 @app.command("train")
@@ -87,21 +83,25 @@ def eval_command(
 @app.command("questions")
 def questions_command(
     out: Annotated[Path, typer.Argument(help="JSONL file to write")],
-    n: Annotated[int, typer.Option(help="Questions per model and split", min=1)] = 500,
+    train: Annotated[
+        int, typer.Option(help="Questions per model in trained wordings", min=0)
+    ] = 120,
+    held_out: Annotated[int, typer.Option(help="Questions per model in new wordings", min=0)] = 60,
     seed: Annotated[int, typer.Option()] = 2,
     names: Annotated[list[str] | None, typer.Option("--name", help="Models [all]")] = None,
 ) -> None:
-    """Write labelled questions of all domains, one JSON object per line."""
-    questions: list[Question] = []
-    for name in names or list(SHAPES):
+    """Write labelled questions for `atlas profile`; by default those that ship."""
+    from serve_app.nano.labelled import question_set
+
+    chosen = names or list(SHAPES)
+    for name in chosen:
         _check_name(name)
-        generator = load_generator(name)
-        for split in _SPLITS:
-            rng = random.Random(f"{seed}-{name}-{split}")
-            questions += generator.questions(rng, split, n)
-    lines = [json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions]
-    out.write_text("".join(lines), encoding="utf-8")
-    console.print(f"{len(lines)} questions -> {out}")
+    try:
+        questions = question_set(chosen, {"seen": train, "held_out": held_out}, seed)
+    except ConfigError as error:
+        raise typer.BadParameter(error.message) from None
+    out.write_text("".join(question.to_line() for question in questions), encoding="utf-8")
+    console.print(f"{len(questions)} questions -> {out}")
 
 
 def _check_name(name: str) -> None:

@@ -10,12 +10,10 @@ the final answer. A module with other prompts (sources in the text, a scripted r
 
 from __future__ import annotations
 
-import ast
 import json
 import logging
 import os
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +26,10 @@ from rich.table import Table
 
 from serve_app.errors import ToolRetry
 from serve_app.nano.chat_format import tool_schemas
+from serve_app.nano.labelled import labelled
 from serve_app.nano.registry import load_cells, load_generator, task_module, weights_dir
 from serve_app.nano.task import TOOL_PARAMETERS, EvalCell, Question
+from serve_app.scoring import Answer, measure
 from serve_app.tools.calculator import evaluate
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 ToolFunction = Callable[[str, Mapping[str, Any]], str]
 """Takes a tool id and its arguments, returns the text of the result."""
 
-_RELATIVE_TOLERANCE = 1e-3
-_NUMBER = re.compile(r"[-\u2212]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _CODE_SECONDS = 5
 _CODE_BYTES = 1 << 30
 _LIMITED_RUN = f"""import resource, sys
@@ -101,43 +99,8 @@ class CellResult:
 
 
 def is_right(question: Question, answer: str) -> bool:
-    """Score a final answer against a question's gold answer."""
-    if question.metric == "number":
-        return _same_number(question.gold, answer)
-    if question.metric == "exact":
-        return normalize(answer) == normalize(question.gold)
-    return passes_tests(extract_code(answer), question.tests)
-
-
-def normalize(text: str) -> str:
-    """Lower case, single spaces, no final punctuation and no leading article."""
-    text = " ".join(text.lower().split()).strip(" .!\"'")
-    return re.sub(r"^(the|a|an) ", "", text)
-
-
-def _same_number(gold: str, answer: str) -> bool:
-    """Whether the last number of the answer is the gold number, up to rounding."""
-    found = _NUMBER.findall(answer)
-    if not found:
-        return False
-    expected = float(gold)
-    given = float(found[-1].replace(",", "").replace("\u2212", "-"))
-    return abs(given - expected) <= max(_RELATIVE_TOLERANCE * abs(expected), 1e-9)
-
-
-def extract_code(answer: str) -> str:
-    """The Python in an answer: the first fenced block, or all of it."""
-    match = re.search(r"```(?:python)?\n(.*?)```", answer, flags=re.DOTALL)
-    return match.group(1) if match else answer
-
-
-def passes_tests(code: str, tests: Sequence[str]) -> bool:
-    """Run a function and its assertions in a separate, limited interpreter."""
-    try:
-        ast.parse(code)
-    except (SyntaxError, ValueError):
-        return False
-    return run_python("\n".join([code, *tests]))[0] == 0
+    """Whether a final answer is right, by the question's metric."""
+    return measure(labelled(question, "evaluated"), Answer(answer)) == 1.0
 
 
 def run_python(code: str) -> tuple[int, str]:

@@ -28,8 +28,9 @@ from serve_app.nano.code_wording import (
     imperative,
     swap_synonyms,
 )
-from serve_app.nano.evaluate import cell_items, extract_code, is_right, run_python
+from serve_app.nano.evaluate import cell_items, is_right, run_python
 from serve_app.nano.task import Conversation, EvalCell, Split
+from serve_app.scoring import extract_code
 
 SPLITS: tuple[Split, ...] = ("seen", "held_out")
 

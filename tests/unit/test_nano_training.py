@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 
 from serve_app.nano.batching import batches, collate, encode  # noqa: E402
 from serve_app.nano.chat_format import IM_END, render, tool_call, tool_schemas  # noqa: E402
-from serve_app.nano.evaluate import is_right, passes_tests  # noqa: E402
+from serve_app.nano.evaluate import is_right  # noqa: E402
 from serve_app.nano.induction_init import add_induction_heads  # noqa: E402
 from serve_app.nano.math_tasks import GENERATOR  # noqa: E402
 from serve_app.nano.muon import Muon, orthogonalize  # noqa: E402
@@ -28,6 +28,7 @@ from serve_app.nano.trainer import (  # noqa: E402
     learning_rate_share,
     train,
 )
+from serve_app.scoring import passes_tests  # noqa: E402
 
 TINY = ModelShape(hidden_size=32, num_layers=1, mlp_size=64, vocab_size=400)
 
