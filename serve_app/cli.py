@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,16 +44,22 @@ KeyOption = Annotated[
 ]
 
 
-def _fail(message: str) -> typer.Exit:
+def fail(message: str) -> typer.Exit:
+    """Print why, and give what to raise."""
     console.print(f"[red]error:[/red] {message}", highlight=False)
     return typer.Exit(1)
 
 
-def _load(path: Path) -> AtlasConfig:
+def load(path: Path) -> AtlasConfig:
+    """The configuration in a file.
+
+    Raises:
+        typer.Exit: If it cannot work; the reason is printed.
+    """
     try:
         return load_config(path)
     except ConfigError as error:
-        raise _fail(error.message) from None
+        raise fail(error.message) from None
 
 
 @app.command()
@@ -67,9 +75,9 @@ def serve(
     ] = None,
 ) -> None:
     """Bring the whole graph up and keep it up until Ctrl-C."""
-    settings = _load(config)
+    settings = load(config)
     if settings.gateway.auth.mode == "open" and host not in _LOOPBACK:
-        raise _fail(
+        raise fail(
             f"auth.mode is 'open', which is served on loopback only, and --host is {host!r}; set "
             "gateway.auth.mode to 'required' and make a key with `atlas keys create`"
         )
@@ -90,7 +98,7 @@ def serve(
     except KeyboardInterrupt:
         console.print("stopped")
     except AtlasError as error:
-        raise _fail(error.message) from None
+        raise fail(error.message) from None
 
 
 def _watch_pool(states: Any) -> None:
@@ -107,6 +115,22 @@ def _watch_pool(states: Any) -> None:
                     state_text = f"[{colour}]{member.state.value}[/{colour}]{why}"
                     seconds = time.monotonic() - began_s
                     console.print(f"  {seconds:5.0f} s  {member.model_id} {state_text}")
+
+
+@contextmanager
+def _api_errors(url: str) -> Iterator[None]:
+    """Turns what the client raises into a line and an exit."""
+    import openai
+
+    try:
+        yield
+    except openai.APIStatusError as error:
+        body = error.body if isinstance(error.body, dict) else {}
+        raise fail(f"{body.get('message', error.message)} ({error.status_code})") from None
+    except openai.APIConnectionError:
+        raise fail(f"nothing answers at {url}; is `atlas serve` running?") from None
+    except openai.APIError as error:
+        raise fail(error.message) from None
 
 
 @app.command()
@@ -133,7 +157,7 @@ def ask(
         "messages": [{"role": "user", "content": question}],
         "extra_body": {"atlas": options},
     }
-    try:
+    with _api_errors(url):
         if stream:
             extension = None
             for chunk in client.chat.completions.create(stream=True, **request):
@@ -153,13 +177,6 @@ def ask(
             console.print(
                 completion.choices[0].message.content or "", markup=False, highlight=False
             )
-    except openai.APIStatusError as error:
-        body = error.body if isinstance(error.body, dict) else {}
-        raise _fail(f"{body.get('message', error.message)} ({error.status_code})") from None
-    except openai.APIConnectionError:
-        raise _fail(f"nothing answers at {url}; is `atlas serve` running?") from None
-    except openai.APIError as error:
-        raise _fail(error.message) from None
     _show_extension(extension or {})
 
 
@@ -180,13 +197,61 @@ def _show_extension(extension: dict[str, Any]) -> None:
             console.print(
                 f"[dim]  {call['tool_id']}({json.dumps(call['arguments'])})[/dim]", highlight=False
             )
-    candidates = extension.get("decision", {}).get("candidates")
-    if candidates:
-        table = Table("pair", "utility", "quality", "cost", title="candidates")
-        for candidate in candidates:
-            scores = (f"{candidate[name]:.3f}" for name in ("utility", "quality", "cost"))
-            table.add_row(candidate["pair"], *scores)
-        console.print(table)
+    if "decision" in extension:
+        _show_decision(extension["decision"])
+
+
+def _show_decision(decision: dict[str, Any]) -> None:
+    """Every candidate's scores, and what the profile holds like the query."""
+    table = Table("pair", "utility", "quality", "95%", "cost", "USD", title="candidates")
+    for candidate in decision["candidates"]:
+        table.add_row(
+            candidate["pair"],
+            f"{candidate['utility']:.3f}",
+            f"{candidate['quality']:.3f}",
+            f"{candidate['quality_low']:.2f} to {candidate['quality_high']:.2f}",
+            f"{candidate['cost']:.3f}",
+            f"{candidate['cost_usd']:.7f}",
+        )
+    console.print(table)
+    distance = decision.get("distance_quantile")
+    versions = f"policy {decision['policy_version']}, pool {decision['pool_version']}"
+    parts = [
+        f"{decision['path']} (confidence {decision['confidence']:.2f})",
+        f"propensity {decision['propensity']:.3f}",
+        *([f"farther than {distance:.0%} of the profile"] if distance is not None else []),
+        versions,
+    ]
+    console.print(f"[dim]{' · '.join(parts)}[/dim]", highlight=False, soft_wrap=True)
+    cluster = decision.get("cluster")
+    if cluster is not None:
+        console.print(f"[dim]cluster {cluster['index']}, such as:[/dim]", highlight=False)
+        for example in cluster["examples"]:
+            console.print(f"  {example}", style="dim", highlight=False, markup=False)
+
+
+@app.command()
+def explain(
+    question: str,
+    alpha: Annotated[
+        float | None, typer.Option(help="Cost-quality dial in [0, 1]; 0 = quality only.")
+    ] = None,
+    url: UrlOption = _DEFAULT_URL,
+    api_key: KeyOption = "none",
+) -> None:
+    """Show how a question would be routed, and why; nothing runs."""
+    import openai
+
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=api_key)
+    body = {
+        "model": "atlas",
+        "messages": [{"role": "user", "content": question}],
+        "atlas": {} if alpha is None else {"alpha": alpha},
+    }
+    with _api_errors(url):
+        decision = client.post("/route", cast_to=object, body=body)
+    assert isinstance(decision, dict)
+    _show_decision(decision)
 
 
 @app.command()
@@ -199,7 +264,7 @@ def status(
     try:
         deployments, pool = cluster_status(address)
     except ConnectionError:
-        raise _fail("no Ray cluster answers here; is `atlas serve` running?") from None
+        raise fail("no Ray cluster answers here; is `atlas serve` running?") from None
     table = Table(
         "application", "deployment", "status", "replicas", "ongoing requests", title="deployments"
     )
@@ -246,10 +311,10 @@ def keys_create(
     scopes = scope or ["chat", "feedback"]
     try:
         key_id, key = asyncio.run(
-            _with_store(_load(config), lambda store: create_key(store, name, scopes))
+            _with_store(load(config), lambda store: create_key(store, name, scopes))
         )
     except (AtlasError, ValueError) as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
     console.print(f"{key_id}  {name}  {', '.join(scopes)}", highlight=False)
     console.print(key, highlight=False, soft_wrap=True)
     console.print("[dim]Only its hash is kept: note it now.[/dim]")
@@ -261,7 +326,7 @@ def keys_list(config: ConfigOption) -> None:
     from serve_app.store import list_keys
 
     table = Table("id", "name", "scopes", "created", "revoked")
-    for key in asyncio.run(_with_store(_load(config), list_keys)):
+    for key in asyncio.run(_with_store(load(config), list_keys)):
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created_unix_s))
         table.add_row(
             key.key_id,
@@ -279,9 +344,9 @@ def keys_revoke(key_id: str, config: ConfigOption) -> None:
     from serve_app.store import revoke_key
 
     try:
-        asyncio.run(_with_store(_load(config), lambda store: revoke_key(store, key_id)))
+        asyncio.run(_with_store(load(config), lambda store: revoke_key(store, key_id)))
     except AtlasError as error:
-        raise _fail(error.message) from None
+        raise fail(error.message) from None
     console.print(f"{key_id} revoked", highlight=False)
 
 

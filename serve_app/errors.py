@@ -23,6 +23,7 @@ AtlasError
 │       └── ToolTimeout          the tool ran past its time
 ├── ConfigError                  a configuration that cannot work
 ├── SnapshotError                a router snapshot that is damaged, foreign or does not fit
+├── PromotionRefused             409, a candidate policy that is not surely as good
 └── StoreError                   the store refused or is away
 
 All of them are rebuilt from `args` alone, because they cross process borders by pickle. A message
@@ -184,6 +185,12 @@ class ConfigError(AtlasError, ValueError):
 
 class SnapshotError(AtlasError, ValueError):
     """A router snapshot that is damaged, foreign or does not fit."""
+
+
+class PromotionRefused(AtlasError):
+    """A candidate policy that is worse than the serving one, or not surely as good."""
+
+    status_code = 409
 
 
 class StoreError(AtlasError):

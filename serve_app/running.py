@@ -36,7 +36,7 @@ class RunningGraph:
 
     def wait_for_pool(self) -> Iterator[PoolState]:
         """The pool's states, until no model is starting any more."""
-        controller = _pool_controller()
+        controller = deployment_handle(PoolController.__name__)
         version = -1
         while True:
             state: PoolState = controller.state.remote(version).result(timeout_s=60)
@@ -51,9 +51,9 @@ class RunningGraph:
             time.sleep(3600)
 
 
-def _pool_controller() -> Any:
-    """Handle of the pool controller."""
-    handle: Any = serve.get_deployment_handle(PoolController.__name__, app_name=APP_NAME)
+def deployment_handle(name: str) -> Any:
+    """Handle of a deployment of the graph, for a process that joined its cluster."""
+    handle: Any = serve.get_deployment_handle(name, app_name=APP_NAME)
     if not handle.is_initialized:
         # Throughput mode would run its router in the caller's event loop, and here is none.
         handle._init(_run_router_in_separate_loop=True)
@@ -64,6 +64,20 @@ def _join(address: str | None, **options: Any) -> None:
     """Start or join a cluster, without the lines it would print for its own developers."""
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Be a client of a running cluster.
+
+    Raises:
+        ConnectionError: If there is no such cluster.
+    """
+    _join(address, namespace="serve")
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextmanager
@@ -114,8 +128,7 @@ def cluster_status(address: str) -> tuple[list[DeploymentRow], PoolState | None]
     Raises:
         ConnectionError: If there is no such cluster.
     """
-    _join(address, namespace="serve")
-    try:
+    with joined(address):
         rows = []
         details = serve.context._get_global_client().get_serve_details()
         for app_name, application in details["applications"].items():
@@ -131,12 +144,10 @@ def cluster_status(address: str) -> tuple[list[DeploymentRow], PoolState | None]
                     )
                 )
         try:
-            pool = _pool_controller().state.remote().result(timeout_s=10)
+            pool = deployment_handle(PoolController.__name__).state.remote().result(timeout_s=10)
         except Exception:  # a status page shows what it can
             pool = None
         return rows, pool
-    finally:
-        ray.shutdown()
 
 
 def _ongoing(actor_names: list[str]) -> int:

@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from serve_app.config import AtlasConfig
 from serve_app.errors import EngineError
 from serve_app.gateway.app import build_api
+from serve_app.jobs import Jobs
 from serve_app.schemas import (
     Candidate,
     ChatCall,
@@ -181,6 +182,22 @@ def _decision() -> Decision:
     return Decision(candidates, DecidedBy.COLD_START, 0.8, 0.5, 2, 3, 0.0001)
 
 
+class IdleLauncher:
+    """Takes jobs and does none of them."""
+
+    def __init__(self) -> None:
+        self.running: set[str] = set()
+
+    def start(self, config: AtlasConfig, job_id: str) -> None:
+        self.running.add(job_id)
+
+    def is_running(self, job_id: str) -> bool:
+        return job_id in self.running
+
+    def stop(self, job_id: str) -> None:
+        self.running.discard(job_id)
+
+
 class Loopback:
     """A running gateway: real uvicorn, real store, scripted orchestrator."""
 
@@ -245,7 +262,9 @@ class Loopback:
         self.store = await Store.open(f"sqlite+aiosqlite:///{self._database}")
         self.outcomes = OutcomeLog(self.store, flush_interval_s=0.05)
         self.orchestrator = ScriptedOrchestrator(self.config, self.outcomes)
-        self.app = build_api(self.orchestrator, self.store, self.outcomes, self.config)
+        self.launcher = IdleLauncher()
+        self.jobs = Jobs(self.config, self.store, self.launcher)
+        self.app = build_api(self.orchestrator, self.store, self.outcomes, self.jobs, self.config)
         options = uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="off")
         self._server = uvicorn.Server(options)
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))

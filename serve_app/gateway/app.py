@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -45,8 +45,17 @@ from serve_app.gateway.pool_view import PoolView
 from serve_app.gateway.rate import RateLimiter
 from serve_app.gateway.streaming import ChunkShaper, EventStream
 from serve_app.gateway.wire import ChatRequest, FeedbackRequest
+from serve_app.jobs import Jobs, JobSubmission
 from serve_app.schemas import ChatCall, Decision, PoolState, Report
-from serve_app.store import OutcomeLog, Scope, Store, add_feedback
+from serve_app.store import (
+    Job,
+    OutcomeLog,
+    Scope,
+    Store,
+    add_feedback,
+    list_snapshots,
+    serving_policies,
+)
 from serve_app.telemetry import GATEWAY_COST_USD, GATEWAY_TOKENS, MetricSink, NoMetrics
 
 Json = dict[str, Any]
@@ -118,6 +127,7 @@ def build_api(
     orchestrator: Orchestrator,
     store: Store,
     outcomes: OutcomeLog,
+    jobs: Jobs,
     config: AtlasConfig,
     metrics: MetricSink | None = None,
 ) -> Starlette:
@@ -127,11 +137,12 @@ def build_api(
         orchestrator: Runs requests.
         store: Has the keys, takes the feedback.
         outcomes: Where the orchestrator's reports go; feedback has it flushed first.
+        jobs: Takes the jobs of the learning loop.
         config: Limits, authentication, prices.
         metrics: Where counts go.
     """
     metrics = metrics or NoMetrics()
-    api = _Api(orchestrator, store, outcomes, config, metrics)
+    api = _Api(orchestrator, store, outcomes, jobs, config, metrics)
     endpoints = [
         _Endpoint(
             method,
@@ -147,6 +158,11 @@ def build_api(
             ("GET", "/v1/models/{model_id:path}", api.model, Scope.CHAT),
             ("GET", "/v1/admin/models", api.admin_models, Scope.ADMIN),
             ("GET", "/v1/admin/tools", api.admin_tools, Scope.ADMIN),
+            ("GET", "/v1/admin/snapshots", api.admin_snapshots, Scope.ADMIN),
+            ("POST", "/v1/admin/jobs", api.submit_job, Scope.ADMIN),
+            ("GET", "/v1/admin/jobs", api.list_jobs, Scope.ADMIN),
+            ("GET", "/v1/admin/jobs/{job_id}", api.get_job, Scope.ADMIN),
+            ("DELETE", "/v1/admin/jobs/{job_id}", api.cancel_job, Scope.ADMIN),
             ("GET", "/healthz", api.healthz, None),
             ("GET", "/readyz", api.readyz, None),
             ("GET", "/openapi.json", api.openapi, None),
@@ -205,12 +221,14 @@ class _Api:
         orchestrator: Orchestrator,
         store: Store,
         outcomes: OutcomeLog,
+        jobs: Jobs,
         config: AtlasConfig,
         metrics: MetricSink,
     ) -> None:
         self._orchestrator = orchestrator
         self._store = store
         self._outcomes = outcomes
+        self._jobs = jobs
         self._config = config
         self._limits = config.gateway.limits
         self._metrics = metrics
@@ -314,6 +332,37 @@ class _Api:
         body = {"object": "list", "data": view.admin_tools()}
         return JsonResponse(body | {"pool_version": view.pool.pool_version})
 
+    async def admin_snapshots(self, request: Request) -> Response:
+        """`GET /v1/admin/snapshots`."""
+        snapshots = await list_snapshots(self._store)
+        policies = await serving_policies(self._store)
+        body = {
+            "object": "list",
+            "data": [asdict(snapshot) for snapshot in snapshots],
+            "policies": [asdict(policy) for policy in policies],
+        }
+        return JsonResponse(body)
+
+    async def submit_job(self, request: Request) -> Response:
+        """`POST /v1/admin/jobs`."""
+        exchange: Exchange = request.scope["atlas"]
+        raw = parse_json(exchange.body, self._limits.max_json_depth)
+        job = await self._jobs.submit(validate(JobSubmission, raw).root, exchange.owner)
+        return JsonResponse(_job_object(job), 201)
+
+    async def list_jobs(self, request: Request) -> Response:
+        """`GET /v1/admin/jobs`."""
+        data = [_job_object(job) for job in await self._jobs.list()]
+        return JsonResponse({"object": "list", "data": data})
+
+    async def get_job(self, request: Request) -> Response:
+        """`GET /v1/admin/jobs/{job_id}`."""
+        return JsonResponse(_job_object(await self._jobs.get(request.path_params["job_id"])))
+
+    async def cancel_job(self, request: Request) -> Response:
+        """`DELETE /v1/admin/jobs/{job_id}`."""
+        return JsonResponse(_job_object(await self._jobs.cancel(request.path_params["job_id"])))
+
     async def healthz(self, request: Request) -> Response:
         """`GET /healthz`: this process answers."""
         return JsonResponse({"status": "ok"})
@@ -370,6 +419,12 @@ class _Api:
         self._metrics.record(GATEWAY_TOKENS, line.completion_tokens, pair=pair, kind="completion")
         self._metrics.record(GATEWAY_COST_USD, line.cost_usd, pair=pair)
         return completion_extension(report, alpha=call.limits.alpha, explain=call.explain)
+
+
+def _job_object(job: Job) -> Json:
+    """A job, without the questions it was given."""
+    settings = {name: value for name, value in job.settings.items() if name != "questions"}
+    return {"object": "atlas.job", **asdict(job), "settings": settings}
 
 
 @asynccontextmanager

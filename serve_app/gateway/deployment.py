@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError
 from serve_app.gateway.app import build_api
+from serve_app.jobs import Jobs, RayLauncher
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.schemas import ChatCall, Report
 from serve_app.store import OutcomeLog, Store
@@ -55,8 +56,9 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Serve asks for the application after the constructor."""
+        jobs = Jobs(self._config, self._store, RayLauncher())
         return build_api(
-            self._orchestrator, self._store, self._outcomes, self._config, self._metrics
+            self._orchestrator, self._store, self._outcomes, jobs, self._config, self._metrics
         )
 
     async def measure(self, call: ChatCall) -> tuple[Report, AtlasError | None]:

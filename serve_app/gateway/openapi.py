@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from serve_app.config import LimitsConfig
 from serve_app.gateway.wire import ChatRequest, FeedbackRequest
+from serve_app.jobs import JobSubmission
 
 Json = dict[str, Any]
 
@@ -22,7 +23,12 @@ _REF = "#/components/schemas/{model}"
 def openapi_document(limits: LimitsConfig, auth_mode: Literal["open", "required"]) -> Json:
     """The document for a gateway with these limits."""
     _, definitions = models_json_schema(
-        [(ChatRequest, "validation"), (FeedbackRequest, "validation")], ref_template=_REF
+        [
+            (ChatRequest, "validation"),
+            (FeedbackRequest, "validation"),
+            (JobSubmission, "validation"),
+        ],
+        ref_template=_REF,
     )
     schemas: Json = definitions["$defs"]
     _tighten(schemas, limits)
@@ -126,14 +132,7 @@ def _paths() -> Json:
                 "One of them.",
                 {"200": _json_response("It.", "Model")},
                 errors=(404, 429, 431, 500),
-                parameters=[
-                    {
-                        "name": "model_id",
-                        "in": "path",
-                        "required": True,
-                        "schema": {"type": "string", "minLength": 1},
-                    }
-                ],
+                parameters=[_path_parameter("model_id")],
             )
         },
         "/v1/admin/models": {
@@ -151,6 +150,45 @@ def _paths() -> Json:
                 {"200": _json_response("The tools.", "AdminList")},
                 errors=(429, 431, 500),
             )
+        },
+        "/v1/admin/snapshots": {
+            "get": _operation(
+                "adminListSnapshots",
+                "Router snapshots, and which of them served when.",
+                {"200": _json_response("The snapshots.", "SnapshotList")},
+                errors=(429, 431, 500),
+            )
+        },
+        "/v1/admin/jobs": {
+            "post": _operation(
+                "submitJob",
+                "Profile, fit, evaluate, promote or roll back, behind the response.",
+                {"201": _json_response("Taken.", "Job")},
+                body=_body("JobSubmission"),
+                errors=(400, 408, 413, 415, 429, 431, 500, 503),
+            ),
+            "get": _operation(
+                "listJobs",
+                "The last jobs, the newest first.",
+                {"200": _json_response("The jobs.", "JobList")},
+                errors=(429, 431, 500),
+            ),
+        },
+        "/v1/admin/jobs/{job_id}": {
+            "get": _operation(
+                "getJob",
+                "One job, with its progress.",
+                {"200": _json_response("It.", "Job")},
+                errors=(404, 429, 431, 500),
+                parameters=[_path_parameter("job_id")],
+            ),
+            "delete": _operation(
+                "cancelJob",
+                "End a job and free what it holds.",
+                {"200": _json_response("Cancelled.", "Job")},
+                errors=(404, 409, 429, 431, 500),
+                parameters=[_path_parameter("job_id")],
+            ),
         },
         "/healthz": {
             "get": _operation(
@@ -189,9 +227,9 @@ _REASONS = {
     400: "A field is wrong.",
     401: "No API key, or an unknown one.",
     403: "The key lacks the scope.",
-    404: "No such model, pair or request.",
+    404: "No such model, pair, request or job.",
     408: "The body did not arrive in time.",
-    409: "Said already.",
+    409: "Said already, or over.",
     413: "The body is too large.",
     415: "The body is not plain JSON.",
     429: "Too many requests at once; see Retry-After.",
@@ -228,6 +266,15 @@ def _operation(
     if parameters is not None:
         operation["parameters"] = parameters
     return operation
+
+
+def _path_parameter(name: str) -> Json:
+    return {
+        "name": name,
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string", "minLength": 1},
+    }
 
 
 def _body(schema: str) -> Json:
@@ -283,7 +330,15 @@ def _response_schemas() -> Json:
         "pool_version": _COUNT,
         "seconds": _NUMBER,
     }
-    candidate = {"pair": _STRING, "utility": _NUMBER, "quality": _SHARE, "cost": _NUMBER}
+    candidate = {
+        "pair": _STRING,
+        "utility": _NUMBER,
+        "quality": _SHARE,
+        "quality_low": _SHARE,
+        "quality_high": _SHARE,
+        "cost": _NUMBER,
+        "cost_usd": _NUMBER,
+    }
     step = {
         "pair": _STRING,
         "path": _STRING,
@@ -337,7 +392,35 @@ def _response_schemas() -> Json:
         "owned_by": _STRING,
         "atlas": _object({"kind": {"enum": ["router", "model", "pair"]}, "state": _STRING}),
     }
+    job = {
+        "object": {"const": "atlas.job"},
+        "job_id": _STRING,
+        "kind": _STRING,
+        "state": {"enum": ["queued", "running", "succeeded", "failed", "cancelled"]},
+        "settings": {"type": "object"},
+        "progress": {"type": "object"},
+        "result": {"type": ["object", "null"]},
+        "error": _NULLABLE_STRING,
+        "created_unix_s": _NUMBER,
+        "updated_unix_s": _NUMBER,
+    }
+    snapshot = {"snapshot_id": _STRING, "about": {"type": "object"}, "created_unix_s": _NUMBER}
+    policy = {
+        "policy_version": _COUNT,
+        "snapshot_id": _NULLABLE_STRING,
+        "reason": _STRING,
+        "created_unix_s": _NUMBER,
+    }
     return {
+        "Job": _object(job),
+        "JobList": _object({"object": {"const": "list"}, "data": _list(_ref("Job"))}),
+        "SnapshotList": _object(
+            {
+                "object": {"const": "list"},
+                "data": _list(_object(snapshot)),
+                "policies": _list(_object(policy)),
+            }
+        ),
         "Error": _object({"error": _object(error)}),
         "Usage": _object(usage),
         "StepToolCall": _object(tool_call),
@@ -349,6 +432,8 @@ def _response_schemas() -> Json:
                 "request_id": _STRING,
                 "alpha": _SHARE,
                 **decided,
+                "distance_quantile": {"type": ["number", "null"]},
+                "cluster": {"type": ["object", "null"]},
                 "candidates": _list(_ref("Candidate")),
             }
         ),

@@ -8,14 +8,13 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import orjson
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from serve_app.errors import InvalidRequest
-from serve_app.gateway.wire import Wire
 
 _MAX_ERROR_VALUE_CHARS = 80
 
-WireModel = TypeVar("WireModel", bound=Wire)
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse_json(body: bytes, max_depth: int) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def _deeper_than(value: Any, max_depth: int) -> bool:
     return True
 
 
-def validate(kind: type[WireModel], body: dict[str, Any]) -> WireModel:
+def validate(kind: type[Model], body: dict[str, Any]) -> Model:
     """Check a body against its model.
 
     Raises:

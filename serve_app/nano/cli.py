@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from serve_app.errors import ConfigError
-from serve_app.nano.registry import MINUTES, SHAPES, load_generator, weights_dir
+from serve_app.nano.registry import SHAPES, TOKENS, load_generator, weights_dir
 
 app = typer.Typer(no_args_is_help=True, help="The bundled offline models.")
 console = Console()
@@ -22,8 +22,8 @@ console = Console()
 def train_command(
     name: Annotated[str, typer.Argument(help="math, facts or code")],
     out: Annotated[Path | None, typer.Option(help="Folder to write [shipped weights]")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Wall-clock budget [per model]")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Token budget; makes a run repeatable")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Wall-clock budget")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Token budget [per model]")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     warm_start: Annotated[Path | None, typer.Option(help="Weights to continue from")] = None,
     muon_lr: Annotated[float, typer.Option()] = 0.02,
@@ -36,7 +36,7 @@ def train_command(
     from serve_app.nano.trainer import TrainingSettings, train
 
     if minutes is None and tokens is None:
-        minutes = MINUTES[name]
+        tokens = TOKENS[name]
     settings = TrainingSettings(
         shape=SHAPES[name],
         minutes=minutes,

@@ -4,7 +4,7 @@ Comes in: a `TaskGenerator`. Goes out: bf16 safetensors, config, tokenizer with 
 `training.json` (settings, seed, tokens, loss curve) and `loss.png`.
 
 To plug a generator in: `serve_app/nano/<name>_tasks.py` exposes `GENERATOR` (a `TaskGenerator`) and
-`EVAL_CELLS` (a tuple of `EvalCell`); `registry.SHAPES` and `registry.MINUTES` hold its size and
+`EVAL_CELLS` (a tuple of `EvalCell`); `registry.SHAPES` and `registry.TOKENS` hold its size and
 budget. Then `atlas nano train <name>` trains it. `conversation(rng, progress)` returns messages
 with string content in OpenAI form; a drill of several user and assistant turns in one conversation
 trains more targets per token.

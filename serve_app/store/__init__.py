@@ -2,6 +2,7 @@
 
 from serve_app.store.database import Store
 from serve_app.store.feedback import Verdict, add_feedback, read_verdicts, verdict_ids
+from serve_app.store.jobs import Job, add_job, get_job, list_jobs, update_job
 from serve_app.store.keys import (
     ApiKey,
     Scope,
@@ -31,6 +32,7 @@ from serve_app.store.profiles import (
 
 __all__ = [
     "ApiKey",
+    "Job",
     "OutcomeLog",
     "Policy",
     "ProfileOutcome",
@@ -40,12 +42,15 @@ __all__ = [
     "Store",
     "Verdict",
     "add_feedback",
+    "add_job",
     "add_outcomes",
     "add_questions",
     "add_snapshot",
     "create_key",
     "find_key",
+    "get_job",
     "hash_key",
+    "list_jobs",
     "list_keys",
     "list_snapshots",
     "measured",
@@ -54,5 +59,6 @@ __all__ = [
     "read_verdicts",
     "revoke_key",
     "serving_policies",
+    "update_job",
     "verdict_ids",
 ]

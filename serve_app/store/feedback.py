@@ -10,11 +10,12 @@ from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 
 from serve_app.errors import Conflict, NotFound
-from serve_app.schemas import Pair
+from serve_app.schemas import Pair, Path
 from serve_app.store.database import Store
 from serve_app.store.outcomes import storable_text
 from serve_app.store.tables import FeedbackRow, OutcomeRow, RequestRow
 
+_NOT_CHOSEN = (Path.PINNED, Path.FALLBACK)
 _IDS_AT_ONCE = 500
 """Ids in one query; databases bound the number of parameters."""
 
@@ -31,6 +32,9 @@ class Verdict:
     """(dim,) float32 little-endian."""
     score: float
     created_unix_s: float
+    propensity: float | None
+    """Probability with which the router chose the pair; `None` where it did not choose: pinned, or
+    a fallback."""
 
 
 async def add_feedback(
@@ -107,6 +111,8 @@ async def read_verdicts(store: Store, request_ids: Sequence[str]) -> list[Verdic
                 RequestRow.embedding,
                 FeedbackRow.score,
                 FeedbackRow.created_unix_s,
+                OutcomeRow.path,
+                OutcomeRow.propensity,
             )
             .join(RequestRow, RequestRow.request_id == FeedbackRow.request_id)
             .join(OutcomeRow, OutcomeRow.request_id == FeedbackRow.request_id)
@@ -126,6 +132,7 @@ async def read_verdicts(store: Store, request_ids: Sequence[str]) -> list[Verdic
                 embedding=row.embedding or b"",
                 score=row.score,
                 created_unix_s=row.created_unix_s,
+                propensity=None if row.path in _NOT_CHOSEN else row.propensity,
             )
             for row in rows
         ]

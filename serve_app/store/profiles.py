@@ -77,10 +77,9 @@ async def add_questions(store: Store, questions: Iterable[ProfileQuestion]) -> N
 
 
 async def add_outcomes(store: Store, outcomes: Sequence[ProfileOutcome]) -> None:
-    """Keep outcomes, all in one transaction.
+    """Keep outcomes; one that is there already stays as it is.
 
     Raises:
-        IntegrityError: If one of them is there already.
         StoreError: If the store is away.
     """
     rows = []
@@ -89,8 +88,13 @@ async def add_outcomes(store: Store, outcomes: Sequence[ProfileOutcome]) -> None
         for name in ("answer", "error"):
             row[name] = None if row[name] is None else storable_text(row[name])
         rows.append(row)
-    async with store.begin() as connection:
-        await connection.execute(insert(ProfileOutcomeRow), rows)
+    try:
+        async with store.begin() as connection:
+            await connection.execute(insert(ProfileOutcomeRow), rows)
+    except IntegrityError:
+        if len(outcomes) > 1:
+            for outcome in outcomes:
+                await add_outcomes(store, [outcome])
 
 
 async def measured(store: Store, question_keys: Sequence[str]) -> set[tuple[str, Pair, str]]:

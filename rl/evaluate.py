@@ -1,0 +1,375 @@
+"""`evaluate`: whether a candidate policy is better than the serving one, by held-out replay.
+
+In come outcomes of (nearly) every pair on questions that no fit has seen, and the rules themselves;
+out comes a report with intervals over the queries and a verdict, which gates `atlas promote`.
+
+Utility is the router's own, `(1 - alpha) * score - alpha * cost`, with the observed score and the
+normalised mean cost of the chosen pair. Nothing here is random but the seeded resamples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rl.contenders import Choices, Interval, Rule, ask, bootstrap
+from rl.held_out import HeldOut, read_held_out
+from rl.off_policy import LoggedDecisions, OffPolicyEstimate, estimate
+from rl.outcomes import Outcomes
+from serve_app.router.gate import NEAR_ORACLE
+
+CANDIDATE = "candidate"
+SERVING = "serving"
+BEST_SINGLE = "best_single"
+"""The pair with the best mean score on these very queries; the cheaper one of equals."""
+RANDOM = "random"
+"""A pair drawn uniformly: its expected value, not a draw."""
+ORACLE = "oracle"
+"""The pair of best utility on each query, in hindsight."""
+
+INSIDE, OUTSIDE = "inside", "outside"
+_NUM_BINS = 5
+_ROUNDING = 1e-9
+"""A difference smaller than this is none."""
+
+_TRADES = np.geomspace(0.003, 10, 22)
+SWEEP_ALPHAS = (0.0, *(float(trade / (1 + trade)) for trade in _TRADES), 1.0)
+"""Alphas of the frontiers: evenly spread in the logarithm of what the cost weighs beside the
+score."""
+
+_Values = dict[str, NDArray[np.float64]]
+"""Contender to (num_queries, 3): score, cost in US dollars, utility."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How policies are compared."""
+
+    default_alpha: float = 0.1
+    """The deployment's own; the verdict is given there and at 0."""
+    alphas: tuple[float, ...] = (0.0, 0.02, 0.1, 0.3, 0.6, 0.9)
+    """Also reported; 0 and the default are added."""
+    margin: float = 0.01
+    """Utility that the candidate may be worse by without it mattering."""
+    num_resamples: int = 2000
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Means over queries of one contender, or of the candidate minus the serving policy."""
+
+    score: Interval
+    cost_usd: Interval
+    """US dollars per query."""
+    utility: Interval
+    steps: float = field(default=1.0, kw_only=True)
+    """Runs of a pair per request; 1 for a rule that decides once, 0 in a difference of two."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders on the same queries, at one alpha."""
+
+    alpha: float
+    num_queries: int
+    contenders: dict[str, Figures]
+    difference: Figures
+    """Candidate minus serving, paired by query."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What a policy reaches at one alpha."""
+
+    alpha: float | None
+    """`None` where it does not depend on alpha."""
+    cost_usd: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Decisions of like confidence."""
+
+    num_queries: int
+    confidence: float
+    """Mean of what was stated."""
+    share: float
+    """Of the decisions that scored within `NEAR_ORACLE` of the best pair on their query."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """The candidate's confidence at the default alpha against what came of it."""
+
+    bins: tuple[Bin, ...]
+    """Fifths by confidence, ascending; fewer where many are equal."""
+    error: float
+    """Expected calibration error: mean distance of share and confidence, weighted by queries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether the candidate may serve."""
+
+    promote: bool
+    reason: str
+    """With the numbers it rests on."""
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """All that is said of a candidate."""
+
+    settings: EvaluationSettings
+    num_queries: int
+    """Held-out queries on which every pair was run."""
+    num_dropped: int
+    """Those on which one was not; they are left out."""
+    coverage: dict[str, float]
+    """Pair to the share of all held-out queries that it was run on."""
+    best_single: str
+    """The pair that `BEST_SINGLE` stands for."""
+    at_alpha: tuple[Comparison, ...]
+    """All contenders, every single pair among them, by ascending alpha."""
+    domains: dict[str, Comparison]
+    """Candidate, serving and best single at the default alpha; empty where no domain is known."""
+    distribution: dict[str, Comparison]
+    """The same `INSIDE` and `OUTSIDE` of what the candidate calls its distribution."""
+    frontiers: dict[str, tuple[Point, ...]]
+    """Cost and score of each policy and the oracle by ascending alpha, of `RANDOM` and of every
+    pair alone."""
+    reliability: Reliability
+    verdict: Verdict
+    off_policy: dict[str, OffPolicyEstimate] = field(default_factory=dict)
+    """Of the candidate and the serving policy on logged traffic, where there was any."""
+
+    @property
+    def at_default(self) -> Comparison:
+        """The comparison at the deployment's own alpha."""
+        return next(one for one in self.at_alpha if one.alpha == self.settings.default_alpha)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain objects, lists and finite numbers."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return plain
+
+
+def evaluate(
+    outcomes: Outcomes,
+    domains: Sequence[str],
+    candidate: Rule,
+    serving: Rule,
+    *,
+    others: Mapping[str, Rule] | None = None,
+    logged: LoggedDecisions | None = None,
+    settings: EvaluationSettings | None = None,
+) -> EvaluationReport:
+    """Hold a candidate policy against the serving one.
+
+    Args:
+        outcomes: Of held-out questions, on which (nearly) every pair was run.
+        domains: (num_queries,) may be empty strings.
+        candidate: Explores no more than `serving` and `others` do: not at all.
+        serving: What answers now.
+        others: More policies by name, for example `cold_start`; they do not count for the verdict.
+        logged: Traffic, for the off-policy estimate.
+        settings: How they are compared.
+
+    Raises:
+        ConfigError: If fewer than 20 queries have every pair's outcome, or a policy is
+            of another encoder, knows none of the pairs, or explores.
+    """
+    settings = settings or EvaluationSettings()
+    held_out = read_held_out(outcomes, domains)
+    rules: dict[str, Rule] = {CANDIDATE: candidate, SERVING: serving, **(others or {})}
+    reported = sorted({0.0, settings.default_alpha, *settings.alphas})
+    asked = sorted({*reported, *SWEEP_ALPHAS})
+    choices = {
+        name: ask(name, rule, held_out.embeddings, held_out.encoder, held_out.pairs, asked)
+        for name, rule in rules.items()
+    }
+    at_alpha = tuple(
+        _compare(_values(held_out, choices, asked.index(alpha), alpha), alpha, settings)
+        for alpha in reported
+    )
+    at_default = asked.index(settings.default_alpha)
+    inside = choices[CANDIDATE].inside[at_default]
+    values = _values(held_out, choices, at_default, settings.default_alpha)
+    values = {name: values[name] for name in (CANDIDATE, SERVING, BEST_SINGLE)}
+    off_policy = {}
+    if logged is not None:
+        off_policy = {
+            name: estimate(
+                name,
+                rules[name],
+                logged,
+                settings.default_alpha,
+                num_resamples=settings.num_resamples,
+                seed=settings.seed,
+            )
+            for name in (CANDIDATE, SERVING)
+        }
+    return EvaluationReport(
+        settings=settings,
+        num_queries=len(held_out.scores),
+        num_dropped=held_out.num_dropped,
+        coverage=held_out.coverage,
+        best_single=str(held_out.pairs[held_out.best_single()]),
+        at_alpha=at_alpha,
+        domains=_groups(values, held_out.domains, settings) if any(domains) else {},
+        distribution=_groups(values, np.where(inside, INSIDE, OUTSIDE), settings),
+        frontiers=_frontiers(held_out, choices, asked),
+        reliability=_reliability(held_out, choices[CANDIDATE], at_default),
+        verdict=judge({one.alpha: one.difference.utility for one in at_alpha}, settings),
+        off_policy=off_policy,
+    )
+
+
+def judge(differences: Mapping[float, Interval], settings: EvaluationSettings) -> Verdict:
+    """Whether a candidate may serve: it is not worse with confidence, and not worse on average.
+
+    It may when, at the default alpha and at alpha 0, the 95% interval of its utility minus the
+    serving policy's begins no lower than `-margin`, and the mean at the default alpha is not below
+    0. So an equal one may; one that few queries say little of may not.
+
+    Args:
+        differences: Alpha to the paired difference in utility; has 0 and the default alpha.
+        settings: The margin and the default alpha.
+    """
+    counted = list(dict.fromkeys((settings.default_alpha, 0.0)))
+    said = {alpha: f"utility {differences[alpha]} at alpha {alpha:g}" for alpha in counted}
+    faults = []
+    for alpha in counted:
+        difference = differences[alpha]
+        if difference.low < -settings.margin - _ROUNDING:
+            faults.append(f"{said[alpha]}, which reaches below -{settings.margin:g}")
+        elif alpha == settings.default_alpha and difference.mean < -_ROUNDING:
+            faults.append(f"{said[alpha]}, which is below the serving policy's on average")
+    return Verdict(not faults, "; ".join(faults or said.values()))
+
+
+def show(report: EvaluationReport, console: Console) -> None:
+    """Print the comparison at the default alpha, the difference and the verdict."""
+    shown = report.at_default
+    dropped = f", {report.num_dropped} left out" if report.num_dropped else ""
+    title = f"{report.num_queries} held-out queries{dropped}, alpha {shown.alpha:g}"
+    table = Table("", "score", "$ per query", "utility", title=title, title_justify="left")
+    for name, figures in shown.contenders.items():
+        if "@" not in name:
+            label = f"best single: {report.best_single}" if name == BEST_SINGLE else name
+            table.add_row(escape(label), *_cells(figures, ""))
+    table.add_row("candidate - serving", *_cells(shown.difference, "+"), style="bold")
+    console.print(table)
+    outside = report.distribution.get(OUTSIDE)
+    share = outside.num_queries / report.num_queries if outside else 0.0
+    console.print(
+        f"{share:.0%} out of distribution; calibration error {report.reliability.error:.3f}",
+        highlight=False,
+    )
+    for name, known in report.off_policy.items():
+        said = (
+            f"{known.score.mean:.3f} [{known.score.low:.3f}, {known.score.high:.3f}]"
+            if known.score
+            else f"unknown: {known.reason}"
+        )
+        console.print(f"{name} on logged traffic: {escape(said)}", highlight=False)
+    word = "[green]may serve[/green]" if report.verdict.promote else "[red]refused[/red]"
+    console.print(f"{word}: {escape(report.verdict.reason)}", highlight=False)
+
+
+def _cells(figures: Figures, sign: str) -> list[str]:
+    return [
+        escape(f"{part.mean:{sign}{form}} [{part.low:{sign}{form}}, {part.high:{sign}{form}}]")
+        for part, form in (
+            (figures.score, ".3f"),
+            (figures.cost_usd, ".3g"),
+            (figures.utility, ".3f"),
+        )
+    ]
+
+
+def _values(held_out: HeldOut, choices: Mapping[str, Choices], row: int, alpha: float) -> _Values:
+    """What every contender reaches on each query at one alpha, which is row `row` of `choices`."""
+    size = len(held_out.scores)
+    values = {name: held_out.values(of.chosen[row], alpha) for name, of in choices.items()}
+    single = held_out.best_single()
+    alone = [held_out.values(np.full(size, column), alpha) for column in range(len(held_out.cost))]
+    values[BEST_SINGLE] = alone[single]
+    values[RANDOM] = np.mean(alone, axis=0)
+    values[ORACLE] = held_out.values(held_out.oracle(alpha), alpha)
+    return values | {str(pair): of for pair, of in zip(held_out.pairs, alone, strict=True)}
+
+
+def _compare(values: _Values, alpha: float, settings: EvaluationSettings) -> Comparison:
+    difference = values[CANDIDATE] - values[SERVING]
+    columns = np.concatenate([*values.values(), difference], axis=1)
+    intervals = bootstrap(columns, settings.num_resamples, settings.seed)
+    *figures, between = (
+        Figures(*intervals[start : start + 3]) for start in range(0, len(intervals), 3)
+    )
+    return Comparison(
+        alpha=alpha,
+        num_queries=len(columns),
+        contenders=dict(zip(values, figures, strict=True)),
+        difference=replace(between, steps=0.0),
+    )
+
+
+def _groups(
+    values: _Values, labels: NDArray[np.str_], settings: EvaluationSettings
+) -> dict[str, Comparison]:
+    """The comparison at the default alpha on the queries of each label."""
+    return {
+        str(label): _compare(
+            {name: of[labels == label] for name, of in values.items()},
+            settings.default_alpha,
+            settings,
+        )
+        for label in np.unique(labels)
+    }
+
+
+def _frontiers(
+    held_out: HeldOut, choices: Mapping[str, Choices], alphas: Sequence[float]
+) -> dict[str, tuple[Point, ...]]:
+    chosen = {name: of.chosen for name, of in choices.items()}
+    chosen[ORACLE] = np.stack([held_out.oracle(alpha) for alpha in alphas])
+    rows = np.arange(len(held_out.scores))
+    frontiers: dict[str, tuple[Point, ...]] = {}
+    for name, sweep in chosen.items():
+        points: list[Point] = []
+        for alpha, pairs in zip(alphas, sweep, strict=True):
+            cost_usd = float(held_out.costs_usd[rows, pairs].mean())
+            score = float(held_out.scores[rows, pairs].mean())
+            if not points or (points[-1].cost_usd, points[-1].score) != (cost_usd, score):
+                points.append(Point(alpha, cost_usd, score))
+        frontiers[name] = tuple(points)
+    scores, costs_usd = held_out.scores.mean(axis=0), held_out.costs_usd.mean(axis=0)
+    frontiers[RANDOM] = (Point(None, float(costs_usd.mean()), float(scores.mean())),)
+    for pair, cost_usd, score in zip(held_out.pairs, costs_usd, scores, strict=True):
+        frontiers[str(pair)] = (Point(None, float(cost_usd), float(score)),)
+    return frontiers
+
+
+def _reliability(held_out: HeldOut, choices: Choices, row: int) -> Reliability:
+    scores, confidence = held_out.scores, choices.confidence[row]
+    reached = scores[np.arange(len(scores)), choices.chosen[row]]
+    is_right = reached >= scores.max(axis=1) - NEAR_ORACLE
+    edges = np.unique(np.quantile(confidence, np.linspace(0, 1, _NUM_BINS + 1)))
+    place = np.searchsorted(edges[1:-1], confidence, side="right")
+    bins = tuple(
+        Bin(int(part.sum()), float(confidence[part].mean()), float(is_right[part].mean()))
+        for part in (place == number for number in np.unique(place))
+    )
+    error = sum(one.num_queries * abs(one.share - one.confidence) for one in bins) / len(scores)
+    return Reliability(bins, error)

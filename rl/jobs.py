@@ -1,0 +1,117 @@
+"""The work of each kind of job; `serve_app.jobs` runs it in an actor of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from rl.profile import ProfileSettings, Progress, profile
+from rl.publish import (
+    evaluate_snapshot,
+    fit_snapshot,
+    promote_evaluated,
+    resolve,
+    roll_back,
+)
+from rl.selection import FitSettings
+from serve_app.config import AtlasConfig
+from serve_app.jobs import EvaluateJob, FitJob, JobRequest, ProfileJob, PromoteJob
+from serve_app.schemas import Pair
+from serve_app.store import Store, update_job
+
+logger = logging.getLogger(__name__)
+
+_WRITE_EVERY_S = 1.0
+"""Seconds between two writes of a job's progress."""
+
+Json = dict[str, Any]
+
+
+async def run(config: AtlasConfig, store: Store, job_id: str, request: JobRequest) -> Json:
+    """Do a job.
+
+    Args:
+        config: The deployment it works on.
+        store: Takes its progress.
+        job_id: Its row.
+        request: What to do.
+
+    Returns:
+        Its result.
+
+    Raises:
+        AtlasError: If it cannot be done; the message is for the caller.
+    """
+    if isinstance(request, ProfileJob):
+        return await _profile(config, store, job_id, request)
+    if isinstance(request, FitJob):
+        settings = FitSettings(seed=request.seed)
+        snapshot_id, snapshot = await fit_snapshot(
+            config, store, settings, with_traffic=request.with_traffic
+        )
+        return {"snapshot_id": snapshot_id, "about": dict(snapshot.metadata)}
+    if isinstance(request, EvaluateJob):
+        candidate = await resolve(store, request.candidate)
+        against = await resolve(store, request.against)
+        return (await evaluate_snapshot(config, store, candidate, against)).to_json()
+    if isinstance(request, PromoteJob):
+        candidate = await resolve(store, request.candidate)
+        version, report = await promote_evaluated(config, store, candidate, force=request.force)
+        return {"policy_version": version, "snapshot_id": candidate, "report": report.to_json()}
+    version, before = await roll_back(store)
+    return {"policy_version": version, "snapshot_id": before}
+
+
+async def _profile(config: AtlasConfig, store: Store, job_id: str, request: ProfileJob) -> Json:
+    settings = ProfileSettings(
+        models=None if request.models is None else frozenset(request.models),
+        judge=None if request.judge is None else Pair.parse(request.judge),
+        sample=request.sample,
+        max_cost_usd=request.max_cost_usd,
+        concurrency=request.concurrency,
+        again=request.again,
+    )
+    async with _written(store, job_id) as on_progress:
+        progress = await profile(config, request.read_questions(), store, settings, on_progress)
+    return progress.to_json()
+
+
+@asynccontextmanager
+async def _written(store: Store, job_id: str) -> AsyncIterator[Callable[[Progress], None]]:
+    """Gives a callback; what it is called with goes into the job's row, now and then."""
+    latest: list[Progress] = []
+    began_s = time.monotonic()
+
+    async def write() -> None:
+        if not latest:
+            return
+        progress = latest[-1]
+        elapsed_s = time.monotonic() - began_s
+        left = progress.total - progress.done
+        eta_s = elapsed_s / progress.done * left if progress.done else None
+        await update_job(store, job_id, progress=progress.to_json() | {"eta_s": eta_s})
+
+    async def keep_writing() -> None:
+        while True:
+            await asyncio.sleep(_WRITE_EVERY_S)
+            try:
+                await write()
+            except Exception as error:  # progress is not worth failing for
+                logger.warning("job %s: progress not written: %r", job_id, error)
+
+    def keep(progress: Progress) -> None:
+        latest[:] = [progress]
+
+    task = asyncio.create_task(keep_writing())
+    try:
+        yield keep
+        await write()
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,278 @@
+"""From outcomes to a policy that serves: fit, keep, promote, roll back.
+
+Fitting publishes nothing. A promotion is one row in the store; every router replica sees it within
+its refresh interval and swaps between two requests.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rl.dataset import MAX_VERDICTS, read_dataset
+from rl.evaluate import EvaluationReport, EvaluationSettings, evaluate
+from rl.figures import draw_pareto, draw_reliability
+from rl.fit import fit
+from rl.off_policy import LoggedDecisions
+from rl.selection import FitSettings
+from serve_app.config import AtlasConfig
+from serve_app.embedder import TextEncoder
+from serve_app.errors import ConfigError, NotFound, PromotionRefused
+from serve_app.router.clusters import ClusterRule, Prior
+from serve_app.router.cold_start import ColdStartRule, pair_cards, pair_descriptors
+from serve_app.router.following import LEARNED_UNTIL
+from serve_app.router.library import SnapshotLibrary
+from serve_app.router.snapshot import RouterSnapshot
+from serve_app.schemas import Pair
+from serve_app.store import (
+    Store,
+    Verdict,
+    add_snapshot,
+    list_snapshots,
+    publish,
+    read_verdicts,
+    serving_policies,
+    verdict_ids,
+)
+
+NEWEST = "newest"
+SERVING = "serving"
+COLD_START = "cold-start"
+"""Names that stand for a snapshot id."""
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What the configuration says of its pairs, before any outcome."""
+
+    cold_start: ColdStartRule
+    prior: Prior
+
+    def descriptors_of(self, pairs: tuple[Pair, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """(num_pairs, descriptor) of some of the configured pairs."""
+        assert self.prior.descriptors is not None
+        index = {pair: row for row, pair in enumerate(self.prior.pairs)}
+        return self.prior.descriptors[[index[pair] for pair in pairs]]
+
+
+def read_cards(config: AtlasConfig) -> Knowledge:
+    """Embed the configured cards, in this process, as a router replica does."""
+    encoder = TextEncoder(config.embedder, config.data_path() / "cache")
+    cards = pair_cards(config)
+    cold_start = ColdStartRule(cards, encoder.encode, config.router.example_top_k)
+    prior = Prior(
+        pairs=tuple(card.pair for card in cards),
+        costs_usd=np.array([card.cost_usd for card in cards], np.float32),
+        similarities=cold_start.qualities,
+        descriptors=pair_descriptors(cards, encoder.encode),
+    )
+    return Knowledge(cold_start, prior)
+
+
+async def fit_snapshot(
+    config: AtlasConfig,
+    store: Store,
+    settings: FitSettings | None = None,
+    *,
+    with_traffic: bool = True,
+) -> tuple[str, RouterSnapshot]:
+    """Fit a snapshot on the outcomes in the store, and keep it; it does not serve yet.
+
+    Args:
+        config: The deployment.
+        store: Where the outcomes are.
+        settings: What is tried.
+        with_traffic: Whether rated requests count too; else they are learned online again.
+
+    Returns:
+        Its id, and the snapshot.
+
+    Raises:
+        ConfigError: If there are no outcomes.
+        StoreError: If the store is away.
+    """
+    began_unix_s = time.time()
+    dataset = await read_dataset(config, store, "train", with_traffic=with_traffic)
+    descriptors = read_cards(config).descriptors_of(dataset.outcomes.pairs)
+    snapshot = fit(dataset.outcomes, settings, descriptors=descriptors)
+    about = dict(snapshot.metadata) | {
+        "num_verdicts": dataset.num_verdicts,
+        "fitted_unix_s": began_unix_s,
+        LEARNED_UNTIL: began_unix_s if with_traffic else 0.0,
+    }
+    snapshot = replace(snapshot, metadata=about)
+    return await keep_snapshot(config, store, snapshot), snapshot
+
+
+async def keep_snapshot(config: AtlasConfig, store: Store, snapshot: RouterSnapshot) -> str:
+    """Put a snapshot into the library and the store.
+
+    Returns:
+        Its id.
+    """
+    snapshot_id = SnapshotLibrary(config.snapshots_path()).add(snapshot)
+    await add_snapshot(store, snapshot_id, snapshot.metadata)
+    return snapshot_id
+
+
+async def resolve(store: Store, name: str) -> str | None:
+    """The snapshot id that a name stands for; `None` is the cold-start rule.
+
+    Args:
+        store: Where snapshots are known.
+        name: An id or a unique beginning of one, `newest`, `serving` or `cold-start`.
+
+    Raises:
+        NotFound: If there is none.
+    """
+    if name == COLD_START:
+        return None
+    if name == SERVING:
+        policies = await serving_policies(store, limit=1)
+        return policies[0].snapshot_id if policies else None
+    known = [info.snapshot_id for info in await list_snapshots(store)]
+    if name == NEWEST:
+        if not known:
+            raise NotFound("there is no snapshot yet: run `atlas fit`")
+        return known[0]
+    found = [snapshot_id for snapshot_id in known if snapshot_id.startswith(name)]
+    if len(found) != 1:
+        raise NotFound(f"{len(found) or 'no'} snapshots are named {name!r}")
+    return found[0]
+
+
+async def evaluate_snapshot(
+    config: AtlasConfig, store: Store, candidate: str | None, against: str | None
+) -> EvaluationReport:
+    """Hold a snapshot against another on the held-out questions; both with what users said since.
+
+    Args:
+        config: The deployment.
+        store: Where outcomes and snapshots are.
+        candidate: A snapshot id; `None` is the cold-start rule.
+        against: The same.
+
+    Raises:
+        ConfigError: If too few held-out outcomes are there, or they do not fit the snapshots.
+        SnapshotError: If a snapshot is damaged.
+        StoreError: If the store is away.
+    """
+    dataset = await read_dataset(config, store, "held_out")
+    verdicts = await read_verdicts(store, await verdict_ids(store, 0.0, MAX_VERDICTS))
+    knowledge = read_cards(config)
+    rules = [_rule(config, knowledge, name, verdicts) for name in (candidate, against)]
+    return evaluate(
+        dataset.outcomes,
+        dataset.domains,
+        *rules,
+        others={"cold_start": knowledge.cold_start},
+        logged=_logged(config, verdicts),
+        settings=EvaluationSettings(default_alpha=config.router.default_alpha),
+    )
+
+
+def _rule(
+    config: AtlasConfig,
+    knowledge: Knowledge,
+    snapshot_id: str | None,
+    verdicts: Sequence[Verdict],
+) -> ColdStartRule | ClusterRule:
+    """What a router replica would serve with, exploration off."""
+    if snapshot_id is None:
+        return knowledge.cold_start
+    snapshot = SnapshotLibrary(config.snapshots_path()).load(snapshot_id, policy_version=1)
+    fallback = config.router.fallback
+    rule = ClusterRule(
+        snapshot, knowledge.prior, fallback=None if fallback is None else Pair.parse(fallback)
+    )
+    fitted_until_s = float(snapshot.metadata.get(LEARNED_UNTIL, 0.0))
+    for verdict in verdicts:
+        if verdict.created_unix_s >= fitted_until_s:
+            rule.update(np.frombuffer(verdict.embedding, "<f4"), verdict.pair, verdict.score)
+    return rule
+
+
+def _logged(config: AtlasConfig, verdicts: Sequence[Verdict]) -> LoggedDecisions | None:
+    """Rated decisions of the router, for the off-policy estimate."""
+    index = {pair: row for row, pair in enumerate(config.all_pairs())}
+    rated = [v for v in verdicts if v.propensity is not None and v.pair in index]
+    if not rated:
+        return None
+    return LoggedDecisions(
+        encoder=config.embedder.model,
+        embeddings=np.stack([np.frombuffer(v.embedding, "<f4") for v in rated]),
+        pairs=config.all_pairs(),
+        chosen=np.array([index[v.pair] for v in rated]),
+        propensity=np.array([v.propensity for v in rated]),
+        score=np.array([v.score for v in rated]),
+    )
+
+
+async def promote_evaluated(
+    config: AtlasConfig, store: Store, candidate: str | None, *, force: bool = False
+) -> tuple[int, EvaluationReport]:
+    """Evaluate a snapshot against the serving one, and let it serve if it is not worse.
+
+    Args:
+        config: The deployment.
+        store: Where outcomes and snapshots are.
+        candidate: A snapshot id; `None` is the cold-start rule.
+        force: Whatever the evaluation says.
+
+    Returns:
+        The policy version it serves as, and the evaluation.
+
+    Raises:
+        PromotionRefused: If it is worse, or that cannot be said with confidence.
+        ConfigError, SnapshotError, StoreError: As `evaluate_snapshot`.
+    """
+    report = await evaluate_snapshot(config, store, candidate, await resolve(store, SERVING))
+    if not report.verdict.promote and not force:
+        raise PromotionRefused(f"refused: {report.verdict.reason}")
+    reason = ("forced: " if not report.verdict.promote else "") + report.verdict.reason
+    return await promote(store, candidate, reason, report.to_json()), report
+
+
+def write_report(report: EvaluationReport, folder: Path) -> None:
+    """Write `report.json`, `pareto.png` and `reliability.png` into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report.to_json(), indent=1))
+    draw_pareto(report, folder / "pareto.png")
+    draw_reliability(report, folder / "reliability.png")
+
+
+async def promote(
+    store: Store, snapshot_id: str | None, reason: str, report: Mapping[str, Any] | None = None
+) -> int:
+    """Let a snapshot serve.
+
+    Returns:
+        The policy version it serves as.
+    """
+    version = await publish(store, snapshot_id, reason, report)
+    assert version is not None
+    return version
+
+
+async def roll_back(store: Store) -> tuple[int, str | None]:
+    """Publish again what served before the serving policy, under a new version.
+
+    Returns:
+        The new version, and the snapshot that serves; `None` is the cold-start rule.
+
+    Raises:
+        ConfigError: If nothing was ever published.
+    """
+    policies = await serving_policies(store, limit=1000)
+    if not policies:
+        raise ConfigError("nothing was ever promoted")
+    serving = policies[0]
+    before = next((p.snapshot_id for p in policies if p.snapshot_id != serving.snapshot_id), None)
+    version = await promote(store, before, f"rolled back from policy {serving.policy_version}")
+    return version, before

@@ -1,0 +1,254 @@
+"""Jobs of the learning loop over HTTP: what can be asked for, and the actor that does it.
+
+A job is a row in the store and a detached Ray actor, so it outlives the gateway replica that took
+it. The work itself is in `rl.jobs`, which is imported by name and only in the actor's process:
+serving never loads the learning part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import uuid
+from typing import Annotated, Any, Literal, Protocol
+
+import ray
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+
+from serve_app.config import AtlasConfig
+from serve_app.errors import AtlasError, Conflict, InvalidRequest
+from serve_app.models.controller import failure_reason
+from serve_app.questions import Question
+from serve_app.store import Job, Store, add_job, get_job, list_jobs, update_job
+
+logger = logging.getLogger(__name__)
+
+_WORK_MODULE = "rl.jobs"
+_NAMESPACE = "atlas-jobs"
+
+PairName = Annotated[str, Field(pattern=r"^[^@\s]{1,64}@[^@\s]{1,64}$")]
+SnapshotName = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ProfileJob(_Request):
+    """Measure every ready pair on labelled questions."""
+
+    kind: Literal["profile"]
+    questions: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    """Objects with `id`, `query`, `gold`, `metric` and, if wanted, `domain` and `split`."""
+    models: Annotated[list[str], Field(min_length=1)] | None = None
+    """Models whose pairs are measured; all that are ready where none is named."""
+    judge: PairName | None = None
+    """`model_id@tool_id` that judges answers to questions of the metric `judge`."""
+    sample: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the pairs that each question is given to."""
+    max_cost_usd: Annotated[float, Field(ge=0)] | None = None
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 4
+    """Questions under way at once."""
+    again: bool = False
+    """Measure also what is measured already."""
+
+    def read_questions(self) -> tuple[Question, ...]:
+        """The questions, checked.
+
+        Raises:
+            InvalidRequest: Naming the first wrong field.
+        """
+        read = []
+        for index, fields in enumerate(self.questions):
+            try:
+                read.append(Question.model_validate(fields))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                path = ".".join([f"questions[{index}]", *map(str, first["loc"])])
+                raise InvalidRequest(f"{path}: {first['msg'][:300]}", path[:200]) from None
+        return tuple(read)
+
+
+class FitJob(_Request):
+    """Fit a snapshot on the outcomes in the store."""
+
+    kind: Literal["fit"]
+    with_traffic: bool = True
+    """Whether rated requests count too."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+class EvaluateJob(_Request):
+    """Hold a snapshot against another on the held-out questions."""
+
+    kind: Literal["evaluate"]
+    candidate: SnapshotName = "newest"
+    """A snapshot id, `newest`, `serving` or `cold-start`."""
+    against: SnapshotName = "serving"
+
+
+class PromoteJob(_Request):
+    """Evaluate a snapshot against the serving one, and let it serve if it is not worse."""
+
+    kind: Literal["promote"]
+    candidate: SnapshotName = "newest"
+    force: bool = False
+    """Promote whatever the evaluation says."""
+
+
+class RollbackJob(_Request):
+    """Let what served before the serving policy serve again."""
+
+    kind: Literal["rollback"]
+
+
+JobRequest = ProfileJob | FitJob | EvaluateJob | PromoteJob | RollbackJob
+
+
+class JobSubmission(RootModel[Annotated[JobRequest, Field(discriminator="kind")]]):
+    """The body of `POST /v1/admin/jobs`."""
+
+
+class Launcher(Protocol):
+    """Where jobs run. Its calls block."""
+
+    def start(self, config: AtlasConfig, job_id: str) -> None:
+        """Begin a job."""
+        ...
+
+    def is_running(self, job_id: str) -> bool:
+        """Whether its process is there."""
+        ...
+
+    def stop(self, job_id: str) -> None:
+        """End it at once, if it is there."""
+        ...
+
+
+class JobRunner:
+    """The actor of one job."""
+
+    async def run(self, config: AtlasConfig, job_id: str) -> None:
+        """Do the work and put its end on record."""
+        store = await Store.open(config.store_url())
+        try:
+            job = await get_job(store, job_id)
+            if await update_job(store, job_id, state="running"):
+                await self._work(config, store, job)
+        finally:
+            await store.close()
+            ray.actor.exit_actor()
+
+    async def _work(self, config: AtlasConfig, store: Store, job: Job) -> None:
+        try:
+            work: Any = importlib.import_module(_WORK_MODULE)
+            request = JobSubmission.model_validate(job.settings).root
+            result = await work.run(config, store, job.job_id, request)
+        except AtlasError as error:
+            await update_job(store, job.job_id, state="failed", error=error.message)
+        except Exception as error:
+            logger.exception("job %s failed", job.job_id)
+            reason = failure_reason(f"{type(error).__name__}: {error}")
+            await update_job(store, job.job_id, state="failed", error=reason)
+        else:
+            await update_job(store, job.job_id, state="succeeded", result=result)
+
+
+class RayLauncher:
+    """Runs each job as a detached actor that reserves nothing for itself."""
+
+    def start(self, config: AtlasConfig, job_id: str) -> None:
+        """Begin a job."""
+        actor = ray.remote(JobRunner).options(
+            name=job_id, namespace=_NAMESPACE, lifetime="detached", num_cpus=0
+        )
+        actor.remote().run.remote(config, job_id)
+
+    def is_running(self, job_id: str) -> bool:
+        """Whether its process is there."""
+        return self._find(job_id) is not None
+
+    def stop(self, job_id: str) -> None:
+        """End it at once; its Ray tasks end with it."""
+        actor = self._find(job_id)
+        if actor is not None:
+            ray.kill(actor)
+
+    @staticmethod
+    def _find(job_id: str) -> Any | None:
+        try:
+            return ray.get_actor(job_id, namespace=_NAMESPACE)
+        except ValueError:
+            return None
+
+
+class Jobs:
+    """Takes, shows and cancels jobs; the store is the truth."""
+
+    def __init__(self, config: AtlasConfig, store: Store, launcher: Launcher) -> None:
+        """Use a store.
+
+        Args:
+            config: The deployment that jobs work on.
+            store: Where their rows are.
+            launcher: Runs them.
+        """
+        self._config = config
+        self._store = store
+        self._launcher = launcher
+
+    async def submit(self, request: JobRequest, owner: str) -> Job:
+        """Start a job.
+
+        Raises:
+            InvalidRequest: If a setting cannot work.
+            StoreError: If the store is away.
+        """
+        if isinstance(request, ProfileJob):
+            request.read_questions()
+        settings = request.model_dump(mode="json")
+        job_id = f"job_{uuid.uuid4().hex[:16]}"
+        job = await add_job(self._store, job_id, request.kind, settings, owner)
+        try:
+            await asyncio.to_thread(self._launcher.start, self._config, job_id)
+        except Exception:
+            logger.exception("job %s cannot be started", job_id)
+            await update_job(self._store, job_id, state="failed", error="it could not be started")
+            return await get_job(self._store, job_id)
+        return job
+
+    async def list(self) -> list[Job]:
+        """The last jobs, the newest first."""
+        return await list_jobs(self._store)
+
+    async def get(self, job_id: str) -> Job:
+        """A job as it is; one whose process is gone has failed.
+
+        Raises:
+            NotFound: If there is none of that id.
+        """
+        job = await get_job(self._store, job_id)
+        # A queued one may be seen before its process is there.
+        if job.state == "running" and not await asyncio.to_thread(
+            self._launcher.is_running, job_id
+        ):
+            # It may have ended between the two looks; then this changes nothing.
+            await update_job(self._store, job_id, state="failed", error="its process ended")
+            job = await get_job(self._store, job_id)
+        return job
+
+    async def cancel(self, job_id: str) -> Job:
+        """End a job and free what it holds.
+
+        Raises:
+            NotFound: If there is none of that id.
+            Conflict: If it is over.
+        """
+        await get_job(self._store, job_id)
+        if not await update_job(self._store, job_id, state="cancelled"):
+            raise Conflict(f"job {job_id!r} is over", "job_id")
+        await asyncio.to_thread(self._launcher.stop, job_id)
+        return await get_job(self._store, job_id)

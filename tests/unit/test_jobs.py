@@ -1,0 +1,119 @@
+"""Jobs over HTTP: the real gateway and store; where they would run is the one fake part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from serve_app.store import add_snapshot, create_key, publish, update_job
+from tests.gateway_fakes import Loopback, running_gateway
+
+QUESTION = {"id": "1", "query": "What is 1 + 1?", "gold": 2, "metric": "numeric"}
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    with running_gateway(tmp_path_factory.mktemp("jobs")) as loopback:
+        yield loopback
+
+
+def submit(gateway: Loopback, **request: Any) -> httpx2.Response:
+    return httpx2.post(gateway.url + "/v1/admin/jobs", json=request)
+
+
+def look_up(gateway: Loopback, job_id: str) -> Any:
+    return httpx2.get(f"{gateway.url}/v1/admin/jobs/{job_id}").json()
+
+
+def cancel(gateway: Loopback, job_id: str) -> httpx2.Response:
+    return httpx2.delete(f"{gateway.url}/v1/admin/jobs/{job_id}")
+
+
+def test_a_job_is_taken_started_and_listed(gateway: Loopback) -> None:
+    response = submit(gateway, kind="fit", seed=3)
+    job = response.json()
+    assert (response.status_code, job["state"]) == (201, "queued")
+    assert gateway.launcher.is_running(job["job_id"])
+    listed = httpx2.get(gateway.url + "/v1/admin/jobs").json()["data"]
+    assert listed[0]["job_id"] == job["job_id"]
+    assert look_up(gateway, job["job_id"])["settings"] == {
+        "kind": "fit",
+        "seed": 3,
+        "with_traffic": True,
+    }
+
+
+def test_a_profile_job_keeps_its_questions_to_itself(gateway: Loopback) -> None:
+    job = submit(gateway, kind="profile", questions=[QUESTION], max_cost_usd=0.5).json()
+    assert job["settings"]["max_cost_usd"] == 0.5
+    assert "questions" not in job["settings"]
+
+
+@pytest.mark.parametrize(
+    ("request_body", "field"),
+    [
+        ({"kind": "profile", "questions": []}, "questions"),
+        ({"kind": "profile", "questions": [QUESTION, {"id": "2"}]}, "questions[1].query"),
+        ({"kind": "profile", "questions": [QUESTION | {"metric": "luck"}]}, "questions[0].metric"),
+        ({"kind": "profile", "questions": [QUESTION], "sample": 0}, "sample"),
+        ({"kind": "fit", "seed": -1}, "seed"),
+        ({"kind": "promote", "candidate": "../../etc"}, "candidate"),
+        ({"kind": "dance"}, ""),
+    ],
+)
+def test_a_job_that_cannot_work_is_a_400_that_names_the_field(
+    gateway: Loopback, request_body: dict[str, Any], field: str
+) -> None:
+    before = set(gateway.launcher.running)
+    response = submit(gateway, **request_body)
+    assert response.status_code == 400
+    assert field in response.json()["error"]["message"]
+    assert gateway.launcher.running == before
+
+
+def test_a_cancelled_job_is_stopped_and_stays_cancelled(gateway: Loopback) -> None:
+    job_id = submit(gateway, kind="fit").json()["job_id"]
+    assert cancel(gateway, job_id).json()["state"] == "cancelled"
+    assert not gateway.launcher.is_running(job_id)
+    changed = gateway.run(lambda: update_job(gateway.store, job_id, state="succeeded"))
+    assert not changed
+    assert cancel(gateway, job_id).status_code == 409
+
+
+def test_a_running_job_whose_process_is_gone_has_failed(gateway: Loopback) -> None:
+    job_id = submit(gateway, kind="fit").json()["job_id"]
+    gateway.run(lambda: update_job(gateway.store, job_id, state="running"))
+    assert look_up(gateway, job_id)["state"] == "running"
+    gateway.launcher.stop(job_id)
+    gone = look_up(gateway, job_id)
+    assert (gone["state"], gone["error"]) == ("failed", "its process ended")
+
+
+def test_an_unknown_job_is_a_404(gateway: Loopback) -> None:
+    assert httpx2.get(gateway.url + "/v1/admin/jobs/job_0").status_code == 404
+    assert cancel(gateway, "job_0").status_code == 404
+
+
+def test_snapshots_are_listed_with_what_served_when(gateway: Loopback) -> None:
+    gateway.run(lambda: add_snapshot(gateway.store, "abc", {"num_queries": 7}))
+    version = gateway.run(lambda: publish(gateway.store, "abc", "a test"))
+    listed = httpx2.get(gateway.url + "/v1/admin/snapshots").json()
+    assert listed["data"][0]["about"] == {"num_queries": 7}
+    assert listed["policies"][0]["policy_version"] == version
+    assert listed["policies"][0]["snapshot_id"] == "abc"
+
+
+def test_jobs_need_an_admin_key(tmp_path: Path) -> None:
+    with running_gateway(tmp_path, auth={"mode": "required"}) as locked:
+
+        def status_with(scope: str) -> int:
+            _, key = locked.run(lambda: create_key(locked.store, scope, [scope]))
+            headers = {"authorization": f"Bearer {key}"}
+            url = locked.url + "/v1/admin/jobs"
+            return httpx2.post(url, json={"kind": "fit"}, headers=headers).status_code
+
+        assert (status_with("chat"), status_with("admin")) == (403, 201)

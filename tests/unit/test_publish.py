@@ -1,0 +1,206 @@
+"""From outcomes in the store to a policy: what is fitted on, what is kept, what is published."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rl.dataset import read_dataset
+from rl.profile import fingerprint
+from rl.publish import COLD_START, NEWEST, SERVING, fit_snapshot, promote, resolve, roll_back
+from serve_app.config import AtlasConfig
+from serve_app.errors import ConfigError, NotFound
+from serve_app.router.following import LEARNED_UNTIL
+from serve_app.router.library import SnapshotLibrary
+from serve_app.schemas import Candidate, Decision, Pair, Report, Step, Usage
+from serve_app.schemas import Path as DecidedBy
+from serve_app.store import (
+    OutcomeLog,
+    ProfileOutcome,
+    ProfileQuestion,
+    Store,
+    add_feedback,
+    add_outcomes,
+    add_questions,
+    measured,
+)
+from tests.router_data import QUICK
+
+SUMS, POEMS = Pair("sums", "calculator"), Pair("poems", "none")
+DIM = 384
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> AtlasConfig:
+    models = [
+        {"type": "remote", "model_id": pair.model_id, "base_url": "http://127.0.0.1:1/v1",
+         "remote_model": "x", "tools": [pair.tool_id]}
+        for pair in (SUMS, POEMS)
+    ]  # fmt: skip
+    return AtlasConfig.model_validate(
+        {
+            "models": models,
+            "tools": [{"type": "calculator", "tool_id": "calculator"}],
+            "data_dir": str(tmp_path),
+        }
+    )
+
+
+@pytest.fixture
+async def store(config: AtlasConfig) -> AsyncIterator[Store]:
+    opened = await Store.open(config.store_url())
+    yield opened
+    await opened.close()
+
+
+def vector(number: int) -> bytes:
+    """An embedding near one of two topics."""
+    made = 0.1 * np.random.default_rng(number).standard_normal(DIM)
+    made[number % 2] += 5
+    return np.asarray(made / np.linalg.norm(made), "<f4").tobytes()
+
+
+def outcome(config: AtlasConfig, number: int, pair: Pair, score: float) -> ProfileOutcome:
+    return ProfileOutcome(
+        question_key=f"q{number}",
+        model_id=pair.model_id,
+        tool_id=pair.tool_id,
+        fingerprint=fingerprint(config, pair),
+        score=score,
+        prompt_tokens=10,
+        completion_tokens=5,
+        cost_usd=1e-5,
+        seconds=0.1,
+        mean_logprob=-0.1,
+        tool_errors=0,
+        answer="x",
+        error=None,
+        judge_agreed=None,
+        created_unix_s=float(number),
+    )
+
+
+async def fill(config: AtlasConfig, store: Store, num_questions: int = 60) -> None:
+    """Even questions are sums, odd ones poems; each pair is right on its own. A quarter is held
+    out."""
+    encoder = config.embedder.model
+    for number in range(num_questions):
+        split = "held_out" if number % 8 >= 6 else "train"
+        asked = ProfileQuestion(f"q{number}", f"query {number}", "", split, encoder, vector(number))
+        await add_questions(store, [asked])
+        await add_outcomes(
+            store,
+            [
+                outcome(config, number, SUMS, float(number % 2 == 0)),
+                outcome(config, number, POEMS, float(number % 2 == 1)),
+            ],
+        )
+
+
+async def rate(store: Store, request_id: str, pair: Pair, score: float) -> None:
+    decision = Decision((Candidate(pair, 1, 1, 0),), DecidedBy.CLUSTERS, 1.0, 1.0, 1, 1)
+    step = Step(pair, DecidedBy.CLUSTERS, 1.0, Usage(), 0.1)
+    log = OutcomeLog(store, flush_interval_s=0.001)
+    log.record(Report(request_id, decision, (step,), Usage(), 0.1, "rated", vector(0), "me"))
+    await log.close()
+    await add_feedback(store, request_id, "me", score)
+
+
+async def test_a_fit_reads_the_training_split_and_learns_who_is_right(
+    config: AtlasConfig, store: Store
+) -> None:
+    await fill(config, store)
+    snapshot_id, snapshot = await fit_snapshot(config, store, QUICK)
+    kept = SnapshotLibrary(config.snapshots_path()).load(snapshot_id, policy_version=9)
+    assert snapshot.metadata["num_queries"] == 46
+    assert snapshot.pairs == kept.pairs == (SUMS, POEMS)
+    assert kept.version == 9
+    assert len(kept.prior_weights) == DIM + 1
+
+
+async def test_outcomes_of_other_settings_do_not_count_and_the_newest_does(
+    config: AtlasConfig, store: Store
+) -> None:
+    await fill(config, store, num_questions=8)
+    old = replace(outcome(config, 1, SUMS, 1.0), fingerprint="0" * 16, created_unix_s=9e9)
+    again = replace(
+        outcome(config, 1, SUMS, 0.5),
+        fingerprint=fingerprint(config, SUMS) + "-again",
+        created_unix_s=8e9,
+    )
+    await add_outcomes(store, [old, again])
+    outcomes = (await read_dataset(config, store, "train")).outcomes
+    row = outcomes.queries.index("query 1")
+    of_sums = outcomes.score[(outcomes.query_index == row) & (outcomes.pair_index == 0)]
+    assert of_sums.tolist() == [0.5]
+
+
+async def test_rated_traffic_counts_and_is_not_learned_online_again(
+    config: AtlasConfig, store: Store
+) -> None:
+    await fill(config, store)
+    await rate(store, "req_1", POEMS, 0.25)
+    began = time.time()
+    _, with_traffic = await fit_snapshot(config, store, QUICK)
+    _, without = await fit_snapshot(config, store, QUICK, with_traffic=False)
+    assert with_traffic.metadata["num_verdicts"] == 1
+    assert float(with_traffic.metadata[LEARNED_UNTIL]) >= began
+    assert (without.metadata["num_verdicts"], without.metadata[LEARNED_UNTIL]) == (0, 0.0)
+
+
+async def test_an_outcome_is_kept_once(config: AtlasConfig, store: Store) -> None:
+    await fill(config, store, num_questions=2)
+    changed = replace(outcome(config, 0, SUMS, 0.0), answer="later")
+    fresh = replace(outcome(config, 1, SUMS, 0.0), fingerprint="f")
+    await add_outcomes(store, [changed, fresh])
+    dataset = await read_dataset(config, store, "train")
+    assert dataset.outcomes.score.max() == 1.0
+    assert ("q1", SUMS, "f") in await measured(store, ["q0", "q1"])
+
+
+async def test_without_outcomes_the_way_to_get_them_is_said(
+    config: AtlasConfig, store: Store
+) -> None:
+    with pytest.raises(ConfigError, match="atlas profile"):
+        await fit_snapshot(config, store)
+
+
+async def test_names_stand_for_snapshots(config: AtlasConfig, store: Store) -> None:
+    await fill(config, store)
+    first, _ = await fit_snapshot(config, store, QUICK)
+    second, _ = await fit_snapshot(config, store, replace(QUICK, seed=1))
+    await promote(store, first, "a test")
+    assert await resolve(store, NEWEST) == second
+    assert await resolve(store, SERVING) == first
+    assert await resolve(store, first[:8]) == first
+    assert await resolve(store, COLD_START) is None
+    with pytest.raises(NotFound):
+        await resolve(store, "zzz")
+
+
+async def test_a_rollback_publishes_what_served_before_under_a_new_version(
+    config: AtlasConfig, store: Store
+) -> None:
+    await fill(config, store)
+    first, _ = await fit_snapshot(config, store, QUICK)
+    second, _ = await fit_snapshot(config, store, replace(QUICK, seed=1))
+    await promote(store, first, "a test")
+    await promote(store, second, "a test")
+    assert await roll_back(store) == (3, first)
+    assert await resolve(store, SERVING) == first
+
+
+async def test_the_first_policy_rolls_back_to_the_cold_start_rule(
+    config: AtlasConfig, store: Store
+) -> None:
+    with pytest.raises(ConfigError, match="nothing was ever promoted"):
+        await roll_back(store)
+    await fill(config, store)
+    first, _ = await fit_snapshot(config, store, QUICK)
+    await promote(store, first, "a test")
+    assert await roll_back(store) == (2, None)
