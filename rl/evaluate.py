@@ -40,10 +40,9 @@ _NUM_BINS = 5
 _ROUNDING = 1e-9
 """A difference smaller than this is none."""
 
-_TRADES = np.geomspace(0.003, 10, 22)
+_TRADES = np.geomspace(0.005, 10, 12)
 SWEEP_ALPHAS = (0.0, *(float(trade / (1 + trade)) for trade in _TRADES), 1.0)
-"""Alphas of the frontiers: evenly spread in the logarithm of what the cost weighs beside the
-score."""
+"""Evenly spread in the logarithm of what the cost weighs beside the score."""
 
 _Values = dict[str, NDArray[np.float64]]
 """Contender to (num_queries, 3): score, cost in US dollars, utility."""
@@ -57,6 +56,9 @@ class EvaluationSettings:
     """The deployment's own; the verdict is given there and at 0."""
     alphas: tuple[float, ...] = (0.0, 0.02, 0.1, 0.3, 0.6, 0.9)
     """Also reported; 0 and the default are added."""
+    sweep_alphas: tuple[float, ...] = SWEEP_ALPHAS
+    """Points of the frontiers, beside the reported ones. Every alpha costs one decision per policy
+    and query."""
     margin: float = 0.01
     """Utility that the candidate may be worse by without it mattering."""
     num_resamples: int = 2000
@@ -179,7 +181,7 @@ def evaluate(
     Args:
         outcomes: Of held-out questions, on which (nearly) every pair was run.
         domains: (num_queries,) may be empty strings.
-        candidate: Explores no more than `serving` and `others` do: not at all.
+        candidate: What may serve next. No policy may explore while it is evaluated.
         serving: What answers now.
         others: More policies by name, for example `cold_start`; they do not count for the verdict.
         logged: Traffic, for the off-policy estimate.
@@ -193,7 +195,7 @@ def evaluate(
     held_out = read_held_out(outcomes, domains)
     rules: dict[str, Rule] = {CANDIDATE: candidate, SERVING: serving, **(others or {})}
     reported = sorted({0.0, settings.default_alpha, *settings.alphas})
-    asked = sorted({*reported, *SWEEP_ALPHAS})
+    asked = sorted({*reported, *settings.sweep_alphas})
     choices = {
         name: ask(name, rule, held_out.embeddings, held_out.encoder, held_out.pairs, asked)
         for name, rule in rules.items()
@@ -263,12 +265,14 @@ def show(report: EvaluationReport, console: Console) -> None:
     shown = report.at_default
     dropped = f", {report.num_dropped} left out" if report.num_dropped else ""
     title = f"{report.num_queries} held-out queries{dropped}, alpha {shown.alpha:g}"
-    table = Table("", "score", "$ per query", "utility", title=title, title_justify="left")
+    table = Table("", title=title, title_justify="left")
+    for heading in ("score", "$ per 1000 queries", "utility"):
+        table.add_column(heading, no_wrap=True)
     for name, figures in shown.contenders.items():
         if "@" not in name:
             label = f"best single: {report.best_single}" if name == BEST_SINGLE else name
             table.add_row(escape(label), *_cells(figures, ""))
-    table.add_row("candidate - serving", *_cells(shown.difference, "+"), style="bold")
+    table.add_row("difference", *_cells(shown.difference, "+"), style="bold")
     console.print(table)
     outside = report.distribution.get(OUTSIDE)
     share = outside.num_queries / report.num_queries if outside else 0.0
@@ -289,11 +293,14 @@ def show(report: EvaluationReport, console: Console) -> None:
 
 def _cells(figures: Figures, sign: str) -> list[str]:
     return [
-        escape(f"{part.mean:{sign}{form}} [{part.low:{sign}{form}}, {part.high:{sign}{form}}]")
-        for part, form in (
-            (figures.score, ".3f"),
-            (figures.cost_usd, ".3g"),
-            (figures.utility, ".3f"),
+        escape(
+            f"{scale * part.mean:{sign}{form}} "
+            f"[{scale * part.low:{sign}{form}}, {scale * part.high:{sign}{form}}]"
+        )
+        for part, scale, form in (
+            (figures.score, 1, ".3f"),
+            (figures.cost_usd, 1000, ".3g"),
+            (figures.utility, 1, ".3f"),
         )
     ]
 

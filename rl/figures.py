@@ -83,11 +83,6 @@ def draw_reliability(report: EvaluationReport, path: Path) -> None:
         color=_COLOURS[CANDIDATE],
         markersize=5,
     )
-    for one in bins:
-        place = (one.confidence, one.share)
-        axes.annotate(
-            str(one.num_queries), place, xytext=(5, -9), textcoords="offset points", fontsize=7
-        )
     axes.set(
         xlim=(-0.02, 1.02),
         ylim=(-0.02, 1.02),

@@ -1,4 +1,4 @@
-"""Evaluation: the better policy is let through, the worse one is not, and the intervals are honest."""
+"""Evaluation: the better policy is let through, the worse is not, and the intervals are honest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from rl.evaluate import (
 from rl.figures import draw_pareto, draw_reliability
 from rl.fit import fit
 from rl.off_policy import LoggedDecisions, OffPolicyEstimate, estimate
-from rl.outcomes import Outcomes
 from serve_app.errors import ConfigError
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.cold_start import ColdStartRule, PairCard
@@ -48,7 +47,9 @@ from tests.router_data import (
     topics,
 )
 
-FAST = EvaluationSettings(num_resamples=400)
+FAST = EvaluationSettings(
+    alphas=(0.0, 0.1, 0.5), sweep_alphas=(0.0, 0.05, 0.5, 1.0), num_resamples=400
+)
 
 
 def knowing_rule() -> ClusterRule:
@@ -85,11 +86,10 @@ def cold_start_rule() -> ColdStartRule:
 
 
 class AlwaysRule:
-    """Chooses one pair with a confidence that depends on the query."""
+    """Chooses one pair, whatever is asked."""
 
     def __init__(self, pair: Pair) -> None:
-        self._pair = pair
-        self._inner = knowing_rule()
+        self._decision = knowing_rule().decide(topics()[0], LIMITS, (pair,), 1)
 
     def decide(
         self,
@@ -98,7 +98,7 @@ class AlwaysRule:
         available: Sequence[Pair],
         pool_version: int,
     ) -> Decision:
-        return self._inner.decide(embedding, limits, (self._pair,), pool_version)
+        return self._decision
 
 
 def by_topic(topic: NDArray[np.int64]) -> tuple[str, ...]:
@@ -230,7 +230,7 @@ def test_queries_unlike_the_profile_are_told_apart() -> None:
     vectors = held_out.embeddings.copy()
     vectors[:15] = np.eye(DIM, dtype=np.float32)[10]
     held_out = replace(held_out, embeddings=vectors)
-    rule = ClusterRule(replace(make_snapshot(), distance_quantiles=wide() / 2))
+    rule = ClusterRule(replace(make_snapshot(), distance_quantiles=wide()[:5]))
     report = evaluate(held_out, by_topic(topic), rule, knowing_rule(), settings=FAST)
     assert report.distribution[OUTSIDE].num_queries == 15
 
@@ -261,20 +261,20 @@ def test_reliability_counts_every_query_once(report: EvaluationReport) -> None:
 
 
 def test_equal_confidences_share_a_bin_and_a_fitted_gate_is_calibrated() -> None:
-    held_out, topic = make_outcomes(1000, seed=5)
-    snapshot = fit(make_outcomes(1000)[0], QUICK)
+    held_out, topic = make_outcomes(500, seed=5)
+    snapshot = fit(make_outcomes(500)[0], QUICK)
     flat = replace(snapshot, gate_weights=np.zeros(5, np.float32))
     rules = [ClusterRule(flat), ClusterRule(snapshot)]
-    settings = replace(FAST, num_resamples=10)
+    settings = replace(FAST, alphas=(), sweep_alphas=(), num_resamples=10)
     of_flat, fitted = (
         evaluate(held_out, by_topic(topic), rule, rules[0], settings=settings).reliability
         for rule in rules
     )
     (only,) = of_flat.bins
-    assert (only.num_queries, only.confidence) == (1000, 0.5)
+    assert (only.num_queries, only.confidence) == (500, 0.5)
     assert of_flat.error == pytest.approx(abs(only.share - 0.5))
     assert len(fitted.bins) > 1
-    assert fitted.error < 0.08
+    assert fitted.error < 0.1
 
 
 def test_queries_that_lack_a_pair_are_left_out_and_counted() -> None:
@@ -295,13 +295,18 @@ def test_too_few_queries_are_refused(number: int, coverage: float) -> None:
 
 def test_outcomes_of_one_run_more_than_once_are_averaged_and_prices_may_be_unknown() -> None:
     held_out, topic = make_outcomes(40, seed=5)
-    columns = ("query_index", "pair_index", "score", "tokens", "seconds", "costs_usd")
-    twice = {name: np.tile(getattr(held_out, name), 2) for name in columns}
-    twice["score"][len(held_out.score) :] = 0.5
-    costs_usd = twice["costs_usd"]
-    costs_usd[twice["pair_index"] == 2] = np.nan
+    costs_usd = np.tile(held_out.costs_usd, 2)
+    costs_usd[np.tile(held_out.pair_index, 2) == 2] = np.nan
     costs_usd[:30] = np.nan
-    doubled = replace(held_out, **twice)
+    doubled = replace(
+        held_out,
+        query_index=np.tile(held_out.query_index, 2),
+        pair_index=np.tile(held_out.pair_index, 2),
+        score=np.concatenate([held_out.score, np.full_like(held_out.score, 0.5)]),
+        tokens=np.tile(held_out.tokens, 2),
+        seconds=np.tile(held_out.seconds, 2),
+        costs_usd=costs_usd,
+    )
     report = evaluate(doubled, by_topic(topic), knowing_rule(), confused_rule(), settings=FAST)
     figures = report.at_default.contenders["cheap@none"]
     plain = held_out.score[held_out.pair_index == 0].mean()
@@ -362,15 +367,15 @@ def test_the_same_evaluation_gives_the_same_report_and_goes_through_json() -> No
 
 def test_the_table_says_the_numbers_and_the_verdict(report: EvaluationReport) -> None:
     written = io.StringIO()
-    show(report, Console(file=written, width=120))
+    show(report, Console(file=written, width=100))
     text = written.getvalue()
-    for word in (CANDIDATE, SERVING, "cold_start", RANDOM, ORACLE, "best single: strong@none"):
+    for word in (CANDIDATE, SERVING, "cold_start", RANDOM, ORACLE, "best single", "strong@none"):
         assert word in text
     figures = report.at_default.contenders[CANDIDATE].utility
     assert f"{figures.mean:.3f} [{figures.low:.3f}, {figures.high:.3f}]" in text
     assert "may serve" in text
     assert str(report.at_default.difference.utility) in " ".join(text.split())
-    assert max(len(line) for line in text.splitlines()) <= 120
+    assert max(len(line) for line in text.splitlines()) <= 100
 
 
 def test_figures_are_written(report: EvaluationReport, tmp_path: Path) -> None:
@@ -402,13 +407,13 @@ def logged_decisions(number: int, epsilon: float, seed: int = 3) -> LoggedDecisi
     """What the confused rule did, exploring uniformly with probability `epsilon`."""
     rng = np.random.default_rng(seed)
     topic = rng.integers(3, size=number)
-    embeddings = make_queries(topic, seed + 1)
     rule = confused_rule()
-    own = np.array([PAIRS.index(rule.decide(e, LIMITS, PAIRS, 1).pair) for e in embeddings])
+    of_topic = [PAIRS.index(rule.decide(query, LIMITS, PAIRS, 1).pair) for query in topics()]
+    own = np.array(of_topic)[topic]
     chosen = np.where(rng.random(number) < epsilon, rng.integers(3, size=number), own)
     return LoggedDecisions(
         encoder="test-encoder",
-        embeddings=embeddings,
+        embeddings=make_queries(topic, seed + 1),
         pairs=PAIRS,
         chosen=chosen,
         propensity=epsilon / 3 + (1 - epsilon) * (chosen == own),
@@ -417,15 +422,19 @@ def logged_decisions(number: int, epsilon: float, seed: int = 3) -> LoggedDecisi
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
-def test_logged_exploration_tells_the_score_of_another_policy(epsilon: float) -> None:
-    logged = logged_decisions(3000, epsilon=0.3)
-    found = estimate("candidate", knowing_rule(), logged, 0.0, epsilon=epsilon, num_resamples=400)
-    assert found.score is not None
-    known = (1 - epsilon) * SKILL.max(axis=1).mean() + epsilon * SKILL.mean()
-    assert found.score.low <= known <= found.score.high
-    assert found.score.high - found.score.low < 0.1
-    assert abs(logged.score.mean() - known) > 0.1  # what the log itself scored is another number
-    assert 30 < found.effective_size < found.num_decisions
+@pytest.mark.parametrize("pair", [0, 1, 2])
+def test_logged_exploration_tells_the_score_of_another_policy(pair: int, epsilon: float) -> None:
+    rule, known = AlwaysRule(PAIRS[pair]), (1 - epsilon) * SKILL[:, pair].mean()
+    known += epsilon * SKILL.mean()
+    found = []
+    for seed in range(20):
+        logged = logged_decisions(1000, 0.3, seed)
+        one = estimate("candidate", rule, logged, 0.0, epsilon=epsilon, num_resamples=100)
+        assert 30 < one.effective_size < one.num_decisions == 1000
+        assert one.score is not None
+        found.append(one.score)
+    assert sum(one.low <= known <= one.high for one in found) >= 16  # 19 are expected
+    assert np.mean([one.mean for one in found]) == pytest.approx(known, abs=0.03)
 
 
 def test_a_log_without_exploration_or_with_too_little_is_refused() -> None:
@@ -439,7 +448,7 @@ def test_a_log_without_exploration_or_with_too_little_is_refused() -> None:
 
 
 def test_decisions_made_before_exploration_was_on_do_not_bias_the_estimate() -> None:
-    explored, certain = logged_decisions(3000, 0.3), logged_decisions(2000, 0.0, seed=8)
+    explored, certain = logged_decisions(500, 0.3), logged_decisions(500, 0.0, seed=8)
     both = LoggedDecisions(
         explored.encoder,
         np.concatenate([explored.embeddings, certain.embeddings]),
@@ -464,10 +473,3 @@ def test_a_log_that_does_not_fit_is_refused(name: str, value: float, message: st
     column[4] = value
     with pytest.raises(ConfigError, match=message):
         replace(logged, **{name: column})
-
-
-def test_outcomes_stay_untouched() -> None:
-    held_out, topic = make_outcomes(30, seed=5)
-    before: Outcomes = replace(held_out, score=held_out.score.copy())
-    evaluate(held_out, by_topic(topic), knowing_rule(), confused_rule(), settings=FAST)
-    np.testing.assert_array_equal(before.score, held_out.score)
