@@ -5,6 +5,7 @@ Pure functions of arrays; `rl.fit` puts them together and chooses their settings
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -178,18 +179,25 @@ def logistic(features: NDArray[np.float64], is_right: NDArray[np.bool_]) -> Floa
     return weights.astype(np.float32)
 
 
-def nearest_distances(embeddings: Float, anchors: Float, own: NDArray[np.int64]) -> Float:
-    """(num_queries,) distance to the nearest anchor.
+def relative_distances(embeddings: Float, centroids: Float, sizes: Sequence[int]) -> Float:
+    """(num_queries,) squared distance to the nearest centroid over the mean one, in [0, 1].
+
+    The queries are those the centroids are means of: each is compared with its own cluster as it
+    would be without the query, so that a new query's distance can be held against theirs.
 
     Args:
         embeddings: (num_queries, dim) unit vectors.
-        anchors: (num_anchors, dim)
-        own: (num_queries,) the anchor that is the query itself and does not count, or -1.
+        centroids: (num_centroids, dim), those of all scales one after another.
+        sizes: Number of centroids of each scale.
     """
-    squared = 1 + (anchors**2).sum(axis=1) - 2 * (embeddings @ anchors.T)
-    rows = np.flatnonzero(own >= 0)
-    squared[rows, own[rows]] = np.inf
-    least = squared.min(axis=1)
-    # A lone query has no other anchor: it says nothing of what is far.
-    distances: Float = np.sqrt(np.maximum(np.where(np.isfinite(least), least, 0.0), 0.0))
+    squared = np.maximum(1 + (centroids**2).sum(axis=1) - 2 * (embeddings @ centroids.T), 0.0)
+    mean = np.maximum(squared.mean(axis=1), 1e-6)
+    rows, start = np.arange(len(squared)), 0
+    for size in sizes:
+        own = start + squared[:, start : start + size].argmin(axis=1)
+        members = np.bincount(own, minlength=len(centroids))[own].astype(np.float64)
+        # Without one of its n members a mean lies n / (n - 1) times as far from that member.
+        squared[rows, own] *= (members / np.maximum(members - 1, 1e-6)) ** 2
+        start += size
+    distances: Float = np.minimum(squared.min(axis=1) / mean, 1.0).astype(np.float32)
     return distances

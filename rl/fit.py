@@ -14,17 +14,14 @@ from typing import Any
 import numpy as np
 
 from rl import estimators
+from rl.calibration import calibrate, choose_caution
 from rl.estimators import Float
-from rl.frontier import sweep_choices
 from rl.outcomes import Outcomes
 from rl.selection import Chosen, FitSettings, PairStatistics, choose, clusterings, residuals
-from serve_app.router.cold_start import normalised_cost
-from serve_app.router.gate import NEAR_ORACLE, gate_features
 from serve_app.router.snapshot import RouterSnapshot, Scale
 
 logger = logging.getLogger(__name__)
 
-_CALIBRATION_ALPHAS = np.array([0.0, 0.1, 0.3, 0.6])
 _MAX_RANK = 64
 """Of the head; more pairs than this share factors."""
 
@@ -35,6 +32,7 @@ def fit(
     *,
     version: int = 1,
     descriptors: Float | None = None,
+    likeness: Float | None = None,
 ) -> RouterSnapshot:
     """Fit a router.
 
@@ -44,6 +42,8 @@ def fit(
         version: Policy version of the snapshot.
         descriptors: (num_pairs, descriptor) what is known of the pairs beforehand, for example
             their log price; new pairs need the same.
+        likeness: (num_queries, num_pairs) similarity of each query to each pair's card in [0, 1];
+            what it is worth beside the outcomes is found by cross-validation.
 
     Returns:
         The snapshot; the same outcomes and settings give the same one.
@@ -61,7 +61,8 @@ def fit(
         size: estimators.k_means(embeddings, size, settings.seed)
         for size in sorted({size for size, _ in clusterings(len(embeddings), settings)})
     }
-    chosen = choose(outcomes, scores, counts, pairs, landmarks, centroids, settings)
+    card_part = None if likeness is None else likeness - likeness.mean(axis=1, keepdims=True)
+    chosen = choose(outcomes, scores, counts, pairs, landmarks, centroids, settings, card_part)
     logger.info(
         "clusterings %s, head weight %.2f of penalties %s: cross-validated %.4f",
         chosen.clusterings,
@@ -73,10 +74,19 @@ def fit(
         outcomes, scores, counts, pairs, centroids, chosen, settings
     )
     joined = np.concatenate([centroids[size] for size, _ in chosen.clusterings])
-    own = np.full(len(embeddings), -1, np.int64)
-    own[landmark_rows] = np.arange(len(landmark_rows))
-    distances = estimators.nearest_distances(embeddings[chosen.rows], landmarks, own[chosen.rows])
+    distances = estimators.relative_distances(
+        embeddings[chosen.rows], joined, [size for size, _ in chosen.clusterings]
+    )
     quantiles = np.quantile(distances, np.linspace(0, 1, 101)).astype(np.float32)
+    levels = np.interp(distances, quantiles, np.linspace(0, 1, len(quantiles))).astype(np.float32)
+    seen = tables["score_alpha"] + tables["score_beta"]
+    caution, decided = choose_caution(
+        outcomes, scores, counts, pairs, centroids, chosen, seen, settings
+    )
+    decided[levels > settings.trusted_quantile] = pairs.mean
+    gate_head, gate_weights = calibrate(
+        outcomes, scores, counts, pairs, landmarks, chosen.rows, decided, levels, settings
+    )
     head_in, head_out = _head(outcomes, scores, counts, pairs, landmarks, chosen, settings)
     return RouterSnapshot(
         version=version,
@@ -96,11 +106,14 @@ def fit(
         head_out=head_out,
         head_gamma=settings.gamma,
         head_weight=chosen.head_weight,
+        card_weight=chosen.card_weight,
+        caution=caution,
         prior_weights=pairs.prior_weights,
         prior_bias=pairs.prior_bias,
         distance_quantiles=quantiles,
         trusted_quantile=settings.trusted_quantile,
-        gate_weights=_calibrate(chosen, scores, counts, pairs, distances, quantiles),
+        gate_head=gate_head,
+        gate_weights=gate_weights,
         examples=_examples(outcomes, joined, settings.num_examples),
         metadata={
             "num_queries": len(embeddings),
@@ -206,35 +219,6 @@ def _cluster_tables(
             overall = np.where(seen > 0, overall, pairs.costs_usd)
         tables[name] = estimators.shrunk_mean(total, known, overall, strength)
     return {name: table.astype(np.float32) for name, table in tables.items()}
-
-
-def _calibrate(
-    chosen: Chosen,
-    scores: Any,
-    counts: Any,
-    pairs: PairStatistics,
-    distances: Float,
-    quantiles: Float,
-) -> Float:
-    """The gate's logistic: was the choice within `NEAR_ORACLE` of the best pair of the query?
-
-    Only queries on which every pair was seen can tell; with none, confidence is the expected score
-    of the chosen pair as a logit.
-    """
-    seen = counts[chosen.rows].toarray()
-    full = (seen > 0).all(axis=1)
-    if full.sum() < 20 or scores.shape[1] < 2:
-        return np.array([-2.0, 4.0, 0.0, 0.0, 0.0], np.float32)
-    observed = scores[chosen.rows].toarray()[full] / seen[full]
-    quality = chosen.quality[full]
-    quantile = np.interp(distances[full], quantiles, np.linspace(0, 1, len(quantiles)))
-    cost = normalised_cost(pairs.costs_usd.tolist())
-    features, is_right = [], []
-    for choice in sweep_choices(quality, cost, _CALIBRATION_ALPHAS):
-        features.append(gate_features(quality, choice, quantile.astype(np.float32)))
-        reached = observed[np.arange(len(choice)), choice]
-        is_right.append(reached >= observed.max(axis=1) - NEAR_ORACLE)
-    return estimators.logistic(np.concatenate(features), np.concatenate(is_right))
 
 
 def _examples(outcomes: Outcomes, centroids: Float, number: int) -> tuple[tuple[str, ...], ...]:

@@ -20,6 +20,7 @@ from rl.evaluate import EvaluationReport, EvaluationSettings, evaluate
 from rl.figures import draw_pareto, draw_reliability
 from rl.fit import fit
 from rl.off_policy import LoggedDecisions
+from rl.outcomes import Outcomes
 from rl.selection import FitSettings
 from serve_app.config import AtlasConfig
 from serve_app.embedder import TextEncoder
@@ -60,6 +61,12 @@ class Knowledge:
         index = {pair: row for row, pair in enumerate(self.prior.pairs)}
         return self.prior.descriptors[[index[pair] for pair in pairs]]
 
+    def likeness_of(self, outcomes: Outcomes) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """(num_queries, num_pairs) similarity of the queries to the cards of the pairs."""
+        index = {pair: row for row, pair in enumerate(self.prior.pairs)}
+        columns = [index[pair] for pair in outcomes.pairs]
+        return np.stack([self.cold_start.qualities(e)[columns] for e in outcomes.embeddings])
+
 
 def read_cards(config: AtlasConfig) -> Knowledge:
     """Embed the configured cards, in this process, as a router replica does."""
@@ -99,8 +106,13 @@ async def fit_snapshot(
     """
     began_unix_s = time.time()
     dataset = await read_dataset(config, store, "train", with_traffic=with_traffic)
-    descriptors = read_cards(config).descriptors_of(dataset.outcomes.pairs)
-    snapshot = fit(dataset.outcomes, settings, descriptors=descriptors)
+    outcomes, knowledge = dataset.outcomes, read_cards(config)
+    snapshot = fit(
+        outcomes,
+        settings,
+        descriptors=knowledge.descriptors_of(outcomes.pairs),
+        likeness=knowledge.likeness_of(outcomes),
+    )
     about = dict(snapshot.metadata) | {
         "num_verdicts": dataset.num_verdicts,
         "fitted_unix_s": began_unix_s,
@@ -173,7 +185,9 @@ async def evaluate_snapshot(
         *rules,
         others={"cold_start": knowledge.cold_start},
         logged=_logged(config, verdicts),
-        settings=EvaluationSettings(default_alpha=config.router.default_alpha),
+        settings=EvaluationSettings(
+            default_alpha=config.router.default_alpha, margin=config.router.promotion_margin
+        ),
     )
 
 

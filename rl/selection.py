@@ -38,6 +38,8 @@ class FitSettings:
     penalties: tuple[float, ...] = (3.0, 10.0, 30.0)
     head_weights: tuple[float, ...] = (0.0, 1 / 3, 2 / 3, 1.0)
     """Shares of the head in the quality."""
+    card_weights: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)
+    """Score points that one point of similarity to a pair's card may be worth."""
     num_landmarks: int = 512
     cluster_strength: float = 20.0
     """Observations that the pair's overall mean is worth in a cluster."""
@@ -46,6 +48,8 @@ class FitSettings:
     num_folds: int = 5
     num_repeats: int = 2
     """Times that cross-validation is run, each with folds of its own."""
+    cautions: tuple[float, ...] = (1.645, 1.0, 0.5, 0.0)
+    """Standard deviations that make a pair's advantage certain, the most cautious first."""
     num_averaged: int = 10
     """Best combinations whose mean is the router. One alone is as good on the folds that chose it,
     and worse on new queries."""
@@ -54,8 +58,8 @@ class FitSettings:
     max_cv_queries: int = 8_000
     max_head_queries: int = 40_000
     """Queries the head is fitted on; a sample beyond."""
-    trusted_quantile: float = 0.99
-    """Past this quantile of held-out training distances a query is outside."""
+    trusted_quantile: float = 0.95
+    """Past this quantile of the training queries' relative distances a query is outside."""
     num_examples: int = 5
     """Example questions kept per cluster."""
     seed: int = 0
@@ -70,6 +74,7 @@ class Chosen:
     penalties: dict[float, float]
     """Penalty of a head to its share in the head; empty without a head."""
     head_weight: float
+    card_weight: float
     value: float
     """Cross-validated figure of the blend; higher is better."""
     rows: NDArray[np.int64]
@@ -104,17 +109,30 @@ def choose(
     landmarks: Float,
     centroids: dict[int, Float],
     settings: FitSettings,
+    card_part: Float | None = None,
 ) -> Chosen:
     """Cross-validate every combination; ties go to the earlier, simpler one.
 
-    Centroids and landmarks come from all queries: they carry no score.
+    Centroids and landmarks come from all queries: they carry no score. Nor do the cards; what their
+    likeness is worth is chosen last, on the held-out predictions of the blend.
+
+    Args:
+        outcomes: What the pairs did.
+        scores: (num_queries, num_pairs) sparse sums.
+        counts: The same of the observations.
+        pairs: What is known over all queries.
+        landmarks: Of the head.
+        centroids: By number of clusters.
+        settings: What is tried.
+        card_part: (num_queries, num_pairs) similarity to each pair's card minus the mean over the
+            pairs; `None` without cards.
     """
     num_queries, num_pairs = scores.shape
     rng = np.random.default_rng(settings.seed + 1)
     size = min(num_queries, settings.max_cv_queries, max(500, settings.max_cv_cells // num_pairs))
     rows = np.sort(rng.permutation(num_queries)[:size])
     embeddings, part, seen = outcomes.embeddings[rows], scores[rows], counts[rows]
-    value_of = _figure_of_merit(outcomes, rows, part, seen, pairs)
+    value_of = figure_of_merit(outcomes, rows, part, seen, pairs)
     values: dict[_Combination, float] = {}
     repeats = []
     for _ in range(settings.num_repeats):
@@ -137,7 +155,8 @@ def choose(
             quality = (1 - weight) * by_clusters[clustering] + weight * by_head[penalty]
             values[combination] = values.get(combination, 0.0) + value_of(quality)
     best = sorted(values, key=lambda combination: -values[combination])[: settings.num_averaged]
-    return _blend(best, repeats, rows, value_of)
+    cards = None if card_part is None else card_part[rows]
+    return _blend(best, repeats, rows, value_of, cards, settings)
 
 
 def _combinations(
@@ -159,6 +178,8 @@ def _blend(
     repeats: list[tuple[dict[tuple[int, int], Float], dict[float, Float]]],
     rows: NDArray[np.int64],
     value_of: Callable[[Float], float],
+    card_part: Float | None,
+    settings: FitSettings,
 ) -> Chosen:
     """The mean of several combinations, which is one of their kind with several parts."""
     head_weight = sum(weight for *_, weight in combinations) / len(combinations)
@@ -183,14 +204,26 @@ def _blend(
         )
         for penalty, share in penalties.items():
             quality += share * head_weight * by_head[penalty]
-        held_out.append(np.clip(quality, 0.0, 1.0).astype(np.float32))
+        held_out.append(quality)
+    card_weights = settings.card_weights if card_part is not None else (0.0,)
+    extra = np.zeros((1, 1), np.float32) if card_part is None else card_part
+    by_weight = {
+        weight: [np.clip(quality + weight * extra, 0, 1).astype(np.float32) for quality in held_out]
+        for weight in card_weights
+    }
+    figures = {
+        weight: float(np.mean([value_of(quality) for quality in qualities]))
+        for weight, qualities in by_weight.items()
+    }
+    card_weight = max(figures, key=lambda weight: figures[weight])
     return Chosen(
         clusterings=shares,
         penalties=penalties,
         head_weight=head_weight,
-        value=float(np.mean([value_of(quality) for quality in held_out])),
+        card_weight=card_weight,
+        value=figures[card_weight],
         rows=rows,
-        quality=held_out[0],
+        quality=by_weight[card_weight][0],
     )
 
 
@@ -239,7 +272,7 @@ def _held_out_heads(
     return predictions
 
 
-def _figure_of_merit(
+def figure_of_merit(
     outcomes: Outcomes, rows: NDArray[np.int64], scores: Any, counts: Any, pairs: PairStatistics
 ) -> Callable[[Float], float]:
     """A function from held-out qualities to the figure that settings are chosen by.

@@ -188,6 +188,9 @@ class RouterConfig(BaseConfig):
     """`model_id@tool_id` that gets queries unlike everything profiled; `None`: the pair that is
     best overall."""
     exploration: ExplorationConfig = ExplorationConfig()
+    promotion_margin: float = Field(default=0.03, ge=0, le=1)
+    """A candidate may serve if its utility is surely no more than this below the serving
+    policy's, on the held-out questions."""
     refresh_interval_s: float = Field(default=1.0, gt=0)
     """How often a replica asks the store for a new policy and new feedback."""
     deployment: DeploymentConfig = DeploymentConfig()

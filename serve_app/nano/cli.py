@@ -85,7 +85,7 @@ def questions_command(
     out: Annotated[Path, typer.Argument(help="JSONL file to write")],
     train: Annotated[
         int, typer.Option(help="Questions per model in trained wordings", min=0)
-    ] = 120,
+    ] = 240,
     held_out: Annotated[int, typer.Option(help="Questions per model in new wordings", min=0)] = 60,
     seed: Annotated[int, typer.Option()] = 2,
     names: Annotated[list[str] | None, typer.Option("--name", help="Models [all]")] = None,

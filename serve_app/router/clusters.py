@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate, SnapshotError
 from serve_app.router.cold_start import normalised_cost
-from serve_app.router.gate import Gate, Verdict
+from serve_app.router.gate import Gate, Verdict, settle
 from serve_app.router.snapshot import RouterSnapshot
 from serve_app.schemas import Candidate, Decision, Likeness, Limits, Pair, Path
 
@@ -27,10 +27,13 @@ _DISCOUNT = 0.98
 _MAX_INERTIA = 20.0
 """Feedbacks that weigh as much as everything the snapshot knows of a pair; less for a pair it knows
 little of."""
+_LABEL_DISCOUNT = 0.995
+"""Weight that earlier feedback keeps in the mean of a pair that the snapshot does not know."""
 _PRIOR_INERTIA = 3.0
 """The same for a pair the snapshot does not know."""
 _PRIOR_SPREAD = 0.3
-"""Score points that one point of cosine similarity is worth for such a pair."""
+"""Score points that one point of cosine similarity is worth for such a pair, where the snapshot has
+no weight for cards."""
 _INTERVAL_DEVIATIONS = 1.96
 """Standard deviations either side of a 95% interval."""
 _THOMPSON_DRAWS = 512
@@ -96,6 +99,7 @@ class ClusterRule:
         self._index = {pair: i for i, pair in enumerate(self._pairs)}
         self._lay_out_costs()
         self._lay_out_qualities()
+        self._lay_out_cards()
         self._models = np.array([pair.model_id for pair in self._pairs])
         self._tools = np.array([pair.tool_id for pair in self._pairs])
         self._available: tuple[Pair, ...] = ()
@@ -123,17 +127,22 @@ class ClusterRule:
 
         Args:
             embedding: (dim,) L2-normalised, of the snapshot's encoder.
-            gated: Outside the profiled distribution, give the pairs' overall scores.
+            gated: As decisions see them: outside the profiled distribution the pairs' overall
+                scores, inside it settled (see `gate.settle`).
         """
-        similarity = self._similarity(embedding)
-        if gated and not self._gate.is_inside(self._distance(similarity)):
-            overall: NDArray[np.float32] = np.clip(self._overall, 0.0, 1.0)
-            return overall
-        return self._qualities(embedding, *self._assign(embedding), similarity)
+        closeness = self._closeness(embedding)
+        if gated and not self._gate.is_inside(self._distance(closeness)):
+            return self._overall_qualities(embedding)
+        nearest, weights = self._assign(closeness)
+        quality = self._qualities(embedding, nearest, weights, self._kernel(embedding))
+        if not gated:
+            return quality
+        everyone = np.arange(len(self._pairs))
+        return self._settled(quality, self._spread(quality, everyone, nearest, weights), everyone)
 
     def distance(self, embedding: NDArray[np.float32]) -> float:
-        """Distance of a query to the nearest profiled point."""
-        return self._distance(self._similarity(embedding))
+        """Relative distance of a query to its nearest cluster; see `_distance`."""
+        return self._distance(self._closeness(embedding))
 
     def decide(
         self,
@@ -156,21 +165,24 @@ class ClusterRule:
         Raises:
             NoCandidate: If nothing is left. Guessing a pair here would hide it.
         """
-        nearest, weights = self._assign(embedding)
+        closeness = self._closeness(embedding)
+        nearest, weights = self._assign(closeness)
         admitted = self._admitted(limits, available, nearest, weights)
         if not len(admitted):
             raise NoCandidate("no pair that answers now is within the request's limits")
-        similarity = self._similarity(embedding)
-        distance = self._distance(similarity)
+        distance = self._distance(closeness)
         inside = self._gate.is_inside(distance)
+        kernel = self._kernel(embedding)
         quality = (
-            self._qualities(embedding, nearest, weights, similarity)
+            self._qualities(embedding, nearest, weights, kernel)
             if inside
-            else np.clip(self._overall, 0.0, 1.0)
+            else self._overall_qualities(embedding)
         )[admitted]
+        spread = self._spread(quality, admitted, nearest, weights)
+        if inside:
+            quality = self._settled(quality, spread, admitted)
         cost = self._costs[admitted]
         utility = (1 - limits.alpha) * quality - limits.alpha * cost
-        spread = self._spread(quality, admitted, nearest, weights)
         order = self._order(utility, num_candidates)
         order, propensity = self._explore(
             order, admitted, inside, utility, (1 - limits.alpha) * spread
@@ -178,7 +190,8 @@ class ClusterRule:
         reach = _INTERVAL_DEVIATIONS * spread
         low, high = np.maximum(quality - reach, 0.0), np.minimum(quality + reach, 1.0)
         costs_usd = weights @ self._cluster_costs_usd[np.ix_(nearest, admitted[order])]
-        verdict = self._judge(quality, int(order[0]), distance)
+        chosen = float(quality[order[0]])
+        verdict = self._gate.judge(chosen, float(quality.max()), kernel, distance)
         return Decision(
             candidates=tuple(
                 Candidate(self._pairs[pair], *numbers)
@@ -203,14 +216,14 @@ class ClusterRule:
 
     def likeness(self, embedding: NDArray[np.float32]) -> Likeness:
         """What was profiled that is like a query."""
-        nearest, weights = self._assign(embedding)
+        nearest, weights = self._assign(self._closeness(embedding))
         cluster = int(nearest[weights.argmax()])
         return Likeness(cluster, self._snapshot.examples[cluster])
 
     def judge(self, embedding: NDArray[np.float32]) -> Verdict:
         """The gate's verdict on the best pair for a query, whatever its cost."""
-        quality = self.qualities(embedding, gated=False)
-        return self._judge(quality, int(quality.argmax()), self.distance(embedding))
+        best = float(self.qualities(embedding).max())
+        return self._gate.judge(best, best, self._kernel(embedding), self.distance(embedding))
 
     def update(self, embedding: NDArray[np.float32], pair: Pair, score: float) -> None:
         """Learn from one feedback; a pair nobody knows is ignored.
@@ -227,9 +240,14 @@ class ClusterRule:
         index = self._index.get(pair)
         if index is None:
             return
-        nearest, weights = self._assign(embedding)
-        expected = self._fitted(embedding, nearest, weights, self._similarity(embedding))[index]
-        residual = min(1.0, max(0.0, score)) - float(expected)
+        nearest, weights = self._assign(self._closeness(embedding))
+        kernel = self._kernel(embedding)
+        score = min(1.0, max(0.0, score))
+        newcomer = index - len(self._snapshot.pairs)
+        if newcomer >= 0:
+            self._learn_mean(newcomer, score)
+        expected = self._fitted(embedding, nearest, weights, kernel)[index]
+        residual = score - float(expected)
         self._seen[index] = _DISCOUNT * self._seen[index] + 1.0
         self._residual[index] = _DISCOUNT * self._residual[index] + residual
         self._cluster_seen[:, index] *= _DISCOUNT
@@ -243,6 +261,17 @@ class ClusterRule:
         own = (self._cluster_residual[:, index] - seen * shift) / (inertia + seen)
         self._shift[:, index] = shift + own
         self._overall[index] = self._overall_fitted[index] + shift
+
+    def _learn_mean(self, newcomer: int, score: float) -> None:
+        """What the profile says of the other pairs: the mean score of one that it left out.
+
+        Remembered for longer than the shifts, which only have to notice a change.
+        """
+        self._labels[newcomer] = _LABEL_DISCOUNT * self._labels[newcomer] + (1.0, score)
+        count, total = self._labels[newcomer]
+        self._overall_fitted[len(self._snapshot.pairs) + newcomer] = (
+            _PRIOR_INERTIA * self._prior_mean[newcomer] + total
+        ) / (_PRIOR_INERTIA + count)
 
     def _lay_out_costs(self) -> None:
         own = self._snapshot.pair_costs_usd
@@ -272,16 +301,11 @@ class ClusterRule:
             axis=1,
         )
         # The head is relative to the pair's mean, so both blend into one table and one factor.
-        self._base = np.concatenate(
-            [
-                (1 - weight) * cluster_mean + weight * pair_mean,
-                np.broadcast_to(self._prior_mean, (num_clusters, num_new)),
-            ],
-            axis=1,
-        ).astype(np.float32)
+        self._base = ((1 - weight) * cluster_mean + weight * pair_mean).astype(np.float32)
+        self._labels = np.zeros((num_new, 2))
         self._head_in = snapshot.head_in
         self._head_out = weight * snapshot.head_out
-        self._anchors = snapshot.landmarks if len(snapshot.landmarks) else snapshot.centroids
+        self._anchors = snapshot.landmarks
         self._anchor_norms = (self._anchors**2).sum(axis=1)
         self._centroid_norms = (snapshot.centroids**2).sum(axis=1)
         shape = (num_clusters, len(self._pairs))
@@ -291,7 +315,17 @@ class ClusterRule:
         self._seen = np.zeros(len(self._pairs))
         self._residual = np.zeros(len(self._pairs))
         known = np.minimum(snapshot.pair_alpha + snapshot.pair_beta, _MAX_INERTIA)
-        self._inertia = np.concatenate([known, np.full(num_new, _PRIOR_INERTIA)])
+        self._inertia = np.concatenate([known, np.full(num_new, _MAX_INERTIA)])
+
+    def _lay_out_cards(self) -> None:
+        """Where each pair's card is, and what it weighs; nothing for a pair without one."""
+        weight = self._snapshot.card_weight
+        place = {pair: i for i, pair in enumerate(self._prior.pairs if self._prior else ())}
+        self._card_index = np.array([place.get(pair, 0) for pair in self._pairs], np.intp)
+        self._card_weights = np.array(
+            [weight if pair in place else 0.0 for pair in self._pairs], np.float32
+        )
+        self._card_weights[len(self._snapshot.pairs) :] = weight or _PRIOR_SPREAD
 
     def _prior_means(self) -> NDArray[np.float32]:
         """(num_new,) mean score expected of the pairs the snapshot does not know."""
@@ -309,16 +343,22 @@ class ClusterRule:
             )
         return np.clip(bias + descriptors @ snapshot.prior_weights, 0.0, 1.0).astype(np.float32)
 
+    def _closeness(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(num_clusters,) 1 minus the squared distance to each centroid."""
+        closeness: NDArray[np.float32] = (
+            2 * (self._snapshot.centroids @ embedding) - self._centroid_norms
+        )
+        return closeness
+
     def _assign(
-        self, embedding: NDArray[np.float32]
+        self, closeness: NDArray[np.float32]
     ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
         """The nearest clusters of every scale and their weights, which sum to 1."""
-        closeness = 2 * (self._snapshot.centroids @ embedding) - self._centroid_norms
         nearest, weights, start = [], [], 0
         for scale in self._snapshot.scales:
             part = closeness[start : start + scale.num_clusters]
             if scale.nearest == 1:
-                indices = part.argmax(keepdims=True)
+                indices = np.array([part.argmax()])
                 shares = np.array([scale.weight], np.float32)
             else:
                 indices = part.argpartition(-scale.nearest)[-scale.nearest :]
@@ -330,41 +370,63 @@ class ClusterRule:
             start += scale.num_clusters
         return np.concatenate(nearest), np.concatenate(weights)
 
-    def _similarity(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(num_anchors,) squared distance to each anchor, negated."""
-        closeness: NDArray[np.float32] = 2 * (self._anchors @ embedding) - self._anchor_norms - 1
-        return np.minimum(closeness, 0.0)
-
     @staticmethod
-    def _distance(similarity: NDArray[np.float32]) -> float:
-        return float(np.sqrt(-similarity.max()))
+    def _distance(closeness: NDArray[np.float32]) -> float:
+        """Squared distance to the nearest centroid over the mean one, as `estimators` has it.
+
+        Near 1 for a query that is no closer to any cluster than to all of them.
+        """
+        apart = 1 - closeness
+        return float(max(apart.min(), 0.0) / max(apart.mean(), 1e-6))
+
+    def _kernel(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(num_landmarks,) how like each landmark the query is, in [0, 1]."""
+        # Minus the squared distance to each landmark; they and the query are unit vectors.
+        similarity = 2 * (self._anchors @ embedding) - self._anchor_norms - 1
+        kernel: NDArray[np.float32] = np.exp(
+            self._snapshot.head_gamma * np.minimum(similarity, 0.0)
+        )
+        return kernel
 
     def _fitted(
         self,
         embedding: NDArray[np.float32],
         nearest: NDArray[np.intp],
         weights: NDArray[np.float32],
-        similarity: NDArray[np.float32],
+        kernel: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         """(num_pairs,) what the snapshot and the prior expect, feedback left out; not clipped."""
         quality: NDArray[np.float32] = weights @ self._base[nearest]
-        num_known = len(self._snapshot.pairs)
         if self._head_in.size and self._snapshot.head_weight:
-            kernel = np.exp(self._snapshot.head_gamma * similarity)
-            quality[:num_known] += (kernel @ self._head_in) @ self._head_out
-        if self._new and self._prior is not None:
-            likeness = self._prior.similarities(embedding)
-            quality[num_known:] += _PRIOR_SPREAD * (likeness[self._new] - likeness.mean())
-        return quality
+            quality += (kernel @ self._head_in) @ self._head_out
+        if self._new:
+            added = self._overall_fitted[len(self._snapshot.pairs) :]
+            quality = np.concatenate([quality, added])
+        return quality + self._card_part(embedding)
+
+    def _card_part(self, embedding: NDArray[np.float32]) -> NDArray[np.float32] | float:
+        """(num_pairs,) what the likeness of a query to the cards adds to the scores."""
+        if self._prior is None or not self._card_weights.any():
+            return 0.0
+        likeness = self._prior.similarities(embedding)
+        part: NDArray[np.float32] = self._card_weights * (
+            likeness[self._card_index] - likeness.mean()
+        )
+        return part
+
+    def _overall_qualities(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(num_pairs,) expected scores of a query that is like nothing profiled."""
+        overall: NDArray[np.float32] = np.clip(self._overall + self._card_part(embedding), 0.0, 1.0)
+        return overall
 
     def _qualities(
         self,
         embedding: NDArray[np.float32],
         nearest: NDArray[np.intp],
         weights: NDArray[np.float32],
-        similarity: NDArray[np.float32],
+        kernel: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        fitted = self._fitted(embedding, nearest, weights, similarity)
+        fitted = self._fitted(embedding, nearest, weights, kernel)
         return np.clip(fitted + weights @ self._shift[nearest], 0.0, 1.0)
 
     def _spread(
@@ -379,6 +441,20 @@ class ClusterRule:
         seen = weights @ (self._fitted_seen[place] + self._cluster_seen[place])
         spread: NDArray[np.float32] = np.sqrt(quality * (1 - quality) / (seen + 1))
         return spread
+
+    def _settled(
+        self,
+        quality: NDArray[np.float32],
+        spread: NDArray[np.float32],
+        admitted: NDArray[np.intp],
+    ) -> NDArray[np.float32]:
+        """`settle` among the admitted pairs that were profiled; the others are left as they are."""
+        overall, expected = self._overall[admitted], quality
+        if self._new:
+            is_new = admitted >= len(self._snapshot.pairs)
+            overall, expected = np.where(is_new, -1.0, overall), np.where(is_new, -1.0, quality)
+        usual, best = int(overall.argmax()), int(expected.argmax())
+        return settle(quality, spread, usual, best, self._snapshot.caution)
 
     def _admitted(
         self,
@@ -436,12 +512,3 @@ class ClusterRule:
         chances[order[0]] += 1 - self._epsilon
         taken = int(self._random.choice(len(chances), p=chances))
         return np.concatenate([[taken], order[order != taken]]), float(chances[taken])
-
-    def _judge(self, quality: NDArray[np.float32], chosen: int, distance: float) -> Verdict:
-        value = float(quality[chosen])
-        if len(quality) == 1:
-            return self._gate.judge(value, value, value, distance)
-        top = np.partition(quality, -2)[-2:]
-        best = float(top[1])
-        runner_up = float(top[0]) if value == best else best
-        return self._gate.judge(value, best, runner_up, distance)

@@ -127,9 +127,13 @@ class ColdStartRule:
         texts = sorted({text for card in self._cards for text in card.texts})
         row = {text: i for i, text in enumerate(texts)}
         self._embeddings = encode(texts).astype(np.float32)
-        self._rows = [np.array([row[text] for text in card.texts]) for card in self._cards]
-        self._flat_rows = np.concatenate(self._rows)
-        self._starts = np.cumsum([0, *(len(rows) for rows in self._rows[:-1])])
+        # (num_pairs, most texts of a card): rows of the embeddings, -1 where a card has fewer.
+        most = max(top_k, *(len(card.texts) for card in self._cards))
+        self._rows = np.full((len(self._cards), most), -1)
+        for place, card in enumerate(self._cards):
+            self._rows[place, : len(card.texts)] = [row[text] for text in card.texts]
+        # A card with fewer texts than `top_k` is judged by those it has.
+        self._num_counted = np.minimum(top_k, (self._rows >= 0).sum(axis=1))
         self._top_k = top_k
 
     def qualities(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -141,14 +145,12 @@ class ColdStartRule:
         Returns:
             (num_pairs,) in the order of the cards.
         """
-        similarity = self._embeddings @ embedding
-        if self._top_k == 1:
-            best = np.maximum.reduceat(similarity[self._flat_rows], self._starts)
-        else:
-            best = np.array(
-                [np.sort(similarity[rows])[-self._top_k :].mean() for rows in self._rows]
-            )
-        return np.clip(best, 0.0, 1.0).astype(np.float32)
+        similarity = np.append(self._embeddings @ embedding, -np.inf)[self._rows]
+        nearest = np.partition(similarity, -self._top_k, axis=1)[:, -self._top_k :]
+        nearest[np.isneginf(nearest)] = 0.0
+        best = nearest.sum(axis=1) / self._num_counted
+        clipped: NDArray[np.float32] = np.clip(best, 0.0, 1.0).astype(np.float32)
+        return clipped
 
     def decide(
         self,

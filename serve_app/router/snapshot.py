@@ -50,6 +50,7 @@ _SHAPES: dict[str, tuple[str | int, ...]] = {
     "head_out": ("rank", "pairs"),
     "prior_weights": ("descriptor",),
     "distance_quantiles": ("quantiles",),
+    "gate_head": ("landmarks",),
     "gate_weights": (5,),
 }
 _POSITIVE = ("score_alpha", "score_beta", "pair_alpha", "pair_beta")
@@ -71,7 +72,8 @@ class RouterSnapshot:
     """Everything path 1 needs to decide. All arrays are finite float32.
 
     Expected quality of pair p for an embedding x (see `router.clusters`):
-    `(1 - head_weight) * sum_k a_k(x) mean[k, p] + head_weight * (pair_mean[p] + head(x)[p])`.
+    `(1 - head_weight) * sum_k a_k(x) mean[k, p] + head_weight * (pair_mean[p] + head(x)[p])
+    + card_weight * (likeness(x)[p] - mean over the pairs)`.
     """
 
     version: int
@@ -112,15 +114,24 @@ class RouterSnapshot:
     """Width of the head's kernel exp(-gamma * squared distance)."""
     head_weight: float
     """Share of the head in the quality, in [0, 1]; 0 is clusters alone."""
+    card_weight: float
+    """Score points that one point of cosine similarity to a pair's card is worth; 0 where the cards
+    say nothing that the outcomes do not."""
+    caution: float
+    """Standard deviations by which a pair must be better than the one that is best overall to take
+    its place; see `router.gate`."""
     prior_weights: Array
     """(descriptor,) what a pair's descriptor says of its mean score; may be empty."""
     prior_bias: float
     """Mean score of a pair with a descriptor of zeros."""
     distance_quantiles: Array
-    """(quantiles,) ascending: distance of held-out training queries to the nearest landmark or
-    centroid, at evenly spaced quantiles from 0 to 1."""
+    """(quantiles,) ascending: relative distance of held-out training queries (see
+    `ClusterRule.distance`) at evenly spaced quantiles from 0 to 1."""
     trusted_quantile: float
     """Quantile in [0, 1] past which a query counts as outside the profiled distribution."""
+    gate_head: Array
+    """(landmarks,) with the head's kernel: logit by which decisions on like queries were right more
+    often than on all."""
     gate_weights: Array
     """(5,) logistic calibration of the confidence; see `router.gate`."""
     examples: tuple[tuple[str, ...], ...]
@@ -159,6 +170,8 @@ class RouterSnapshot:
             ("temperature", 1e-9, 1e9),
             ("head_gamma", 0.0, 1e9),
             ("head_weight", 0.0, 1.0),
+            ("card_weight", 0.0, 1e3),
+            ("caution", 0.0, 1e3),
             ("prior_bias", -1e9, 1e9),
             ("trusted_quantile", 0.0, 1.0),
         ):

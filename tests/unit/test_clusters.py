@@ -71,13 +71,13 @@ def test_limits_remove_candidates(limits: Limits, allowed: set[Pair]) -> None:
 
 def test_a_pair_that_does_not_answer_now_is_no_candidate() -> None:
     rule = ClusterRule(make_snapshot())
-    assert rule.decide(topics()[2], LIMITS, PAIRS, 1).pair == STRONG
-    assert rule.decide(topics()[2], LIMITS, (CHEAP, MATH), 2).pair == CHEAP
-    assert rule.decide(topics()[2], LIMITS, PAIRS, 3).pair == STRONG
+    assert rule.decide(topics()[0], LIMITS, PAIRS, 1).pair == STRONG
+    assert rule.decide(topics()[0], LIMITS, (CHEAP, MATH), 2).pair == CHEAP
+    assert rule.decide(topics()[0], LIMITS, PAIRS, 3).pair == STRONG
     with pytest.raises(NoCandidate):
-        rule.decide(topics()[2], LIMITS, (), 4)
+        rule.decide(topics()[0], LIMITS, (), 4)
     with pytest.raises(NoCandidate):
-        rule.decide(topics()[2], replace(LIMITS, models=frozenset()), PAIRS, 5)
+        rule.decide(topics()[0], replace(LIMITS, models=frozenset()), PAIRS, 5)
 
 
 def test_only_the_best_candidates_are_named_when_asked() -> None:
@@ -224,6 +224,25 @@ def test_a_new_pair_is_learned_where_it_was_tried() -> None:
     assert bad < 0.3
 
 
+def test_an_advantage_within_chance_does_not_displace_the_pair_that_is_best_overall() -> None:
+    snapshot = make_snapshot()
+    few = replace(
+        snapshot,
+        score_alpha=snapshot.score_alpha / np.float32(50),
+        score_beta=snapshot.score_beta / np.float32(50),
+    )
+    assert ClusterRule(few).decide(topics()[1], LIMITS, PAIRS, 1).pair == STRONG
+    bold = ClusterRule(replace(few, caution=0.0)).decide(topics()[1], LIMITS, PAIRS, 1)
+    assert bold.pair == MATH
+    assert ClusterRule(few).qualities(topics()[1]).argmax() == PAIRS.index(STRONG)
+
+
+def test_the_relative_distance_is_near_1_for_what_no_cluster_is_near() -> None:
+    rule = ClusterRule(make_snapshot())
+    assert rule.distance(topics()[0]) == 0.0
+    assert rule.distance(far_away()) == pytest.approx(1.0)
+
+
 def test_feedback_is_clipped_and_unknown_pairs_are_ignored() -> None:
     clipped, plain = ClusterRule(make_snapshot()), ClusterRule(make_snapshot())
     clipped.update(topics()[0], CHEAP, -50.0)
@@ -295,10 +314,13 @@ def _large_rule(num_pairs: int) -> tuple[ClusterRule, tuple[Pair, ...], NDArray[
         head_out=uniform(rank, num_pairs, scale=0.01),
         head_gamma=1.0,
         head_weight=0.5,
+        card_weight=0.0,
+        caution=1.645,
         prior_weights=np.zeros(0, np.float32),
         prior_bias=0.5,
         distance_quantiles=np.array([0.0, 5.0], np.float32),
         trusted_quantile=1.0,
+        gate_head=uniform(landmarks, scale=0.01),
         gate_weights=np.zeros(5, np.float32),
         examples=((),) * clusters,
     )

@@ -179,6 +179,25 @@ def test_the_logistic_finds_the_weights_that_made_the_data() -> None:
     np.testing.assert_allclose(estimators.logistic(features, is_right), [0.5, -1.5], atol=0.15)
 
 
+def test_relative_distances_leave_the_query_out_of_its_own_cluster() -> None:
+    queries = np.eye(4, dtype=np.float32)
+    centroids = np.stack([queries[:2].mean(axis=0), queries[2:].mean(axis=0)])
+    # Alone, each query's cluster is the other member, at squared distance 2; the mean is 1.
+    np.testing.assert_allclose(estimators.relative_distances(queries, centroids, [2]), 1.0)
+    hundred = np.repeat(queries, 25, axis=0)
+    expected = 0.5 * (50 / 49) ** 2
+    np.testing.assert_allclose(
+        estimators.relative_distances(hundred, centroids, [2]), expected, rtol=1e-5
+    )
+
+
+def test_caution_is_kept_where_it_costs_nothing_and_dropped_where_it_does() -> None:
+    skill = np.array([[0.95, 0.1, 0.1], [0.3, 0.9, 0.1], [0.3, 0.1, 0.9]])
+    outcomes, _ = make_outcomes(600, skill=skill)
+    assert fit(outcomes, QUICK).caution == max(QUICK.cautions)
+    assert fit(outcomes, replace(QUICK, cautions=(1e3, 0.5))).caution == 0.5
+
+
 def test_settings_without_a_head_use_clusters_alone() -> None:
     snapshot = fit(make_outcomes(300)[0], replace(QUICK, head_weights=(0.0,)))
     assert snapshot.head_weight == 0.0

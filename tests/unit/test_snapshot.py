@@ -120,6 +120,8 @@ def test_tensors_of_another_snapshot_are_refused(snapshot: RouterSnapshot, tmp_p
         (lambda s: {"scales": (Scale(3, 4, 1.0),)}, "do not fit"),
         (lambda s: {"head_weight": float("nan")}, "head_weight"),
         (lambda s: {"trusted_quantile": 1.5}, "trusted_quantile"),
+        (lambda s: {"caution": -1.0}, "caution"),
+        (lambda s: {"gate_head": s.gate_head[:-1]}, "gate_head has shape"),
         (lambda s: {"pairs": (s.pairs[0],) * 3}, "twice"),
         (lambda s: {"version": 0}, "version"),
         (lambda s: {"examples": ()}, "examples"),
