@@ -268,14 +268,14 @@ def show(report: EvaluationReport, console: Console) -> None:
         table.add_column(heading, no_wrap=True)
     for name, figures in shown.contenders.items():
         if "@" not in name:
-            label = f"best single: {report.best_single}" if name == BEST_SINGLE else name
-            table.add_row(escape(label), *_cells(figures, ""))
+            table.add_row(name.replace("_", " "), *_cells(figures, ""))
     table.add_row("difference", *_cells(shown.difference, "+"), style="bold")
     console.print(table)
     outside = report.distribution.get(OUTSIDE)
     share = outside.num_queries / report.num_queries if outside else 0.0
     console.print(
-        f"{share:.0%} out of distribution; calibration error {report.reliability.error:.3f}",
+        f"best single: {report.best_single}; {share:.0%} out of distribution; calibration error "
+        f"{report.reliability.error:.3f}",
         highlight=False,
     )
     for name, known in report.off_policy.items():

@@ -107,6 +107,7 @@ def fit(
         head_gamma=settings.gamma,
         head_weight=chosen.head_weight,
         card_weight=chosen.card_weight,
+        outside_card_weight=chosen.outside_card_weight,
         caution=caution,
         prior_weights=pairs.prior_weights,
         prior_bias=pairs.prior_bias,

@@ -35,10 +35,10 @@ class FitSettings:
     """Squared distance that makes a shared cluster e times lighter."""
     gamma: float = 1.0
     """Width of the head's kernel exp(-gamma * squared distance)."""
-    penalties: tuple[float, ...] = (3.0, 10.0, 30.0)
+    penalties: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
     head_weights: tuple[float, ...] = (0.0, 1 / 3, 2 / 3, 1.0)
     """Shares of the head in the quality."""
-    card_weights: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)
+    card_weights: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
     """Score points that one point of similarity to a pair's card may be worth."""
     num_landmarks: int = 512
     cluster_strength: float = 20.0
@@ -75,6 +75,8 @@ class Chosen:
     """Penalty of a head to its share in the head; empty without a head."""
     head_weight: float
     card_weight: float
+    outside_card_weight: float
+    """The same beside the pairs' overall means, which is all there is outside the profile."""
     value: float
     """Cross-validated figure of the blend; higher is better."""
     rows: NDArray[np.int64]
@@ -156,7 +158,7 @@ def choose(
             values[combination] = values.get(combination, 0.0) + value_of(quality)
     best = sorted(values, key=lambda combination: -values[combination])[: settings.num_averaged]
     cards = None if card_part is None else card_part[rows]
-    return _blend(best, repeats, rows, value_of, cards, settings)
+    return _blend(best, repeats, rows, value_of, cards, pairs, settings)
 
 
 def _combinations(
@@ -179,6 +181,7 @@ def _blend(
     rows: NDArray[np.int64],
     value_of: Callable[[Float], float],
     card_part: Float | None,
+    pairs: PairStatistics,
     settings: FitSettings,
 ) -> Chosen:
     """The mean of several combinations, which is one of their kind with several parts."""
@@ -205,25 +208,34 @@ def _blend(
         for penalty, share in penalties.items():
             quality += share * head_weight * by_head[penalty]
         held_out.append(quality)
-    card_weights = settings.card_weights if card_part is not None else (0.0,)
     extra = np.zeros((1, 1), np.float32) if card_part is None else card_part
-    by_weight = {
-        weight: [np.clip(quality + weight * extra, 0, 1).astype(np.float32) for quality in held_out]
-        for weight in card_weights
-    }
-    figures = {
-        weight: float(np.mean([value_of(quality) for quality in qualities]))
-        for weight, qualities in by_weight.items()
-    }
-    card_weight = max(figures, key=lambda weight: figures[weight])
+
+    def added(quality: Float, weight: float) -> Float:
+        clipped: Float = np.clip(quality + weight * extra, 0.0, 1.0).astype(np.float32)
+        return clipped
+
+    def best_weight(qualities: list[Float]) -> tuple[float, float]:
+        """The weight of the cards that does most for some predictions, and the figure."""
+        weights = settings.card_weights if card_part is not None else (0.0,)
+        figures = {
+            weight: float(np.mean([value_of(added(quality, weight)) for quality in qualities]))
+            for weight in weights
+        }
+        best = max(figures, key=lambda weight: figures[weight])
+        return best, figures[best]
+
+    card_weight, value = best_weight(held_out)
+    overall = np.broadcast_to(pairs.mean.astype(np.float32), held_out[0].shape)
+    outside_card_weight, _ = best_weight([overall])
     return Chosen(
         clusterings=shares,
         penalties=penalties,
         head_weight=head_weight,
         card_weight=card_weight,
-        value=figures[card_weight],
+        outside_card_weight=outside_card_weight,
+        value=value,
         rows=rows,
-        quality=by_weight[card_weight][0],
+        quality=added(held_out[0], card_weight),
     )
 
 

@@ -44,6 +44,7 @@ def graph_config(port: int) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(
         Path("configs/nano.yaml").read_text().replace("../", f"{Path.cwd()}/")
     )
+    del config["router"]["snapshot"]  # tests of the learning loop promote their own
     for behaviour in BEHAVIOURS:
         config["models"].append(
             {

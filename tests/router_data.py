@@ -82,6 +82,7 @@ def make_snapshot() -> RouterSnapshot:
         head_gamma=1.0,
         head_weight=0.0,
         card_weight=0.0,
+        outside_card_weight=0.0,
         caution=1.645,
         prior_weights=np.zeros(0, np.float32),
         prior_bias=0.4,

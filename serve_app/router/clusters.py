@@ -319,13 +319,18 @@ class ClusterRule:
 
     def _lay_out_cards(self) -> None:
         """Where each pair's card is, and what it weighs; nothing for a pair without one."""
-        weight = self._snapshot.card_weight
         place = {pair: i for i, pair in enumerate(self._prior.pairs if self._prior else ())}
         self._card_index = np.array([place.get(pair, 0) for pair in self._pairs], np.intp)
-        self._card_weights = np.array(
-            [weight if pair in place else 0.0 for pair in self._pairs], np.float32
-        )
-        self._card_weights[len(self._snapshot.pairs) :] = weight or _PRIOR_SPREAD
+        has_card = np.array([pair in place for pair in self._pairs])
+        snapshot = self._snapshot
+
+        def weights(of_known: float) -> NDArray[np.float32]:
+            laid_out = np.where(has_card, of_known, 0.0).astype(np.float32)
+            laid_out[len(snapshot.pairs) :] = of_known or _PRIOR_SPREAD
+            return laid_out
+
+        self._card_weights = weights(snapshot.card_weight)
+        self._outside_card_weights = weights(snapshot.outside_card_weight)
 
     def _prior_means(self) -> NDArray[np.float32]:
         """(num_new,) mean score expected of the pairs the snapshot does not know."""
@@ -402,21 +407,22 @@ class ClusterRule:
         if self._new:
             added = self._overall_fitted[len(self._snapshot.pairs) :]
             quality = np.concatenate([quality, added])
-        return quality + self._card_part(embedding)
+        return quality + self._card_part(embedding, self._card_weights)
 
-    def _card_part(self, embedding: NDArray[np.float32]) -> NDArray[np.float32] | float:
+    def _card_part(
+        self, embedding: NDArray[np.float32], weights: NDArray[np.float32]
+    ) -> NDArray[np.float32] | float:
         """(num_pairs,) what the likeness of a query to the cards adds to the scores."""
-        if self._prior is None or not self._card_weights.any():
+        if self._prior is None or not weights.any():
             return 0.0
         likeness = self._prior.similarities(embedding)
-        part: NDArray[np.float32] = self._card_weights * (
-            likeness[self._card_index] - likeness.mean()
-        )
+        part: NDArray[np.float32] = weights * (likeness[self._card_index] - likeness.mean())
         return part
 
     def _overall_qualities(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         """(num_pairs,) expected scores of a query that is like nothing profiled."""
-        overall: NDArray[np.float32] = np.clip(self._overall + self._card_part(embedding), 0.0, 1.0)
+        cards = self._card_part(embedding, self._outside_card_weights)
+        overall: NDArray[np.float32] = np.clip(self._overall + cards, 0.0, 1.0)
         return overall
 
     def _qualities(

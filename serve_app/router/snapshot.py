@@ -117,6 +117,8 @@ class RouterSnapshot:
     card_weight: float
     """Score points that one point of cosine similarity to a pair's card is worth; 0 where the cards
     say nothing that the outcomes do not."""
+    outside_card_weight: float
+    """The same outside the profiled distribution, where the cards add to the overall means."""
     caution: float
     """Standard deviations by which a pair must be better than the one that is best overall to take
     its place; see `router.gate`."""
@@ -171,6 +173,7 @@ class RouterSnapshot:
             ("head_gamma", 0.0, 1e9),
             ("head_weight", 0.0, 1.0),
             ("card_weight", 0.0, 1e3),
+            ("outside_card_weight", 0.0, 1e3),
             ("caution", 0.0, 1e3),
             ("prior_bias", -1e9, 1e9),
             ("trusted_quantile", 0.0, 1.0),

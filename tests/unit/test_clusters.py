@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -271,19 +270,12 @@ def test_exploration_is_off_by_default_and_its_propensities_are_those_observed()
         assert counts[pair] / 2000 == pytest.approx(propensity, abs=0.03)
 
 
-def test_the_embedding_of_many_pairs_is_decided_in_bounded_time() -> None:
-    decisions = 50
+def test_of_thousands_of_pairs_only_the_best_are_named() -> None:
     rule, pairs, query = _large_rule(5000)
-    rule.decide(query, LIMITS, pairs, 1)
-    best_s = min(_seconds(rule, query, pairs) for _ in range(decisions))
-    assert best_s < 0.004  # the target is 0.002 on an idle core
-
-
-def _seconds(rule: ClusterRule, query: NDArray[np.float32], pairs: tuple[Pair, ...]) -> float:
-    began_s = time.perf_counter()
-    decision = rule.decide(query, LIMITS, pairs, 1)
-    assert len(decision.candidates) == 32
-    return time.perf_counter() - began_s
+    named = rule.decide(query, LIMITS, pairs, 1).candidates
+    everyone = rule.decide(query, LIMITS, pairs, 1, num_candidates=None).candidates
+    assert len(everyone) == 5000
+    assert named == everyone[:32]
 
 
 def _large_rule(num_pairs: int) -> tuple[ClusterRule, tuple[Pair, ...], NDArray[np.float32]]:
@@ -315,6 +307,7 @@ def _large_rule(num_pairs: int) -> tuple[ClusterRule, tuple[Pair, ...], NDArray[
         head_gamma=1.0,
         head_weight=0.5,
         card_weight=0.0,
+        outside_card_weight=0.0,
         caution=1.645,
         prior_weights=np.zeros(0, np.float32),
         prior_bias=0.5,

@@ -173,7 +173,7 @@ def test_differences_are_paired() -> None:
     shown = report.at_default
     alone = [shown.contenders[name].utility for name in (CANDIDATE, SERVING)]
     narrow = shown.difference.utility
-    assert 0 < narrow.high - narrow.low < 0.5 * min(one.high - one.low for one in alone)
+    assert 0 < narrow.high - narrow.low < 0.7 * min(one.high - one.low for one in alone)
 
 
 def test_chance_is_below_and_hindsight_above_everyone(report: EvaluationReport) -> None:
@@ -369,7 +369,7 @@ def test_the_table_says_the_numbers_and_the_verdict(report: EvaluationReport) ->
     written = io.StringIO()
     show(report, Console(file=written, width=100))
     text = written.getvalue()
-    for word in (CANDIDATE, SERVING, "cold_start", RANDOM, ORACLE, "best single", "strong@none"):
+    for word in (CANDIDATE, SERVING, "cold start", RANDOM, ORACLE, "best single", "strong@none"):
         assert word in text
     figures = report.at_default.contenders[CANDIDATE].utility
     assert f"{figures.mean:.3f} [{figures.low:.3f}, {figures.high:.3f}]" in text

@@ -159,8 +159,8 @@ def test_the_shipped_set_holds_its_splits_and_domains_apart() -> None:
     questions = read_questions(SHIPPED)
     for domain in ("math", "facts", "code"):
         splits = [question.split for question in questions if question.domain == domain]
-        assert (splits.count("train"), splits.count("held_out")) == (120, 60)
-    assert len(questions) == 3 * 180
+        assert (splits.count("train"), splits.count("held_out")) == (240, 60)
+    assert len(questions) == 3 * 300
     assert len({question.query for question in questions}) == len(questions)
     assert len({question.key for question in questions}) == len(questions)
 

@@ -1,0 +1,324 @@
+"""The learning loop on the running graph: profile, fit, promote, feedback, roll back, and jobs; the
+graph ends as it began, with the cold-start rule."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+from sqlalchemy import func, select
+
+from rl.profile import ProfileSettings, Progress, profile
+from rl.publish import fit_snapshot, promote
+from rl.selection import FitSettings
+from serve_app.config import AtlasConfig, load_config
+from serve_app.questions import Question, read_questions
+from serve_app.router.library import SnapshotLibrary
+from serve_app.store import Store, publish, read_profile
+from serve_app.store.tables import ProfileOutcomeRow, RequestRow
+from tests.conftest import Graph
+
+pytestmark = pytest.mark.serve
+
+T = TypeVar("T")
+
+MODELS = frozenset({"nano-math", "nano-facts", "nano-code"})
+SETTINGS = ProfileSettings(models=MODELS)
+FIT = FitSettings(clusterings=((8, 1),), num_repeats=1)
+SUM = "What is 15% of 240?"
+
+
+@dataclass
+class Loop:
+    """The learning loop's side of the graph."""
+
+    graph: Graph
+    config: AtlasConfig
+    questions: tuple[Question, ...]
+
+    def run(self, work: Callable[[Store], Awaitable[T]]) -> T:
+        async def opened() -> T:
+            store = await Store.open(self.config.store_url())
+            try:
+                return await work(store)
+            finally:
+                await store.close()
+
+        return asyncio.run(opened())
+
+    def measure(self, **settings: Any) -> Progress:
+        changed = replace(SETTINGS, **settings)
+        return self.run(lambda store: profile(self.config, self.questions, store, changed))
+
+    def route(self, question: str = SUM) -> dict[str, Any]:
+        body = {"model": "atlas", "messages": [{"role": "user", "content": question}]}
+        decision: dict[str, Any] = httpx.post(
+            self.graph.url + "/v1/route", json=body | {"atlas": {"models": sorted(MODELS)}}
+        ).json()
+        return decision
+
+    def wait_for_policy(self, version: int) -> dict[str, Any]:
+        return eventually(lambda: found if (found := self.route())["policy_version"] == version
+                          else None)  # fmt: skip
+
+    def job(self, **request: Any) -> str:
+        response = httpx.post(self.graph.url + "/v1/admin/jobs", json=request)
+        assert response.status_code == 201, response.text
+        return str(response.json()["job_id"])
+
+    def look_up(self, job_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"{self.graph.url}/v1/admin/jobs/{job_id}").json()
+        return found
+
+    def end_of(self, job_id: str) -> dict[str, Any]:
+        over = ("succeeded", "failed", "cancelled")
+        return eventually(
+            lambda: found if (found := self.look_up(job_id))["state"] in over else None, 120
+        )
+
+
+def eventually(look: Callable[[], T | None], within_s: float = 20) -> T:
+    ends_s = time.monotonic() + within_s
+    while (found := look()) is None:
+        assert time.monotonic() < ends_s, "it did not happen in time"
+        time.sleep(0.2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def loop(graph: Graph) -> Loop:
+    """The loop on 36 questions of three domains; a third of them held out."""
+    shipped = read_questions(Path("configs/questions/nano.jsonl"))
+    chosen = [
+        question
+        for domain in ("math", "facts", "code")
+        for split, number in (("train", 8), ("held_out", 8))
+        for question in [q for q in shipped if (q.domain, q.split) == (domain, split)][:number]
+    ]
+    return Loop(graph, load_config(graph.config), tuple(chosen))
+
+
+@pytest.fixture(scope="module")
+def measured(loop: Loop) -> Progress:
+    """The whole profile, after one that was stopped on its way."""
+
+    async def stopped(store: Store) -> None:
+        is_under_way = asyncio.Event()
+        work = asyncio.ensure_future(
+            profile(
+                loop.config,
+                loop.questions,
+                store,
+                SETTINGS,
+                lambda progress: is_under_way.set() if progress.done else None,
+            )
+        )
+        await is_under_way.wait()
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+
+    loop.run(stopped)
+    return loop.measure()
+
+
+@pytest.fixture
+def serving(loop: Loop, measured: Progress) -> Iterator[int]:
+    """A fitted policy that serves; the cold-start rule does again afterwards."""
+
+    async def fitted(store: Store) -> int:
+        snapshot_id, _ = await fit_snapshot(loop.config, store, FIT, with_traffic=False)
+        return await promote(store, snapshot_id, "a test")
+
+    version = loop.run(fitted)
+    loop.wait_for_policy(version)
+    yield version
+    back = loop.run(lambda store: publish(store, None, "a test is over"))
+    assert back is not None
+    loop.wait_for_policy(back)
+
+
+def test_a_profile_that_was_stopped_goes_on_and_measures_each_pair_once(
+    loop: Loop, measured: Progress
+) -> None:
+    num_pairs = sum(pair.model_id in MODELS for pair in loop.config.all_pairs())
+
+    async def count(store: Store) -> int:
+        async with store.begin() as connection:
+            return await connection.scalar(select(func.count()).select_from(ProfileOutcomeRow)) or 0
+
+    assert measured.skipped > 0
+    assert measured.failed == 0
+    assert measured.done + measured.skipped == num_pairs * len(loop.questions)
+    assert loop.run(count) == num_pairs * len(loop.questions)
+
+
+def test_outcomes_hold_what_a_policy_may_see(loop: Loop, measured: Progress) -> None:
+    _, outcomes = loop.run(lambda store: read_profile(store, loop.config.embedder.model, "train"))
+    sums = [o for o in outcomes if str(o.pair) == "nano-math@calculator" and o.score == 1]
+    assert sums
+    assert all(o.answer and o.mean_logprob is not None and o.mean_logprob <= 0 for o in sums)
+    assert all(o.prompt_tokens > 0 and o.completion_tokens > 0 and o.seconds > 0 for o in sums)
+    price = loop.config.model("nano-math").price
+    tool = next(tool for tool in loop.config.tools if tool.tool_id == "calculator")
+    one = sums[0]
+    expected = (
+        one.prompt_tokens * price.usd_per_1m_prompt_tokens
+        + one.completion_tokens * price.usd_per_1m_completion_tokens
+    ) / 1e6 + tool.price_usd_per_call
+    assert one.cost_usd == pytest.approx(expected)
+
+
+def test_a_profile_stops_before_it_spends_too_much(loop: Loop, measured: Progress) -> None:
+    stopped = loop.measure(again=True, max_cost_usd=0.0)
+    assert stopped.done == 0
+    assert stopped.stopped is not None
+
+
+def test_measuring_is_no_traffic(loop: Loop, measured: Progress) -> None:
+    async def owners(store: Store) -> set[str]:
+        async with store.begin() as connection:
+            return set(await connection.scalars(select(RequestRow.owner)))
+
+    loop.route()
+    assert "profile" not in loop.run(owners)
+
+
+@dataclass
+class Traffic:
+    """Questions asked without a pause, and what came back."""
+
+    loop: Loop
+    statuses: list[int] = field(default_factory=list)
+    versions: set[int] = field(default_factory=set)
+
+    def run(self, stop: threading.Event) -> None:
+        body = {
+            "model": "atlas",
+            "messages": [{"role": "user", "content": SUM}],
+            "atlas": {"models": sorted(MODELS)},
+        }
+        with httpx.Client(base_url=self.loop.graph.url, timeout=60) as client:
+            while not stop.is_set():
+                answer = client.post("/v1/chat/completions", json=body)
+                self.statuses.append(answer.status_code)
+                if answer.status_code == 200:
+                    self.versions.add(answer.json()["atlas"]["policy_version"])
+
+
+def test_a_policy_is_swapped_under_load_without_a_failed_request(
+    loop: Loop, measured: Progress
+) -> None:
+    before = loop.route()["policy_version"]
+    traffic, stop = Traffic(loop), threading.Event()
+    thread = threading.Thread(target=traffic.run, args=(stop,))
+    thread.start()
+    try:
+        eventually(lambda: len(traffic.statuses) >= 5 or None)
+
+        async def fitted(store: Store) -> int:
+            snapshot_id, _ = await fit_snapshot(loop.config, store, FIT)
+            return await promote(store, snapshot_id, "a test")
+
+        version = loop.run(fitted)
+        decision = loop.wait_for_policy(version)
+        asked = len(traffic.statuses)
+        eventually(lambda: len(traffic.statuses) >= asked + 5 or None)
+        back = loop.run(lambda store: publish(store, None, "a test is over"))
+        assert back is not None
+        loop.wait_for_policy(back)
+    finally:
+        stop.set()
+        thread.join(60)
+    assert set(traffic.statuses) == {200}
+    assert {before, version} <= traffic.versions
+    assert decision["path"] in ("clusters", "out_of_distribution")
+
+
+def test_an_explanation_names_intervals_the_cluster_and_the_versions(
+    loop: Loop, serving: int
+) -> None:
+    decision = loop.route()
+    best = decision["candidates"][0]
+    assert len(decision["candidates"]) == sum(
+        pair.model_id in MODELS for pair in loop.config.all_pairs()
+    )
+    assert best["pair"] == decision["pair"] == "nano-math@calculator"
+    assert best["quality_low"] < best["quality"] < best["quality_high"]
+    assert 0 <= decision["distance_quantile"] <= 1
+    assert decision["cluster"]["examples"]
+    assert (decision["policy_version"], decision["propensity"]) == (serving, 1.0)
+
+
+def test_a_damaged_snapshot_is_refused_and_the_serving_one_goes_on(
+    loop: Loop, serving: int
+) -> None:
+    async def damaged(store: Store) -> None:
+        snapshot_id, _ = await fit_snapshot(
+            loop.config, store, replace(FIT, seed=1), with_traffic=False
+        )
+        folder = SnapshotLibrary(loop.config.snapshots_path()).folder(snapshot_id)
+        (folder / "snapshot.json").write_text("{}")
+        await promote(store, snapshot_id, "a test")
+
+    loop.run(damaged)
+    time.sleep(3 * loop.config.router.refresh_interval_s)
+    assert loop.route()["policy_version"] == serving
+
+
+def test_users_verdicts_move_traffic_off_a_pair_that_went_bad(loop: Loop, serving: int) -> None:
+    body = {
+        "model": "atlas",
+        "messages": [{"role": "user", "content": SUM}],
+        "atlas": {"models": sorted(MODELS)},
+    }
+    first = loop.route()["pair"]
+    with httpx.Client(base_url=loop.graph.url, timeout=60) as client:
+        for _ in range(50):
+            answer = client.post("/v1/chat/completions", json=body).json()["atlas"]
+            if answer["pair"] != first:
+                break
+            verdict = {"request_id": answer["request_id"], "score": 0}
+            assert client.post("/v1/feedback", json=verdict).status_code == 200
+            time.sleep(0.1)
+    assert eventually(lambda: found if (found := loop.route()["pair"]) != first else None)
+
+
+def test_the_loop_runs_as_jobs_over_http(loop: Loop, measured: Progress) -> None:
+    questions = [question.model_dump(mode="json") for question in loop.questions[:2]]
+    profiled = loop.end_of(loop.job(kind="profile", questions=questions, models=sorted(MODELS)))
+    assert (profiled["state"], profiled["result"]["done"]) == ("succeeded", 0)
+    fitted = loop.end_of(loop.job(kind="fit", with_traffic=False))
+    assert fitted["state"] == "succeeded", fitted["error"]
+    promoted = loop.end_of(loop.job(kind="promote", force=True))
+    assert promoted["state"] == "succeeded", promoted["error"]
+    assert promoted["result"]["snapshot_id"] == fitted["result"]["snapshot_id"]
+    loop.wait_for_policy(promoted["result"]["policy_version"])
+    rolled_back = loop.end_of(loop.job(kind="rollback"))
+    loop.wait_for_policy(rolled_back["result"]["policy_version"])
+    assert loop.route()["path"] == "cold_start"
+
+
+def test_a_profile_job_can_be_cancelled(loop: Loop, measured: Progress) -> None:
+    questions = [question.model_dump(mode="json") for question in loop.questions]
+    job_id = loop.job(kind="profile", questions=questions, models=sorted(MODELS), again=True)
+    eventually(lambda: loop.look_up(job_id)["progress"].get("done") or None, 60)
+    cancelled = httpx.delete(f"{loop.graph.url}/v1/admin/jobs/{job_id}").json()
+    assert cancelled["state"] == "cancelled"
+
+    async def count(store: Store) -> int:
+        async with store.begin() as connection:
+            return await connection.scalar(select(func.count()).select_from(ProfileOutcomeRow)) or 0
+
+    time.sleep(2)
+    settled = loop.run(count)
+    time.sleep(2)
+    assert loop.run(count) == settled
