@@ -35,6 +35,12 @@ SUMS, POEMS = Pair("sums", "calculator"), Pair("poems", "none")
 DIM = 384
 
 
+@pytest.fixture(autouse=True)
+def own_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session's graph may have set another one."""
+    monkeypatch.setenv("ATLAS_DATA_DIR", str(tmp_path))
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> AtlasConfig:
     models = [
