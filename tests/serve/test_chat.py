@@ -360,7 +360,8 @@ def test_the_engine_hears_that_a_streaming_client_left(graph: Graph) -> None:
         "stream": True,
     }
     with httpx.stream("POST", f"{graph.url}/v1/chat/completions", json=question, timeout=30) as r:
-        assert next(r.iter_lines()).startswith("data: ")
+        lines = r.iter_lines()  # held: the connection closes with its iterator
+        assert next(lines).startswith("data: ")
         assert ongoing_requests("scripted-drip") == 1
     give_up_s = time.monotonic() + 20  # far from the request's own deadline of 60 s
     while ongoing_requests("scripted-drip"):
