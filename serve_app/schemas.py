@@ -58,8 +58,21 @@ class Path(StrEnum):
     OUT_OF_DISTRIBUTION = "out_of_distribution"
     """The query is unlike everything profiled: the pair that is best overall, or the configured
     fallback."""
+    POLICY = "policy"
+    """Path 2: the learned multi-step policy."""
     FALLBACK = "fallback"
     """The choice failed before the first byte, and the next-best pair took over."""
+
+
+class Action(StrEnum):
+    """What a decision asks for."""
+
+    ROUTE = "route"
+    """Run the first candidate."""
+    THINK = "think"
+    """Run the planner; its text joins what later steps read."""
+    ANSWER = "answer"
+    """Return the best answer so far, unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +147,25 @@ class Likeness:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What one finished step of a request showed, without the gold."""
+
+    pair: Pair | None
+    """Who ran; `None` is the planner."""
+    answer_key: str | None
+    """Normalised answer: equal for answers that say the same. `None` where there is no answer."""
+    mean_logprob: float | None
+    tool_errors: int
+    """Tool calls that failed."""
+    cost_usd: float
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """The router's choice: the candidates from best to worst, and how it was made."""
 
     candidates: tuple[Candidate, ...]
+    """Never empty where the action is to route."""
     path: Path
     confidence: float
     """How sure the rule is that the first candidate is right, in [0, 1]."""
@@ -152,6 +180,8 @@ class Decision:
     `None` without a profile."""
     likeness: Likeness | None = None
     """Only where an explanation was asked for."""
+    action: Action = Action.ROUTE
+    """Anything else only on path 2."""
 
     @property
     def pair(self) -> Pair:

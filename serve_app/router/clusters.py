@@ -53,6 +53,23 @@ class Prior:
     """(num_pairs, descriptor) as the snapshot was fitted with; `None` knows none."""
 
 
+@dataclass(frozen=True)
+class Beliefs:
+    """What path 1 knows of one query; arrays over `ClusterRule.pairs`."""
+
+    quality: NDArray[np.float32]
+    """(num_pairs,) expected scores, whether the query is inside the profiled distribution or
+    not."""
+    spread: NDArray[np.float32]
+    """(num_pairs,) their standard deviations."""
+    overall: NDArray[np.float32]
+    """(num_pairs,) expected scores over all queries."""
+    similarity: NDArray[np.float32]
+    """(num_pairs,) of the query to the pairs' cards in [0, 1]; 0 for a pair without one."""
+    verdict: Verdict
+    """Of the gate, on the best pair."""
+
+
 class ClusterRule:
     """Chooses by clusters; learns from feedback.
 
@@ -119,6 +136,16 @@ class ClusterRule:
     def costs(self) -> NDArray[np.float32]:
         """(num_pairs,) normalised costs in [0, 1]."""
         return self._costs
+
+    @property
+    def costs_usd(self) -> NDArray[np.float32]:
+        """(num_pairs,) US dollars of a run."""
+        return self._costs_usd
+
+    @property
+    def seconds(self) -> NDArray[np.float32]:
+        """(num_pairs,) expected of a run; 0 where unknown."""
+        return self._seconds
 
     def qualities(
         self, embedding: NDArray[np.float32], *, gated: bool = True
@@ -225,6 +252,32 @@ class ClusterRule:
         best = float(self.qualities(embedding).max())
         return self._gate.judge(best, best, self._kernel(embedding), self.distance(embedding))
 
+    def beliefs(self, embedding: NDArray[np.float32]) -> Beliefs:
+        """Everything path 1 knows of a query, for path 2."""
+        closeness = self._closeness(embedding)
+        nearest, weights = self._assign(closeness)
+        kernel, distance = self._kernel(embedding), self._distance(closeness)
+        quality = self._qualities(embedding, nearest, weights, kernel)
+        everyone = np.arange(len(self._pairs))
+        spread = self._spread(quality, everyone, nearest, weights)
+        gated = (
+            self._settled(quality, spread, everyone)
+            if self._gate.is_inside(distance)
+            else self._overall_qualities(embedding)
+        )
+        best = float(gated.max())
+        similarity = np.zeros(len(self._pairs), np.float32)
+        if self._prior is not None:
+            likeness = self._prior.similarities(embedding)[self._card_index]
+            similarity = np.where(self._has_card, likeness, 0.0).astype(np.float32)
+        return Beliefs(
+            quality=quality,
+            spread=spread,
+            overall=self._overall.astype(np.float32),
+            similarity=similarity,
+            verdict=self._gate.judge(best, best, kernel, distance),
+        )
+
     def update(self, embedding: NDArray[np.float32], pair: Pair, score: float) -> None:
         """Learn from one feedback; a pair nobody knows is ignored.
 
@@ -276,8 +329,10 @@ class ClusterRule:
     def _lay_out_costs(self) -> None:
         own = self._snapshot.pair_costs_usd
         added = self._prior.costs_usd[self._new] if self._prior else own[:0]
-        costs_usd = np.concatenate([own, added]).astype(np.float32)
-        self._costs = normalised_cost(costs_usd.tolist())
+        self._costs_usd = np.concatenate([own, added]).astype(np.float32)
+        self._costs = normalised_cost(self._costs_usd.tolist())
+        seconds = self._snapshot.seconds.mean(axis=0)
+        self._seconds = np.concatenate([seconds, np.zeros(len(added), np.float32)])
         # (clusters, pairs): what a request of each cluster costs, for the caller's limit.
         rows = np.broadcast_to(
             added.astype(np.float32), (len(self._snapshot.centroids), len(added))
@@ -321,11 +376,11 @@ class ClusterRule:
         """Where each pair's card is, and what it weighs; nothing for a pair without one."""
         place = {pair: i for i, pair in enumerate(self._prior.pairs if self._prior else ())}
         self._card_index = np.array([place.get(pair, 0) for pair in self._pairs], np.intp)
-        has_card = np.array([pair in place for pair in self._pairs])
+        self._has_card = np.array([pair in place for pair in self._pairs])
         snapshot = self._snapshot
 
         def weights(of_known: float) -> NDArray[np.float32]:
-            laid_out = np.where(has_card, of_known, 0.0).astype(np.float32)
+            laid_out = np.where(self._has_card, of_known, 0.0).astype(np.float32)
             laid_out[len(snapshot.pairs) :] = of_known or _PRIOR_SPREAD
             return laid_out
 

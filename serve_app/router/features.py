@@ -1,0 +1,278 @@
+"""What path 2 sees of a request under way, as arrays: the same in training and in serving.
+
+A state is a batch of requests over one padded set of pairs. Nothing in the encoding depends on
+which pairs there are: each has a row of its own, and the order of the rows means nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float32]
+Bool = NDArray[np.bool_]
+Index = NDArray[np.intp]
+
+MAX_STEPS = 8
+"""Steps a request may take at most; counts are scaled by it."""
+DESCRIPTOR_DIM = 32
+"""Numbers that are left of a pair's descriptor."""
+NUM_CONTEXT = 17
+NUM_FEATURES = DESCRIPTOR_DIM + 18
+
+NO_ANSWER = -1
+"""Key of a step that gave no answer."""
+
+_PROJECTION_SEED = 20260
+_LEAST_LOGPROB = -4.0
+_SCORE_SCALE = 4.0
+"""Differences of scores and similarities are a few hundredths; the network reads them larger."""
+
+
+@dataclass
+class States:
+    """Requests under way; B requests, P pairs. Arrays are float32 or bool."""
+
+    embedding: Float
+    """(B, dim) of the query."""
+    alpha: Float
+    """(B,) in [0, 1]."""
+    steps_left: Float
+    """(B,) runs of a pair or of the planner that are still allowed."""
+    usd_left: Float
+    """(B,) inf without a limit."""
+    seconds_left: Float
+    """(B,) inf without a limit."""
+    can_think: Bool
+    """(B,) there is a planner, and it has not spoken yet."""
+    thought: Bool
+    """(B,) the planner has spoken."""
+    present: Bool
+    """(B, P) ready and admitted by the caller; padding is not."""
+    descriptors: Float
+    """(P, DESCRIPTOR_DIM) or (B, P, DESCRIPTOR_DIM), as `project` gives them."""
+    costs_usd: Float
+    """(B, P) expected of one run."""
+    seconds: Float
+    """(B, P) expected of one run; 0 where unknown."""
+    log_cost_range: Float
+    """(B, 2) natural logarithms of the dollars that cost 0 and 1 stand for; see `cost_range`."""
+    quality: Float
+    """(B, P) path 1's expected score in [0, 1]."""
+    spread: Float
+    """(B, P) its standard deviation."""
+    overall: Float
+    """(B, P) expected score over all queries in [0, 1]."""
+    similarity: Float
+    """(B, P) of the query to the pair's card in [0, 1]."""
+    distance_quantile: Float
+    """(B,) as the gate has it, in [0, 1]."""
+    confidence: Float
+    """(B,) of path 1 in its best pair, in [0, 1]."""
+    tried: Bool
+    """(B, P) ran on this request."""
+    failed: Bool
+    """(B, P) ran, and gave no answer."""
+    logprob: Float
+    """(B, P) mean token log-probability of the pair's answer; NaN where unknown."""
+    tool_errors: Float
+    """(B, P) tool calls of the pair's run that failed."""
+    agreement: Float
+    """(B, P) share of the answers so far that say the same as the pair's; 0 where it has none."""
+    last: Index
+    """(B,) pair that ran last; -1 before the first."""
+    last_answer: Float
+    """(B, dim) embedding of the last answer; zeros before the first."""
+    spent_usd: Float
+    """(B,)"""
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return int(self.present.shape[1])
+
+
+def think_action(num_pairs: int) -> int:
+    """Index of `think`; those below route to the pair of the same index."""
+    return num_pairs
+
+
+def answer_action(num_pairs: int) -> int:
+    """Index of `answer`, the last one."""
+    return num_pairs + 1
+
+
+def encode(states: States) -> dict[str, NDArray[np.float32]]:
+    """What the network reads.
+
+    Returns:
+        `query` and `answer` (B, dim), `context` (B, NUM_CONTEXT), `candidates` (B, P,
+        NUM_FEATURES), and `mask` (B, P + 2), 1 where an action is legal.
+    """
+    shape = states.present.shape
+    legal = legal_actions(states)
+    answers = states.tried & ~states.failed
+    num_answers = answers.sum(axis=1)
+    cost = normalised(states.costs_usd, states.log_cost_range[:, None, :])
+    spent = normalised(states.spent_usd, states.log_cost_range)
+    has_logprob = answers & np.isfinite(states.logprob)
+    logprob = np.where(has_logprob, np.nan_to_num(states.logprob), 0.0).clip(_LEAST_LOGPROB, 0.0)
+    certainty = np.where(has_logprob, np.exp(logprob), 0.0)
+    is_last = np.arange(shape[1]) == states.last[:, None]
+    columns = (
+        cost,
+        np.log10(np.maximum(states.seconds, 1e-3)) / 3,
+        states.quality,
+        states.spread,
+        states.overall,
+        states.similarity,
+        _below_best(states.quality, states.present),
+        _below_best(states.overall, states.present),
+        _below_best(states.similarity, states.present),
+        states.tried,
+        states.failed,
+        logprob / _LEAST_LOGPROB,
+        certainty,
+        has_logprob,
+        np.minimum(states.tool_errors, 4.0) / 4,
+        np.where(answers, states.agreement, 0.0),
+        is_last,
+        legal[:, : shape[1]],
+    )
+    descriptors = np.broadcast_to(states.descriptors, (*shape, DESCRIPTOR_DIM))
+    numbers = np.stack([np.asarray(column, np.float32) for column in columns], axis=2)
+    candidates = np.concatenate([descriptors, numbers], axis=2, dtype=np.float32)
+    candidates *= states.present[:, :, None]
+    trade = np.minimum(states.alpha / np.maximum(1 - states.alpha, 1e-6), 1.0)
+    context = np.stack(
+        [
+            states.alpha,
+            trade,
+            states.steps_left / MAX_STEPS,
+            states.steps_left <= 1,
+            np.isfinite(states.usd_left),
+            _log_room(states.usd_left, np.exp(states.log_cost_range[:, 1])),
+            np.isfinite(states.seconds_left),
+            _log_room(states.seconds_left, np.full(shape[0], 10.0)),
+            states.distance_quantile,
+            states.confidence,
+            num_answers / MAX_STEPS,
+            np.where(num_answers > 1, np.where(answers, states.agreement, 0.0).max(axis=1), 0.0),
+            certainty.max(axis=1),
+            np.where(states.spent_usd > 0, spent, 0.0),
+            states.thought,
+            states.can_think,
+            np.log10(np.maximum(states.present.sum(axis=1), 1)) / 2,
+        ],
+        axis=1,
+        dtype=np.float32,
+    )
+    return {
+        "query": states.embedding.astype(np.float32, copy=False),
+        "answer": states.last_answer.astype(np.float32, copy=False),
+        "context": context,
+        "candidates": candidates,
+        "mask": legal.astype(np.float32),
+    }
+
+
+def legal_actions(states: States) -> Bool:
+    """(B, P + 2) what may be done next; never nothing.
+
+    A pair may run once, while steps, dollars and seconds last. `think` needs a step beside its own.
+    `answer` needs an answer, or that nothing else is left.
+    """
+    room = (states.steps_left >= 1)[:, None]
+    affordable = states.costs_usd <= states.usd_left[:, None]
+    in_time = states.seconds <= states.seconds_left[:, None]
+    route = states.present & ~states.tried & room & affordable & in_time
+    # Before the first answer a request tries what it can, whatever the estimates say.
+    none_yet: Bool = ~(states.tried & ~states.failed).any(axis=1)
+    hopeless: Bool = none_yet & ~route.any(axis=1)
+    route |= hopeless[:, None] & states.present & ~states.tried & room & affordable
+    may_route: Bool = route.any(axis=1)
+    think: Bool = states.can_think & (states.steps_left >= 2) & may_route
+    answer: Bool = ~none_yet | ~may_route
+    return np.concatenate([route, think[:, None], answer[:, None]], axis=1)
+
+
+def cost_range(costs_usd: NDArray[np.floating], present: Bool) -> Float:
+    """(B, 2) logarithms of the least and the greatest price of the present pairs.
+
+    Free pairs count as a hundredth of the cheapest paid one, as in `cold_start.normalised_cost`.
+
+    Args:
+        costs_usd: (B, P) expected of one run.
+        present: (B, P) the pool.
+    """
+    paid = present & (costs_usd > 0)
+    least_paid = np.where(paid, costs_usd, np.inf).min(axis=1)
+    least_paid = np.where(np.isfinite(least_paid), least_paid, 1.0)
+    floored = np.maximum(costs_usd, least_paid[:, None] / 100)
+    low = np.log(np.where(present, floored, np.inf).min(axis=1, initial=np.inf))
+    high = np.log(np.where(present, floored, 0.0).max(axis=1, initial=1e-30))
+    low = np.where(np.isfinite(low), low, high)
+    return np.stack([low, high], axis=1).astype(np.float32)
+
+
+def normalised(costs_usd: NDArray[np.floating], log_cost_range: Float) -> Float:
+    """Dollars on the pool's log scale: 0 the cheapest pair, 1 the dearest; above it for several.
+
+    Args:
+        costs_usd: Any shape.
+        log_cost_range: The same shape and a last axis of 2, or one that broadcasts.
+    """
+    low, high = log_cost_range[..., 0], log_cost_range[..., 1]
+    width = high - low
+    logs = np.log(np.maximum(costs_usd, 1e-30))
+    share = (logs - low) / np.where(width > 1e-6, width, 1.0)
+    return np.where(width > 1e-6, np.maximum(share, 0.0), 0.0).astype(np.float32)
+
+
+def best_answers(keys: Index) -> Index:
+    """(B,) the step whose answer is returned: the last that most agree on; `NO_ANSWER` if none.
+
+    Args:
+        keys: (B, steps) equal for equal answers, `NO_ANSWER` for none.
+    """
+    votes = ((keys[:, :, None] == keys[:, None, :]) & (keys != NO_ANSWER)[:, None, :]).sum(axis=2)
+    votes = np.where(keys != NO_ANSWER, votes, 0)
+    last = votes.shape[1] - 1 - votes[:, ::-1].argmax(axis=1)
+    return np.where(votes.max(axis=1, initial=0) > 0, last, NO_ANSWER)
+
+
+def project(descriptors: Float) -> Float:
+    """(num_pairs, DESCRIPTOR_DIM) descriptors in fewer numbers, by one fixed random projection.
+
+    It nearly keeps the angles between them (Johnson and Lindenstrauss, 1984).
+
+    Args:
+        descriptors: (num_pairs, dim) as `cold_start.pair_descriptors` gives them, price last; the
+            price is left out.
+    """
+    projected: Float = descriptors[:, :-1] @ _projection(descriptors.shape[1] - 1)
+    return projected
+
+
+@cache
+def _projection(dim: int) -> Float:
+    rng = np.random.default_rng(_PROJECTION_SEED)
+    drawn = rng.standard_normal((dim, DESCRIPTOR_DIM)) / np.sqrt(DESCRIPTOR_DIM)
+    return drawn.astype(np.float32)
+
+
+def _below_best(values: Float, present: Bool) -> Float:
+    """Each value minus the best of the present ones, in [-1, 0]."""
+    best: Float = np.where(present, values, -np.inf).max(axis=1, initial=-1.0)
+    below: Float = (_SCORE_SCALE * (values - best[:, None])).clip(-1.0, 0.0)
+    return below
+
+
+def _log_room(left: Float, unit: Float) -> Float:
+    """What is left as a multiple of a unit, on a log scale in [-1, 1]; 1 without a limit."""
+    share = np.log10(np.maximum(np.where(np.isfinite(left), left, 1e30) / unit, 1e-3)) / 3
+    room: Float = share.clip(-1.0, 1.0)
+    return room
