@@ -329,10 +329,12 @@ class ClusterRule:
     def _lay_out_costs(self) -> None:
         own = self._snapshot.pair_costs_usd
         added = self._prior.costs_usd[self._new] if self._prior else own[:0]
-        self._costs_usd = np.concatenate([own, added]).astype(np.float32)
+        self._costs_usd: NDArray[np.float32] = np.concatenate([own, added]).astype(np.float32)
         self._costs = normalised_cost(self._costs_usd.tolist())
         seconds = self._snapshot.seconds.mean(axis=0)
-        self._seconds = np.concatenate([seconds, np.zeros(len(added), np.float32)])
+        self._seconds: NDArray[np.float32] = np.concatenate(
+            [seconds, np.zeros(len(added), np.float32)]
+        )
         # (clusters, pairs): what a request of each cluster costs, for the caller's limit.
         rows = np.broadcast_to(
             added.astype(np.float32), (len(self._snapshot.centroids), len(added))

@@ -190,10 +190,10 @@ def legal_actions(states: States) -> Bool:
     in_time = states.seconds <= states.seconds_left[:, None]
     route = states.present & ~states.tried & room & affordable & in_time
     # Before the first answer a request tries what it can, whatever the estimates say.
-    none_yet: Bool = ~(states.tried & ~states.failed).any(axis=1)
-    hopeless: Bool = none_yet & ~route.any(axis=1)
+    none_yet = ~np.any(states.tried & ~states.failed, axis=1)
+    hopeless = none_yet & ~np.any(route, axis=1)
     route |= hopeless[:, None] & states.present & ~states.tried & room & affordable
-    may_route: Bool = route.any(axis=1)
+    may_route = np.any(route, axis=1)
     think: Bool = states.can_think & (states.steps_left >= 2) & may_route
     answer: Bool = ~none_yet | ~may_route
     return np.concatenate([route, think[:, None], answer[:, None]], axis=1)
@@ -260,13 +260,13 @@ def project(descriptors: Float) -> Float:
 @cache
 def _projection(dim: int) -> Float:
     rng = np.random.default_rng(_PROJECTION_SEED)
-    drawn = rng.standard_normal((dim, DESCRIPTOR_DIM)) / np.sqrt(DESCRIPTOR_DIM)
-    return drawn.astype(np.float32)
+    drawn = rng.standard_normal((dim, DESCRIPTOR_DIM), np.float32)
+    return drawn / np.float32(np.sqrt(DESCRIPTOR_DIM))
 
 
 def _below_best(values: Float, present: Bool) -> Float:
     """Each value minus the best of the present ones, in [-1, 0]."""
-    best: Float = np.where(present, values, -np.inf).max(axis=1, initial=-1.0)
+    best = np.where(present, values, -np.inf).max(axis=1, initial=-1.0)
     below: Float = (_SCORE_SCALE * (values - best[:, None])).clip(-1.0, 0.0)
     return below
 
