@@ -47,7 +47,7 @@ lock:
 	@printf '%s\n' "torchvision; sys_platform == 'never'" "torchaudio; sys_platform == 'never'" \
 	  "torchcodec; sys_platform == 'never'" "torch==$(TORCH_VERSION)" > .venv/overrides.txt
 	@uv pip compile -q --python-version 3.11 --no-emit-package torch --no-annotate --no-header --override .venv/overrides.txt \
-	  --extra cpu --extra rl --extra dev pyproject.toml -o requirements-cpu.lock
+	  --extra cpu --extra postgres --extra rl --extra dev pyproject.toml -o requirements-cpu.lock
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from serve_app import environment
 from serve_app.config import AtlasConfig, load_config
 from serve_app.errors import AtlasError, ConfigError
 from serve_app.nano.cli import app as nano_app
@@ -252,6 +254,13 @@ def explain(
         decision = client.post("/route", cast_to=object, body=body)
     assert isinstance(decision, dict)
     _show_decision(decision)
+
+
+@app.command("environment")
+def environment_command() -> None:
+    """Print what to export before `ray start` on the nodes of a cluster."""
+    for name in environment.settings():
+        print(f"export {name}={shlex.quote(os.environ[name])}")
 
 
 @app.command()

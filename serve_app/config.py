@@ -56,6 +56,9 @@ class DeploymentConfig(BaseConfig):
     """CPUs each replica reserves in Ray; fractions are fine."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests a replica works on at once; more wait in the caller's queue."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Custom Ray resources each replica needs, for example `{cpu_node: 0.001}`: only nodes that
+    have them get replicas."""
     autoscaling: AutoscalingConfig = AutoscalingConfig()
 
 
@@ -175,6 +178,19 @@ class ExplorationConfig(BaseConfig):
     """Share of the decisions that are drawn; 0 = never. The propensity of each is logged."""
 
 
+class RollbackConfig(BaseConfig):
+    """When a policy that users like less than the one before is taken back by itself."""
+
+    enabled: bool = True
+    min_verdicts: int = Field(default=50, ge=2)
+    """Rated requests of either policy before they are compared."""
+    error_rate: float = Field(default=0.05, gt=0, lt=1)
+    """Chance at most that a policy which is not worse is ever taken back, however often it is
+    looked at."""
+    interval_s: float = Field(default=5.0, gt=0)
+    """How often they are compared."""
+
+
 class RouterConfig(BaseConfig):
     """How `model: atlas` decides."""
 
@@ -188,6 +204,10 @@ class RouterConfig(BaseConfig):
     """`model_id@tool_id` that gets queries unlike everything profiled; `None`: the pair that is
     best overall."""
     exploration: ExplorationConfig = ExplorationConfig()
+    planner: str | None = None
+    """Model that thinks about a question where the learned policy asks for it; `None` never
+    thinks."""
+    rollback: RollbackConfig = RollbackConfig()
     promotion_margin: float = Field(default=0.03, ge=0, le=1)
     """A candidate may serve if its utility is surely no more than this below the serving
     policy's, on the held-out questions."""
@@ -216,7 +236,8 @@ class LimitsConfig(BaseConfig):
     max_tool_rounds: int = Field(default=3, ge=1, le=16)
     """Tool calls a model may make before it must answer."""
     max_steps: int = Field(default=4, ge=1, le=16)
-    """Pairs tried for one request: the choice and its fallbacks."""
+    """Pairs tried for one request: the choice and its fallbacks, or the steps of the learned
+    policy, its thoughts included."""
     feedback_per_minute: float = Field(default=600.0, gt=0)
     """Verdicts one caller may give on average, at each gateway replica; a tenth of it at once."""
 
@@ -258,6 +279,8 @@ class PoolConfig(BaseConfig):
     start_timeout_s: float = Field(default=900.0, gt=0)
     """A model not running by then is failed."""
     max_parallel_starts: int = Field(default=4, ge=1)
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Custom Ray resources that the controller needs, as in `DeploymentConfig`."""
     health_interval_s: float = Field(default=5.0, gt=0)
 
 
@@ -304,6 +327,9 @@ class AtlasConfig(BaseConfig):
                 raise ValueError(
                     f"{where}: {pair!r} is no pair of a configured model and one of its tools"
                 )
+        planner = self.router.planner
+        if planner is not None and planner not in {model.model_id for model in self.models}:
+            raise ValueError(f"router.planner: {planner!r} is no configured model")
         return self
 
     def all_pairs(self) -> tuple[Pair, ...]:

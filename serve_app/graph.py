@@ -43,7 +43,9 @@ def build_app(args: BuildArgs) -> Application:
     """
     config = load_config(args.config)
     controller = serve.deployment(
-        PoolController, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000
+        PoolController,
+        ray_actor_options={"num_cpus": 0, "resources": config.pool.resources},
+        max_ongoing_requests=10_000,
     ).bind(config)
     embedder = serve.deployment(Embedder, **_options(config.embedder.deployment)).bind(config)
     router = serve.deployment(Router, **_options(config.router.deployment)).bind(
@@ -56,7 +58,7 @@ def build_app(args: BuildArgs) -> Application:
 def _options(config: DeploymentConfig) -> dict[str, Any]:
     """Our settings in Serve's names."""
     return {
-        "ray_actor_options": {"num_cpus": config.num_cpus},
+        "ray_actor_options": {"num_cpus": config.num_cpus, "resources": config.resources},
         "max_ongoing_requests": config.max_ongoing_requests,
         "autoscaling_config": config.autoscaling.model_dump(),
         "logging_config": SERVE_LOGGING,

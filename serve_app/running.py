@@ -92,9 +92,14 @@ def running_graph(
         port: Port of the HTTP proxy.
         address: Ray cluster to join; `None` starts one in this process's session.
     """
-    # A cluster of our own on a laptop: a small object store, no telemetry, no dashboard.
-    own = {"include_dashboard": False, "object_store_memory": 256 << 20} if address is None else {}
-    _join(address, **own)
+    # A cluster of our own on one machine: a small object store, no dashboard, and its only node
+    # counts as one for replicas.
+    own = {
+        "include_dashboard": False,
+        "object_store_memory": 256 << 20,
+        "resources": {"cpu_node": 1},
+    }
+    _join(address, **(own if address is None else {}))
     try:
         serve.start(http_options={"host": host, "port": port})
         _deploy(build_app(BuildArgs(config=str(config))))

@@ -1,4 +1,4 @@
-"""The store on a real SQLite file: keys, outcomes, feedback, and what survives a killed process."""
+"""The store on SQLite and on a PostgreSQL server: keys, outcomes, feedback, killed processes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.schema import CreateTable
 
 from serve_app.errors import ConfigError, Conflict, NotFound, StoreError, Unauthorized
 from serve_app.gateway.auth import Authenticator
@@ -36,7 +34,6 @@ from serve_app.store import (
 from serve_app.store.tables import ApiKeyRow, Base, FeedbackRow, OutcomeRow, RequestRow
 
 PAIR = Pair("small", "calculator")
-POSTGRESQL: Any = postgresql.dialect()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture
@@ -45,7 +42,14 @@ def database(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def store(database: Path) -> AsyncIterator[Store]:
+async def store(store_url: str) -> AsyncIterator[Store]:
+    opened = await Store.open(store_url)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def sqlite_store(database: Path) -> AsyncIterator[Store]:
     opened = await Store.open(url_of(database))
     yield opened
     await opened.close()
@@ -87,18 +91,18 @@ async def fast_log(store: Store, **options: Any) -> OutcomeLog:
 
 
 async def test_a_key_is_shown_once_and_only_its_hash_is_stored(
-    store: Store, database: Path
+    sqlite_store: Store, database: Path
 ) -> None:
-    key_id, key = await create_key(store, "ann", ["chat", "feedback"])
+    key_id, key = await create_key(sqlite_store, "ann", ["chat", "feedback"])
     assert key.startswith("atlas_")
     assert len(key) == len("atlas_") + 43
-    found = await find_key(store, hash_key(key))
+    found = await find_key(sqlite_store, hash_key(key))
     assert found is not None
     assert (found.key_id, found.name) == (key_id, "ann")
     assert found.scopes == {Scope.CHAT, Scope.FEEDBACK}
     files = [path.read_bytes() for path in database.parent.iterdir()]
     assert not any(key.encode() in content for content in files)
-    assert (await rows(store, ApiKeyRow))[0]["key_hash"] == hash_key(key)
+    assert (await rows(sqlite_store, ApiKeyRow))[0]["key_hash"] == hash_key(key)
 
 
 async def test_a_revoked_key_is_listed_but_not_found(store: Store) -> None:
@@ -262,20 +266,20 @@ async def test_a_row_that_is_there_already_is_no_loss(store: Store) -> None:
 
 
 async def test_reports_wait_while_the_store_is_locked(
-    store: Store, database: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_store: Store, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve_app.store.database._SQLITE_BUSY_TIMEOUT_MS", 50)
-    await store.close()  # so that the next connection has the shorter patience
+    await sqlite_store.close()  # so that the next connection has the shorter patience
     blocker = sqlite3.connect(database)
     blocker.execute("BEGIN IMMEDIATE")
-    log = await fast_log(store)
+    log = await fast_log(sqlite_store)
     log.record(report())
     assert not await log.flush(timeout_s=0.4)
     assert log.pending == 1
     blocker.rollback()
     blocker.close()
     assert await log.flush()
-    assert len(await rows(store, RequestRow)) == 1
+    assert len(await rows(sqlite_store, RequestRow)) == 1
     assert log.dropped == 0
     await log.close()
 
@@ -304,13 +308,13 @@ async def test_closing_writes_what_waits_and_ends_the_task(store: Store) -> None
 
 
 async def test_closing_gives_up_on_a_store_that_stays_away(
-    store: Store, database: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_store: Store, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve_app.store.database._SQLITE_BUSY_TIMEOUT_MS", 50)
-    await store.close()  # so that the next connection has the shorter patience
+    await sqlite_store.close()  # so that the next connection has the shorter patience
     blocker = sqlite3.connect(database)
     blocker.execute("BEGIN IMMEDIATE")
-    log = await fast_log(store)
+    log = await fast_log(sqlite_store)
     log.record(report())
     await log.close(timeout_s=0.2)
     assert log.dropped == 1
@@ -348,8 +352,8 @@ async def test_of_feedback_given_twice_at_once_one_is_kept(store: Store) -> None
 # The database.
 
 
-async def test_sqlite_runs_with_a_log_foreign_keys_and_synced_commits(store: Store) -> None:
-    async with store.begin() as connection:
+async def test_sqlite_runs_with_a_log_foreign_keys_and_synced_commits(sqlite_store: Store) -> None:
+    async with sqlite_store.begin() as connection:
         found = {
             name: (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar()
             for name in ("journal_mode", "foreign_keys", "synchronous", "busy_timeout")
@@ -362,8 +366,8 @@ async def test_sqlite_runs_with_a_log_foreign_keys_and_synced_commits(store: Sto
     }
 
 
-async def test_several_processes_may_open_a_new_store_at_once(database: Path) -> None:
-    stores = await asyncio.gather(*(Store.open(url_of(database)) for _ in range(6)))
+async def test_several_processes_may_open_a_new_store_at_once(store_url: str) -> None:
+    stores = await asyncio.gather(*(Store.open(store_url) for _ in range(6)))
     for store in stores:
         await store.close()
 
@@ -385,14 +389,9 @@ async def test_a_store_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
         await Store.open(url_of(tmp_path / "garbage.db"))
 
 
-@pytest.mark.parametrize("table", Base.metadata.sorted_tables, ids=lambda table: table.name)
-def test_tables_are_valid_for_postgresql(table: Any) -> None:
-    assert table.name in str(CreateTable(table).compile(dialect=POSTGRESQL))
-
-
 CHILD = """
 import asyncio, sys, time
-from tests.unit.test_store import report, url_of
+from tests.unit.test_store import report
 from serve_app.store import OutcomeLog, Store, create_key
 
 async def main():
@@ -412,9 +411,9 @@ asyncio.run(main())
 """
 
 
-async def test_a_killed_process_loses_nothing_it_had_acknowledged(database: Path) -> None:
+async def test_a_killed_process_loses_nothing_it_had_acknowledged(store_url: str) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, url_of(database)],
+        [sys.executable, "-c", CHILD, store_url],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
@@ -425,7 +424,7 @@ async def test_a_killed_process_loses_nothing_it_had_acknowledged(database: Path
     finally:
         os.kill(child.pid, signal.SIGKILL)
         child.communicate()
-    store = await Store.open(url_of(database))
+    store = await Store.open(store_url)
     assert len(await rows(store, RequestRow)) == 300
     assert len(await rows(store, OutcomeRow)) == 600
     assert [key.name for key in await list_keys(store)] == ["ann"]
