@@ -19,11 +19,12 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from rl.training_command import train_command
 from serve_app.cli import ConfigOption, app, console, fail, load
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError
 from serve_app.schemas import Pair
-from serve_app.store import Store
+from serve_app.store import Mode, Store
 
 T = TypeVar("T")
 
@@ -152,6 +153,9 @@ def fit_command(
         console.print(f"written to {out}", highlight=False)
 
 
+app.command("train")(train_command)
+
+
 @app.command("evaluate")
 def evaluate_command(
     config: ConfigOption,
@@ -181,28 +185,45 @@ def evaluate_command(
         console.print(f"report and figures in {out}", highlight=False)
 
 
+_PROMOTED = {
+    Mode.SERVING: "serves",
+    Mode.CANARY: "serves {share:.1%} of the requests",
+    Mode.SHADOW: "is asked and not obeyed,",
+}
+
+
 @app.command("promote")
 def promote_command(
     config: ConfigOption,
     candidate: Annotated[str, typer.Argument(help="Snapshot id, newest or cold-start.")] = "newest",
     force: Annotated[bool, typer.Option(help="Whatever the evaluation says.")] = False,
+    canary: Annotated[
+        float | None, typer.Option(help="Share of the requests that it gets, for example 0.05.")
+    ] = None,
+    shadow: Annotated[bool, typer.Option(help="Log what it would do, and do not do it.")] = False,
 ) -> None:
     """Evaluate a snapshot against the serving one, and let it serve if it is not worse."""
     from rl.evaluate import show
-    from rl.publish import promote_evaluated, resolve
+    from rl.publish import promote_evaluated, resolve, trial_of
 
     deployment = load(config)
+    if canary is not None and (shadow or not 0 < canary < 1):
+        raise fail("--canary takes a share between 0 and 1, and does not go with --shadow")
+    mode, share = trial_of(canary, shadow=shadow)
 
     async def work(store: Store) -> Any:
         snapshot_id = await resolve(store, candidate)
-        return snapshot_id, *await promote_evaluated(deployment, store, snapshot_id, force=force)
+        promoted = await promote_evaluated(
+            deployment, store, snapshot_id, force=force, mode=mode, share=share
+        )
+        return snapshot_id, *promoted
 
     with console.status("evaluating …"):
         snapshot_id, version, report = _with_store(deployment, work)
     show(report, console)
     console.print(
-        f"[green]policy {version}[/green]: {snapshot_id or 'the cold-start rule'} serves within "
-        f"{deployment.router.refresh_interval_s:g} s",
+        f"[green]policy {version}[/green]: {snapshot_id or 'the cold-start rule'} "
+        f"{_PROMOTED[mode].format(share=share)} within {deployment.router.refresh_interval_s:g} s",
         highlight=False,
     )
 
@@ -222,10 +243,10 @@ def rollback_command(config: ConfigOption) -> None:
 @app.command("snapshots")
 def snapshots_command(config: ConfigOption) -> None:
     """List the snapshots, and which of them served when."""
-    from serve_app.store import list_snapshots, serving_policies
+    from serve_app.store import list_policies, list_snapshots
 
     async def work(store: Store) -> Any:
-        return await list_snapshots(store), await serving_policies(store)
+        return await list_snapshots(store), await list_policies(store)
 
     snapshots, policies = _with_store(load(config), work)
     table = Table("snapshot", "made", "queries", "outcomes", "cross-validated")
@@ -239,11 +260,12 @@ def snapshots_command(config: ConfigOption) -> None:
             f"{about.get('cross_validated', float('nan')):.4f}",
         )
     console.print(table)
-    table = Table("policy", "snapshot", "since", "why")
+    table = Table("policy", "snapshot", "as", "since", "why")
     for policy in policies:
         table.add_row(
             str(policy.policy_version),
             policy.snapshot_id or "cold-start",
+            policy.mode + (f" {policy.share:.0%}" if policy.mode is Mode.CANARY else ""),
             _when(policy.created_unix_s),
             policy.reason,
         )

@@ -12,13 +12,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from rl.held_out import HeldOut
 from serve_app.errors import ConfigError, NoCandidate
 from serve_app.router.snapshot import RouterSnapshot
 from serve_app.schemas import Decision, Limits, Pair, Path
 
 _RESAMPLES_AT_ONCE = 250
 """Bounds the memory of a bootstrap on many queries."""
-_UNLIMITED_S = 1e9
+UNLIMITED_S = 1e9
+"""Stands for no deadline."""
 
 
 class Rule(Protocol):
@@ -59,6 +61,66 @@ class Choices:
     """False where the rule called the query out of distribution."""
     confidence: NDArray[np.float64]
     """In [0, 1], as stated."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a policy's requests came to; all arrays (num_alphas, num_queries)."""
+
+    score: NDArray[np.float64]
+    """Of the answer that was returned, in [0, 1]."""
+    costs_usd: NDArray[np.float64]
+    """US dollars of all steps, as observed."""
+    cost: NDArray[np.float64]
+    """What alpha weighs: the mean dollars of the pairs that ran, together, on the pool's scale;
+    0 the cheapest pair, 1 the dearest, more for several."""
+    steps: NDArray[np.float64]
+    """Runs of a pair or of the planner."""
+    inside: NDArray[np.bool_]
+    """False where the policy called the query out of distribution."""
+    confidence: NDArray[np.float64]
+    """In [0, 1], as stated when the request began."""
+
+
+@runtime_checkable
+class MultiStep(Protocol):
+    """A policy whose requests may take several steps, and that knows what came of them."""
+
+    def reach(self, held_out: HeldOut, alphas: Sequence[float]) -> Reached:
+        """Answer every held-out query at every alpha, with no limit but the pairs and its steps.
+
+        Raises:
+            ConfigError: If what it knows is not of these queries.
+        """
+        ...
+
+
+def reach(
+    name: str, policy: Rule | MultiStep, held_out: HeldOut, alphas: Sequence[float]
+) -> Reached:
+    """What a policy reaches on held-out queries, whether it decides once or step by step.
+
+    Args:
+        name: Of the policy, for messages.
+        policy: Its exploration is off.
+        held_out: The queries.
+        alphas: Cost-quality dials in [0, 1].
+
+    Raises:
+        ConfigError: As `ask` and `MultiStep.reach`.
+    """
+    if isinstance(policy, MultiStep):
+        return policy.reach(held_out, alphas)
+    choices = ask(name, policy, held_out.embeddings, held_out.encoder, held_out.pairs, alphas)
+    rows = np.arange(len(held_out.scores))
+    return Reached(
+        score=held_out.scores[rows, choices.chosen],
+        costs_usd=held_out.costs_usd[rows, choices.chosen],
+        cost=held_out.cost[choices.chosen],
+        steps=np.ones(choices.chosen.shape),
+        inside=choices.inside,
+        confidence=choices.confidence,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +165,7 @@ def ask(
             f"have embeddings of {encoder!r}: fit it again"
         )
     index = {pair: column for column, pair in enumerate(pairs)}
-    limits = [Limits(alpha=alpha, deadline_s=_UNLIMITED_S) for alpha in alphas]
+    limits = [Limits(alpha=alpha, deadline_s=UNLIMITED_S) for alpha in alphas]
     shape = (len(alphas), len(embeddings))
     choices = Choices(np.empty(shape, np.intp), np.empty(shape, np.bool_), np.empty(shape))
     for query, embedding in enumerate(embeddings):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rl.outcomes import Outcomes
 from rl.profile import fingerprint
@@ -27,6 +28,12 @@ class Dataset:
     """(num_queries,) empty where unknown."""
     num_verdicts: int = 0
     """Outcomes that are users' verdicts on traffic, not measurements."""
+    answers: tuple[str | None, ...] = ()
+    """(num_outcomes,) what was answered; `None` where nothing was. Empty where not kept."""
+    logprob: NDArray[np.float32] | None = None
+    """(num_outcomes,) mean token log-probability of the answer; NaN where unknown."""
+    tool_errors: NDArray[np.float32] | None = None
+    """(num_outcomes,) tool calls that failed."""
 
 
 async def read_dataset(
@@ -91,7 +98,16 @@ async def read_dataset(
         queries=tuple([question.query for question in questions] + [v.query for v in verdicts]),
     )
     domains = tuple([question.domain for question in questions] + [""] * len(verdicts))
-    return Dataset(outcomes, domains, len(verdicts))
+    return Dataset(
+        outcomes,
+        domains,
+        len(verdicts),
+        answers=tuple([row.answer for row in measured] + [None] * len(verdicts)),
+        logprob=_column(
+            [np.nan if row.mean_logprob is None else row.mean_logprob for row in measured] + unknown
+        ),
+        tool_errors=_column([row.tool_errors for row in measured] + [0.0] * len(verdicts)),
+    )
 
 
 def _indices(

@@ -1,17 +1,18 @@
 """`evaluate`: whether a candidate policy is better than the serving one, by held-out replay.
 
-In come outcomes of (nearly) every pair on questions that no fit has seen, and the rules themselves;
-out comes a report with intervals over the queries and a verdict, which gates `atlas promote`.
+In come outcomes of (nearly) every pair on questions that no fit has seen, and the policies
+themselves, of one step or several; out comes a report with intervals over the queries and a
+verdict, which gates `atlas promote`.
 
 Utility is the router's own, `(1 - alpha) * score - alpha * cost`, with the observed score and the
-normalised mean cost of the chosen pair. Nothing here is random but the seeded resamples.
+normalised mean cost of the pairs that ran. Nothing here is random but the seeded resamples.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rl.contenders import Choices, Interval, Rule, ask, bootstrap
+from rl.contenders import Interval, MultiStep, Reached, Rule, bootstrap, reach
 from rl.held_out import HeldOut, read_held_out
-from rl.off_policy import LoggedDecisions, OffPolicyEstimate, estimate
+from rl.importance import OffPolicyEstimate
+from rl.off_policy import LoggedDecisions, estimate
 from rl.outcomes import Outcomes
 from serve_app.router.gate import NEAR_ORACLE
 
 CANDIDATE = "candidate"
 SERVING = "serving"
+PATH_1, PATH_2 = "path_1", "path_2"
+"""Names of the candidate's two paths alone, where they are among the others."""
 BEST_SINGLE = "best_single"
 """The pair with the best mean score on these very queries; the cheaper one of equals."""
 RANDOM = "random"
@@ -45,7 +49,7 @@ SWEEP_ALPHAS = (0.0, *(float(trade / (1 + trade)) for trade in _TRADES), 1.0)
 """Evenly spread in the logarithm of what the cost weighs beside the score."""
 
 _Values = dict[str, NDArray[np.float64]]
-"""Contender to (num_queries, 3): score, cost in US dollars, utility."""
+"""Contender to (num_queries, 4): score, cost in US dollars, utility, steps."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class EvaluationSettings:
     """Points of the frontiers, beside the reported ones. Every alpha costs one decision per policy
     and query."""
     margin: float = 0.03
-    """Utility that the candidate may be worse by without it mattering."""
+    """Utility that the candidate may be worse by without it mattering; 0 asks that it is better,
+    see `judge`."""
     num_resamples: int = 2000
     seed: int = 0
 
@@ -74,7 +79,7 @@ class Figures:
     """US dollars per query."""
     utility: Interval
     steps: float = field(default=1.0, kw_only=True)
-    """Runs of a pair per request; 1 for a rule that decides once, 0 in a difference of two."""
+    """Runs of a pair or of the planner per request; 1 for a rule that decides once."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,8 @@ class EvaluationReport:
     at_alpha: tuple[Comparison, ...]
     """All contenders, every single pair among them, by ascending alpha."""
     domains: dict[str, Comparison]
-    """Candidate, serving and best single at the default alpha; empty where no domain is known."""
+    """Candidate, its paths alone, serving and best single at the default alpha; empty where no
+    domain is known."""
     distribution: dict[str, Comparison]
     """The same `INSIDE` and `OUTSIDE` of what the candidate calls its distribution."""
     frontiers: dict[str, tuple[Point, ...]]
@@ -169,10 +175,10 @@ class EvaluationReport:
 def evaluate(
     outcomes: Outcomes,
     domains: Sequence[str],
-    candidate: Rule,
-    serving: Rule,
+    candidate: Rule | MultiStep,
+    serving: Rule | MultiStep,
     *,
-    others: Mapping[str, Rule] | None = None,
+    others: Mapping[str, Rule | MultiStep] | None = None,
     logged: LoggedDecisions | None = None,
     settings: EvaluationSettings | None = None,
 ) -> EvaluationReport:
@@ -183,8 +189,9 @@ def evaluate(
         domains: (num_queries,) may be empty strings.
         candidate: What may serve next. No policy may explore while it is evaluated.
         serving: What answers now.
-        others: More policies by name, for example `cold_start`; they do not count for the verdict.
-        logged: Traffic, for the off-policy estimate.
+        others: More policies by name, for example `cold_start` or `PATH_1`; they do not count for
+            the verdict.
+        logged: Traffic, for the off-policy estimate of what decides once.
         settings: How they are compared.
 
     Raises:
@@ -193,33 +200,32 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     held_out = read_held_out(outcomes, domains)
-    rules: dict[str, Rule] = {CANDIDATE: candidate, SERVING: serving, **(others or {})}
+    policies = {CANDIDATE: candidate, SERVING: serving, **(others or {})}
     reported = sorted({0.0, settings.default_alpha, *settings.alphas})
     asked = sorted({*reported, *settings.sweep_alphas})
-    choices = {
-        name: ask(name, rule, held_out.embeddings, held_out.encoder, held_out.pairs, asked)
-        for name, rule in rules.items()
-    }
+    reached = {name: reach(name, policy, held_out, asked) for name, policy in policies.items()}
     at_alpha = tuple(
-        _compare(_values(held_out, choices, asked.index(alpha), alpha), alpha, settings)
+        _compare(_values(held_out, reached, asked.index(alpha), alpha), alpha, settings)
         for alpha in reported
     )
     at_default = asked.index(settings.default_alpha)
-    inside = choices[CANDIDATE].inside[at_default]
-    values = _values(held_out, choices, at_default, settings.default_alpha)
-    values = {name: values[name] for name in (CANDIDATE, SERVING, BEST_SINGLE)}
+    inside = reached[CANDIDATE].inside[at_default]
+    values = _values(held_out, reached, at_default, settings.default_alpha)
+    grouped = (CANDIDATE, SERVING, PATH_1, PATH_2, BEST_SINGLE)
+    values = {name: values[name] for name in grouped if name in values}
     off_policy = {}
     if logged is not None:
         off_policy = {
             name: estimate(
                 name,
-                rules[name],
+                policy,
                 logged,
                 settings.default_alpha,
                 num_resamples=settings.num_resamples,
                 seed=settings.seed,
             )
-            for name in (CANDIDATE, SERVING)
+            for name, policy in ((CANDIDATE, candidate), (SERVING, serving))
+            if not isinstance(policy, MultiStep)
         }
     return EvaluationReport(
         settings=settings,
@@ -230,8 +236,8 @@ def evaluate(
         at_alpha=at_alpha,
         domains=_groups(values, held_out.domains, settings) if any(domains) else {},
         distribution=_groups(values, np.where(inside, INSIDE, OUTSIDE), settings),
-        frontiers=_frontiers(held_out, choices, asked),
-        reliability=_reliability(held_out, choices[CANDIDATE], at_default),
+        frontiers=_frontiers(held_out, reached, asked),
+        reliability=_reliability(held_out, reached[CANDIDATE], at_default),
         verdict=judge({one.alpha: one.difference.utility for one in at_alpha}, settings),
         off_policy=off_policy,
     )
@@ -242,7 +248,8 @@ def judge(differences: Mapping[float, Interval], settings: EvaluationSettings) -
 
     It may when, at the default alpha and at alpha 0, the 95% interval of its utility minus the
     serving policy's begins no lower than `-margin`. So one that decides much alike may, and one
-    that few queries say little of may not.
+    that few queries say little of may not. With a margin of 0 it has to be better with confidence:
+    at the default alpha the interval has to begin above 0.
 
     Args:
         differences: Alpha to the paired difference in utility; has 0 and the default alpha.
@@ -255,6 +262,8 @@ def judge(differences: Mapping[float, Interval], settings: EvaluationSettings) -
         difference = differences[alpha]
         if difference.low < -settings.margin - _ROUNDING:
             faults.append(f"{said[alpha]}, which reaches below -{settings.margin:g}")
+        elif not settings.margin and alpha == counted[0] and difference.low <= _ROUNDING:
+            faults.append(f"{said[alpha]}, which is not above 0")
     return Verdict(not faults, "; ".join(faults or said.values()))
 
 
@@ -264,7 +273,7 @@ def show(report: EvaluationReport, console: Console) -> None:
     dropped = f", {report.num_dropped} left out" if report.num_dropped else ""
     title = f"{report.num_queries} held-out queries{dropped}, alpha {shown.alpha:g}"
     table = Table("", title=title, title_justify="left")
-    for heading in ("score", "$ per 1000", "utility"):
+    for heading in ("score", "$ per 1000", "utility", "steps"):
         table.add_column(heading, no_wrap=True)
     for name, figures in shown.contenders.items():
         if "@" not in name:
@@ -279,28 +288,39 @@ def show(report: EvaluationReport, console: Console) -> None:
         highlight=False,
     )
     for name, known in report.off_policy.items():
-        said = (
-            f"{known.score.mean:.3f} [{known.score.low:.3f}, {known.score.high:.3f}]"
-            if known.score
-            else f"unknown: {known.reason}"
-        )
+        said = f"unknown: {known.reason}"
+        if known.score is not None and known.doubly_robust is not None:
+            said = (
+                f"{_spread(known.score, '')}, doubly robust {_spread(known.doubly_robust, '')}, "
+                f"from {known.effective_size:.0f} effective requests"
+            )
         console.print(f"{name} on logged traffic: {escape(said)}", highlight=False)
     word = "[green]may serve[/green]" if report.verdict.promote else "[red]refused[/red]"
     console.print(f"{word}: {escape(report.verdict.reason)}", highlight=False)
 
 
 def _cells(figures: Figures, sign: str) -> list[str]:
-    def spread(part: Interval) -> str:
-        return escape(f"{part.mean:{sign}.3f} [{part.low:{sign}.3f}, {part.high:{sign}.3f}]")
+    score, utility = (escape(_spread(part, sign)) for part in (figures.score, figures.utility))
+    return [
+        score,
+        f"{1000 * figures.cost_usd.mean:{sign}.3g}",
+        utility,
+        f"{figures.steps:{sign}.2f}",
+    ]
 
-    cost_usd = f"{1000 * figures.cost_usd.mean:{sign}.3g}"
-    return [spread(figures.score), cost_usd, spread(figures.utility)]
+
+def _spread(part: Interval, sign: str) -> str:
+    return f"{part.mean:{sign}.3f} [{part.low:{sign}.3f}, {part.high:{sign}.3f}]"
 
 
-def _values(held_out: HeldOut, choices: Mapping[str, Choices], row: int, alpha: float) -> _Values:
-    """What every contender reaches on each query at one alpha, which is row `row` of `choices`."""
+def _values(held_out: HeldOut, reached: Mapping[str, Reached], row: int, alpha: float) -> _Values:
+    """What every contender reaches on each query at one alpha, which is row `row` of `reached`."""
     size = len(held_out.scores)
-    values = {name: held_out.values(of.chosen[row], alpha) for name, of in choices.items()}
+    values = {}
+    for name, of in reached.items():
+        utility = (1 - alpha) * of.score[row] - alpha * of.cost[row]
+        columns = (of.score[row], of.costs_usd[row], utility, of.steps[row])
+        values[name] = np.stack(columns, axis=1)
     single = held_out.best_single()
     alone = [held_out.values(np.full(size, column), alpha) for column in range(len(held_out.cost))]
     values[BEST_SINGLE] = alone[single]
@@ -314,13 +334,14 @@ def _compare(values: _Values, alpha: float, settings: EvaluationSettings) -> Com
     columns = np.concatenate([*values.values(), difference], axis=1)
     intervals = bootstrap(columns, settings.num_resamples, settings.seed)
     *figures, between = (
-        Figures(*intervals[start : start + 3]) for start in range(0, len(intervals), 3)
+        Figures(*intervals[start : start + 3], steps=intervals[start + 3].mean)
+        for start in range(0, len(intervals), 4)
     )
     return Comparison(
         alpha=alpha,
         num_queries=len(columns),
         contenders=dict(zip(values, figures, strict=True)),
-        difference=replace(between, steps=0.0),
+        difference=between,
     )
 
 
@@ -339,19 +360,18 @@ def _groups(
 
 
 def _frontiers(
-    held_out: HeldOut, choices: Mapping[str, Choices], alphas: Sequence[float]
+    held_out: HeldOut, reached: Mapping[str, Reached], alphas: Sequence[float]
 ) -> dict[str, tuple[Point, ...]]:
-    chosen = {name: of.chosen for name, of in choices.items()}
-    chosen[ORACLE] = np.stack([held_out.oracle(alpha) for alpha in alphas])
     rows = np.arange(len(held_out.scores))
+    best = np.stack([held_out.oracle(alpha) for alpha in alphas])
+    sweeps = {name: (of.costs_usd, of.score) for name, of in reached.items()}
+    sweeps[ORACLE] = (held_out.costs_usd[rows, best], held_out.scores[rows, best])
     frontiers: dict[str, tuple[Point, ...]] = {}
-    for name, sweep in chosen.items():
+    for name, sweep in sweeps.items():
         points: list[Point] = []
-        for alpha, pairs in zip(alphas, sweep, strict=True):
-            cost_usd = float(held_out.costs_usd[rows, pairs].mean())
-            score = float(held_out.scores[rows, pairs].mean())
-            if not points or (points[-1].cost_usd, points[-1].score) != (cost_usd, score):
-                points.append(Point(alpha, cost_usd, score))
+        for alpha, *means in zip(alphas, *(of.mean(axis=1).tolist() for of in sweep), strict=True):
+            if not points or [points[-1].cost_usd, points[-1].score] != means:
+                points.append(Point(alpha, *means))
         frontiers[name] = tuple(points)
     scores, costs_usd = held_out.scores.mean(axis=0), held_out.costs_usd.mean(axis=0)
     frontiers[RANDOM] = (Point(None, float(costs_usd.mean()), float(scores.mean())),)
@@ -360,10 +380,9 @@ def _frontiers(
     return frontiers
 
 
-def _reliability(held_out: HeldOut, choices: Choices, row: int) -> Reliability:
-    scores, confidence = held_out.scores, choices.confidence[row]
-    reached = scores[np.arange(len(scores)), choices.chosen[row]]
-    is_right = reached >= scores.max(axis=1) - NEAR_ORACLE
+def _reliability(held_out: HeldOut, reached: Reached, row: int) -> Reliability:
+    scores, confidence = held_out.scores, reached.confidence[row]
+    is_right = reached.score[row] >= scores.max(axis=1) - NEAR_ORACLE
     edges = np.unique(np.quantile(confidence, np.linspace(0, 1, _NUM_BINS + 1)))
     place = np.searchsorted(edges[1:-1], confidence, side="right")
     bins = tuple(

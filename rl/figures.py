@@ -1,8 +1,10 @@
-"""The figures of an evaluation: score against log cost, and the confidence's reliability."""
+"""The figures of an evaluation, and the curve of a training run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rl.evaluate import CANDIDATE, ORACLE, RANDOM, SERVING, EvaluationReport
 from serve_app.router.gate import NEAR_ORACLE
@@ -11,6 +13,7 @@ _COLOURS = {CANDIDATE: "#cc3311", SERVING: "#0077bb", ORACLE: "#aaaaaa", RANDOM:
 _OTHER_COLOURS = ("#44aa99", "#ddaa33", "#aa4499", "#88ccee")
 _MAX_LABELS = 20
 """More single pairs than this are points without a name."""
+_TERM_LABELS = {"r_out": "outcome", "r_fmt": "format", "r_sel": "selection", "r_cost": "cost"}
 
 
 def draw_pareto(report: EvaluationReport, path: Path) -> None:
@@ -92,3 +95,58 @@ def draw_reliability(report: EvaluationReport, path: Path) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", dpi=130)
+
+
+def draw_training(curve: Sequence[Mapping[str, Any]], best_iteration: int, path: Path) -> None:
+    """Draw a training run: the return, its terms, and the utility on questions apart.
+
+    Args:
+        curve: Rows as `rl.training.TrainResult.curve`.
+        best_iteration: Whose weights were kept; marked.
+        path: PNG file to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    iterations = [row["iteration"] for row in curve]
+    above.plot(iterations, [row["mean_return"] for row in curve], color="#000000", label="return")
+    for (name, label), colour in zip(_TERM_LABELS.items(), _OTHER_COLOURS, strict=True):
+        values = [row[name] for row in curve]
+        above.plot(iterations, values, color=colour, linewidth=1, label=label)
+    above.set(ylabel="mean per episode, in training")
+    measured = [row for row in curve if "utility" in row]
+    steps = [row["iteration"] for row in measured]
+    below.plot(
+        steps,
+        [row["utility"] for row in measured],
+        color=_COLOURS[CANDIDATE],
+        linewidth=2,
+        label="mean",
+    )
+    for number, alpha in enumerate(_alphas_of(measured)):
+        below.plot(
+            steps,
+            [_at_alpha(row["utilities"], alpha) for row in measured],
+            color=_OTHER_COLOURS[number % len(_OTHER_COLOURS)],
+            linewidth=1,
+            label=f"alpha {alpha}",
+        )
+    below.axvline(best_iteration, color="#bbbbbb", linewidth=1, linestyle="--")
+    below.set(xlabel="iteration", ylabel="utility, questions apart")
+    for axes in (above, below):
+        axes.legend(frameon=False, fontsize=8, ncols=3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png", dpi=130)
+
+
+def _alphas_of(measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The alphas of the measurements, as they are written."""
+    places = measured[0]["utilities"] if measured else {}
+    return sorted({place.partition("/")[2] for place in places}, key=float)
+
+
+def _at_alpha(utilities: Mapping[str, float], alpha: str) -> float:
+    """Mean over the views."""
+    values = [utility for place, utility in utilities.items() if place.endswith(f"/{alpha}")]
+    return sum(values) / len(values)

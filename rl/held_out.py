@@ -32,22 +32,27 @@ class HeldOut:
     """(num_queries, num_pairs)"""
     cost: NDArray[np.float64]
     """(num_pairs,) normalised mean cost."""
+    pair_costs_usd: NDArray[np.float64]
+    """(num_pairs,) the mean costs."""
     domains: NDArray[np.str_]
     """(num_queries,)"""
     coverage: dict[str, float]
     """Pair to the share of all queries, also those left out, that it was run on."""
     num_dropped: int
     """Queries left out."""
+    rows: NDArray[np.intp]
+    """(num_queries,) which of all queries these are."""
 
     def utilities(self, alpha: float) -> NDArray[np.float64]:
         """(num_queries, num_pairs) of each pair on each query."""
         return (1 - alpha) * self.scores - alpha * self.cost
 
     def values(self, chosen: NDArray[np.intp], alpha: float) -> NDArray[np.float64]:
-        """(num_queries, 3) score, dollars and utility of one pair per query."""
+        """(num_queries, 4) score, dollars, utility and steps of one pair per query."""
         rows = np.arange(len(self.scores))
         tables = (self.scores, self.costs_usd, self.utilities(alpha))
-        return np.stack([table[rows, chosen] for table in tables], axis=1)
+        columns = [table[rows, chosen] for table in tables]
+        return np.stack([*columns, np.ones(len(rows))], axis=1)
 
     def best_single(self) -> int:
         """The pair of best mean score; the cheaper one of equals."""
@@ -99,9 +104,11 @@ def read_held_out(outcomes: Outcomes, domains: Sequence[str]) -> HeldOut:
         scores=sums[rows].astype(np.float64) / counts[rows],
         costs_usd=np.where(known > 0, costs_usd, means),
         cost=normalised_cost(means.tolist()).astype(np.float64),
+        pair_costs_usd=means,
         domains=np.array([domains[row] or UNKNOWN_DOMAIN for row in rows]),
         coverage={
             str(pair): float(share) for pair, share in zip(outcomes.pairs, coverage, strict=True)
         },
         num_dropped=len(counts) - len(rows),
+        rows=rows,
     )

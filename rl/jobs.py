@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
-from rl.profile import ProfileSettings, Progress, profile
+from rl.profile import ProfileSettings, profile
 from rl.publish import (
     evaluate_snapshot,
     fit_snapshot,
     promote_evaluated,
     resolve,
     roll_back,
+    trial_of,
 )
 from rl.selection import FitSettings
 from serve_app.config import AtlasConfig
-from serve_app.jobs import EvaluateJob, FitJob, JobRequest, ProfileJob, PromoteJob
+from serve_app.jobs import EvaluateJob, FitJob, JobRequest, ProfileJob, PromoteJob, TrainJob
 from serve_app.schemas import Pair
 from serve_app.store import Store, update_job
 
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _WRITE_EVERY_S = 1.0
 """Seconds between two writes of a job's progress."""
+_NICENESS = 10
+"""Of a training process, in the kernel's terms."""
 
 Json = dict[str, Any]
 
@@ -55,13 +59,18 @@ async def run(config: AtlasConfig, store: Store, job_id: str, request: JobReques
             config, store, settings, with_traffic=request.with_traffic
         )
         return {"snapshot_id": snapshot_id, "about": dict(snapshot.metadata)}
+    if isinstance(request, TrainJob):
+        return await _train(config, store, job_id, request)
     if isinstance(request, EvaluateJob):
         candidate = await resolve(store, request.candidate)
         against = await resolve(store, request.against)
         return (await evaluate_snapshot(config, store, candidate, against)).to_json()
     if isinstance(request, PromoteJob):
         candidate = await resolve(store, request.candidate)
-        version, report = await promote_evaluated(config, store, candidate, force=request.force)
+        mode, share = trial_of(request.canary, shadow=request.shadow)
+        version, report = await promote_evaluated(
+            config, store, candidate, force=request.force, mode=mode, share=share
+        )
         return {"policy_version": version, "snapshot_id": candidate, "report": report.to_json()}
     version, before = await roll_back(store)
     return {"policy_version": version, "snapshot_id": before}
@@ -81,10 +90,35 @@ async def _profile(config: AtlasConfig, store: Store, job_id: str, request: Prof
     return progress.to_json()
 
 
+async def _train(config: AtlasConfig, store: Store, job_id: str, request: TrainJob) -> Json:
+    # Not above: the other jobs do without RLlib.
+    from rl.config import parse_train_config
+    from rl.train import train
+
+    settings = parse_train_config(request.settings)
+    # The process is this job's own; whatever serves on the same machine goes first.
+    os.nice(_NICENESS)
+    async with _written(store, job_id) as on_progress:
+        trained = await train(config, store, settings, on_progress)
+    return trained.to_json()
+
+
+class _HowFar(Protocol):
+    """Progress of any kind of job."""
+
+    @property
+    def done(self) -> int: ...
+
+    @property
+    def total(self) -> int: ...
+
+    def to_json(self) -> Json: ...
+
+
 @asynccontextmanager
-async def _written(store: Store, job_id: str) -> AsyncIterator[Callable[[Progress], None]]:
+async def _written(store: Store, job_id: str) -> AsyncIterator[Callable[[_HowFar], None]]:
     """Gives a callback; what it is called with goes into the job's row, now and then."""
-    latest: list[Progress] = []
+    latest: list[_HowFar] = []
     began_s = time.monotonic()
 
     async def write() -> None:
@@ -94,7 +128,7 @@ async def _written(store: Store, job_id: str) -> AsyncIterator[Callable[[Progres
         elapsed_s = time.monotonic() - began_s
         left = progress.total - progress.done
         eta_s = elapsed_s / progress.done * left if progress.done else None
-        await update_job(store, job_id, progress=progress.to_json() | {"eta_s": eta_s})
+        await update_job(store, job_id, progress={"eta_s": eta_s} | progress.to_json())
 
     async def keep_writing() -> None:
         while True:
@@ -104,7 +138,7 @@ async def _written(store: Store, job_id: str) -> AsyncIterator[Callable[[Progres
             except Exception as error:  # progress is not worth failing for
                 logger.warning("job %s: progress not written: %r", job_id, error)
 
-    def keep(progress: Progress) -> None:
+    def keep(progress: _HowFar) -> None:
         latest[:] = [progress]
 
     task = asyncio.create_task(keep_writing())

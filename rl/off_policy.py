@@ -1,22 +1,34 @@
 """What another policy would have scored on logged traffic, from decisions made by exploring.
 
-Self-normalised inverse propensity scores (Swaminathan and Joachims, 2015):
-`sum_i w_i * score_i / sum_i w_i` with `w_i = target(chosen_i | query_i) / propensity_i`.
+In come the log, of single decisions or of whole requests of several, and the rule that is judged;
+`rl.importance` has the estimators.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rl.contenders import Interval, Rule, ask, resampled_means
-from serve_app.errors import ConfigError
-from serve_app.schemas import Pair
+from rl.contenders import UNLIMITED_S, Rule, ask
+from rl.importance import OffPolicyEstimate, Trajectories, estimate_value
+from serve_app.errors import ConfigError, NoCandidate
+from serve_app.router.features import MAX_STEPS
+from serve_app.schemas import Action, Decision, Limits, Pair, Seen
 
-MIN_EFFECTIVE_SIZE = 30.0
-"""Below it an estimate rests on a few heavy decisions, and is refused."""
+_NUM_COMPONENTS = 16
+"""Leading principal components of the query embeddings that a pair's value is linear in."""
+_NUM_STATE_COMPONENTS = 4
+"""The same for the decisions of trajectories, which also know what the request has shown."""
+_OWN_PENALTY = 2.0
+"""Decisions that it takes to move a pair's value half way from what all pairs' data say."""
+_SHARED_PENALTY = 1e-3
+
+_Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -52,18 +64,78 @@ class LoggedDecisions:
 
 
 @dataclass(frozen=True)
-class OffPolicyEstimate:
-    """The mean score of a policy on logged queries, or why it cannot be told."""
+class LoggedStep:
+    """One decision of a request, and what came of it."""
 
-    score: Interval | None
-    """`None` where it was refused."""
-    effective_size: float
-    """`(sum w)^2 / sum w^2`: how many decisions of the policy itself would say as much."""
-    num_decisions: int
-    """Those that were explored. The others say nothing of any pair but their own, and are left
-    out; the estimate is of the queries of these."""
-    reason: str | None = None
-    """Why it was refused; `None` where it was not."""
+    action: Action
+    pair: Pair | None
+    """Who ran; `None` unless the action is to route."""
+    propensity: float
+    """Probability with which it was done, in (0, 1]."""
+    seen: Seen | None = None
+    """What it showed; `None` after `answer`."""
+    answer: NDArray[np.float32] | None = None
+    """(dim,) embedding of the step's answer; `None` where there is none."""
+
+
+@dataclass(frozen=True)
+class LoggedTrajectories:
+    """Requests whose score is known, decision by decision."""
+
+    encoder: str
+    embeddings: NDArray[np.float32]
+    """(num_requests, dim)"""
+    pairs: tuple[Pair, ...]
+    """Taken to have been available throughout."""
+    steps: tuple[tuple[LoggedStep, ...], ...]
+    """(num_requests,) none empty. An answer that nothing else was left than to give is no
+    decision, and is not among them."""
+    score: NDArray[np.float64]
+    """(num_requests,) of the answer that was returned, in [0, 1]."""
+    max_steps: int
+    """Allowed to each request."""
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit together.
+
+        Raises:
+            ConfigError: If a length, a pair, a propensity or a score is wrong.
+        """
+        if not len(self.embeddings) == len(self.steps) == len(self.score):
+            raise ConfigError("the columns of the logged trajectories differ in length")
+        if not all(self.steps):
+            raise ConfigError("a logged trajectory has no step")
+        known = set(self.pairs)
+        for step in (step for steps in self.steps for step in steps):
+            if (step.action is Action.ROUTE) != (step.pair is not None):
+                raise ConfigError("a logged step names a pair without running it, or runs none")
+            if step.pair is not None and step.pair not in known:
+                raise ConfigError(f"a logged step is of none of the {len(self.pairs)} pairs")
+            if not 0 < step.propensity <= 1:
+                raise ConfigError("a logged propensity is not in (0, 1]")
+        if not ((self.score >= 0) & (self.score <= 1)).all():
+            raise ConfigError("a logged score is not in [0, 1]")
+
+
+class SteppingRule(Protocol):
+    """What decides a request step by step; exploration off."""
+
+    def decide(
+        self,
+        embedding: NDArray[np.float32],
+        limits: Limits,
+        available: Sequence[Pair],
+        pool_version: int,
+        *,
+        history: tuple[Seen, ...] = (),
+        last_answer: NDArray[np.float32] | None = None,
+    ) -> Decision:
+        """What to do next.
+
+        Raises:
+            NoCandidate: If it knows none of the pairs.
+        """
+        ...
 
 
 def estimate(
@@ -76,7 +148,7 @@ def estimate(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> OffPolicyEstimate:
-    """Estimate what a policy would have scored.
+    """Estimate what a policy of one step would have scored.
 
     Args:
         name: Of the policy, for messages.
@@ -84,32 +156,177 @@ def estimate(
         logged: What another policy did.
         alpha: Cost-quality dial that the policy decides at.
         epsilon: Probability in [0, 1] with which it would draw a pair uniformly instead.
-        num_resamples: Of the interval.
-        seed: Of the interval.
+        num_resamples: Of the intervals.
+        seed: Of the intervals.
 
     Raises:
         ConfigError: If the rule is of another encoder, knows none of the pairs, or explores.
     """
     explored = np.flatnonzero(logged.propensity < 1)
     if not len(explored):
-        return OffPolicyEstimate(None, 0.0, 0, "no logged decision was explored: all were certain")
-    embeddings = logged.embeddings[explored]
+        return _nothing_explored("decision")
+    embeddings, num_pairs = logged.embeddings[explored], len(logged.pairs)
     choices = ask(name, rule, embeddings, logged.encoder, logged.pairs, [alpha])
-    target = epsilon / len(logged.pairs) + (1 - epsilon) * (
-        choices.chosen[0] == logged.chosen[explored]
+    target = np.full((len(explored), num_pairs), epsilon / num_pairs)
+    target[np.arange(len(explored)), choices.chosen[0]] += 1 - epsilon
+    chosen = logged.chosen[explored]
+    kind = _with_one(_components(embeddings, _NUM_COMPONENTS))
+    done = np.eye(num_pairs)[chosen]
+    trajectories = Trajectories(
+        ratio=(target[np.arange(len(explored)), chosen] / logged.propensity[explored])[:, None],
+        reward=logged.score[explored][:, None],
+        taken=_crossed(kind, done, kind)[:, None],
+        expected=_crossed(kind, target, kind)[:, None],
+        penalty=_penalties(kind.shape[1], num_pairs * kind.shape[1]),
     )
-    weights = target / logged.propensity[explored]
-    total = float(weights.sum())
-    size = total**2 / float((weights**2).sum()) if total else 0.0
-    if size < MIN_EFFECTIVE_SIZE:
-        reason = (
-            f"the {len(explored)} explored decisions are worth {size:.1f} of this policy's, "
-            f"{MIN_EFFECTIVE_SIZE:g} are needed: explore more or longer"
+    return estimate_value(trajectories, num_resamples=num_resamples, seed=seed)
+
+
+def estimate_trajectories(
+    name: str,
+    rule: SteppingRule,
+    logged: LoggedTrajectories,
+    alpha: float,
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> OffPolicyEstimate:
+    """Estimate what a policy of several steps would have scored.
+
+    Args:
+        name: Of the policy, for messages.
+        rule: Its exploration is off.
+        logged: What another policy did, decision by decision. Requests without an explored decision
+            are left out.
+        alpha: Cost-quality dial that the policy decides at.
+        num_resamples: Of the intervals.
+        seed: Of the intervals.
+
+    Raises:
+        ConfigError: If the rule knows none of the pairs, or explores.
+    """
+    explored = [
+        row for row, steps in enumerate(logged.steps) if any(step.propensity < 1 for step in steps)
+    ]
+    if not explored:
+        return _nothing_explored("request")
+    num_pairs = len(logged.pairs)
+    num_steps = max(len(logged.steps[row]) for row in explored)
+    shape = (len(explored), num_steps)
+    ratio, present = np.ones(shape), np.zeros(shape)
+    done, wanted = (np.zeros((*shape, num_pairs + 2)) for _ in range(2))
+    state = np.zeros((*shape, _NUM_STATE))
+    limits = Limits(alpha=alpha, deadline_s=UNLIMITED_S, max_steps=logged.max_steps)
+    for place, row in enumerate(explored):
+        history: tuple[Seen, ...] = ()
+        last_answer = None
+        for number, step in enumerate(logged.steps[row]):
+            target = _target(name, rule, logged, row, limits, history, last_answer)
+            action = _index(logged.pairs, step.action, step.pair)
+            ratio[place, number] = (target == action) / step.propensity
+            done[place, number, action] = wanted[place, number, target] = 1.0
+            state[place, number] = _state(history)
+            present[place, number] = 1.0
+            if step.seen is not None:
+                history = (*history, step.seen)
+            last_answer = step.answer if step.answer is not None else last_answer
+    reward = np.zeros(shape)
+    ends = present.sum(axis=1).astype(np.intp) - 1
+    reward[np.arange(len(explored)), ends] = logged.score[explored]
+    components = _components(logged.embeddings[explored], _NUM_STATE_COMPONENTS)
+    spread = np.broadcast_to(components[:, None], (*shape, components.shape[1]))
+    known = _with_one(np.concatenate([state, spread], axis=2))
+    trajectories = Trajectories(
+        ratio=ratio,
+        reward=reward,
+        taken=_crossed(known, done, known) * present[:, :, None],
+        expected=_crossed(known, wanted, known) * present[:, :, None],
+        penalty=_penalties(known.shape[2], done.shape[2] * known.shape[2]),
+    )
+    return estimate_value(trajectories, num_resamples=num_resamples, seed=seed)
+
+
+def _nothing_explored(what: str) -> OffPolicyEstimate:
+    reason = f"no logged {what} was explored: all were certain"
+    return OffPolicyEstimate(None, 0.0, 0, reason)
+
+
+def _target(
+    name: str,
+    rule: SteppingRule,
+    logged: LoggedTrajectories,
+    row: int,
+    limits: Limits,
+    history: tuple[Seen, ...],
+    last_answer: NDArray[np.float32] | None,
+) -> int:
+    """What the rule would do there, as `_index` has it."""
+    try:
+        decision = rule.decide(
+            logged.embeddings[row],
+            limits,
+            logged.pairs,
+            0,
+            history=history,
+            last_answer=last_answer,
         )
-        return OffPolicyEstimate(None, size, len(explored), reason)
-    gains = weights * logged.score[explored]
-    draws = resampled_means(np.stack([gains, weights], axis=1), num_resamples, seed)
-    values = draws[draws[:, 1] > 0]
-    low, high = np.percentile(values[:, 0] / values[:, 1], [2.5, 97.5])
-    score = Interval(float(gains.sum()) / total, float(low), float(high))
-    return OffPolicyEstimate(score, size, len(explored))
+    except NoCandidate:
+        raise ConfigError(
+            f"the {name} policy knows none of the {len(logged.pairs)} pairs that were logged"
+        ) from None
+    if decision.propensity < 1:
+        raise ConfigError(f"the {name} policy explores: switch it off to evaluate it")
+    pair = decision.pair if decision.action is Action.ROUTE else None
+    return _index(logged.pairs, decision.action, pair)
+
+
+def _index(pairs: tuple[Pair, ...], action: Action, pair: Pair | None) -> int:
+    """Pairs by their place, then `think`, then `answer`."""
+    if pair is not None:
+        return pairs.index(pair)
+    return len(pairs) + (action is Action.ANSWER)
+
+
+_NUM_STATE = 4
+
+
+def _state(history: tuple[Seen, ...]) -> list[float]:
+    """What the values know of a request under way, each in [0, 1]."""
+    answers = [seen for seen in history if seen.answer_key is not None]
+    if not answers:
+        return [len(history) / MAX_STEPS, 0.0, 0.0, 0.0]
+    keys = [seen.answer_key for seen in answers]
+    certainty = max(
+        (
+            math.exp(min(seen.mean_logprob, 0.0))
+            for seen in answers
+            if seen.mean_logprob is not None
+        ),
+        default=0.0,
+    )
+    agreeing = max(keys.count(key) for key in keys)
+    return [len(history) / MAX_STEPS, 1.0, certainty, (agreeing - 1) / MAX_STEPS]
+
+
+def _components(embeddings: NDArray[np.float32], number: int) -> _Array:
+    """(num_queries, at most number) leading principal components, of unit variance."""
+    centred = (embeddings - embeddings.mean(axis=0)).astype(np.float64)
+    values, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
+    kept = [place for place in np.argsort(-values)[:number] if values[place] > 1e-9]
+    components: _Array = centred @ vectors[:, kept] / np.sqrt(values[kept])
+    return components
+
+
+def _with_one(columns: _Array) -> _Array:
+    return np.concatenate([np.ones((*columns.shape[:-1], 1)), columns], axis=-1)
+
+
+def _crossed(shared: _Array, actions: _Array, own: _Array) -> _Array:
+    """Features that all actions share, and those each has of its own, on the last axis."""
+    products = actions[..., :, None] * own[..., None, :]
+    return np.concatenate([shared, products.reshape(*products.shape[:-2], -1)], axis=-1)
+
+
+def _penalties(num_shared: int, num_own: int) -> _Array:
+    """A pair's own part is held back, so that one that was seldom tried is valued like the rest."""
+    return np.repeat([_SHARED_PENALTY, _OWN_PENALTY], [num_shared, num_own])

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import random
-import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,16 +21,15 @@ from typing import Any
 import numpy as np
 import ray
 
+from rl.measuring import RunSettings, measure_pair
 from serve_app.config import AtlasConfig
 from serve_app.embedder import Embedder
-from serve_app.errors import AtlasError, ConfigError, EngineError, InvalidRequest, NoCandidate
-from serve_app.gateway.deployment import Gateway
+from serve_app.errors import ConfigError
 from serve_app.models.controller import PoolController
 from serve_app.questions import Question
 from serve_app.router.cold_start import pair_cards
 from serve_app.running import deployment_handle
-from serve_app.schemas import ChatCall, Limits, Pair, PoolState, Report
-from serve_app.scoring import Answer, score
+from serve_app.schemas import Pair, PoolState
 from serve_app.store import (
     ProfileOutcome,
     ProfileQuestion,
@@ -47,8 +45,6 @@ _EMBED_BATCH = 64
 _PASSES = 2
 """Times that what failed for the engine's sake is tried."""
 _POOL_TIMEOUT_S = 60.0
-_GRACE_S = 10.0
-"""Beyond a request's own deadline, before a task gives up waiting for it."""
 
 _MODEL_FIELDS = {
     "type",
@@ -86,6 +82,11 @@ class ProfileSettings:
     """Run also what is measured already; the newest outcome counts."""
     num_cpus: float = 0.05
     """CPUs that Ray reserves for each task; the work is the engines'."""
+
+    @property
+    def runs(self) -> RunSettings:
+        """How each pair is run."""
+        return RunSettings(self.judge, self.deadline_s, self.temperature)
 
 
 @dataclass
@@ -320,70 +321,7 @@ def _measure(
 
     async def together() -> list[ProfileOutcome | None]:
         return await asyncio.gather(
-            *(_measure_pair(question, pair, marks[pair], settings) for pair in pairs)
+            *(measure_pair(question, pair, marks[pair], settings.runs) for pair in pairs)
         )
 
     return [outcome for outcome in asyncio.run(together()) if outcome is not None]
-
-
-async def _measure_pair(
-    question: Question, pair: Pair, mark: str, settings: ProfileSettings
-) -> ProfileOutcome | None:
-    try:
-        report, failure = await _ask(question.query, pair, settings)
-    except NoCandidate:
-        return None
-    if isinstance(failure, EngineError):
-        return None
-    steps = report.steps
-    answer = steps[-1].answer if steps and failure is None else None
-    calls = tuple(call for step in steps for call in step.tool_calls)
-
-    async def judge(prompt: str) -> str:
-        assert settings.judge is not None
-        said, error = await _ask(prompt, settings.judge, settings)
-        if error is not None:
-            raise error
-        return said.steps[-1].answer or ""
-
-    scored = await score(question, Answer(answer, calls), judge=judge)
-    return ProfileOutcome(
-        question_key=question.key,
-        model_id=pair.model_id,
-        tool_id=pair.tool_id,
-        fingerprint=mark,
-        score=scored.score,
-        prompt_tokens=report.usage.prompt_tokens,
-        completion_tokens=report.usage.completion_tokens,
-        cost_usd=report.usage.cost_usd,
-        seconds=report.seconds,
-        mean_logprob=steps[-1].mean_logprob if steps else None,
-        tool_errors=sum(not call.ok for call in calls),
-        answer=answer,
-        error=failure.message if failure is not None else None,
-        judge_agreed=scored.judge_agreed,
-        created_unix_s=time.time(),
-    )
-
-
-async def _ask(
-    query: str, pair: Pair, settings: ProfileSettings
-) -> tuple[Report, AtlasError | None]:
-    """One pinned run; log-probabilities are left out where the engine does not give them."""
-    gateway = deployment_handle(Gateway.__name__)
-    sampling = {"temperature": settings.temperature}
-    for extra in ({"logprobs": True}, {}):
-        call = ChatCall(
-            request_id=f"profile_{uuid.uuid4().hex}",
-            model=str(pair),
-            messages=({"role": "user", "content": query},),
-            sampling=sampling | extra,
-            limits=Limits(alpha=0.0, deadline_s=settings.deadline_s),
-            owner="profile",
-        )
-        response = gateway.measure.remote(call)
-        timeout_s = settings.deadline_s + _GRACE_S
-        report, failure = await asyncio.to_thread(response.result, timeout_s=timeout_s)
-        if not isinstance(failure, InvalidRequest):
-            break
-    return report, failure

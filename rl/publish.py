@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from rl.contenders import MultiStep, Rule
 from rl.dataset import MAX_VERDICTS, read_dataset
-from rl.evaluate import EvaluationReport, EvaluationSettings, evaluate
+from rl.evaluate import PATH_1, PATH_2, EvaluationReport, EvaluationSettings, evaluate
 from rl.figures import draw_pareto, draw_reliability
 from rl.fit import fit
 from rl.off_policy import LoggedDecisions
@@ -32,6 +33,7 @@ from serve_app.router.library import SnapshotLibrary
 from serve_app.router.snapshot import RouterSnapshot
 from serve_app.schemas import Pair
 from serve_app.store import (
+    Mode,
     Store,
     Verdict,
     add_snapshot,
@@ -39,6 +41,7 @@ from serve_app.store import (
     publish,
     read_verdicts,
     serving_policies,
+    trial_policies,
     verdict_ids,
 )
 
@@ -164,6 +167,9 @@ async def evaluate_snapshot(
 ) -> EvaluationReport:
     """Hold a snapshot against another on the held-out questions; both with what users said since.
 
+    A snapshot with a policy answers them as it serves, step by step; each of its two paths alone is
+    reported beside it.
+
     Args:
         config: The deployment.
         store: Where outcomes and snapshots are.
@@ -179,16 +185,35 @@ async def evaluate_snapshot(
     verdicts = await read_verdicts(store, await verdict_ids(store, 0.0, MAX_VERDICTS))
     knowledge = read_cards(config)
     rules = [_rule(config, knowledge, name, verdicts) for name in (candidate, against)]
+    others: dict[str, Rule | MultiStep] = {"cold_start": knowledge.cold_start}
+    policies: list[Rule | MultiStep] = [*rules]
+    if any(_has_policy(rule) for rule in rules):
+        # Only here: they take torch, and the answers' embeddings.
+        from rl.replay import read_replay
+        from rl.rollout import gated_policy
+
+        table = await read_replay(config, store, "held_out", views=None)
+        max_steps = config.gateway.limits.max_steps
+        for place, rule in enumerate(rules):
+            if isinstance(rule, ClusterRule) and _has_policy(rule):
+                gated = gated_policy(rule, table, max_steps)
+                policies[place] = gated
+                if place == 0:
+                    others |= {PATH_1: rule, PATH_2: gated.alone()}
     return evaluate(
         dataset.outcomes,
         dataset.domains,
-        *rules,
-        others={"cold_start": knowledge.cold_start},
+        *policies,
+        others=others,
         logged=_logged(config, verdicts),
         settings=EvaluationSettings(
             default_alpha=config.router.default_alpha, margin=config.router.promotion_margin
         ),
     )
+
+
+def _has_policy(rule: ColdStartRule | ClusterRule) -> bool:
+    return isinstance(rule, ClusterRule) and bool(rule.snapshot.policy)
 
 
 def _rule(
@@ -197,7 +222,7 @@ def _rule(
     snapshot_id: str | None,
     verdicts: Sequence[Verdict],
 ) -> ColdStartRule | ClusterRule:
-    """What a router replica would serve with, exploration off."""
+    """Path 1 as a router replica would serve with it, exploration off."""
     if snapshot_id is None:
         return knowledge.cold_start
     snapshot = SnapshotLibrary(config.snapshots_path()).load(snapshot_id, policy_version=1)
@@ -229,7 +254,13 @@ def _logged(config: AtlasConfig, verdicts: Sequence[Verdict]) -> LoggedDecisions
 
 
 async def promote_evaluated(
-    config: AtlasConfig, store: Store, candidate: str | None, *, force: bool = False
+    config: AtlasConfig,
+    store: Store,
+    candidate: str | None,
+    *,
+    force: bool = False,
+    mode: Mode = Mode.SERVING,
+    share: float = 1.0,
 ) -> tuple[int, EvaluationReport]:
     """Evaluate a snapshot against the serving one, and let it serve if it is not worse.
 
@@ -238,6 +269,9 @@ async def promote_evaluated(
         store: Where outcomes and snapshots are.
         candidate: A snapshot id; `None` is the cold-start rule.
         force: Whatever the evaluation says.
+        mode: Whether it serves, or goes on trial; into the shadow, where it does no harm, it may
+            go whatever the evaluation says.
+        share: Of the requests that a trial gets, in (0, 1].
 
     Returns:
         The policy version it serves as, and the evaluation.
@@ -247,10 +281,23 @@ async def promote_evaluated(
         ConfigError, SnapshotError, StoreError: As `evaluate_snapshot`.
     """
     report = await evaluate_snapshot(config, store, candidate, await resolve(store, SERVING))
-    if not report.verdict.promote and not force:
+    if not report.verdict.promote and not force and mode is not Mode.SHADOW:
         raise PromotionRefused(f"refused: {report.verdict.reason}")
     reason = ("forced: " if not report.verdict.promote else "") + report.verdict.reason
-    return await promote(store, candidate, reason, report.to_json()), report
+    version = await promote(store, candidate, reason, report.to_json(), mode=mode, share=share)
+    return version, report
+
+
+def trial_of(canary: float | None, *, shadow: bool) -> tuple[Mode, float]:
+    """What a promotion is for, and its share of the requests.
+
+    Args:
+        canary: Share that a canary gets, in (0, 1); `None` is no canary.
+        shadow: Whether it goes into the shadow.
+    """
+    if shadow:
+        return Mode.SHADOW, 1.0
+    return (Mode.SERVING, 1.0) if canary is None else (Mode.CANARY, canary)
 
 
 def write_report(report: EvaluationReport, folder: Path) -> None:
@@ -262,20 +309,28 @@ def write_report(report: EvaluationReport, folder: Path) -> None:
 
 
 async def promote(
-    store: Store, snapshot_id: str | None, reason: str, report: Mapping[str, Any] | None = None
+    store: Store,
+    snapshot_id: str | None,
+    reason: str,
+    report: Mapping[str, Any] | None = None,
+    *,
+    mode: Mode = Mode.SERVING,
+    share: float = 1.0,
 ) -> int:
-    """Let a snapshot serve.
+    """Let a snapshot serve, or put it on trial.
 
     Returns:
         The policy version it serves as.
     """
-    version = await publish(store, snapshot_id, reason, report)
+    version = await publish(store, snapshot_id, reason, report, mode=mode, share=share)
     assert version is not None
     return version
 
 
 async def roll_back(store: Store) -> tuple[int, str | None]:
     """Publish again what served before the serving policy, under a new version.
+
+    While a canary is out, that is what serves beside it: the canary ends.
 
     Returns:
         The new version, and the snapshot that serves; `None` is the cold-start rule.
@@ -288,5 +343,12 @@ async def roll_back(store: Store) -> tuple[int, str | None]:
         raise ConfigError("nothing was ever promoted")
     serving = policies[0]
     before = next((p.snapshot_id for p in policies if p.snapshot_id != serving.snapshot_id), None)
-    version = await promote(store, before, f"rolled back from policy {serving.policy_version}")
+    trials = await trial_policies(store)
+    canary = next((policy for policy in trials if policy.mode is Mode.CANARY), None)
+    if canary is not None:
+        serving, before = canary, serving.snapshot_id
+    taken_back = serving.policy_version
+    reason = f"rolled back from policy {taken_back}"
+    version = await publish(store, before, reason, take_back=taken_back)
+    assert version is not None
     return version, before

@@ -210,7 +210,8 @@ class RouterConfig(BaseConfig):
     rollback: RollbackConfig = RollbackConfig()
     promotion_margin: float = Field(default=0.03, ge=0, le=1)
     """A candidate may serve if its utility is surely no more than this below the serving
-    policy's, on the held-out questions."""
+    policy's, on the held-out questions. 0 asks for more: at `default_alpha` it has to be surely
+    above."""
     refresh_interval_s: float = Field(default=1.0, gt=0)
     """How often a replica asks the store for a new policy and new feedback."""
     deployment: DeploymentConfig = DeploymentConfig()

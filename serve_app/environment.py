@@ -51,4 +51,3 @@ def apply() -> None:
     """Set what is not set yet."""
     for name, value in settings().items():
         os.environ.setdefault(name, value)
-

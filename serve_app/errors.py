@@ -23,6 +23,7 @@ AtlasError
 │       └── ToolTimeout          the tool ran past its time
 ├── ConfigError                  a configuration that cannot work
 ├── SnapshotError                a router snapshot that is damaged, foreign or does not fit
+├── TrainingStopped              told to stop before its end
 ├── PromotionRefused             409, a candidate policy that is not surely as good
 └── StoreError                   the store refused or is away
 
@@ -185,6 +186,10 @@ class ConfigError(AtlasError, ValueError):
 
 class SnapshotError(AtlasError, ValueError):
     """A router snapshot that is damaged, foreign or does not fit."""
+
+
+class TrainingStopped(AtlasError):
+    """Training was told to stop before its end; it can go on from its last checkpoint."""
 
 
 class PromotionRefused(AtlasError):

@@ -2,7 +2,7 @@
 
 A job is a row in the store and a detached Ray actor, so it outlives the gateway replica that took
 it. The work itself is in `rl.jobs`, which is imported by name and only in the actor's process:
-serving never loads the learning part.
+serving never loads the learning part, but for the types of a training's settings.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import asyncio
 import importlib
 import logging
 import uuid
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 
 from serve_app.config import AtlasConfig
-from serve_app.errors import AtlasError, Conflict, InvalidRequest
+from serve_app.errors import AtlasError, ConfigError, Conflict, InvalidRequest
 from serve_app.models.controller import failure_reason
 from serve_app.questions import Question
 from serve_app.store import Job, Store, add_job, get_job, list_jobs, update_job
@@ -25,6 +25,7 @@ from serve_app.store import Job, Store, add_job, get_job, list_jobs, update_job
 logger = logging.getLogger(__name__)
 
 _WORK_MODULE = "rl.jobs"
+_SETTINGS_MODULE = "rl.config"
 _NAMESPACE = "atlas-jobs"
 
 PairName = Annotated[str, Field(pattern=r"^[^@\s]{1,64}@[^@\s]{1,64}$")]
@@ -81,6 +82,29 @@ class FitJob(_Request):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
+class TrainJob(_Request):
+    """Train the learned policy on the outcomes in the store, and keep a snapshot with it."""
+
+    kind: Literal["train"]
+    settings: dict[str, Any] = {}
+    """As in configs/rl/*.yaml, without `deployment`; what is not named is the default."""
+
+    def check_settings(self) -> None:
+        """See that training would take them.
+
+        Raises:
+            InvalidRequest: Naming the first wrong one, or that learning is not installed.
+        """
+        try:
+            # Only the settings' types: they need nothing of what learning needs.
+            read: Any = importlib.import_module(_SETTINGS_MODULE)
+            read.parse_train_config(self.settings)
+        except ModuleNotFoundError as error:
+            raise InvalidRequest(f"training is not installed here: no {error.name}") from None
+        except ConfigError as error:
+            raise InvalidRequest(error.message, "settings") from None
+
+
 class EvaluateJob(_Request):
     """Hold a snapshot against another on the held-out questions."""
 
@@ -97,6 +121,16 @@ class PromoteJob(_Request):
     candidate: SnapshotName = "newest"
     force: bool = False
     """Promote whatever the evaluation says."""
+    canary: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the requests that it gets, by their ids, beside what serves; `null` gives it all."""
+    shadow: bool = False
+    """Have its decisions logged, and not acted on."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.shadow and self.canary is not None:
+            raise ValueError("a policy is a canary or in the shadow, not both")
+        return self
 
 
 class RollbackJob(_Request):
@@ -105,7 +139,7 @@ class RollbackJob(_Request):
     kind: Literal["rollback"]
 
 
-JobRequest = ProfileJob | FitJob | EvaluateJob | PromoteJob | RollbackJob
+JobRequest = ProfileJob | FitJob | TrainJob | EvaluateJob | PromoteJob | RollbackJob
 
 
 class JobSubmission(RootModel[Annotated[JobRequest, Field(discriminator="kind")]]):
@@ -209,6 +243,8 @@ class Jobs:
         """
         if isinstance(request, ProfileJob):
             request.read_questions()
+        elif isinstance(request, TrainJob):
+            await asyncio.to_thread(request.check_settings)
         settings = request.model_dump(mode="json")
         job_id = f"job_{uuid.uuid4().hex[:16]}"
         job = await add_job(self._store, job_id, request.kind, settings, owner)

@@ -161,6 +161,19 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
+class ShadowDecision:
+    """What a policy on trial would have done first; logged, and not acted on."""
+
+    policy_version: int
+    action: Action
+    pair: Pair
+    """Its first candidate."""
+    path: Path
+    confidence: float
+    propensity: float
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """The router's choice: the candidates from best to worst, and how it was made."""
 
@@ -182,10 +195,12 @@ class Decision:
     """Only where an explanation was asked for."""
     action: Action = Action.ROUTE
     """Anything else only on path 2."""
+    shadow: ShadowDecision | None = None
+    """Only with a request's first decision, while a policy is on trial in the shadow."""
 
     @property
     def pair(self) -> Pair:
-        """The chosen pair."""
+        """The chosen pair; where the action is to think, the one that would be next."""
         return self.candidates[0].pair
 
 
@@ -233,6 +248,10 @@ class Step:
     mean_logprob: float | None = None
     """Mean token log-probability of the answer, where the engine gave it."""
     answer: str | None = None
+    action: Action = Action.ROUTE
+    """`THINK` where the planner ran: its text is no answer."""
+    policy_version: int = 0
+    """Of the policy that decided on the step; the same through all steps of a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,11 +269,22 @@ class Report:
     owner: str = "local"
     error: str | None = None
     """Why the request as a whole failed; `None` when it was answered."""
+    decisions: tuple[Decision, ...] = ()
+    """Path 2: every decision in its order, the first one included; empty on the other paths."""
+    answer_step: int | None = None
+    """Index of the step whose answer was returned; `None` where none was."""
+
+    @property
+    def final_step(self) -> Step | None:
+        """The step that gave the answer, or else the last one tried."""
+        if not self.steps:
+            return None
+        return self.steps[-1 if self.answer_step is None else self.answer_step]
 
     @property
     def pair(self) -> Pair:
-        """The pair that gave the answer (the last one tried)."""
-        return self.steps[-1].pair if self.steps else self.decision.pair
+        """The pair that gave the answer, or else the last one tried."""
+        return self.final_step.pair if self.final_step else self.decision.pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +306,8 @@ class ChatCall:
     """The caller's own tools; passed through to the chosen model."""
     tool_choice: Any = None
     explain: bool = False
+    note: str | None = None
+    """What the planner said of the question; stands before it in the last user message."""
 
     @property
     def query(self) -> str:

@@ -39,6 +39,7 @@ from serve_app.gateway.edge import (
 )
 from serve_app.gateway.errors import JsonResponse, error_response
 from serve_app.gateway.extension import completion_extension, decision_object
+from serve_app.gateway.job_events import JobEvents
 from serve_app.gateway.openapi import openapi_document
 from serve_app.gateway.parsing import parse_json, validate
 from serve_app.gateway.pool_view import PoolView
@@ -53,8 +54,8 @@ from serve_app.store import (
     Scope,
     Store,
     add_feedback,
+    list_policies,
     list_snapshots,
-    serving_policies,
 )
 from serve_app.telemetry import GATEWAY_COST_USD, GATEWAY_TOKENS, MetricSink, NoMetrics
 
@@ -335,7 +336,7 @@ class _Api:
     async def admin_snapshots(self, request: Request) -> Response:
         """`GET /v1/admin/snapshots`."""
         snapshots = await list_snapshots(self._store)
-        policies = await serving_policies(self._store)
+        policies = await list_policies(self._store)
         body = {
             "object": "list",
             "data": [asdict(snapshot) for snapshot in snapshots],
@@ -356,8 +357,14 @@ class _Api:
         return JsonResponse({"object": "list", "data": data})
 
     async def get_job(self, request: Request) -> Response:
-        """`GET /v1/admin/jobs/{job_id}`."""
-        return JsonResponse(_job_object(await self._jobs.get(request.path_params["job_id"])))
+        """`GET /v1/admin/jobs/{job_id}`; as events where the client accepts only those."""
+        job_id = request.path_params["job_id"]
+        job = await self._jobs.get(job_id)
+        if request.headers.get("accept", "").partition(",")[0].strip() != "text/event-stream":
+            return JsonResponse(_job_object(job))
+        return JobEvents(
+            job, lambda: self._jobs.get(job_id), _job_object, max_s=self._limits.max_deadline_s
+        )
 
     async def cancel_job(self, request: Request) -> Response:
         """`DELETE /v1/admin/jobs/{job_id}`."""

@@ -21,11 +21,12 @@ def completion_extension(report: Report, *, alpha: float, explain: bool) -> Json
     extension: Json = {
         "request_id": report.request_id,
         "pair": str(report.pair),
-        "path": str(report.steps[-1].path if report.steps else decision.path),
+        "path": str(report.final_step.path if report.final_step else decision.path),
         "confidence": decision.confidence,
         "propensity": decision.propensity,
         "alpha": alpha,
         "steps": [_step(step) for step in report.steps],
+        "answer_step": report.answer_step,
         "usage": usage(report.usage),
         "seconds": report.seconds,
         "cost_usd": report.usage.cost_usd,
@@ -41,6 +42,7 @@ def decision_object(decision: Decision) -> Json:
     """A decision with every candidate's scores, best first."""
     like = decision.likeness
     return {
+        "action": str(decision.action),
         "pair": str(decision.pair),
         "path": str(decision.path),
         "confidence": decision.confidence,
@@ -77,9 +79,11 @@ def _candidate(candidate: Candidate) -> Json:
 
 def _step(step: Step) -> Json:
     return {
+        "action": str(step.action),
         "pair": str(step.pair),
         "path": str(step.path),
         "propensity": step.propensity,
+        "policy_version": step.policy_version,
         "seconds": step.seconds,
         "usage": usage(step.usage),
         "cost_usd": step.usage.cost_usd,

@@ -162,7 +162,7 @@ def _paths() -> Json:
         "/v1/admin/jobs": {
             "post": _operation(
                 "submitJob",
-                "Profile, fit, evaluate, promote or roll back, behind the response.",
+                "Profile, fit, train, evaluate, promote or roll back, behind the response.",
                 {"201": _json_response("Taken.", "Job")},
                 body=_body("JobSubmission"),
                 errors=(400, 408, 413, 415, 429, 431, 500, 503),
@@ -177,8 +177,8 @@ def _paths() -> Json:
         "/v1/admin/jobs/{job_id}": {
             "get": _operation(
                 "getJob",
-                "One job, with its progress.",
-                {"200": _json_response("It.", "Job")},
+                "One job with its progress, whole or as server-sent events.",
+                {"200": _with_events(_json_response("It, or its changes as events.", "Job"))},
                 errors=(404, 429, 431, 500),
                 parameters=[_path_parameter("job_id")],
             ),
@@ -291,7 +291,13 @@ def _json_response(description: str, schema: str) -> Json:
 
 
 def _completion_response() -> Json:
-    response = _json_response("The completion, or its chunks as events.", "ChatCompletion")
+    return _with_events(
+        _json_response("The completion, or its chunks as events.", "ChatCompletion")
+    )
+
+
+def _with_events(response: Json) -> Json:
+    """A response that may come as server-sent events too."""
     response["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     return response
 
@@ -340,9 +346,11 @@ def _response_schemas() -> Json:
         "cost_usd": _NUMBER,
     }
     step = {
+        "action": {"enum": ["route", "think"]},
         "pair": _STRING,
         "path": _STRING,
         "propensity": _SHARE,
+        "policy_version": _COUNT,
         "seconds": _NUMBER,
         "usage": _ref("Usage"),
         "cost_usd": _NUMBER,
@@ -363,6 +371,7 @@ def _response_schemas() -> Json:
         "request_id": _STRING,
         "alpha": _SHARE,
         "steps": _list(_ref("Step")),
+        "answer_step": {"type": ["integer", "null"], "minimum": 0},
         "usage": _ref("Usage"),
         "cost_usd": _NUMBER,
     }
@@ -410,6 +419,9 @@ def _response_schemas() -> Json:
         "snapshot_id": _NULLABLE_STRING,
         "reason": _STRING,
         "created_unix_s": _NUMBER,
+        "mode": {"enum": ["serving", "canary", "shadow"]},
+        "share": _SHARE,
+        "taken_back": {"type": ["integer", "null"]},
     }
     return {
         "Job": _object(job),
@@ -431,6 +443,7 @@ def _response_schemas() -> Json:
                 "object": {"const": "atlas.decision"},
                 "request_id": _STRING,
                 "alpha": _SHARE,
+                "action": {"enum": ["route", "think"]},
                 **decided,
                 "distance_quantile": {"type": ["number", "null"]},
                 "cluster": {"type": ["object", "null"]},

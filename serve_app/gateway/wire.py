@@ -200,7 +200,7 @@ class AtlasOptions(Wire):
     deadline_s: Annotated[float, Field(ge=0.01)] | None = None
     """Seconds from arrival to the last byte."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Pairs tried at most: the choice and its fallbacks."""
+    """Pairs tried at most: the choice and its fallbacks, or the learned policy's steps."""
     models: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
     """Model ids the router may choose from."""
     tools: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None

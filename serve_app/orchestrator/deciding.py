@@ -1,13 +1,15 @@
 """From a query to a decision: the hops to the embedder and the router, shared by whoever waits.
 
 While a batch is on its way, the requests that arrive form the next one, so that under load the cost
-of the two hops is divided by the batch, and a lone request goes at once.
+of the two hops is divided by the batch, and a lone request goes at once. A request under way asks
+again in the same batches, with the text of its last answer in place of its query.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +18,29 @@ from numpy.typing import NDArray
 
 from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest
 from serve_app.orchestrator.engines import Deadline, call
-from serve_app.schemas import Decision, Limits
+from serve_app.schemas import Decision, Limits, Seen
 
 _BATCH_SIZE = 32
 _MAX_IN_FLIGHT = 2
 """Batches under way at once, one embedding and one deciding; full ones do not wait for this."""
 
-_Answer = tuple[NDArray[np.float32], Decision]
+_Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """What a request brings that was decided on before."""
+
+    embedding: _Vector
+    """(dim,) of its query."""
+    policy_version: int
+    """Of the policy that it began with."""
+    history: tuple[Seen, ...]
+    """What its steps showed."""
+    answer: str | None = None
+    """Text of the last answer, where it was not embedded yet."""
+    answer_embedding: _Vector | None = None
+    """(dim,) of the last answer, where it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +49,16 @@ class _Waiting:
     limits: Limits
     deadline: Deadline
     explain: bool
-    answer: asyncio.Future[_Answer]
+    request_id: str | None
+    under_way: UnderWay | None
+    answer: asyncio.Future[tuple[_Vector | None, Decision]]
 
-    def settle(self, answer: _Answer | Exception) -> None:
+    @property
+    def text(self) -> str | None:
+        """What is to be embedded."""
+        return self.query if self.under_way is None else self.under_way.answer
+
+    def settle(self, answer: tuple[_Vector | None, Decision] | Exception) -> None:
         if self.answer.done():
             return
         if isinstance(answer, Exception):
@@ -63,8 +88,14 @@ class Decider:
         self._in_flight: set[asyncio.Task[None]] = set()
 
     async def decide(
-        self, query: str, limits: Limits, deadline: Deadline, *, explain: bool = False
-    ) -> _Answer:
+        self,
+        query: str,
+        limits: Limits,
+        deadline: Deadline,
+        *,
+        explain: bool = False,
+        request_id: str | None = None,
+    ) -> tuple[_Vector, Decision]:
         """The (dim,) embedding of a query, and the decision for it.
 
         Args:
@@ -72,6 +103,7 @@ class Decider:
             limits: What the caller allows.
             deadline: When the decision must be there.
             explain: Whether the decision names every candidate and what is like the query.
+            request_id: Says whether a canary gets it; `None` never.
 
         Raises:
             NoCandidate: If no ready pair is within the limits.
@@ -79,8 +111,42 @@ class Decider:
             EngineError: If the embedder or the router is away.
             DeadlineExceeded: If time is up.
         """
-        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(query, limits, deadline, explain, answer))
+        embedding, decision = await self._wait(query, limits, deadline, explain, request_id, None)
+        assert embedding is not None  # every query is embedded
+        return embedding, decision
+
+    async def decide_next(
+        self, under_way: UnderWay, limits: Limits, deadline: Deadline
+    ) -> tuple[_Vector | None, Decision]:
+        """What a request under way does next.
+
+        Args:
+            under_way: Where it stands.
+            limits: What the caller allows: dollars and steps in all, seconds from now on.
+            deadline: When the decision must be there.
+
+        Returns:
+            The (dim,) embedding of its last answer, `None` without one, and the decision.
+
+        Raises:
+            AtlasError: As `decide`.
+        """
+        return await self._wait("", limits, deadline, False, None, under_way)
+
+    async def _wait(
+        self,
+        query: str,
+        limits: Limits,
+        deadline: Deadline,
+        explain: bool,
+        request_id: str | None,
+        under_way: UnderWay | None,
+    ) -> tuple[_Vector | None, Decision]:
+        answer: asyncio.Future[tuple[_Vector | None, Decision]]
+        answer = asyncio.get_running_loop().create_future()
+        self._waiting.append(
+            _Waiting(query, limits, deadline, explain, request_id, under_way, answer)
+        )
         self._send()
         try:
             async with asyncio.timeout(deadline.remaining_s()):
@@ -119,12 +185,48 @@ class Decider:
 
     async def _ask(self, batch: list[_Waiting]) -> None:
         deadline = max((request.deadline for request in batch), key=lambda d: d.at_s)
-        queries = [request.query for request in batch]
-        embeddings = await call(self._embedder.embed.remote(queries), deadline)
+        vectors = await self._embed(batch, deadline)
+        known = [
+            request.under_way.embedding if request.under_way else vector
+            for request, vector in zip(batch, vectors, strict=True)
+        ]
+        embeddings = np.stack([vector for vector in known if vector is not None])  # all of them
         limits = [request.limits for request in batch]
         explain = [request.explain for request in batch]
+        request_ids = [request.request_id for request in batch]
+        asked: tuple[Any, ...] = (embeddings, limits, explain)
+        if any(request.under_way for request in batch):
+            asked += _what_happened(batch, vectors, request_ids)
+        elif any(request_ids):
+            asked += (None, None, request_ids)
         decisions: list[Decision | AtlasError] = await call(
-            self._router.decide.remote(embeddings, limits, explain), deadline
+            self._router.decide.remote(*asked), deadline
         )
-        for request, embedding, decision in zip(batch, embeddings, decisions, strict=True):
-            request.settle(decision if isinstance(decision, AtlasError) else (embedding, decision))
+        for request, vector, decision in zip(batch, vectors, decisions, strict=True):
+            request.settle(decision if isinstance(decision, AtlasError) else (vector, decision))
+
+    async def _embed(self, batch: Sequence[_Waiting], deadline: Deadline) -> list[_Vector | None]:
+        """Per request the embedding of its query, or of its last answer where there is one."""
+        texts = [request.text for request in batch if request.text is not None]
+        embedded = iter(await call(self._embedder.embed.remote(texts), deadline) if texts else ())
+        return [
+            next(embedded)
+            if request.text is not None
+            else (request.under_way.answer_embedding if request.under_way else None)
+            for request in batch
+        ]
+
+
+def _what_happened(
+    batch: Sequence[_Waiting],
+    vectors: Sequence[_Vector | None],
+    request_ids: Sequence[str | None],
+) -> tuple[Any, ...]:
+    """Histories, last answers, request ids and policy versions, as the router takes them."""
+    ways = [request.under_way for request in batch]
+    return (
+        [way.history if way else () for way in ways],
+        [vector if way else None for way, vector in zip(ways, vectors, strict=True)],
+        request_ids,
+        [way.policy_version if way else None for way in ways],
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from ray.serve.exceptions import RayServeException
 
 from serve_app.errors import AtlasError, DeadlineExceeded, EngineError
 from serve_app.models.protocol import ChatBody, application_name
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,10 @@ def translated(error: BaseException) -> AtlasError:
         return cause
     if isinstance(cause, TimeoutError):
         return DeadlineExceeded("the answer did not come within the deadline")
+    if not isinstance(error, RayError | RayServeException):
+        # Serve hands on whatever a replica raised as it is: a bug of an engine, as a rule.
+        logger.warning("a deployment failed: %r", error)
     return EngineError("the model application failed")
-
-
-CALL_ERRORS = (RayError, RayServeException, AtlasError, TimeoutError)
-"""What awaiting a deployment handle raises when the other side, or the way there, fails."""
 
 
 async def call(response: Any, deadline: Deadline) -> Any:
@@ -70,7 +72,7 @@ async def call(response: Any, deadline: Deadline) -> Any:
     except asyncio.CancelledError:
         response.cancel()
         raise
-    except CALL_ERRORS as error:
+    except Exception as error:
         response.cancel()
         raise translated(error) from error
 
@@ -109,7 +111,7 @@ class ModelClients:
                     yield chunk
         except StopAsyncIteration:
             return
-        except CALL_ERRORS as error:
+        except Exception as error:
             response.cancel()
             raise translated(error) from error
         except (asyncio.CancelledError, GeneratorExit):

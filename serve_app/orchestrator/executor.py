@@ -18,6 +18,7 @@ from serve_app.config import AtlasConfig
 from serve_app.errors import EngineError, ToolFailed, ToolRetry
 from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.engines import Deadline, ModelClients
+from serve_app.orchestrator.planning import with_note
 from serve_app.schemas import ChatCall, Pair, ToolCall, Usage
 from serve_app.tools.best_of import vote
 from serve_app.tools.config import BestOfConfig
@@ -107,15 +108,18 @@ class PairExecutor:
         messages = [dict(message) for message in call.messages]
         kind = self.kind(pair.tool_id)
         if kind == "sampling":
+            _add_note(messages, call)
             await self._sample(pair, call, messages, deadline, result)
             if stream:
-                yield Delta([_as_delta(choice) for choice in result.choices])
+                yield whole_delta(result.choices)
             return
         if kind == "function":
+            _add_note(messages, call)
             runs = self._with_function(pair, call, messages, deadline, result, stream=stream)
         else:
             if kind == "context":
                 await self._add_context(pair, call, messages, deadline, result)
+            _add_note(messages, call)
             body = self._body(pair, call, messages, result)
             if call.tools:
                 body |= {"tools": list(call.tools)}
@@ -357,9 +361,25 @@ def _text_only(choice: dict[str, Any]) -> dict[str, Any] | None:
     return kept | ({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {})
 
 
-def _as_delta(choice: dict[str, Any]) -> dict[str, Any]:
-    """A whole choice as one streamed piece."""
-    return _finish(choice) | {"delta": {"content": choice["message"].get("content") or ""}}
+def whole_delta(choices: list[dict[str, Any]]) -> Delta:
+    """The choices of a whole completion as one streamed piece."""
+    pieces = []
+    for choice in choices:
+        piece = _finish(choice) | {"delta": {"content": choice["message"].get("content") or ""}}
+        if choice.get("logprobs"):
+            piece["logprobs"] = choice["logprobs"]
+        pieces.append(piece)
+    return Delta(pieces)
+
+
+def _add_note(messages: list[dict[str, Any]], call: ChatCall) -> None:
+    """Put what the planner said before the question, whatever else stands there."""
+    if call.note is None:
+        return
+    for message in reversed(messages):
+        if message["role"] == "user":
+            message["content"] = with_note(call.note, message.get("content") or "")
+            return
 
 
 def _finish(choice: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The step loop: decide, run the best pair, fall back to the next while that is possible.
+"""A request from the call to the answer: decide, run the steps, report.
 
-Whole and streamed requests share it. What happened is handed to the outcome log, answered or not.
+Whole and streamed requests share the way. What happened is handed to the outcome log, answered or
+not.
 """
 
 from __future__ import annotations
@@ -9,25 +10,16 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from serve_app.config import AtlasConfig
-from serve_app.errors import (
-    AtlasError,
-    DeadlineExceeded,
-    InvalidRequest,
-    ModelNotFound,
-    NoCandidate,
-    ServiceError,
-)
+from serve_app.errors import AtlasError, InvalidRequest, ModelNotFound, NoCandidate, ServiceError
 from serve_app.models.watcher import PoolWatcher
 from serve_app.orchestrator.deciding import Decider
 from serve_app.orchestrator.engines import Deadline, ModelClients
-from serve_app.orchestrator.executor import Delta, PairExecutor, StepResult
+from serve_app.orchestrator.executor import Delta, PairExecutor
+from serve_app.orchestrator.steps import Run, Stepper
 from serve_app.schemas import (
     NO_TOOL,
     Candidate,
@@ -38,50 +30,12 @@ from serve_app.schemas import (
     Path,
     PoolState,
     Report,
-    Step,
-    Usage,
 )
 
 logger = logging.getLogger(__name__)
 
 ROUTED = "atlas"
 """The `model` name that lets the router decide."""
-
-_FIRST_TRY_SHARE = 0.6
-"""Share of the time left that a step may take while another pair could still take over."""
-
-
-@dataclass
-class _Run:
-    """One request under way."""
-
-    call: ChatCall
-    deadline: Deadline
-    began_s: float = field(default_factory=time.monotonic)
-    steps: list[Step] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)
-    decision: Decision | None = None
-    embedding: NDArray[np.float32] | None = None
-    choices: list[dict[str, Any]] = field(default_factory=list)
-    pair: Pair | None = None
-    """The pair that is running or ran last."""
-    path: Path = Path.PINNED
-    is_traffic: bool = True
-    """Whether it goes into the outcome log."""
-
-    def report(self, error: str | None = None) -> Report:
-        assert self.decision is not None
-        return Report(
-            request_id=self.call.request_id,
-            decision=self.decision,
-            steps=tuple(self.steps),
-            usage=self.usage,
-            seconds=time.monotonic() - self.began_s,
-            query=self.call.query,
-            embedding=None if self.embedding is None else self.embedding.astype("<f4").tobytes(),
-            owner=self.call.owner,
-            error=error,
-        )
 
 
 class Orchestrator:
@@ -94,6 +48,7 @@ class Orchestrator:
         router: Any,
         controller: Any,
         record: Callable[[Report, float], None],
+        clients: ModelClients | None = None,
     ) -> None:
         """Follow the pool from now on.
 
@@ -104,11 +59,13 @@ class Orchestrator:
             controller: Handle of the `PoolController` deployment.
             record: Takes the report and the alpha of every request that was decided; must not
                 block.
+            clients: Handles to the models; `None` makes them.
         """
         self._config = config
         self._decider = Decider(embedder, router)
         self._record = record
-        self._executor = PairExecutor(config, ModelClients())
+        self._executor = PairExecutor(config, clients or ModelClients())
+        self._stepper = Stepper(self._executor, self._decider, config.router.planner)
         self._watcher = PoolWatcher(controller)
         self._pairs = frozenset(config.all_pairs())
         self._plain_tools = frozenset(
@@ -148,7 +105,7 @@ class Orchestrator:
 
     async def decide(self, call: ChatCall) -> Decision:
         """The decision alone; nothing runs."""
-        run = _Run(call, Deadline.after(call.limits.deadline_s))
+        run = Run(call, Deadline.after(call.limits.deadline_s))
         await self._decide(run)
         assert run.decision is not None
         return run.decision
@@ -162,7 +119,7 @@ class Orchestrator:
         Raises:
             AtlasError: As `stream`.
         """
-        run = _Run(call, Deadline.after(call.limits.deadline_s))
+        run = Run(call, Deadline.after(call.limits.deadline_s))
         async for _ in self._answer(run, stream=False):
             pass
         report = run.report()
@@ -171,7 +128,9 @@ class Orchestrator:
             "object": "chat.completion",
             "created": int(time.time()),
             "model": str(report.pair),
-            "choices": [_clean(choice) for choice in run.choices],
+            "choices": [
+                _clean(choice, call) for choice in run.choices.get(run.answer_step or 0, ())
+            ],
             "usage": {
                 "prompt_tokens": run.usage.prompt_tokens,
                 "completion_tokens": run.usage.completion_tokens,
@@ -189,7 +148,7 @@ class Orchestrator:
         Raises:
             ModelNotFound, NoCandidate: If nothing could run.
         """
-        run = _Run(call, Deadline.after(call.limits.deadline_s), is_traffic=False)
+        run = Run(call, Deadline.after(call.limits.deadline_s), is_traffic=False)
         failure = None
         try:
             async for _ in self._answer(run, stream=False):
@@ -214,7 +173,7 @@ class Orchestrator:
             InvalidRequest: If the chosen engine refuses the request.
             AtlasError: What the last pair tried failed with.
         """
-        run = _Run(call, Deadline.after(call.limits.deadline_s))
+        run = Run(call, Deadline.after(call.limits.deadline_s))
         head = {
             "id": f"chatcmpl-{call.request_id}",
             "object": "chat.completion.chunk",
@@ -231,98 +190,50 @@ class Orchestrator:
                     if choice["index"] not in opened:
                         opened.add(choice["index"])
                         choice["delta"] = {"role": "assistant", "content": ""} | choice["delta"]
-                    yield {**chunk, "choices": [_clean(choice)]}
+                    yield {**chunk, "choices": [_clean(choice, call)]}
         yield run.report()
 
-    async def _answer(self, run: _Run, *, stream: bool) -> AsyncGenerator[Delta, None]:
-        """Try the candidates in order until one answers; reports however it ends."""
+    async def _answer(self, run: Run, *, stream: bool) -> AsyncGenerator[Delta, None]:
+        """Run the steps of a request; reports however it ends."""
         await self._decide(run)
         assert run.decision is not None
+        follows = run.decision.path is Path.POLICY and not run.is_plain
         error: str | None = "the caller went away"
         try:
-            candidates = run.decision.candidates[: run.call.limits.max_steps]
-            for number, candidate in enumerate(candidates):
-                path = run.decision.path if number == 0 else Path.FALLBACK
-                is_last = number == len(candidates) - 1
-                sent = False
-                run.pair, run.path = candidate.pair, path
-                try:
-                    step = self._step(run, candidate.pair, path, is_last=is_last, stream=stream)
-                    async with aclosing(step) as deltas:
-                        async for delta in deltas:
-                            sent = True
-                            yield delta
-                except AtlasError as failure:
-                    error = failure.message
-                    if sent or is_last or _is_over(run.deadline):
-                        raise _as_service_error(failure) from failure
-                    logger.warning(
-                        "request %s: %s failed (%s); falling back",
-                        run.call.request_id,
-                        candidate.pair,
-                        error,
-                    )
-                    continue
-                error = None
-                return
+            steps = self._stepper.follow if follows else self._stepper.try_candidates
+            async with aclosing(steps(run, run.decision, stream=stream)) as deltas:
+                async for delta in deltas:
+                    yield delta
+            error = None
+        except AtlasError as failure:
+            error = failure.message
+            raise _as_service_error(failure) from failure
         finally:
             if run.is_traffic:
                 self._record(run.report(error), run.call.limits.alpha)
 
-    async def _step(
-        self, run: _Run, pair: Pair, path: Path, *, is_last: bool, stream: bool
-    ) -> AsyncGenerator[Delta, None]:
-        """Run one pair and put what it did on record."""
-        assert run.decision is not None
-        result = StepResult()
-        began_s = time.monotonic()
-        error: str | None = "the caller went away"
-        deadline = (
-            run.deadline
-            if is_last
-            else run.deadline.sooner(run.deadline.remaining_s() * _FIRST_TRY_SHARE)
-        )
-        try:
-            work = self._executor.run(pair, run.call, deadline, result, stream=stream)
-            async with aclosing(work) as deltas:
-                async for delta in deltas:
-                    yield delta
-            run.choices = result.choices
-            error = None
-        except AtlasError as failure:
-            error = failure.message
-            raise
-        finally:
-            run.usage.add(result.usage)
-            run.steps.append(
-                Step(
-                    pair=pair,
-                    path=path,
-                    propensity=run.decision.propensity if path is not Path.FALLBACK else 1.0,
-                    usage=result.usage,
-                    seconds=time.monotonic() - began_s,
-                    tool_calls=tuple(result.tool_calls),
-                    error=error,
-                    mean_logprob=result.mean_logprob,
-                    answer=result.answer,
-                )
-            )
-
-    async def _decide(self, run: _Run) -> None:
+    async def _decide(self, run: Run) -> None:
         """Pinned, or the router's word."""
         if run.call.model != ROUTED:
             run.decision = self._pinned(run.call.model)
             return
         limits = run.call.limits
-        if run.call.tools or run.call.sampling.get("n", 1) > 1:
+        if run.is_plain:
             # The caller's own tools, and several choices, go with plain generation only.
             allowed = (
                 self._plain_tools if limits.tools is None else limits.tools & self._plain_tools
             )
-            limits = replace(limits, tools=allowed)
+            limits = replace(limits, tools=allowed, max_steps=1)
+        run.limits = limits
         run.embedding, run.decision = await self._decider.decide(
-            run.call.query, limits, run.deadline, explain=run.call.explain
+            run.call.query,
+            limits,
+            run.deadline,
+            explain=run.call.explain,
+            request_id=run.call.request_id,
         )
+        if run.decision.path is Path.POLICY:
+            run.decisions.append(run.decision)
 
     def _pinned(self, model: str) -> Decision:
         """The decision the caller made.
@@ -346,14 +257,6 @@ class Orchestrator:
         return Decision((candidate,), Path.PINNED, 1.0, 1.0, 0, pool.pool_version)
 
 
-def _is_over(deadline: Deadline) -> bool:
-    try:
-        deadline.remaining_s()
-    except DeadlineExceeded:
-        return True
-    return False
-
-
 def _as_service_error(failure: AtlasError) -> AtlasError:
     """What the caller sees of the last failure; a failed tool is ours, not theirs."""
     if isinstance(failure, ServiceError | InvalidRequest):
@@ -364,8 +267,10 @@ def _as_service_error(failure: AtlasError) -> AtlasError:
 _ENGINE_FIELDS = ("stop_reason", "token_ids", "routed_experts", "prompt_token_ids")
 
 
-def _clean(choice: dict[str, Any]) -> dict[str, Any]:
+def _clean(choice: dict[str, Any], call: ChatCall) -> dict[str, Any]:
     """A choice without the engine's own extra fields, and with the ones OpenAI's clients expect."""
+    if not call.sampling.get("logprobs"):
+        choice = {**choice, "logprobs": None}
     kept = {key: value for key, value in choice.items() if key not in _ENGINE_FIELDS}
     for key in ("message", "delta"):
         part = kept.get(key)

@@ -22,12 +22,16 @@ DESCRIPTOR_DIM = 32
 """Numbers that are left of a pair's descriptor."""
 NUM_CONTEXT = 17
 NUM_FEATURES = DESCRIPTOR_DIM + 18
+LOG_SECONDS = DESCRIPTOR_DIM + 1
+"""Column of a candidate's features that tells how long it takes: log10 of the seconds, over 3."""
 
 NO_ANSWER = -1
 """Key of a step that gave no answer."""
 
 _PROJECTION_SEED = 20260
 _LEAST_LOGPROB = -4.0
+_MOST_SPENT = 4.0
+"""In pools of like prices a few runs are many times their range."""
 _SCORE_SCALE = 4.0
 """Differences of scores and similarities are a few hundredths; the network reads them larger."""
 
@@ -162,7 +166,7 @@ def encode(states: States) -> dict[str, NDArray[np.float32]]:
             num_answers / MAX_STEPS,
             np.where(num_answers > 1, np.where(answers, states.agreement, 0.0).max(axis=1), 0.0),
             certainty.max(axis=1),
-            np.where(states.spent_usd > 0, spent, 0.0),
+            np.where(states.spent_usd > 0, np.minimum(spent, _MOST_SPENT), 0.0),
             states.thought,
             states.can_think,
             np.log10(np.maximum(states.present.sum(axis=1), 1)) / 2,

@@ -1,19 +1,24 @@
-"""PolicyFollower: a router replica's own rule, kept equal to what the store says serves.
+"""PolicyFollower: a router replica's own rules, kept equal to what the store says serves.
 
 Every replica asks the store by itself, so a new one, a restarted one and an old one agree: the
-last policy published that loads, and on top of it every verdict since that policy was fitted.
+last policy published that loads, the trials beside it, and on top of each every verdict since it
+was fitted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, SnapshotError
@@ -23,14 +28,20 @@ from serve_app.router.library import SnapshotLibrary
 from serve_app.router.snapshot import RouterSnapshot, load_snapshot
 from serve_app.schemas import Pair
 from serve_app.store import (
+    Mode,
     Policy,
     Store,
     add_snapshot,
+    find_policy,
     publish,
     read_verdicts,
     serving_policies,
+    trial_policies,
     verdict_ids,
 )
+
+if TYPE_CHECKING:  # it imports torch, which only a policy needs
+    from serve_app.router.learned import LearnedRule
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +50,14 @@ LEARNED_UNTIL = "learned_until_unix_s"
 
 _MAX_REPLAYED = 20_000
 """Verdicts learned at once at most; the discount makes older ones weigh next to nothing."""
+_LEARNED_AT_ONCE = 50
+"""Verdicts between two breaths of the event loop."""
 _OVERLAP_S = 120.0
 """A verdict may become visible this much later than its time says: clocks differ, and embeddings of
 pinned requests are written behind the answer."""
 _COMPLAIN_EVERY_S = 30.0
+_MAX_RETIRED = 16
+"""Policies that are kept for the requests that began with them."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +72,26 @@ class Following:
     """Learned since the policy was loaded."""
     refused: str | None
     """Why the newest policy, or the configuration's snapshot, does not serve."""
+    canary: int | None = None
+    """Version of the policy that a share of the requests gets."""
+    shadow: int | None = None
+    """Version of the policy that is asked and not obeyed."""
 
 
 @dataclass
-class _Serving:
-    """A policy in service."""
+class Serving:
+    """A policy in service, on trial, or kept for the requests that began with it."""
 
     policy: Policy
-    rule: ColdStartRule | ClusterRule
+    rule: ColdStartRule | ClusterRule | LearnedRule
     learned: set[str] = field(default_factory=set)
     """Request ids of the verdicts that were learned and may be seen again."""
     num_learned: int = 0
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the policy; 0 is the rule before the first."""
+        return self.policy.policy_version
 
 
 class PolicyFollower:
@@ -77,6 +101,8 @@ class PolicyFollower:
         - A policy that cannot be loaded, or was fitted with another encoder, never serves; the one
           before it goes on.
         - A policy learns a verdict once.
+        - A policy that was replaced, if it is one of the last 16, stays until no request that began
+          with it can be under way.
     """
 
     def __init__(self, config: AtlasConfig, cold_start: ColdStartRule, prior: Prior) -> None:
@@ -87,35 +113,99 @@ class PolicyFollower:
             cold_start: Serves before the first policy.
             prior: What the cards say, for pairs that a policy does not know.
         """
-        self.rule: ColdStartRule | ClusterRule = cold_start
         self._config = config
         self._cold_start = cold_start
         self._prior = prior
         self._library = SnapshotLibrary(config.snapshots_path())
         self._store: Store | None = None
-        self._serving: _Serving | None = None
+        self._main = Serving(Policy(0, None, "before the first policy", 0.0), cold_start)
+        self._trials: dict[Mode, Serving] = {}
+        self._retired: dict[int, tuple[float, Serving]] = {}
+        """Version to when it may go (monotonic clock), and the policy."""
         self._offered = False
         """Whether the configuration's snapshot was put before the store."""
         self._refused: dict[int, tuple[float, str]] = {}
         """Policy version (0: the configuration's snapshot) to when it may be tried again, and
         why it does not serve."""
         self._next_complaint_s = 0.0
+        self.at_work = asyncio.Lock()
+        """Held while this replica's background work is with the store: one thing at a time, so that
+        no policy is loaded twice."""
+
+    @property
+    def rule(self) -> ColdStartRule | ClusterRule | LearnedRule:
+        """What serves, trials aside."""
+        return self._main.rule
 
     @property
     def policy_version(self) -> int:
         """Version of the policy that serves; 0 before the first."""
-        return self._serving.policy.policy_version if self._serving else 0
+        return self._main.policy_version
+
+    @property
+    def store(self) -> Store | None:
+        """The store, once it answered."""
+        return self._store
+
+    def costs_usd(self) -> NDArray[np.float32]:
+        """(num_pairs,) US dollars of a run of each pair, as far as the serving policy knows."""
+        rule = self.rule
+        if isinstance(rule, ColdStartRule):
+            return self._prior.costs_usd
+        return (rule if isinstance(rule, ClusterRule) else rule.clusters).costs_usd
+
+    @property
+    def canary(self) -> Serving | None:
+        """The policy that a share of the requests gets."""
+        return self._trials.get(Mode.CANARY)
+
+    @property
+    def shadow(self) -> Serving | None:
+        """The policy that is asked and not obeyed."""
+        return self._trials.get(Mode.SHADOW)
 
     def state(self) -> Following:
         """What serves now, and what was refused."""
-        serving, version = self._serving, self.policy_version
+        serving, version = self._main, self.policy_version
         refused = {of: why for of, (_, why) in self._refused.items() if of > version or of == 0}
         return Following(
             version,
-            serving.policy.snapshot_id if serving else None,
-            serving.num_learned if serving else 0,
+            serving.policy.snapshot_id,
+            serving.num_learned,
             refused[max(refused)] if refused else None,
+            self.canary.policy_version if self.canary else None,
+            self.shadow.policy_version if self.shadow else None,
         )
+
+    def choose(self, request_id: str | None) -> Serving:
+        """The policy of a new request: the same one at every replica that has loaded it."""
+        canary = self.canary
+        if canary is None or request_id is None or share_of(request_id) >= canary.policy.share:
+            return self._main
+        return canary
+
+    async def began_with(self, policy_version: int) -> Serving | None:
+        """The policy of a request under way; `None` if it is gone.
+
+        One that this replica has not seen is loaded: another replica may have been first.
+        """
+        held = self._held(policy_version)
+        if held is not None or self._store is None:
+            return held
+        async with self.at_work:
+            held = self._held(policy_version)
+            if held is not None:
+                return held
+            try:
+                policy = await find_policy(self._store, policy_version)
+                if policy is None:
+                    return None
+                serving = await self._load(self._store, policy)
+            except AtlasError as error:
+                logger.warning("policy %d cannot be had: %s", policy_version, error.message)
+                return None
+            self._retire(serving)
+            return serving
 
     async def follow(self) -> None:
         """Look at the store for ever."""
@@ -124,10 +214,14 @@ class PolicyFollower:
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Take over a new policy, and learn from new verdicts.
+        """Take over new policies and trials, and learn from new verdicts.
 
         Never raises: while the store is away, what serves goes on serving.
         """
+        async with self.at_work:
+            await self._refresh()
+
+    async def _refresh(self) -> None:
         try:
             if self._store is None:
                 self._store = await Store.open(self._config.store_url())
@@ -135,8 +229,10 @@ class PolicyFollower:
                 await self._offer_configured(self._store)
                 self._offered = True
             await self._follow_policy(self._store)
-            if self._serving is not None:
-                await self._learn(self._store, self._serving, time.time() - _OVERLAP_S)
+            await self._follow_trials(self._store)
+            for serving in (self._main, *self._trials.values()):
+                await self._learn(self._store, serving, time.time() - _OVERLAP_S)
+            self._forget_retired()
         except Exception as error:
             now_s = time.monotonic()
             if now_s >= self._next_complaint_s:
@@ -162,43 +258,79 @@ class PolicyFollower:
     async def _follow_policy(self, store: Store) -> None:
         """Load the newest policy that is sound, unless it serves already."""
         for policy in await serving_policies(store):
-            version = policy.policy_version
-            if self._serving is not None and version <= self._serving.policy.policy_version:
+            if policy.policy_version <= self.policy_version:
                 return
-            retry_s, _ = self._refused.get(version, (0.0, ""))
-            if time.monotonic() < retry_s:
-                continue
-            try:
-                rule = await asyncio.to_thread(self._load, policy)
-            except AtlasError as error:
-                # Tried again: on a shared folder a snapshot may be seen late.
-                self._refused[version] = (time.monotonic() + _COMPLAIN_EVERY_S, error.message)
-                logger.error("policy %d is refused: %s", version, error.message)
-                continue
-            serving = _Serving(policy, rule)
-            await self._learn(store, serving, 0.0)
-            self._refused.pop(version, None)
-            self.rule, self._serving = rule, serving
-            logger.info("policy %d serves", version)
-            return
+            serving = await self._try(store, policy)
+            if serving is not None:
+                self._retire(self._main)
+                self._main = serving
+                logger.info("policy %d serves", policy.policy_version)
+                return
 
-    def _load(self, policy: Policy) -> ColdStartRule | ClusterRule:
-        """The rule of a policy.
+    async def _follow_trials(self, store: Store) -> None:
+        """Have the newest sound trial of each mode beside what serves, and no other."""
+        wanted: dict[Mode, Serving] = {}
+        for policy in await trial_policies(store):
+            if policy.mode in wanted:
+                continue
+            held = self._trials.get(policy.mode)
+            if held is None or held.policy_version != policy.policy_version:
+                held = await self._try(store, policy)
+            if held is not None:
+                wanted[policy.mode] = held
+        for mode, serving in self._trials.items():
+            if wanted.get(mode) is not serving:
+                self._retire(serving)
+        self._trials = wanted
+
+    async def _try(self, store: Store, policy: Policy) -> Serving | None:
+        """A policy, loaded; `None` where it is refused, until it may be tried again."""
+        version = policy.policy_version
+        retry_s, _ = self._refused.get(version, (0.0, ""))
+        if time.monotonic() < retry_s:
+            return None
+        held = self._held(version)
+        if held is not None:
+            return held
+        try:
+            serving = await self._load(store, policy)
+        except AtlasError as error:
+            # Tried again: on a shared folder a snapshot may be seen late.
+            self._refused[version] = (time.monotonic() + _COMPLAIN_EVERY_S, error.message)
+            logger.error("policy %d is refused: %s", version, error.message)
+            return None
+        self._refused.pop(version, None)
+        return serving
+
+    async def _load(self, store: Store, policy: Policy) -> Serving:
+        """A policy with every verdict since it was fitted.
 
         Raises:
             SnapshotError: If its snapshot is damaged or does not fit.
+            StoreError: If the store is away.
         """
+        serving = Serving(policy, await asyncio.to_thread(self._load_rule, policy))
+        await self._learn(store, serving, 0.0)
+        return serving
+
+    def _load_rule(self, policy: Policy) -> ColdStartRule | ClusterRule | LearnedRule:
         if policy.snapshot_id is None:
             return self._cold_start
         snapshot = self._library.load(policy.snapshot_id, policy.policy_version)
         self._check_fit(snapshot)
-        router = self._config.router
-        return ClusterRule(
+        exploration, fallback = self._config.router.exploration, self._config.router.fallback
+        build: type[ClusterRule | LearnedRule] = ClusterRule
+        if snapshot.policy:
+            from serve_app.router import learned
+
+            learned.use_one_thread()
+            build = learned.LearnedRule
+        return build(
             snapshot,
             self._prior,
-            epsilon=router.exploration.epsilon,
-            method=router.exploration.method,
-            fallback=None if router.fallback is None else Pair.parse(router.fallback),
+            epsilon=exploration.epsilon,
+            method=exploration.method,
+            fallback=None if fallback is None else Pair.parse(fallback),
         )
 
     def _check_fit(self, snapshot: RouterSnapshot) -> None:
@@ -210,8 +342,32 @@ class PolicyFollower:
         if not set(snapshot.pairs) & set(self._prior.pairs):
             raise SnapshotError("the snapshot knows no pair of this pool")
 
+    def _everything(self) -> Iterator[Serving]:
+        yield self._main
+        yield from self._trials.values()
+        for _, serving in self._retired.values():
+            yield serving
+
+    def _held(self, policy_version: int) -> Serving | None:
+        return next((s for s in self._everything() if s.policy_version == policy_version), None)
+
+    def _retire(self, serving: Serving) -> None:
+        """Keep a policy for the requests that began with it."""
+        until_s = time.monotonic() + self._config.gateway.limits.max_deadline_s
+        self._retired[serving.policy_version] = (until_s, serving)
+
+    def _forget_retired(self) -> None:
+        now_s = time.monotonic()
+        in_use = {serving.policy_version for serving in (self._main, *self._trials.values())}
+        kept = {
+            version: entry
+            for version, entry in self._retired.items()
+            if entry[0] > now_s and version not in in_use
+        }
+        self._retired = dict(list(kept.items())[-_MAX_RETIRED:])
+
     @staticmethod
-    async def _learn(store: Store, serving: _Serving, since_unix_s: float) -> None:
+    async def _learn(store: Store, serving: Serving, since_unix_s: float) -> None:
         """Learn every verdict since a time that was not learned yet, in the order they came."""
         rule = serving.rule
         if isinstance(rule, ColdStartRule):
@@ -219,10 +375,18 @@ class PolicyFollower:
         fitted_until_s = float(rule.snapshot.metadata.get(LEARNED_UNTIL, 0.0))
         ids = await verdict_ids(store, max(since_unix_s, fitted_until_s), _MAX_REPLAYED)
         new = [request_id for request_id in ids if request_id not in serving.learned]
-        for verdict in await read_verdicts(store, new):
+        for number, verdict in enumerate(await read_verdicts(store, new)):
             embedding = np.frombuffer(verdict.embedding, "<f4")
             if len(embedding) == rule.snapshot.dim:
                 rule.update(embedding, verdict.pair, verdict.score)
                 serving.num_learned += 1
             serving.learned.add(verdict.request_id)
+            if number % _LEARNED_AT_ONCE == _LEARNED_AT_ONCE - 1:
+                await asyncio.sleep(0)
         serving.learned &= set(ids)
+
+
+def share_of(request_id: str) -> float:
+    """Where a request lies in [0, 1), by a hash of its id: evenly spread, the same everywhere."""
+    digest = hashlib.sha256(request_id.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,7 +1,14 @@
 """The store: API keys, outcomes, feedback; SQLite by default, PostgreSQL on a cluster."""
 
 from serve_app.store.database import Store
-from serve_app.store.feedback import Verdict, add_feedback, read_verdicts, verdict_ids
+from serve_app.store.feedback import (
+    RatedRequest,
+    Verdict,
+    add_feedback,
+    rated_requests,
+    read_verdicts,
+    verdict_ids,
+)
 from serve_app.store.jobs import Job, add_job, get_job, list_jobs, update_job
 from serve_app.store.keys import (
     ApiKey,
@@ -14,12 +21,16 @@ from serve_app.store.keys import (
 )
 from serve_app.store.outcomes import OutcomeLog
 from serve_app.store.policies import (
+    Mode,
     Policy,
     SnapshotInfo,
     add_snapshot,
+    find_policy,
+    list_policies,
     list_snapshots,
     publish,
     serving_policies,
+    trial_policies,
 )
 from serve_app.store.profiles import (
     ProfileOutcome,
@@ -33,10 +44,12 @@ from serve_app.store.profiles import (
 __all__ = [
     "ApiKey",
     "Job",
+    "Mode",
     "OutcomeLog",
     "Policy",
     "ProfileOutcome",
     "ProfileQuestion",
+    "RatedRequest",
     "Scope",
     "SnapshotInfo",
     "Store",
@@ -48,17 +61,21 @@ __all__ = [
     "add_snapshot",
     "create_key",
     "find_key",
+    "find_policy",
     "get_job",
     "hash_key",
     "list_jobs",
     "list_keys",
+    "list_policies",
     "list_snapshots",
     "measured",
     "publish",
+    "rated_requests",
     "read_profile",
     "read_verdicts",
     "revoke_key",
     "serving_policies",
+    "trial_policies",
     "update_job",
     "verdict_ids",
 ]

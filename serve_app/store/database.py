@@ -26,7 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from serve_app.errors import ConfigError, StoreError
-from serve_app.store.tables import Base
+from serve_app.store.migrations import migrate
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Store:
 
     @classmethod
     async def open(cls, url: str) -> Self:
-        """Connect, and make the tables that are missing.
+        """Connect, and bring the schema up to this version.
 
         Args:
             url: A SQLAlchemy URL with an async driver, for example `sqlite+aiosqlite:////var/lib/atlas/atlas.db`.
@@ -66,11 +66,11 @@ class Store:
         return store
 
     async def _make_schema(self) -> None:
-        """Create missing tables; several processes may do so at once, and the losers look again."""
+        """Take the steps that the database lacks; several processes may try at once."""
         for attempt in range(1, _SCHEMA_TRIES + 1):
             try:
                 async with self._engine.begin() as connection:
-                    await connection.run_sync(Base.metadata.create_all)
+                    await connection.run_sync(migrate)
                 return
             except (DBAPIError, OSError) as error:
                 if attempt == _SCHEMA_TRIES:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import insert, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from serve_app.errors import Conflict, NotFound
 from serve_app.schemas import Pair, Path
 from serve_app.store.database import Store
 from serve_app.store.outcomes import storable_text
-from serve_app.store.tables import FeedbackRow, OutcomeRow, RequestRow
+from serve_app.store.tables import FeedbackRow, OutcomeRow, RequestRow, TrajectoryRow
 
 _NOT_CHOSEN = (Path.PINNED, Path.FALLBACK)
 _IDS_AT_ONCE = 500
@@ -33,8 +34,20 @@ class Verdict:
     score: float
     created_unix_s: float
     propensity: float | None
-    """Probability with which the router chose the pair; `None` where it did not choose: pinned, or
-    a fallback."""
+    """Probability with which the router chose the pair for the query; `None` where it did not
+    choose: pinned, a fallback, or a later step, chosen on what earlier ones showed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RatedRequest:
+    """What a user's verdict says of the policy that served the request."""
+
+    score: float
+    """In [0, 1]."""
+    alpha: float
+    """The cost-quality dial it ran with."""
+    cost_usd: float
+    """Of all its steps."""
 
 
 async def add_feedback(
@@ -113,12 +126,20 @@ async def read_verdicts(store: Store, request_ids: Sequence[str]) -> list[Verdic
                 FeedbackRow.created_unix_s,
                 OutcomeRow.path,
                 OutcomeRow.propensity,
+                OutcomeRow.step_index,
+                TrajectoryRow.decisions,
             )
             .join(RequestRow, RequestRow.request_id == FeedbackRow.request_id)
             .join(OutcomeRow, OutcomeRow.request_id == FeedbackRow.request_id)
+            .outerjoin(TrajectoryRow, TrajectoryRow.request_id == FeedbackRow.request_id)
             .where(
                 FeedbackRow.request_id.in_(request_ids[start : start + _IDS_AT_ONCE]),
                 OutcomeRow.error.is_(None),
+                # Of several steps, the one whose answer the user saw.
+                or_(
+                    TrajectoryRow.request_id.is_(None),
+                    TrajectoryRow.answer_step == OutcomeRow.step_index,
+                ),
                 RequestRow.embedding.is_not(None),
             )
         )
@@ -132,8 +153,43 @@ async def read_verdicts(store: Store, request_ids: Sequence[str]) -> list[Verdic
                 embedding=row.embedding or b"",
                 score=row.score,
                 created_unix_s=row.created_unix_s,
-                propensity=None if row.path in _NOT_CHOSEN else row.propensity,
+                propensity=None if _was_not_chosen(row) else row.propensity,
             )
             for row in rows
         ]
     return sorted(verdicts, key=lambda verdict: (verdict.created_unix_s, verdict.request_id))
+
+
+async def rated_requests(
+    store: Store, policy_version: int, since_unix_s: float, limit: int
+) -> list[RatedRequest]:
+    """The last `limit` rated requests that a policy decided, in the order of their verdicts.
+
+    Args:
+        store: Where they are.
+        policy_version: Of the policy.
+        since_unix_s: Requests that ended before this are left out.
+        limit: The most that are read.
+
+    Raises:
+        StoreError: If the store is away.
+    """
+    query = (
+        select(FeedbackRow.score, RequestRow.alpha, RequestRow.cost_usd)
+        .join(RequestRow, RequestRow.request_id == FeedbackRow.request_id)
+        .where(
+            RequestRow.policy_version == policy_version,
+            RequestRow.path != str(Path.PINNED),
+            RequestRow.created_unix_s >= since_unix_s,
+        )
+        .order_by(FeedbackRow.created_unix_s.desc(), FeedbackRow.request_id.desc())
+        .limit(limit)
+    )
+    async with store.begin() as connection:
+        rows = (await connection.execute(query)).all()
+    return [RatedRequest(row.score, row.alpha or 0.0, row.cost_usd) for row in reversed(rows)]
+
+
+def _was_not_chosen(row: Any) -> bool:
+    several = row.decisions is not None and len(row.decisions) > 2  # a route and an answer
+    return row.path in _NOT_CHOSEN or row.step_index > 0 or several

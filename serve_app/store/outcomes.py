@@ -1,8 +1,8 @@
 """Outcomes of finished requests: a queue beside the request path, and the batches it writes.
 
-In come `Report`s, from `OutcomeLog.record`, which never waits; out go rows of `requests` and
-`outcomes`. What must stay true: a store that is slow or away costs memory up to a bound and then
-outcomes, never a request.
+In come `Report`s, from `OutcomeLog.record`, which never waits; out go rows of `requests`,
+`outcomes`, and of `trajectories` and `shadow_decisions` where there is such a thing. What must stay
+true: a store that is slow or away costs memory up to a bound and then outcomes, never a request.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 from sqlalchemy import insert, select, update
 
 from serve_app.errors import StoreError
-from serve_app.schemas import Report
+from serve_app.schemas import Action, Report
 from serve_app.store.database import Store, is_transient
-from serve_app.store.tables import OutcomeRow, RequestRow
+from serve_app.store.tables import OutcomeRow, RequestRow, ShadowRow, TrajectoryRow
 from serve_app.telemetry import STORE_DROPPED, STORE_WRITTEN, MetricSink, NoMetrics
 
 logger = logging.getLogger(__name__)
@@ -187,8 +187,9 @@ class OutcomeLog:
                 try:
                     await self._insert([row])
                 except Exception:
-                    if not await self._written_before(row[0]["request_id"]):
-                        self._drop(1, f"the store refused the row of {row[0]['request_id']}")
+                    request_id = row.request["request_id"]
+                    if not await self._written_before(request_id):
+                        self._drop(1, f"the store refused the row of {request_id}")
         self._embed_later(batch)
 
     async def _written_before(self, request_id: str) -> bool:
@@ -210,10 +211,14 @@ class OutcomeLog:
         while True:
             try:
                 async with asyncio.timeout(_WRITE_TIMEOUT_S), self._store.begin() as connection:
-                    await connection.execute(insert(RequestRow), [request for request, _ in rows])
-                    outcomes = [outcome for _, steps in rows for outcome in steps]
-                    if outcomes:
-                        await connection.execute(insert(OutcomeRow), outcomes)
+                    await connection.execute(insert(RequestRow), [row.request for row in rows])
+                    for table, added in (
+                        (OutcomeRow, [outcome for row in rows for outcome in row.outcomes]),
+                        (TrajectoryRow, [row.trajectory for row in rows if row.trajectory]),
+                        (ShadowRow, [row.shadow for row in rows if row.shadow]),
+                    ):
+                        if added:
+                            await connection.execute(insert(table), added)
             except (StoreError, TimeoutError) as error:
                 if not is_transient(error):
                     raise
@@ -274,8 +279,17 @@ class OutcomeLog:
             logger.warning(message, *args)
 
 
-_Rows = tuple[dict[str, Any], list[dict[str, Any]]]
-"""Values of one `RequestRow` and of its `OutcomeRow`s."""
+_Values = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Values of the rows of one request."""
+
+    request: _Values
+    outcomes: list[_Values]
+    trajectory: _Values | None
+    shadow: _Values | None
 
 
 def storable_text(text: str) -> str:
@@ -327,4 +341,38 @@ def _rows(entry: _Entry) -> _Rows:
         }
         for index, step in enumerate(report.steps)
     ]
-    return request, outcomes
+    return _Rows(request, outcomes, _trajectory(report), _shadow(report))
+
+
+def _trajectory(report: Report) -> _Values | None:
+    if not report.decisions:
+        return None
+    decisions = [
+        {
+            "action": str(decision.action),
+            "pair": str(decision.pair) if decision.action is Action.ROUTE else None,
+            "propensity": decision.propensity,
+        }
+        for decision in report.decisions
+    ]
+    return {
+        "request_id": report.request_id,
+        "decisions": decisions,
+        "answer_step": report.answer_step,
+    }
+
+
+def _shadow(report: Report) -> _Values | None:
+    shadow = report.decision.shadow
+    if shadow is None:
+        return None
+    return {
+        "request_id": report.request_id,
+        "policy_version": shadow.policy_version,
+        "action": str(shadow.action),
+        "model_id": shadow.pair.model_id,
+        "tool_id": shadow.pair.tool_id,
+        "path": str(shadow.path),
+        "confidence": shadow.confidence,
+        "propensity": shadow.propensity,
+    }

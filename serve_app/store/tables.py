@@ -78,6 +78,34 @@ class OutcomeRow(Base):
     error: Mapped[str | None] = mapped_column(Text)
 
 
+class TrajectoryRow(Base):
+    """What a request decided by the multi-step policy adds to its `requests` row."""
+
+    __tablename__ = "trajectories"
+
+    request_id: Mapped[str] = mapped_column(ForeignKey("requests.request_id"), primary_key=True)
+    decisions: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    """`action`, `pair` (`None` but for `route`) and `propensity` of each decision, in their order:
+    the n-th `route` or `think` is step n of `outcomes`."""
+    answer_step: Mapped[int | None] = mapped_column(Integer)
+    """`step_index` of the answer that was returned; `None` where none was."""
+
+
+class ShadowRow(Base):
+    """What a policy on trial would have done with a request; nobody acted on it."""
+
+    __tablename__ = "shadow_decisions"
+
+    request_id: Mapped[str] = mapped_column(ForeignKey("requests.request_id"), primary_key=True)
+    policy_version: Mapped[int] = mapped_column(Integer, index=True)
+    action: Mapped[str] = mapped_column(String(16))
+    model_id: Mapped[str] = mapped_column(String(64))
+    tool_id: Mapped[str] = mapped_column(String(64))
+    path: Mapped[str] = mapped_column(String(32))
+    confidence: Mapped[float] = mapped_column(Float)
+    propensity: Mapped[float] = mapped_column(Float)
+
+
 class FeedbackRow(Base):
     """The owner's verdict on a request; one per request."""
 
@@ -103,7 +131,10 @@ class SnapshotRow(Base):
 
 
 class PolicyRow(Base):
-    """One publication of a snapshot. The highest version serves; none ever changes."""
+    """One publication of a snapshot; none ever changes.
+
+    The highest version without a trial serves; trials above it run beside it.
+    """
 
     __tablename__ = "policies"
 
@@ -114,6 +145,32 @@ class PolicyRow(Base):
     report: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     """The evaluation it was promoted on."""
     created_unix_s: Mapped[float] = mapped_column(Float)
+
+
+class TrialRow(Base):
+    """A publication that does not simply serve. A later one that does ends it."""
+
+    __tablename__ = "policy_trials"
+
+    policy_version: Mapped[int] = mapped_column(
+        ForeignKey("policies.policy_version"), primary_key=True, autoincrement=False
+    )
+    mode: Mapped[str] = mapped_column(String(16))
+    """`canary` or `shadow`."""
+    share: Mapped[float] = mapped_column(Float)
+    """Of the requests, in [0, 1]."""
+
+
+class RollbackRow(Base):
+    """A publication that took another one back."""
+
+    __tablename__ = "policy_rollbacks"
+
+    policy_version: Mapped[int] = mapped_column(
+        ForeignKey("policies.policy_version"), primary_key=True, autoincrement=False
+    )
+    taken_back: Mapped[int] = mapped_column(Integer)
+    """Version of the one taken back."""
 
 
 class ProfileQuestionRow(Base):

@@ -63,6 +63,18 @@ def normalise(answer: str) -> str:
     return f"text:{' '.join(words)}" if words else (f"text:{final}" if final else "")
 
 
+def answer_key(answer: str | None) -> str | None:
+    """What answers are compared by, here and across the steps of a request.
+
+    Args:
+        answer: A model's text; `None` where there is none.
+
+    Returns:
+        `normalise` of it; `None` for an answer with nothing in it.
+    """
+    return normalise(answer or "") or None
+
+
 def _normalise_code(code: str) -> str:
     lines = [
         re.sub(r"\s+#.*$|^#.*$", "", line).rstrip() for line in code.expandtabs(4).splitlines()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.errors import ToolFailed
-from serve_app.tools.best_of import BestOf, agreement, normalise, vote
+from serve_app.tools.best_of import BestOf, agreement, answer_key, normalise, vote
 from serve_app.tools.config import BestOfConfig
 
 SAME = [
@@ -52,6 +52,12 @@ def test_equal_answers_are_one_group(left: str, right: str) -> None:
 @pytest.mark.parametrize(("left", "right"), DIFFERENT)
 def test_different_answers_stay_apart(left: str, right: str) -> None:
     assert normalise(left) != normalise(right)
+
+
+@pytest.mark.parametrize("answer", [None, "", " \n "])
+def test_an_answer_with_nothing_in_it_has_no_key(answer: str | None) -> None:
+    assert answer_key(answer) is None
+    assert answer_key("The answer is 7.") == answer_key("7.0")
 
 
 def test_majority_wins() -> None:

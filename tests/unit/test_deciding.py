@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, NoCandidate
-from serve_app.orchestrator.deciding import Decider
+from serve_app.orchestrator.deciding import Decider, UnderWay
 from serve_app.orchestrator.engines import Deadline
-from serve_app.schemas import Candidate, Decision, Limits, Pair, Path
+from serve_app.schemas import Candidate, Decision, Limits, Pair, Path, Seen
 
 
 class Response:
@@ -44,6 +44,8 @@ class Deployments:
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
+        self.more: list[tuple[Any, ...]] = []
+        """Of each decided batch, what was said beside embeddings, limits and explanations."""
         self.open = asyncio.Event()
         self.open.set()
         self.embed = Method(self._embed)
@@ -57,8 +59,13 @@ class Deployments:
         return np.array([[len(text)] for text in texts], dtype=np.float32)
 
     async def _decide(
-        self, embeddings: NDArray[np.float32], limits: Sequence[Limits], explain: Sequence[bool]
+        self,
+        embeddings: NDArray[np.float32],
+        limits: Sequence[Limits],
+        explain: Sequence[bool],
+        *more: Any,
     ) -> list[Decision | AtlasError]:
+        self.more.append(more)
         return [
             NoCandidate("none within the limits")
             if allowed.models == frozenset()
@@ -160,3 +167,42 @@ async def test_a_query_whose_caller_left_is_not_embedded() -> None:
     deployments.open.set()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert deployments.batches == [["a"], ["b"], ["stays"]]
+
+
+async def test_a_request_under_way_shares_the_batch_and_keeps_its_embedding() -> None:
+    deployments = Deployments()
+    deployments.open.clear()
+    decider = Decider(deployments, deployments)
+    seen = (Seen(Pair("m", "none"), "a", None, 0, 0.0),)
+    known = np.array([7.0], np.float32)
+    under_way = UnderWay(known, 5, seen, answer="four")
+    in_flight = [asyncio.create_task(ask(decider, "x")) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    new = asyncio.create_task(ask(decider, "abc"))
+    next_one = asyncio.create_task(decider.decide_next(under_way, LIMITS, Deadline.after(5)))
+    thinking = UnderWay(known, 6, seen, answer_embedding=known)
+    after_thought = asyncio.create_task(decider.decide_next(thinking, LIMITS, Deadline.after(5)))
+    await asyncio.sleep(0.01)
+    deployments.open.set()
+    assert await new == 3
+    embedded, decided = await next_one
+    assert embedded is not None
+    assert (float(embedded[0]), decided.candidates[0].quality) == (4, 7)
+    assert (await after_thought)[0] is known
+    await asyncio.gather(*in_flight)
+    assert deployments.batches[-1] == ["abc", "four"]
+    histories, last_answers, request_ids, versions = deployments.more[-1]
+    assert histories == [(), seen, seen]
+    assert [None if a is None else float(a[0]) for a in last_answers] == [None, 4, 7]
+    assert (request_ids, versions) == ([None, None, None], [None, 5, 6])
+
+
+async def test_nothing_is_embedded_where_there_is_no_new_text() -> None:
+    deployments = Deployments()
+    known = np.array([7.0], np.float32)
+    under_way = UnderWay(known, 5, ())
+    embedded, decided = await Decider(deployments, deployments).decide_next(
+        under_way, LIMITS, Deadline.after(5)
+    )
+    assert (embedded, decided.candidates[0].quality) == (None, 7)
+    assert deployments.batches == []

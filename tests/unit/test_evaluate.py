@@ -29,7 +29,8 @@ from rl.evaluate import (
 )
 from rl.figures import draw_pareto, draw_reliability
 from rl.fit import fit
-from rl.off_policy import LoggedDecisions, OffPolicyEstimate, estimate
+from rl.importance import OffPolicyEstimate
+from rl.off_policy import LoggedDecisions, estimate
 from serve_app.errors import ConfigError
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.cold_start import ColdStartRule, PairCard
@@ -164,6 +165,32 @@ def test_the_verdict_asks_for_certainty_at_the_default_alpha_and_at_0(
     assert verdict.promote is promote
     assert fault in verdict.reason
     assert ("reaches below" in verdict.reason) <= (not promote)
+
+
+@pytest.mark.parametrize(
+    ("at_default", "at_zero", "promote"),
+    [
+        (Interval(0.02, 0.001, 0.04), Interval(0.0, 0.0, 0.0), True),
+        (Interval(0.02, 0.001, 0.04), Interval(0.0, -0.001, 0.01), False),
+        (Interval(0.02, 0.0, 0.04), Interval(0.01, 0.005, 0.02), False),
+        (Interval(0.0, 0.0, 0.0), Interval(0.0, 0.0, 0.0), False),
+    ],
+)
+def test_without_a_margin_a_candidate_has_to_be_better(
+    at_default: Interval, at_zero: Interval, promote: bool
+) -> None:
+    verdict = judge({0.0: at_zero, 0.1: at_default}, EvaluationSettings(margin=0.0))
+    assert verdict.promote is promote
+    assert promote or "which" in verdict.reason
+
+
+def test_the_same_policy_again_is_refused_where_a_gain_is_asked_for() -> None:
+    held_out, topic = make_outcomes(60, seed=5)
+    rules = [knowing_rule(), knowing_rule()]
+    settings = replace(FAST, margin=0.0)
+    report = evaluate(held_out, by_topic(topic), *rules, settings=settings)
+    assert not report.verdict.promote
+    assert "which is not above 0" in report.verdict.reason
 
 
 def test_differences_are_paired() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ def test_a_profile_job_keeps_its_questions_to_itself(gateway: Loopback) -> None:
         ({"kind": "profile", "questions": [QUESTION | {"metric": "luck"}]}, "questions[0].metric"),
         ({"kind": "profile", "questions": [QUESTION], "sample": 0}, "sample"),
         ({"kind": "fit", "seed": -1}, "seed"),
+        ({"kind": "train", "settings": {"lr": -1}}, "lr"),
+        ({"kind": "train", "settings": {"deployment": "x.yaml"}}, "deployment"),
+        ({"kind": "train", "settings": {"env": {"max_steps": 99}}}, "max_steps"),
         ({"kind": "promote", "candidate": "../../etc"}, "candidate"),
         ({"kind": "dance"}, ""),
     ],
@@ -91,6 +95,52 @@ def test_a_running_job_whose_process_is_gone_has_failed(gateway: Loopback) -> No
     gateway.launcher.stop(job_id)
     gone = look_up(gateway, job_id)
     assert (gone["state"], gone["error"]) == ("failed", "its process ended")
+
+
+def test_a_training_job_is_taken_with_the_settings_it_names(gateway: Loopback) -> None:
+    settings = {"iterations": 3, "seed": 7, "env": {"max_steps": 2}}
+    job = submit(gateway, kind="train", settings=settings).json()
+    assert (job["kind"], job["state"]) == ("train", "queued")
+    assert job["settings"]["settings"] == settings
+    assert submit(gateway, kind="train").status_code == 201
+
+
+def events_of(lines: Iterator[str]) -> Iterator[Any]:
+    """What a stream of events says, up to its end."""
+    for line in lines:
+        if line.startswith("data: "):
+            said = line.removeprefix("data: ")
+            if said == "[DONE]":
+                return
+            yield json.loads(said)
+
+
+def test_a_jobs_changes_are_streamed_until_it_is_over(gateway: Loopback) -> None:
+    job_id = submit(gateway, kind="train").json()["job_id"]
+    gateway.run(lambda: update_job(gateway.store, job_id, state="running"))
+    accept = {"accept": "text/event-stream"}
+    url = f"{gateway.url}/v1/admin/jobs/{job_id}"
+    with httpx2.stream("GET", url, headers=accept, timeout=20) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = events_of(response.iter_lines())
+        assert next(events)["state"] == "running"
+        gateway.run(lambda: update_job(gateway.store, job_id, progress={"done": 5}))
+        assert next(events)["progress"] == {"done": 5}
+        gateway.run(lambda: update_job(gateway.store, job_id, state="succeeded", result={"x": 1}))
+        assert next(events)["result"] == {"x": 1}
+        assert list(events) == []
+
+
+def test_the_stream_of_a_job_that_is_over_is_its_last_state(gateway: Loopback) -> None:
+    job_id = submit(gateway, kind="fit").json()["job_id"]
+    cancel(gateway, job_id)
+    url = f"{gateway.url}/v1/admin/jobs/{job_id}"
+    response = httpx2.get(url, headers={"accept": "text/event-stream"})
+    (last,) = events_of(response.iter_lines())
+    assert last["state"] == "cancelled"
+    assert response.text.endswith("data: [DONE]\n\n")
+    accept = {"accept": "text/event-stream"}
+    assert httpx2.get(gateway.url + "/v1/admin/jobs/job_0", headers=accept).status_code == 404
 
 
 def test_an_unknown_job_is_a_404(gateway: Loopback) -> None:

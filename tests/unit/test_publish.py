@@ -11,10 +11,22 @@ import numpy as np
 import pytest
 
 from rl.dataset import read_dataset
+from rl.evaluate import CANDIDATE, PATH_1, PATH_2
 from rl.profile import fingerprint
-from rl.publish import COLD_START, NEWEST, SERVING, fit_snapshot, promote, resolve, roll_back
+from rl.publish import (
+    COLD_START,
+    NEWEST,
+    SERVING,
+    evaluate_snapshot,
+    fit_snapshot,
+    keep_snapshot,
+    promote,
+    promote_evaluated,
+    resolve,
+    roll_back,
+)
 from serve_app.config import AtlasConfig
-from serve_app.errors import ConfigError, NotFound
+from serve_app.errors import ConfigError, NotFound, PromotionRefused
 from serve_app.router.following import LEARNED_UNTIL
 from serve_app.router.library import SnapshotLibrary
 from serve_app.schemas import Candidate, Decision, Pair, Report, Step, Usage
@@ -28,7 +40,9 @@ from serve_app.store import (
     add_outcomes,
     add_questions,
     measured,
+    serving_policies,
 )
+from tests.policy_data import make_policy
 from tests.router_data import QUICK
 
 SUMS, POEMS = Pair("sums", "calculator"), Pair("poems", "none")
@@ -174,6 +188,46 @@ async def test_without_outcomes_the_way_to_get_them_is_said(
 ) -> None:
     with pytest.raises(ConfigError, match="atlas profile"):
         await fit_snapshot(config, store)
+
+
+async def test_a_snapshot_with_a_policy_is_evaluated_step_by_step(
+    config: AtlasConfig, store: Store
+) -> None:
+    await fill(config, store, num_questions=120)
+    first, snapshot = await fit_snapshot(config, store, QUICK)
+    await promote(store, first, "a test")
+    wasteful = replace(snapshot, policy=make_policy(dim=DIM))  # runs every pair, whatever it saw
+    second = await keep_snapshot(config, store, wasteful)
+    report = await evaluate_snapshot(config, store, second, first)
+    contenders = report.at_default.contenders
+    assert contenders[CANDIDATE].steps == contenders[PATH_2].steps == 2.0
+    assert contenders[PATH_1].steps == 1.0
+    assert contenders[CANDIDATE].cost_usd.mean == pytest.approx(2e-5)
+    assert report.num_queries == 30
+    back = await evaluate_snapshot(config, store, first, second)
+    assert back.at_default.difference.utility.mean == pytest.approx(
+        -report.at_default.difference.utility.mean
+    )
+    assert PATH_2 not in back.at_default.contenders  # only of the candidate
+
+
+async def test_a_policy_that_is_worse_is_refused_and_a_forced_one_is_recorded(
+    config: AtlasConfig, store: Store
+) -> None:
+    await fill(config, store, num_questions=120)
+    first, snapshot = await fit_snapshot(config, store, QUICK)
+    await promote(store, first, "a test")
+    silent = make_policy(dim=DIM)
+    silent["candidate.weight"] *= -1  # takes the pair that is expected to be the worst
+    silent["slot_logits.bias"][1] = 5.0
+    second = await keep_snapshot(config, store, replace(snapshot, policy=silent))
+    with pytest.raises(PromotionRefused, match="refused: utility"):
+        await promote_evaluated(config, store, second)
+    version, report = await promote_evaluated(config, store, second, force=True)
+    assert not report.verdict.promote
+    (serving, *_) = await serving_policies(store)
+    assert (serving.policy_version, serving.snapshot_id) == (version, second)
+    assert serving.reason.startswith("forced: ")
 
 
 async def test_names_stand_for_snapshots(config: AtlasConfig, store: Store) -> None:

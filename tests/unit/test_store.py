@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from sqlalchemy import select
+from sqlalchemy.engine import Connection
 
 from serve_app.errors import ConfigError, Conflict, NotFound, StoreError, Unauthorized
 from serve_app.gateway.auth import Authenticator
@@ -364,6 +367,30 @@ async def test_sqlite_runs_with_a_log_foreign_keys_and_synced_commits(sqlite_sto
         "synchronous": 2,
         "busy_timeout": 5000,
     }
+
+
+async def test_the_steps_of_the_schema_end_at_the_tables(store: Store) -> None:
+    def differences(connection: Connection) -> list[Any]:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        return list(compare_metadata(context, Base.metadata))
+
+    async with store.begin() as connection:
+        assert await connection.run_sync(differences) == []
+
+
+async def test_a_database_of_before_the_steps_keeps_what_it_has(store_url: str) -> None:
+    store = await Store.open(store_url)
+    await create_key(store, "ann", ["chat"])
+    async with store.begin() as connection:
+        for table in reversed(Base.metadata.sorted_tables):
+            if table.name != ApiKeyRow.__tablename__:
+                await connection.run_sync(table.drop)
+        await connection.exec_driver_sql("DROP TABLE alembic_version")
+    await store.close()
+    store = await Store.open(store_url)
+    assert [key.name for key in await list_keys(store)] == ["ann"]
+    assert await rows(store, RequestRow) == []
+    await store.close()
 
 
 async def test_several_processes_may_open_a_new_store_at_once(store_url: str) -> None:

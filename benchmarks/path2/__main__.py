@@ -1,0 +1,183 @@
+"""What path 2 is worth.
+
+What: the router of both paths in distribution and on a domain it never saw, four steps against one,
+a pool that grows, shrinks, breaks and gets dearer, the reward's parts, and real outcome tables.
+How: `python -m benchmarks.path2 --deployment configs/nano.yaml --out FILE.json [--seeds 5]
+[--iterations 60] [--data DIR]`; the profile is read from the deployment's store. Every router and
+every result is kept in `FILE_run/` as soon as it is there, and the same command goes on from them.
+Results: the JSON, figures beside it, and the targets on the terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from benchmarks.path2.data import read_bench
+from benchmarks.path2.figure import draw_frontiers
+from benchmarks.path2.parts import (
+    NEWCOMERS,
+    Run,
+    ablations,
+    changes,
+    growth,
+    in_distribution,
+    leave_one_domain_out,
+)
+from benchmarks.path2.summary import as_text, growth_share, over_domains, section, targets
+from benchmarks.path2.tables import TASK_TABLES, open_tables
+from benchmarks.path2.units import GATED, PATH_2
+from rl.config import TrainConfig
+from rl.selection import FitSettings
+from serve_app.config import load_config
+
+PARTS = ("in_distribution", "leave_one_domain_out", "growth", "changes", "ablations", "tables")
+
+
+def main() -> None:
+    """Measure, write, print the targets."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--deployment", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=60, help="of each training")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--data", type=Path, help="folder of outcome tables")
+    parser.add_argument("--tables", nargs="*", default=["llmrouter", "gsm8k_modeltool"])
+    parser.add_argument("--table-seeds", type=int, default=1)
+    parser.add_argument("--ablation-seeds", type=int, default=2)
+    options = parser.parse_args()
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    config = load_config(options.deployment)
+    train = TrainConfig(iterations=options.iterations)
+    folder = options.out.with_name(f"{options.out.stem}_run")
+    folder.mkdir(parents=True, exist_ok=True)
+    began_s = time.perf_counter()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("the profile", total=None)
+
+        def told(what: str) -> None:
+            progress.update(task, description=what)
+
+        run = Run(read_bench(config), folder, range(options.seeds), FitSettings(), train, told)
+        result: dict[str, Any] = {}
+        for part in options.parts:
+            if part == "tables" and options.data is None:
+                continue
+            if part == "tables":
+                result[part] = _tables(
+                    options, config.embedder.model, folder, train, progress, told
+                )
+            else:
+                result[part] = _PARTS[part](run, options)
+            result["settings"] = {
+                "iterations": options.iterations,
+                "seeds": options.seeds,
+                "encoder": config.embedder.model,
+                "seconds": time.perf_counter() - began_s,
+            }
+            result["targets"] = targets(result)
+            options.out.write_text(json.dumps(result, indent=1, allow_nan=False))
+    if "leave_one_domain_out" in result and "in_distribution" in result:
+        draw_frontiers(
+            {
+                "profiled domains": in_distribution(run),
+                "domain absent from fit and training": over_domains(leave_one_domain_out(run)),
+            },
+            run.bench.test,
+            options.out.with_suffix(".png"),
+        )
+    sys.stdout.write(as_text(result))
+
+
+def _in_distribution(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    thresholds = [run.learnt("base", seed).threshold for seed in run.seeds]
+    return section(in_distribution(run)) | {"thresholds": thresholds}
+
+
+def _leave_one_domain_out(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    units = leave_one_domain_out(run)
+    sections = {domain: section(of_domain) for domain, of_domain in units.items()}
+    return {"all": section(over_domains(units)), "domains": sections}
+
+
+def _growth(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    again = in_distribution(run)
+    result = {}
+    for name, units in growth(run).items():
+        added, without = (units[kind] for kind in NEWCOMERS)
+        result[name] = {
+            "share": asdict(growth_share(without, added, again, GATED)),
+            "share_path_2": asdict(growth_share(without, added, again, PATH_2)),
+            "added": section(added),
+            "without": section(without),
+        }
+    return result
+
+
+def _changes(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    return {name: section(units) for name, units in changes(run).items()}
+
+
+def _ablations(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    fewer = Run(
+        run.bench,
+        run.folder,
+        run.seeds[: options.ablation_seeds],
+        run.fit,
+        run.train,
+        run.on_progress,
+    )
+    whole = {"nothing": (in_distribution(fewer), leave_one_domain_out(fewer))}
+    return {
+        name: {"in_distribution": section(inside), "unseen_domain": section(over_domains(unseen))}
+        for name, (inside, unseen) in (whole | ablations(fewer)).items()
+    }
+
+
+def _tables(
+    options: argparse.Namespace,
+    encoder: str,
+    folder: Path,
+    train: TrainConfig,
+    progress: Progress,
+    told: Any,
+) -> dict[str, Any]:
+    seeds = range(options.table_seeds)
+    runs = open_tables(
+        options.data, options.tables, encoder, folder / "tables", seeds, train, progress, told
+    )
+    result: dict[str, Any] = {}
+    for name, run in runs.items():
+        result[name] = {"in_distribution": section(run.in_distribution())}
+        if name in TASK_TABLES:
+            units = run.leave_one_task_out()
+            result[name]["leave_one_task_out"] = {
+                "all": section(over_domains(units)),
+                "tasks": {task: section(of_task) for task, of_task in units.items()},
+            }
+    return result
+
+
+_PARTS = {
+    "in_distribution": _in_distribution,
+    "leave_one_domain_out": _leave_one_domain_out,
+    "growth": _growth,
+    "changes": _changes,
+    "ablations": _ablations,
+}
+
+if __name__ == "__main__":
+    main()

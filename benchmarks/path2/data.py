@@ -1,0 +1,193 @@
+"""What a run learns from and is judged on, and learning from a part of it.
+
+A bench is a profile (or an outcome table) as two replay tables. A router may learn from some of its
+training questions and pairs; both paths then know nothing of the others but their cards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rl.config import TrainConfig
+from rl.dataset import read_dataset
+from rl.fit import fit
+from rl.outcomes import Outcomes
+from rl.publish import read_cards
+from rl.replay import read_replay
+from rl.rollout import choose_gate
+from rl.selection import FitSettings
+from rl.table import ReplayTable
+from rl.train import split_table
+from rl.training import TrainProgress, train_policy
+from rl.views import groups_of, make_views, newcomer_view
+from serve_app.config import AtlasConfig
+from serve_app.router.clusters import ClusterRule, Prior
+from serve_app.router.learned import GATE_THRESHOLD, LearnedRule
+from serve_app.router.policy_net import PolicyNet
+from serve_app.router.snapshot import RouterSnapshot, load_snapshot, save_snapshot
+from serve_app.store import Store
+
+Float = NDArray[np.float32]
+Index = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A profile as both sides of a run."""
+
+    outcomes: Outcomes
+    """Of the training questions."""
+    train: ReplayTable
+    """The same, without views."""
+    test: ReplayTable
+    """Of the held-out questions, without views; the same pairs."""
+    prior: Prior | None
+    """What the cards say of the pairs; `None` without cards."""
+    descriptors: Float | None
+    """(num_pairs, descriptor) as `fit` takes them."""
+    likeness: Float | None
+    """(num_train, num_pairs) similarity of the training questions to the cards."""
+    config: AtlasConfig | None = None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What may be learnt from, and how."""
+
+    rows: Index
+    """Training questions."""
+    columns: Index
+    """Pairs."""
+    seed: int
+    fit: FitSettings
+    train: TrainConfig
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A snapshot with a policy, ready to be asked."""
+
+    snapshot: RouterSnapshot
+    net: PolicyNet
+    threshold: float
+
+
+def read_bench(config: AtlasConfig) -> Bench:
+    """The profile of a deployment, from its store.
+
+    Raises:
+        ConfigError: If there is none.
+        StoreError: If the store is away.
+    """
+    return asyncio.run(_read(config))
+
+
+async def _read(config: AtlasConfig) -> Bench:
+    store = await Store.open(config.store_url())
+    try:
+        dataset = await read_dataset(config, store, "train")
+        train = await read_replay(config, store, "train", views=None)
+        test = await read_replay(config, store, "held_out", views=None)
+    finally:
+        await store.close()
+    knowledge = read_cards(config)
+    return Bench(
+        outcomes=dataset.outcomes,
+        train=train,
+        test=test,
+        prior=knowledge.prior,
+        descriptors=knowledge.descriptors_of(train.pairs),
+        likeness=knowledge.likeness_of(dataset.outcomes),
+        config=config,
+    )
+
+
+def learn(bench: Bench, lesson: Lesson, folder: Path, on_progress: Callable[[str], None]) -> Learnt:
+    """Fit path 1, train path 2 and choose the gate; what a folder has is not learnt again.
+
+    Args:
+        bench: The profile.
+        lesson: What of it may be used.
+        folder: Takes the snapshot.
+        on_progress: Told what is being done.
+    """
+    kept = folder / "snapshot"
+    if kept.is_dir():
+        return _open(load_snapshot(kept))
+    rows, columns = lesson.rows, lesson.columns
+    on_progress("path 1")
+    outcomes = part_of(bench.outcomes, rows, columns)
+    descriptors = None if bench.descriptors is None else bench.descriptors[columns]
+    likeness = None if bench.likeness is None else bench.likeness[np.ix_(rows, columns)]
+    settings = replace(lesson.fit, seed=lesson.seed)
+    snapshot = fit(outcomes, settings, descriptors=descriptors, likeness=likeness)
+    on_progress("path 1's beliefs on what it did not see")
+    quick = replace(settings, num_repeats=1)
+    table = bench.train.select(queries=rows, pairs=columns)
+    groups = groups_of(table.domains, table.embeddings, lesson.seed)
+    rule = ClusterRule(snapshot)
+    table = replace(
+        table,
+        views=make_views(outcomes, groups, descriptors, likeness, quick),
+        new_models=newcomer_view(outcomes, "model_id", descriptors, likeness, quick),
+        new_tools=newcomer_view(outcomes, "tool_id", descriptors, likeness, quick),
+        pair_costs_usd=rule.costs_usd.astype(np.float32),
+        pair_seconds=rule.seconds.astype(np.float32),
+    )
+
+    def told(progress: TrainProgress) -> None:
+        on_progress(f"path 2: iteration {progress.done}, {progress.eta_s:.0f} s left")
+
+    training, validation = split_table(table, lesson.train.validation.share)
+    trained = train_policy(
+        training,
+        validation,
+        lesson.train.model_copy(update={"seed": lesson.seed}),
+        folder / "training",
+        told,
+    )
+    net = trained.net()
+    threshold = choose_gate(
+        net, validation, caution=snapshot.caution, max_steps=lesson.train.env.max_steps
+    )
+    tensors = net.to_tensors() | {GATE_THRESHOLD: np.array([threshold], np.float32)}
+    snapshot = replace(snapshot, policy=tensors)
+    save_snapshot(snapshot, kept)
+    return _open(snapshot)
+
+
+def _open(snapshot: RouterSnapshot) -> Learnt:
+    rule = LearnedRule(snapshot)
+    return Learnt(snapshot, rule.net, rule.threshold)
+
+
+def rule_of(bench: Bench, learnt: Learnt) -> ClusterRule:
+    """Path 1 as it serves; pairs it was not fitted on are known by their cards."""
+    return ClusterRule(learnt.snapshot, bench.prior)
+
+
+def part_of(outcomes: Outcomes, rows: Index, columns: Index) -> Outcomes:
+    """The outcomes of some queries and pairs, renumbered in the order given."""
+    row = np.full(len(outcomes.embeddings), -1)
+    row[rows] = np.arange(len(rows))
+    column = np.full(len(outcomes.pairs), -1)
+    column[columns] = np.arange(len(columns))
+    kept = (row[outcomes.query_index] >= 0) & (column[outcomes.pair_index] >= 0)
+    return replace(
+        outcomes,
+        embeddings=outcomes.embeddings[rows],
+        pairs=tuple(outcomes.pairs[place] for place in columns),
+        query_index=row[outcomes.query_index[kept]],
+        pair_index=column[outcomes.pair_index[kept]],
+        score=outcomes.score[kept],
+        tokens=outcomes.tokens[kept],
+        seconds=outcomes.seconds[kept],
+        costs_usd=outcomes.costs_usd[kept],
+        queries=tuple(outcomes.queries[place] for place in rows) if outcomes.queries else (),
+    )

@@ -1,0 +1,154 @@
+"""One unit of a run: what the contenders reached on some test questions, kept in a file.
+
+A unit is written when it is complete, and a run that finds its file does not do it again.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.path2.data import Learnt
+from rl.contenders import ask
+from rl.replay import with_rule
+from rl.rollout import PATH_2_ALONE, GatedPolicy, Requests, run_once
+from rl.table import ReplayTable
+from serve_app.router.clusters import ClusterRule
+from serve_app.router.cold_start import normalised_cost
+
+Array = NDArray[np.float64]
+Index = NDArray[np.intp]
+
+ALPHAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.9)
+MAX_STEPS = 4
+
+GATED, PATH_1, PATH_2, ONE_STEP = "gated", "path 1", "path 2", "path 2, one step"
+ORACLE, BEST_SINGLE, HINDSIGHT = "oracle", "best single", "best single in hindsight"
+FIELDS = ("score", "costs_usd", "cost", "steps")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What contenders reached; arrays (num_alphas, num_queries)."""
+
+    reached: Mapping[str, Mapping[str, Array]]
+    """Contender to `score`, `costs_usd`, `cost` and `steps`."""
+
+    def utility(self, contender: str, alpha: float) -> Array:
+        """(num_queries,) at one of `ALPHAS`."""
+        of, row = self.reached[contender], ALPHAS.index(alpha)
+        utility: Array = (1 - alpha) * of["score"][row] - alpha * of["cost"][row]
+        return utility
+
+    def score(self, contender: str, alpha: float) -> Array:
+        """(num_queries,) at one of `ALPHAS`."""
+        score: Array = self.reached[contender]["score"][ALPHAS.index(alpha)]
+        return score
+
+
+def save_unit(unit: Unit, path: Path) -> None:
+    """Write a unit; the file appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        f"{contender}|{name}": values.astype(np.float32)
+        for contender, of in unit.reached.items()
+        for name, values in of.items()
+    }
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    os.replace(file.name, path)
+
+
+def load_unit(path: Path) -> Unit:
+    """Read a unit."""
+    reached: dict[str, dict[str, Array]] = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for key in arrays.files:
+            contender, name = key.split("|")
+            reached.setdefault(contender, {})[name] = arrays[key].astype(np.float64)
+    return Unit(reached)
+
+
+def contend(
+    learnt: Learnt, rule: ClusterRule, test: ReplayTable, known: Mapping[float, int]
+) -> Unit:
+    """Let everyone answer the test questions.
+
+    Args:
+        learnt: The router.
+        rule: Its path 1, as it serves.
+        test: What the pairs answer, and the mean dollars that costs are counted in; what the router
+            expects to pay is the rule's affair.
+        known: Alpha to the column of the pair that was best on the training questions.
+    """
+    table = with_rule(test, rule)
+    policy = GatedPolicy(learnt.net, rule, learnt.threshold, table, MAX_STEPS)
+    alone, once = policy.alone(), GatedPolicy(learnt.net, rule, PATH_2_ALONE, table, 1)
+    choices = ask(PATH_1, rule, table.embeddings, table.encoder, table.pairs, ALPHAS)
+    everyone: dict[str, list[Requests]] = {}
+    for row, alpha in enumerate(ALPHAS):
+        usd = test.pair_costs_usd
+        utilities = _utilities(test, alpha)
+        singles = {
+            BEST_SINGLE: known[alpha],
+            HINDSIGHT: int(utilities.mean(axis=0).argmax()),
+        }
+        found = {
+            GATED: policy.answer(table, alpha, pair_costs_usd=usd),
+            PATH_1: run_once(test, choices.chosen[row], choices.confidence[row]),
+            PATH_2: alone.answer(table, alpha, pair_costs_usd=usd),
+            ONE_STEP: once.answer(table, alpha, pair_costs_usd=usd),
+            ORACLE: _run_once(test, utilities.argmax(axis=1)),
+        }
+        found |= {
+            name: _run_once(test, np.full(test.num_queries, column))
+            for name, column in singles.items()
+        }
+        for name, requests in found.items():
+            everyone.setdefault(name, []).append(requests)
+    return Unit({name: _stacked(sweep) for name, sweep in everyone.items()})
+
+
+def best_known(
+    train: ReplayTable, alphas: Sequence[float] = ALPHAS, columns: Sequence[int] | None = None
+) -> dict[float, int]:
+    """The column of the best pair on some questions, by alpha; only of those columns."""
+    allowed = np.arange(train.num_pairs) if columns is None else np.asarray(columns)
+    return {
+        alpha: int(allowed[_utilities(train, alpha)[:, allowed].mean(axis=0).argmax()])
+        for alpha in alphas
+    }
+
+
+def joined(units: Sequence[Unit]) -> Unit:
+    """Units of different questions as one."""
+    names = set.intersection(*(set(unit.reached) for unit in units))
+    return Unit(
+        {
+            name: {
+                field: np.concatenate([unit.reached[name][field] for unit in units], axis=1)
+                for field in FIELDS
+            }
+            for name in sorted(names)
+        }
+    )
+
+
+def _utilities(table: ReplayTable, alpha: float) -> Array:
+    cost = normalised_cost(table.pair_costs_usd.tolist())
+    utilities: Array = (1 - alpha) * table.score[0].astype(np.float64) - alpha * cost
+    return np.where(table.measured[0], utilities, -1.0)
+
+
+def _run_once(table: ReplayTable, chosen: NDArray[np.intp]) -> Requests:
+    return run_once(table, chosen, np.ones(len(chosen)))
+
+
+def _stacked(sweep: Sequence[Requests]) -> dict[str, Array]:
+    return {name: np.stack([getattr(of, name) for of in sweep]) for name in FIELDS}

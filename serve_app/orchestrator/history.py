@@ -1,0 +1,45 @@
+"""What the finished steps of a request showed, and which of their answers is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from serve_app.router.features import NO_ANSWER, best_answers
+from serve_app.schemas import Action, Seen, Step
+from serve_app.tools.best_of import answer_key
+
+
+def seen(step: Step) -> Seen:
+    """What a finished step showed to the policy."""
+    is_thought = step.action is Action.THINK
+    return Seen(
+        pair=None if is_thought else step.pair,
+        answer_key=None if is_thought or step.error is not None else answer_key(step.answer),
+        mean_logprob=step.mean_logprob,
+        tool_errors=sum(not call.ok for call in step.tool_calls),
+        cost_usd=step.usage.cost_usd,
+    )
+
+
+def has_answer(steps: Sequence[Step]) -> bool:
+    """Whether a pair has answered."""
+    return any(step.action is Action.ROUTE and step.error is None for step in steps)
+
+
+def best_step(steps: Sequence[Step]) -> int | None:
+    """Index of the step whose answer is returned: the last that most agree on.
+
+    Returns:
+        `None` where no pair has answered. An answer with nothing in it is returned only where
+        there is no other.
+    """
+    texts = [seen(step).answer_key for step in steps]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    keys = [NO_ANSWER if text is None else numbers[text] for text in texts]
+    best = int(best_answers(np.array([keys], np.intp))[0]) if keys else NO_ANSWER
+    if best != NO_ANSWER:
+        return best
+    empty = [number for number, step in enumerate(steps) if has_answer([step])]
+    return empty[-1] if empty else None

@@ -1,0 +1,376 @@
+"""The steps of a request: pair after pair until one answers, or what the learned policy says.
+
+In comes a `Run` that was decided on; out come pieces of the answer, and the run has its steps, in
+the order they were run, and the one whose answer was given.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, NoCandidate
+from serve_app.orchestrator.deciding import Decider, UnderWay
+from serve_app.orchestrator.engines import Deadline
+from serve_app.orchestrator.executor import Delta, PairExecutor, StepResult, whole_delta
+from serve_app.orchestrator.history import best_step, has_answer, seen
+from serve_app.orchestrator.planning import MAX_TOKENS, planner_messages
+from serve_app.router.features import MAX_STEPS
+from serve_app.schemas import (
+    NO_TOOL,
+    Action,
+    ChatCall,
+    Decision,
+    Limits,
+    Pair,
+    Path,
+    Report,
+    Step,
+    Usage,
+)
+
+logger = logging.getLogger(__name__)
+
+_FIRST_TRY_SHARE = 0.6
+"""Share of the time left that a step may take while another pair could still take over."""
+_LAST_TRY_SHARE = 0.9
+"""The same for the last step, where there is an answer that could be returned instead."""
+_ASK_AGAIN_S = 5.0
+"""How long the router may take to say what comes next; with half the time left as a bound too."""
+
+
+@dataclass
+class Run:
+    """One request under way."""
+
+    call: ChatCall
+    deadline: Deadline
+    began_s: float = field(default_factory=time.monotonic)
+    limits: Limits | None = None
+    """What the router was told of the caller's."""
+    steps: list[Step] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+    decision: Decision | None = None
+    """The first one."""
+    decisions: list[Decision] = field(default_factory=list)
+    """Every one, where the policy decided first."""
+    embedding: NDArray[np.float32] | None = None
+    answer_embedding: NDArray[np.float32] | None = None
+    """Of what the pair that ran last answered."""
+    choices: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    """Of each step that answered."""
+    answer_step: int | None = None
+    pair: Pair | None = None
+    """The pair that is running or ran last."""
+    path: Path = Path.PINNED
+    is_traffic: bool = True
+    """Whether it goes into the outcome log."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one step is all it can take: with the caller's own tools, or several choices."""
+        return bool(self.call.tools) or self.call.sampling.get("n", 1) > 1
+
+    @property
+    def max_steps(self) -> int:
+        """Runs of a pair or of the planner, at most."""
+        return min(self.call.limits.max_steps, MAX_STEPS)
+
+    def left(self) -> ChatCall:
+        """The call with the dollars that are left."""
+        limits = self.call.limits
+        if limits.max_cost_usd is None or not self.steps:
+            return self.call
+        left_usd = max(limits.max_cost_usd - self.usage.cost_usd, 0.0)
+        return replace(self.call, limits=replace(limits, max_cost_usd=left_usd))
+
+    def report(self, error: str | None = None) -> Report:
+        """What happened so far.
+
+        Args:
+            error: Why the request failed; `None` if it did not.
+        """
+        assert self.decision is not None
+        return Report(
+            request_id=self.call.request_id,
+            decision=self.decision,
+            steps=tuple(self.steps),
+            usage=self.usage,
+            seconds=time.monotonic() - self.began_s,
+            query=self.call.query,
+            embedding=None if self.embedding is None else self.embedding.astype("<f4").tobytes(),
+            owner=self.call.owner,
+            error=error,
+            decisions=tuple(self.decisions),
+            answer_step=self.answer_step,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step that is to be run."""
+
+    pair: Pair
+    path: Path
+    propensity: float
+    policy_version: int
+    call: ChatCall
+    deadline: Deadline
+    action: Action = Action.ROUTE
+    wants_logprobs: bool = False
+    """Whether to have the engine's log-probabilities, where it gives them."""
+
+
+class Stepper:
+    """Runs the steps of requests; one per gateway replica."""
+
+    def __init__(self, executor: PairExecutor, decider: Decider, planner: str | None) -> None:
+        """Join the parts.
+
+        Args:
+            executor: Runs pairs.
+            decider: Is asked what comes next.
+            planner: Model that thinks.
+        """
+        self._executor = executor
+        self._decider = decider
+        self._planner = planner
+        self._no_logprobs: set[str] = set()
+        """Models whose engines refused a request for log-probabilities, and took it without."""
+
+    async def try_candidates(
+        self, run: Run, decision: Decision, *, stream: bool
+    ) -> AsyncGenerator[Delta, None]:
+        """Try the candidates in order until one answers.
+
+        Raises:
+            AtlasError: What the last one tried failed with.
+        """
+        candidates = decision.candidates[: run.call.limits.max_steps]
+        for number, candidate in enumerate(candidates):
+            is_last = number == len(candidates) - 1
+            sent = False
+            is_chosen = number == 0
+            plan = Plan(
+                pair=candidate.pair,
+                path=decision.path if is_chosen else Path.FALLBACK,
+                propensity=decision.propensity if is_chosen else 1.0,
+                policy_version=decision.policy_version,
+                call=run.left(),
+                deadline=run.deadline if is_last else _part(run.deadline, _FIRST_TRY_SHARE),
+            )
+            try:
+                async with aclosing(self._step(run, plan, stream=stream)) as deltas:
+                    async for delta in deltas:
+                        sent = True
+                        yield delta
+            except AtlasError as failure:
+                if sent or is_last or _is_over(run.deadline):
+                    raise
+                logger.warning(
+                    "request %s: %s failed (%s); falling back",
+                    run.call.request_id,
+                    candidate.pair,
+                    failure.message,
+                )
+                continue
+            run.answer_step = len(run.steps) - 1
+            return
+
+    async def follow(
+        self, run: Run, decision: Decision, *, stream: bool
+    ) -> AsyncGenerator[Delta, None]:
+        """Do what the policy says until it is content, then give the best answer unchanged.
+
+        An answer is held back, because it may not be the one: all but that of a last step without
+        an earlier one.
+
+        Raises:
+            AtlasError: What the last step failed with, where none gave an answer.
+        """
+        failure: AtlasError = NoCandidate("no pair is left within the request's limits")
+        while decision.action is not Action.ANSWER and not _is_over(run.deadline):
+            is_last = len(run.steps) + 1 >= run.max_steps
+            plan = self._plan(run, decision, is_last=is_last)
+            streams = stream and is_last and not has_answer(run.steps)
+            sent = False
+            try:
+                async with aclosing(self._step(run, plan, stream=streams)) as deltas:
+                    async for delta in deltas:
+                        sent = True
+                        yield delta
+            except AtlasError as error:
+                failure = error
+                if sent:
+                    raise
+                logger.warning(
+                    "request %s: %s failed (%s)", run.call.request_id, plan.pair, error.message
+                )
+            if streams and sent:
+                run.answer_step = len(run.steps) - 1
+                return
+            if is_last:
+                break
+            decision = await self._decide_next(run, decision)
+        run.answer_step = best_step(run.steps)
+        if run.answer_step is None:
+            raise failure
+        best = run.steps[run.answer_step]
+        run.pair, run.path = best.pair, best.path
+        if stream:
+            yield whole_delta(run.choices[run.answer_step])
+
+    def _plan(self, run: Run, decision: Decision, *, is_last: bool) -> Plan:
+        """The step that a decision of the policy asks for."""
+        answered = has_answer(run.steps)
+        share = 1.0 if not answered else _LAST_TRY_SHARE
+        deadline = _part(run.deadline, share if is_last else _FIRST_TRY_SHARE)
+        call = run.left()
+        if decision.action is Action.ROUTE:
+            notes = [s.answer for s in run.steps if s.action is Action.THINK and s.answer]
+            call = replace(call, note="\n\n".join(notes) or None)
+            pair = decision.pair
+        else:
+            pair = Pair(self._planner or "", NO_TOOL)
+            answers = [s.answer for s in run.steps if s.action is Action.ROUTE and s.answer]
+            call = replace(
+                call,
+                messages=planner_messages(call.query, answers),
+                sampling={"temperature": 0.0, "max_tokens": MAX_TOKENS},
+            )
+        return Plan(
+            pair=pair,
+            path=decision.path,
+            propensity=decision.propensity,
+            policy_version=decision.policy_version,
+            call=call,
+            deadline=deadline,
+            action=decision.action,
+            wants_logprobs=decision.action is Action.ROUTE,
+        )
+
+    async def _decide_next(self, run: Run, last: Decision) -> Decision:
+        """What the policy wants next; without it, the best answer so far or the next-best pair."""
+        assert run.embedding is not None  # the policy decided on it
+        assert run.limits is not None
+        assert run.decision is not None
+        step = run.steps[-1]
+        answer = None
+        if step.action is Action.ROUTE:  # a thought leaves the last answer what it was
+            answer = step.answer if step.error is None else None
+            run.answer_embedding = None
+        under_way = UnderWay(
+            embedding=run.embedding,
+            policy_version=run.decision.policy_version,
+            history=tuple(seen(step) for step in run.steps),
+            answer=answer or None,
+            answer_embedding=run.answer_embedding,
+        )
+        try:
+            limits = replace(run.limits, deadline_s=run.deadline.remaining_s())
+            patience = _part(run.deadline, 0.5).sooner(_ASK_AGAIN_S)
+            run.answer_embedding, decision = await self._decider.decide_next(
+                under_way, limits, patience
+            )
+        except AtlasError as error:
+            logger.warning(
+                "request %s goes on without the router (%s)", run.call.request_id, error.message
+            )
+            decision = _without_router(run.steps, last)
+        run.decisions.append(decision)
+        return decision
+
+    async def _step(self, run: Run, plan: Plan, *, stream: bool) -> AsyncGenerator[Delta, None]:
+        """Run one pair, or the planner, and put what it did on record."""
+        result = StepResult()
+        began_s = time.monotonic()
+        error: str | None = "the caller went away"
+        if plan.action is Action.ROUTE:
+            run.pair, run.path = plan.pair, plan.path
+        try:
+            async with aclosing(self._run_pair(plan, result, stream=stream)) as deltas:
+                async for delta in deltas:
+                    yield delta
+            run.choices[len(run.steps)] = result.choices
+            error = None
+        except AtlasError as failure:
+            error = failure.message
+            raise
+        finally:
+            run.usage.add(result.usage)
+            run.steps.append(
+                Step(
+                    pair=plan.pair,
+                    path=plan.path,
+                    propensity=plan.propensity,
+                    usage=result.usage,
+                    seconds=time.monotonic() - began_s,
+                    tool_calls=tuple(result.tool_calls),
+                    error=error,
+                    mean_logprob=result.mean_logprob,
+                    answer=result.answer,
+                    action=plan.action,
+                    policy_version=plan.policy_version,
+                )
+            )
+
+    async def _run_pair(
+        self, plan: Plan, result: StepResult, *, stream: bool
+    ) -> AsyncGenerator[Delta, None]:
+        """Run a pair; with log-probabilities where they are wanted and the engine gives them."""
+        pair, call = plan.pair, plan.call
+        is_second = False
+        if (
+            plan.wants_logprobs
+            and not call.sampling.get("logprobs")
+            and pair.model_id not in self._no_logprobs
+        ):
+            with_them = replace(call, sampling=call.sampling | {"logprobs": True})
+            sent = False
+            try:
+                runs = self._executor.run(pair, with_them, plan.deadline, result, stream=stream)
+                async with aclosing(runs) as deltas:
+                    async for delta in deltas:
+                        sent = True
+                        yield delta
+                return
+            except InvalidRequest:
+                if sent:
+                    raise
+                is_second = True
+                result.choices, result.tool_calls = [], []
+        runs = self._executor.run(pair, call, plan.deadline, result, stream=stream)
+        async with aclosing(runs) as deltas:
+            async for delta in deltas:
+                yield delta
+        if is_second:
+            self._no_logprobs.add(pair.model_id)
+
+
+def _part(deadline: Deadline, share: float) -> Deadline:
+    """The deadline after a share of the time left."""
+    left_s = max(deadline.at_s - time.monotonic(), 0.0)
+    return deadline if share >= 1 else deadline.sooner(left_s * share)
+
+
+def _without_router(steps: list[Step], last: Decision) -> Decision:
+    """What comes next where nobody says so: the answer there is, or the next-best pair."""
+    tried = {step.pair for step in steps if step.action is Action.ROUTE}
+    left = tuple(candidate for candidate in last.candidates if candidate.pair not in tried)
+    action = Action.ANSWER if has_answer(steps) or not left else Action.ROUTE
+    return replace(last, action=action, candidates=left, path=Path.FALLBACK, propensity=1.0)
+
+
+def _is_over(deadline: Deadline) -> bool:
+    try:
+        deadline.remaining_s()
+    except DeadlineExceeded:
+        return True
+    return False

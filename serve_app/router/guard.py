@@ -1,0 +1,213 @@
+"""PolicyGuard: takes a policy back that users surely like less than the one before.
+
+In come users' verdicts on requests that either policy served, out goes at most one publication.
+The comparison is looked at again and again, so it rests on confidence sequences, which hold at all
+times at once: the empirical Bernstein ones of Waudby-Smith and Ramdas, "Estimating means of bounded
+random variables by betting" (JRSS B, 2024; arXiv 2010.09686), theorem 2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.config import AtlasConfig
+from serve_app.router.features import cost_range, normalised
+from serve_app.router.following import PolicyFollower
+from serve_app.store import (
+    Mode,
+    Policy,
+    RatedRequest,
+    Store,
+    publish,
+    rated_requests,
+    serving_policies,
+    trial_policies,
+)
+
+logger = logging.getLogger(__name__)
+
+_MAX_BET = 0.5
+"""Bound of the sequence's weights: keeps a run of like values from betting everything."""
+_MAX_RATED = 20_000
+"""The last verdicts on each policy that are looked at."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A newer policy held against an older one."""
+
+    newer: Policy
+    older: Policy
+    num_newer: int
+    """Rated requests it served."""
+    num_older: int
+    difference: float
+    """Mean utility of the newer one's requests minus the older one's."""
+    high: float
+    """Upper bound of the true difference, valid however often it is looked at."""
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the newer policy surely is."""
+        return self.high < 0
+
+    def reason(self) -> str:
+        """In a line."""
+        kind = "canary" if self.newer.mode is Mode.CANARY else "policy"
+        return (
+            f"{kind} {self.newer.policy_version} taken back: users' utility {self.difference:+.3f} "
+            f"(at most {self.high:+.3f}) against policy {self.older.policy_version}, "
+            f"{self.num_newer} and {self.num_older} verdicts"
+        )
+
+
+class PolicyGuard:
+    """Compares the newest policy with the one before, and publishes that again if it must.
+
+    A canary is compared with what serves beside it, on the requests since it began. A policy that
+    serves alone is compared with the requests that the one before it served in its time: then a
+    change of the traffic looks like a change of the policy, which a canary does not suffer from.
+
+    Invariants:
+        - Of several replicas that see the same, one publishes: only on top of the version that was
+          judged.
+        - What took another policy back is not judged itself, nor is a shadow.
+    """
+
+    def __init__(self, config: AtlasConfig, follower: PolicyFollower) -> None:
+        """Look after what a follower follows.
+
+        Args:
+            config: `router.rollback` has the settings.
+            follower: Has the store, and what the pairs cost.
+        """
+        self._settings = config.router.rollback
+        self._follower = follower
+
+    async def watch(self) -> None:
+        """Compare for ever."""
+        while self._settings.enabled:
+            await asyncio.sleep(self._settings.interval_s)
+            store = self._follower.store
+            if store is None:
+                continue
+            try:
+                async with self._follower.at_work:
+                    await self.check(store)
+            except Exception as error:
+                logger.warning("the serving policy cannot be judged now: %r", error)
+
+    async def check(self, store: Store) -> int | None:
+        """Compare once.
+
+        Returns:
+            Version of the older policy's new publication; `None` where the newer one stays, or
+            somebody else was faster.
+
+        Raises:
+            StoreError: If the store is away.
+        """
+        pair = await self._newest(store)
+        if pair is None:
+            return None
+        comparison = await self.compare(store, *pair)
+        if comparison is None or not comparison.is_worse:
+            return None
+        newer, older = pair
+        version = await publish(
+            store,
+            older.snapshot_id,
+            comparison.reason(),
+            take_back=newer.policy_version,
+            if_newest=newer.policy_version,
+        )
+        if version is not None:
+            logger.warning("policy %d: %s", version, comparison.reason())
+        return version
+
+    async def _newest(self, store: Store) -> tuple[Policy, Policy] | None:
+        """The newer and the older policy to compare, if there are two to compare."""
+        serving = await serving_policies(store, limit=2)
+        trials = await trial_policies(store)
+        canary = next((policy for policy in trials if policy.mode is Mode.CANARY), None)
+        if canary is not None:
+            return (canary, serving[0]) if serving else None
+        if len(serving) < 2 or serving[0].taken_back is not None:
+            return None
+        return serving[0], serving[1]
+
+    async def compare(self, store: Store, newer: Policy, older: Policy) -> Comparison | None:
+        """Hold a policy against another; `None` while too few verdicts are there.
+
+        Raises:
+            StoreError: If the store is away.
+        """
+        since_unix_s = newer.created_unix_s if newer.mode is Mode.CANARY else 0.0
+        costs = self._follower.costs_usd()
+        utilities = []
+        for policy in (newer, older):
+            rated = await rated_requests(store, policy.policy_version, since_unix_s, _MAX_RATED)
+            if len(rated) < self._settings.min_verdicts:
+                return None
+            utilities.append(live_utility(rated, costs))
+        rate = self._settings.error_rate / 2
+        _, high_of_newer = bounds(utilities[0], rate)
+        low_of_older, _ = bounds(utilities[1], rate)
+        return Comparison(
+            newer=newer,
+            older=older,
+            num_newer=len(utilities[0]),
+            num_older=len(utilities[1]),
+            difference=float(utilities[0].mean() - utilities[1].mean()),
+            high=high_of_newer - low_of_older,
+        )
+
+
+def live_utility(rated: list[RatedRequest], costs_usd: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(num_rated,) `(1 - alpha) * score - alpha * cost` in [-1, 1], in the order of the verdicts.
+
+    Args:
+        rated: Requests with their users' scores.
+        costs_usd: (num_pairs,) expected of a run of each pair: the scale on which a request's
+            dollars count from 0 to 1; more count as 1.
+    """
+    alpha = np.array([request.alpha for request in rated])
+    score = np.array([request.score for request in rated])
+    scale = cost_range(costs_usd[None, :], np.ones((1, len(costs_usd)), np.bool_))[0]
+    dollars = np.array([request.cost_usd for request in rated])
+    cost = np.minimum(normalised(dollars, scale), 1.0)
+    utility: NDArray[np.float64] = (1 - alpha) * score - alpha * cost
+    return utility
+
+
+def bounds(values: NDArray[np.float64], error_rate: float) -> tuple[float, float]:
+    """A lower and an upper bound of the mean, each wrong at any time with at most `error_rate`.
+
+    Args:
+        values: (num_values,) in [-1, 1], in the order they came.
+        error_rate: In (0, 1), of either bound.
+
+    Returns:
+        Bounds in [-1, 1].
+    """
+    x = (values + 1) / 2
+    count = np.arange(1, len(x) + 1)
+    mean = (0.5 + np.cumsum(x)) / (count + 1)
+    variance = (0.25 + np.cumsum((x - mean) ** 2)) / (count + 1)
+    # Everything that weighs a value is known before it.
+    mean_before = np.concatenate([[0.5], mean[:-1]])
+    variance_before = np.concatenate([[0.25], variance[:-1]])
+    log_rate = math.log(1 / error_rate)
+    bet = np.minimum(
+        np.sqrt(2 * log_rate / (variance_before * count * np.log(1 + count))), _MAX_BET
+    )
+    spent = ((x - mean_before) ** 2 * (-np.log1p(-bet) - bet)).sum()
+    centre, reach = (bet * x).sum() / bet.sum(), (log_rate + spent) / bet.sum()
+    low, high = max(centre - reach, 0.0), min(centre + reach, 1.0)
+    return 2 * low - 1, 2 * high - 1

@@ -1,0 +1,34 @@
+"""The store's schema in steps; a database gets those that it lacks when it is opened.
+
+`python -m serve_app.store.migrations "what changes"` writes the step for a change of `tables.py`; a
+test holds the steps against the tables.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy.engine import Connection
+
+_LOCK = 20260
+"""Number of PostgreSQL's advisory lock: one process at a time changes the schema."""
+
+
+def configuration(connection: Connection) -> Config:
+    """Alembic's, on an open connection."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+def migrate(connection: Connection) -> None:
+    """Bring a database to this version's schema, in the transaction of the connection."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver begins too late for DDL
+    else:
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+    command.upgrade(configuration(connection), "head")

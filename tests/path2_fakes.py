@@ -1,0 +1,293 @@
+"""The whole path of a request without Ray: the real orchestrator, router, follower and store, in
+front of an embedder that knows a few texts and engines that answer as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.config import AtlasConfig
+from serve_app.errors import AtlasError, DeadlineExceeded, EngineError, InvalidRequest
+from serve_app.models.protocol import ChatBody
+from serve_app.orchestrator.engines import Deadline, ModelClients
+from serve_app.orchestrator.orchestrator import Orchestrator
+from serve_app.router.deployment import Router
+from serve_app.router.library import SnapshotLibrary
+from serve_app.router.snapshot import RouterSnapshot
+from serve_app.schemas import (
+    ChatCall,
+    Limits,
+    MemberState,
+    ModelMember,
+    Pair,
+    PoolState,
+    Report,
+)
+from serve_app.store import Mode, OutcomeLog, Store, add_snapshot, publish
+from tests.router_data import DIM, make_snapshot, topics
+
+MODELS = ("cheap", "math", "strong")
+PAIRS = tuple(Pair(model, "none") for model in MODELS)
+CHEAP, MATH, STRONG = PAIRS
+
+
+class Response:
+    """What a handle's `remote` returns."""
+
+    def __init__(self, work: Awaitable[Any]) -> None:
+        self._task = asyncio.ensure_future(work)
+
+    def __await__(self) -> Any:
+        return self._task.__await__()
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
+class Method:
+    """A handle's method."""
+
+    def __init__(self, run: Callable[..., Awaitable[Any]]) -> None:
+        self._run = run
+
+    def remote(self, *arguments: Any) -> Response:
+        return Response(self._run(*arguments))
+
+
+class Handle:
+    """A handle to an object in this process.
+
+    Attributes:
+        calls: Arguments of every call, by method.
+        away: Methods that fail as if the other side were gone.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.away: set[str] = set()
+
+    def __getattr__(self, name: str) -> Method:
+        async def run(*arguments: Any) -> Any:
+            self.calls.append((name, arguments))
+            if name in self.away:
+                raise EngineError("it is away")
+            return await getattr(self._target, name)(*arguments)
+
+        return Method(run)
+
+
+class WordEmbedder:
+    """Embeds texts that name a topic (`topic 1`) onto it, and any other onto an axis of its own."""
+
+    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return np.stack([self.one(text) for text in texts])
+
+    @staticmethod
+    def one(text: str) -> NDArray[np.float32]:
+        for number, topic in enumerate(topics()):
+            if f"topic {number}" in text:
+                return np.array(topic, np.float32)
+        vector: NDArray[np.float32] = np.eye(DIM, dtype=np.float32)[4 + sum(text.encode()) % 12]
+        return vector
+
+
+class Controller:
+    """A pool in which every model is ready."""
+
+    def __init__(self, config: AtlasConfig) -> None:
+        self._state = PoolState(
+            pool_version=7,
+            models=tuple(ModelMember(m.model_id, MemberState.READY) for m in config.models),
+            tools=tuple(tool.tool_id for tool in config.tools),
+            pairs=config.all_pairs(),
+        )
+
+    async def state(self, known_version: int = -1) -> PoolState:
+        if known_version == self._state.pool_version:
+            await asyncio.Event().wait()
+        return self._state
+
+
+@dataclass
+class Engines(ModelClients):
+    """Engines that say what they are told to.
+
+    Attributes:
+        says: Model to what it answers: a text, an error, or a function of the request's body.
+        bodies: Every request, in the order it came.
+    """
+
+    says: dict[str, Any] = field(default_factory=dict)
+    bodies: list[tuple[str, ChatBody]] = field(default_factory=list)
+
+    def asked(self, model_id: str) -> list[ChatBody]:
+        return [body for asked, body in self.bodies if asked == model_id]
+
+    async def complete(self, model_id: str, body: ChatBody, deadline: Deadline) -> dict[str, Any]:
+        self.bodies.append((model_id, body))
+        said = self.says.get(model_id, f"{model_id} says hello")
+        if callable(said):
+            said = said(body)
+        if asyncio.iscoroutine(said):
+            try:
+                async with asyncio.timeout(deadline.remaining_s()):
+                    said = await said
+            except TimeoutError:
+                raise DeadlineExceeded("too slow") from None
+        if isinstance(said, AtlasError):
+            raise said
+        choice: dict[str, Any] = {
+            "index": 0,
+            "message": {"role": "assistant", "content": said},
+            "finish_reason": "stop",
+        }
+        if body.get("logprobs"):
+            choice["logprobs"] = {"content": [{"token": said, "logprob": -0.25}]}
+        usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+        return {"choices": [choice], "usage": usage}
+
+    async def stream(
+        self, model_id: str, body: ChatBody, deadline: Deadline
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        completion = await self.complete(model_id, body, deadline)
+        choice = completion["choices"][0]
+        text = choice["message"]["content"]
+        for piece in (text[:3], text[3:]):
+            part = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
+            yield {"choices": [part | {"logprobs": choice.get("logprobs")}]}
+        yield {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+        yield {"choices": [], "usage": completion["usage"]}
+
+
+def refuses_logprobs(body: ChatBody) -> Any:
+    """An engine that gives none."""
+    return InvalidRequest("no logprobs here") if body.get("logprobs") else "plain"
+
+
+def path2_config(folder: Path, **router: Any) -> AtlasConfig:
+    """Three models without tools, the third one dear."""
+    models = [
+        {
+            "type": "remote",
+            "model_id": name,
+            "base_url": "http://127.0.0.1:1/v1",
+            "remote_model": "x",
+            "price": {"usd_per_1m_prompt_tokens": price, "usd_per_1m_completion_tokens": price},
+        }
+        for name, price in zip(MODELS, (1.0, 10.0, 100.0), strict=True)
+    ]
+    return AtlasConfig.model_validate(
+        {
+            "models": models,
+            "embedder": {"model": "test-encoder"},
+            "router": {"refresh_interval_s": 0.05, "rollback": {"interval_s": 0.05}} | router,
+            "data_dir": str(folder),
+        }
+    )
+
+
+@dataclass
+class Path2:
+    """Everything of one deployment."""
+
+    config: AtlasConfig
+    store: Store
+    embedder: Handle
+    router: Handle
+    replica: Router
+    orchestrator: Orchestrator
+    engines: Engines
+    outcomes: OutcomeLog
+    reports: list[Report] = field(default_factory=list)
+    number: int = 0
+
+    async def promote(self, snapshot: RouterSnapshot | None, **how: Any) -> int:
+        """Publish a snapshot, and wait until the replica serves it (or has it on trial)."""
+        snapshot_id = None
+        if snapshot is not None:
+            snapshot_id = SnapshotLibrary(self.config.snapshots_path()).add(snapshot)
+            await add_snapshot(self.store, snapshot_id, snapshot.metadata)
+        version = await publish(self.store, snapshot_id, "a test", **how)
+        assert version is not None
+        mode = how.get("mode", Mode.SERVING)
+        await self.until(lambda following: version == {
+            Mode.SERVING: following.policy_version,
+            Mode.CANARY: following.canary,
+            Mode.SHADOW: following.shadow,
+        }[mode])  # fmt: skip
+        return version
+
+    async def until(self, holds: Callable[[Any], bool]) -> None:
+        async with asyncio.timeout(30):
+            while not holds(await self.replica.following()):
+                await asyncio.sleep(0.01)
+
+    def call(self, query: str = "something else", **changes: Any) -> ChatCall:
+        self.number += 1
+        limits = Limits(alpha=0.0, deadline_s=changes.pop("deadline_s", 30.0), max_steps=4)
+        limits = replace(limits, **changes.pop("limits", {}))
+        return ChatCall(
+            request_id=changes.pop("request_id", f"req_{self.number:032x}"),
+            model=changes.pop("model", "atlas"),
+            messages=({"role": "user", "content": query},),
+            sampling=changes.pop("sampling", {}),
+            limits=limits,
+            **changes,
+        )
+
+    async def ask(self, query: str = "something else", **changes: Any) -> tuple[str, Report]:
+        """The text of a whole answer, and its report."""
+        completion, report = await self.orchestrator.complete(self.call(query, **changes))
+        return completion["choices"][0]["message"]["content"], report
+
+    async def stream(self, query: str = "something else", **changes: Any) -> list[Any]:
+        """Everything that a stream gives."""
+        return [item async for item in self.orchestrator.stream(self.call(query, **changes))]
+
+
+@asynccontextmanager
+async def path2(folder: Path, **router: Any) -> AsyncIterator[Path2]:
+    """A deployment in this process."""
+    config = path2_config(folder, **router)
+    store = await Store.open(config.store_url())
+    embedder, controller = Handle(WordEmbedder()), Handle(Controller(config))
+    replica = Router.__new__(Router)
+    await replica.__init__(config, embedder, controller)  # type: ignore[misc]
+    engines, handle = Engines(), Handle(replica)
+    outcomes = OutcomeLog(store, flush_interval_s=0.01)
+    reports: list[Report] = []
+
+    def record(report: Report, alpha: float) -> None:
+        reports.append(report)
+        outcomes.record(report, alpha)
+
+    orchestrator = Orchestrator(config, embedder, handle, controller, record, engines)
+    await orchestrator._watcher.first()
+    try:
+        yield Path2(
+            config, store, embedder, handle, replica, orchestrator, engines, outcomes, reports
+        )
+    finally:
+        await outcomes.close()
+        tasks = (*replica._tasks, replica._watcher._task, orchestrator._watcher._task)
+        async with replica._follower.at_work:  # a query is not left half done
+            for task in tasks:
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        orchestrator.close()
+        await store.close()
+        if replica._follower.store is not None:
+            await replica._follower.store.close()
+
+
+def plain_snapshot() -> RouterSnapshot:
+    """A snapshot of the three pairs, without a policy: path 1 alone."""
+    return replace(make_snapshot(), pairs=PAIRS)

@@ -1,0 +1,218 @@
+"""The benchmark of path 2: its units are kept, its comparisons are fair, its changes are what they
+say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.path2.data import Bench, Learnt, part_of
+from benchmarks.path2.figure import draw_frontiers
+from benchmarks.path2.parts import Run, changes, newcomers
+from benchmarks.path2.summary import (
+    Figure,
+    Resamples,
+    as_text,
+    growth_share,
+    held_against,
+    over_domains,
+    section,
+    targets,
+)
+from benchmarks.path2.units import (
+    ALPHAS,
+    BEST_SINGLE,
+    GATED,
+    HINDSIGHT,
+    ONE_STEP,
+    ORACLE,
+    PATH_1,
+    PATH_2,
+    Unit,
+    best_known,
+    contend,
+    load_unit,
+    save_unit,
+)
+from rl.config import TrainConfig
+from rl.replay import make_table
+from rl.selection import FitSettings
+from serve_app.router.clusters import ClusterRule
+from serve_app.router.learned import LearnedRule
+from serve_app.schemas import NO_TOOL, Pair
+from tests.policy_data import with_policy
+from tests.rl.replay_data import encode, make_dataset
+from tests.router_data import PAIRS, make_snapshot
+
+WIDE = np.linspace(0.0, 2.0, 9, dtype=np.float32)
+
+
+def bench() -> Bench:
+    train, test = make_dataset(90, seed=1), make_dataset(60, seed=2)
+    return Bench(
+        outcomes=train.outcomes,
+        train=make_table(train, encode=encode),
+        test=make_table(test, encode=encode),
+        prior=None,
+        descriptors=None,
+        likeness=None,
+    )
+
+
+def learnt(answer: float = -10.0, threshold: float = 2.0) -> Learnt:
+    """Takes pairs from best to worst; stops after the first with an `answer` above 1."""
+    snapshot = replace(make_snapshot(), distance_quantiles=WIDE)
+    rule = LearnedRule(with_policy(snapshot, answer=answer, threshold=threshold))
+    return Learnt(rule.snapshot, rule.net, rule.threshold)
+
+
+def asked(router: Learnt) -> Unit:
+    of = bench()
+    return contend(router, ClusterRule(router.snapshot), of.test, best_known(of.train))
+
+
+@pytest.fixture(scope="module")
+def units() -> list[Unit]:
+    return [asked(learnt(answer)) for answer in (-10.0, 5.0)]
+
+
+def test_everyone_is_asked_the_same_and_nobody_beats_hindsight(units: list[Unit]) -> None:
+    for unit in units:
+        for alpha in ALPHAS:
+            utility = {name: unit.utility(name, alpha) for name in unit.reached}
+            for name in (PATH_1, ONE_STEP, BEST_SINGLE, HINDSIGHT):
+                assert (utility[name] <= utility[ORACLE] + 1e-6).all()
+            assert utility[BEST_SINGLE].mean() <= utility[HINDSIGHT].mean() + 1e-9
+            assert utility[GATED] == pytest.approx(utility[PATH_2])
+    many, once = units
+    assert (many.reached[PATH_2]["steps"] == 3).all()
+    assert (many.reached[ONE_STEP]["steps"] == 1).all()
+    assert once.utility(PATH_2, 0.0) == pytest.approx(once.utility(ONE_STEP, 0.0))
+
+
+def test_a_unit_is_kept_and_not_made_again(units: list[Unit], tmp_path: Path) -> None:
+    save_unit(units[0], tmp_path / "unit.npz")
+    read = load_unit(tmp_path / "unit.npz")
+    assert read.reached.keys() == units[0].reached.keys()
+    assert read.utility(GATED, 0.3) == pytest.approx(units[0].utility(GATED, 0.3), abs=1e-6)
+    run = Run(bench(), tmp_path, [0], FitSettings(), TrainConfig(), lambda _: None)
+    made: list[int] = []
+
+    def make() -> Unit:
+        made.append(1)
+        return units[0]
+
+    for _ in range(2):
+        run.unit("one", make)
+    assert made == [1]
+
+
+def test_intervals_resample_questions_and_seeds(units: list[Unit]) -> None:
+    of = Resamples(units)
+    constant = of.figure(np.ones((2, 60)))
+    assert constant == {"value": 1.0, "low": pytest.approx(1.0), "high": pytest.approx(1.0)}
+    by_seed = of.figure(np.repeat([[0.0], [1.0]], 60, axis=1))
+    assert [*by_seed.values()] == pytest.approx([0.5, 0.0, 1.0])
+
+
+def test_steps_are_compared_at_equal_cost(units: list[Unit]) -> None:
+    """What a dearer pair alone would have reached is not a gain of the steps."""
+    once = Resamples(units[1:]).equal_cost(0.0, "costs_usd")
+    assert once == Figure(pytest.approx(0.0), pytest.approx(0.0), pytest.approx(0.0))  # type: ignore[arg-type]
+    size = 50
+    rng = np.random.default_rng(0)
+    right = (rng.random((len(ALPHAS), size)) < 0.9).astype(float)
+    cost = np.linspace(0.9, 0.1, len(ALPHAS))[:, None] * np.ones((1, size))
+
+    def of(score: np.ndarray, cost: np.ndarray) -> dict[str, np.ndarray]:
+        return {"score": score, "cost": cost, "costs_usd": cost, "steps": np.ones_like(cost)}
+
+    one_step = of(0.5 * right + 0 * cost, cost)
+    unit = Unit({PATH_1: one_step, ONE_STEP: one_step, PATH_2: of(right, cost)})
+    gain = Resamples([unit]).equal_cost(ALPHAS[3], "cost")
+    assert 0.2 < gain.low < gain.value < gain.high
+
+
+def test_a_share_of_the_gain_is_of_the_gain() -> None:
+    of = bench()
+    known = best_known(of.train)
+
+    def reaching(score: float) -> Unit:
+        base = asked(learnt(5.0))
+        fixed = {**base.reached[GATED], "score": np.full((len(ALPHAS), 60), score)}
+        return Unit({**base.reached, GATED: fixed})
+
+    assert set(known) == set(ALPHAS)
+    without, added, again = ([reaching(score)] for score in (0.2, 0.5, 0.6))
+    assert growth_share(without, added, again, GATED).value == pytest.approx(0.75)
+
+
+def test_sections_and_targets_say_what_was_measured(units: list[Unit], tmp_path: Path) -> None:
+    inside = section(units)
+    unseen = over_domains({"a": units, "b": units})
+    assert unseen[0].score(PATH_1, 0.0).size == 120
+    result = {
+        "in_distribution": inside,
+        "leave_one_domain_out": {"all": section(unseen)},
+        "changes": {"a change": inside},
+    }
+    result["targets"] = found = targets(result)  # type: ignore[assignment]
+    names = {row["name"] for row in found}
+    assert "in distribution: gated utility over the oracle's" in names
+    assert "a change: gated minus best single, utility" in names
+    assert as_text(result).count("\n") == len(found)
+    draw_frontiers({"all": units}, bench().test, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("low", "asked", "holds"),
+    [(-0.1, "mean", True), (-0.1, "surely", False), (0.1, "surely", True)],
+)
+def test_a_target_holds_in_the_mean_or_surely(low: float, asked: str, holds: bool) -> None:
+    target = held_against("x", Figure(0.2, low, 0.3), 0.0, asked)  # type: ignore[arg-type]
+    assert target.holds is holds
+
+
+def test_newcomers_are_a_model_and_its_best_tool() -> None:
+    table = bench().train
+    pairs = tuple(Pair(model_id, tool_id) for model_id in "ab" for tool_id in (NO_TOOL, "t", "u"))
+    score = np.zeros((1, 90, 6), np.float32)
+    score[:, :, 1] = score[:, :, 5] = 1.0
+    wide = replace(table, pairs=pairs, score=score)
+    assert {name: new.tolist() for name, new in newcomers(wide).items()} == {
+        "a+t": [0, 1, 2, 4],
+        "b+u": [2, 3, 4, 5],
+    }
+
+
+def test_changes_shrink_reprice_and_break_the_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(bench(), tmp_path, [0], FitSettings(), TrainConfig(), lambda _: None)
+    monkeypatch.setattr(Run, "learnt", lambda self, name, seed: learnt(5.0))
+    found = changes(run)
+    assert set(found) == {
+        *(f"without {pair.model_id}" for pair in PAIRS),
+        *(f"{pair.model_id} three times as dear" for pair in PAIRS),
+    }  # no model has a pair with and one without a tool, so none can break
+    plain = asked(learnt(5.0))
+    (dear,) = found["strong three times as dear"]
+    spent = [unit.reached[BEST_SINGLE]["costs_usd"][0].mean() for unit in (plain, dear)]
+    assert spent[1] == pytest.approx(3 * spent[0])
+    (shrunk,) = found["without strong"]
+    assert shrunk.score(ORACLE, 0.0).mean() < plain.score(ORACLE, 0.0).mean()
+
+
+def test_a_part_of_the_outcomes_is_renumbered() -> None:
+    outcomes = make_dataset(20, seed=0).outcomes
+    part = part_of(outcomes, np.array([7, 3]), np.array([2, 0]))
+    assert part.pairs == (PAIRS[2], PAIRS[0])
+    assert len(part.score) == 4
+    of_seven = outcomes.score[(outcomes.query_index == 7) & (outcomes.pair_index == 0)]
+    place = (part.query_index == 0) & (part.pair_index == 1)
+    assert part.score[place].tolist() == of_seven.tolist()
+    assert part.embeddings[0].tolist() == outcomes.embeddings[7].tolist()

@@ -1,0 +1,210 @@
+"""The rule of both paths, on policies whose weights are known."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from serve_app.errors import NoCandidate, SnapshotError
+from serve_app.router.clusters import Prior
+from serve_app.router.learned import GATE_THRESHOLD, Asked, LearnedRule
+from serve_app.schemas import Action, Limits, Pair, Path, Seen
+from tests.policy_data import make_policy, with_policy
+from tests.router_data import COSTS_USD, DIM, LIMITS, PAIRS, make_queries, make_snapshot, topics
+
+CHEAP, MATH, STRONG = PAIRS
+MATHS = topics()[1]
+ELSEWHERE: NDArray[np.float32] = np.eye(DIM, dtype=np.float32)[9]
+STEPS = Limits(alpha=0.0, deadline_s=60.0, max_steps=4)
+
+
+def saw(pair: Pair | None, key: str | None = "a", cost_usd: float = 1e-5) -> Seen:
+    return Seen(pair, key, -0.1, 0, cost_usd)
+
+
+def test_path_1_keeps_what_it_is_sure_of_and_the_policy_gets_the_rest() -> None:
+    rule = LearnedRule(with_policy(threshold=0.5))
+    confident = rule.decide(MATHS, STEPS, PAIRS, 1)
+    assert confident.path is Path.CLUSTERS
+    assert confident.confidence >= 0.5
+    assert rule.decide(ELSEWHERE, STEPS, PAIRS, 1).path is Path.POLICY
+    unsure = LearnedRule(with_policy(threshold=0.999))
+    assert unsure.decide(MATHS, STEPS, PAIRS, 1).path is Path.POLICY
+
+
+def test_a_request_under_way_stays_with_the_policy() -> None:
+    rule = LearnedRule(with_policy(threshold=0.0))
+    decision = rule.decide(MATHS, STEPS, PAIRS, 1, history=(saw(STRONG),))
+    assert (decision.path, decision.pair) == (Path.POLICY, MATH)
+
+
+def test_each_pair_runs_once_and_steps_end_with_an_answer() -> None:
+    rule = LearnedRule(with_policy())
+    history: tuple[Seen, ...] = ()
+    taken = []
+    while (decision := rule.decide(MATHS, STEPS, PAIRS, 1, history=history)).action is Action.ROUTE:
+        taken.append(decision.pair)
+        history += (saw(decision.pair),)
+    assert taken == [MATH, STRONG, CHEAP]
+    assert (decision.action, decision.candidates) == (Action.ANSWER, ())
+
+
+def test_the_last_step_leaves_nothing_but_the_answer() -> None:
+    rule = LearnedRule(with_policy())
+    two = replace(STEPS, max_steps=2)
+    first = rule.decide(MATHS, two, PAIRS, 1, history=(saw(MATH),))
+    second = rule.decide(MATHS, two, PAIRS, 1, history=(saw(MATH), saw(STRONG)))
+    assert (first.action, second.action) == (Action.ROUTE, Action.ANSWER)
+
+
+def test_it_thinks_once_and_only_where_there_is_a_planner() -> None:
+    rule = LearnedRule(with_policy(think=15.0))
+    thinks = rule.decide(MATHS, STEPS, PAIRS, 1, can_think=True)
+    alone = rule.decide(MATHS, STEPS, PAIRS, 1)
+    after = rule.decide(MATHS, STEPS, PAIRS, 1, can_think=True, history=(saw(None, None),))
+    assert [d.action for d in (thinks, alone, after)] == [
+        Action.THINK,
+        Action.ROUTE,
+        Action.ROUTE,
+    ]
+    assert thinks.pair == MATH
+
+
+def test_a_policy_that_never_learned_to_think_does_not() -> None:
+    rule = LearnedRule(replace(with_policy(think=15.0), metadata={}))
+    assert rule.decide(MATHS, STEPS, PAIRS, 1, can_think=True).action is Action.ROUTE
+
+
+def test_the_callers_lists_and_dollars_hold() -> None:
+    rule = LearnedRule(with_policy())
+    listed = replace(STEPS, models=frozenset({"cheap", "strong"}), tools=frozenset({"none"}))
+    assert rule.decide(MATHS, listed, PAIRS, 1).pair == STRONG
+    assert rule.decide(MATHS, replace(STEPS, max_cost_usd=5e-5), PAIRS, 1).pair == CHEAP
+    spent = rule.decide(
+        MATHS,
+        replace(STEPS, max_cost_usd=5e-4),
+        PAIRS,
+        1,
+        history=(saw(MATH, cost_usd=4.95e-4),),
+    )
+    assert spent.action is Action.ANSWER
+    with pytest.raises(NoCandidate):
+        rule.decide(MATHS, replace(STEPS, max_cost_usd=1e-9), PAIRS, 1)
+    with pytest.raises(NoCandidate):
+        rule.decide(MATHS, STEPS, (Pair("stranger", "none"),), 1)
+
+
+def test_a_pair_whose_model_left_still_counts_as_an_answer() -> None:
+    rule = LearnedRule(with_policy(answer=10.0))
+    decision = rule.decide(MATHS, STEPS, (CHEAP,), 1, history=(saw(MATH),))
+    assert decision.action is Action.ANSWER
+
+
+def test_a_batch_is_decided_as_each_of_its_requests_alone() -> None:
+    rng = np.random.default_rng(3)
+    policy = make_policy()
+    policy = {
+        name: value
+        if name in (GATE_THRESHOLD, "num_heads")
+        else value + 0.5 * rng.standard_normal(value.shape).astype(np.float32)
+        for name, value in policy.items()
+    }
+    policy[GATE_THRESHOLD] = np.array([0.8], np.float32)
+    rule = LearnedRule(replace(make_snapshot(), policy=policy))
+    histories = [(), (saw(MATH),), (saw(MATH), saw(None, None)), (saw(CHEAP, None),), (), ()]
+    limits = [STEPS, STEPS, replace(STEPS, alpha=0.5), STEPS, LIMITS,
+              replace(STEPS, models=frozenset({"cheap"}))]  # fmt: skip
+    queries = make_queries(np.array([0, 1, 2, 0, 1, 2]), seed=5, spread=0.4)
+    batch = [
+        Asked(query, limit, history, MATHS if history else None, can_think=True)
+        for query, limit, history in zip(queries, limits, histories, strict=True)
+    ]
+    together = rule.decide_batch(batch, PAIRS, 1)
+    alone = [rule.decide_batch([asked], PAIRS, 1)[0] for asked in batch]
+    for one, other in zip(together, alone, strict=True):
+        assert not isinstance(one, Exception)
+        assert not isinstance(other, Exception)
+        assert (one.action, one.path) == (other.action, other.path)
+        assert [c.pair for c in one.candidates] == [c.pair for c in other.candidates]
+        assert one.confidence == pytest.approx(other.confidence, abs=1e-5)
+
+
+def test_exploration_takes_every_legal_action_as_often_as_it_says() -> None:
+    rule = LearnedRule(with_policy(think=-2.0, answer=-1.0), epsilon=0.3, seed=1)
+    history = (saw(MATH),)
+    taken: Counter[tuple[Action, Pair | None]] = Counter()
+    said: dict[tuple[Action, Pair | None], float] = {}
+    for _ in range(1500):
+        decision = rule.decide(MATHS, STEPS, PAIRS, 1, can_think=True, history=history)
+        pair = decision.pair if decision.action is Action.ROUTE else None
+        taken[decision.action, pair] += 1
+        said[decision.action, pair] = decision.propensity
+    assert set(taken) == {
+        (Action.ROUTE, CHEAP),
+        (Action.ROUTE, STRONG),
+        (Action.THINK, None),
+        (Action.ANSWER, None),
+    }
+    assert sum(said.values()) == pytest.approx(1.0)
+    for action, propensity in said.items():
+        assert propensity >= 0.3 / 4
+        assert taken[action] / 1500 == pytest.approx(propensity, abs=0.05)
+
+
+def test_without_exploration_it_is_deterministic() -> None:
+    rule = LearnedRule(with_policy())
+    decisions = [rule.decide(MATHS, STEPS, PAIRS, 1) for _ in range(5)]
+    assert {(d.pair, d.propensity) for d in decisions} == {(MATH, 1.0)}
+
+
+def test_a_pair_that_the_snapshot_does_not_know_is_a_candidate() -> None:
+    new = Pair("new", "none")
+    prior = Prior(
+        (*PAIRS, new),
+        np.array([*COSTS_USD, 1e-6], np.float32),
+        lambda embedding: np.array([0.0, 0.0, 0.0, 1.0], np.float32),
+        np.ones((4, DIM + 1), np.float32),
+    )
+    rule = LearnedRule(replace(with_policy(), prior_bias=0.99), prior)
+    decision = rule.decide(MATHS, STEPS, (*PAIRS, new), 1)
+    assert decision.pair == new
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (GATE_THRESHOLD, None),
+        (GATE_THRESHOLD, np.array([np.nan], np.float32)),
+        (GATE_THRESHOLD, np.zeros(2, np.float32)),
+        ("candidate.weight", None),
+        ("candidate.weight", np.zeros((8, 3), np.float32)),
+        ("candidate.weight", np.full((8, 50), np.nan, np.float32)),
+        ("stranger", np.zeros(1, np.float32)),
+    ],
+)
+def test_wrong_tensors_are_refused(name: str, value: NDArray[np.float32] | None) -> None:
+    policy = make_policy()
+    policy.pop(name, None)
+    if value is not None:
+        policy[name] = value
+    with pytest.raises(SnapshotError):
+        LearnedRule(replace(make_snapshot(), policy=policy))
+
+
+def test_a_policy_for_another_encoder_is_refused() -> None:
+    with pytest.raises(SnapshotError, match="embeddings of 16"):
+        LearnedRule(replace(make_snapshot(), policy=make_policy(dim=DIM + 1)))
+
+
+def test_serving_without_a_policy_loads_no_torch() -> None:
+    code = (
+        "import sys, serve_app.config, serve_app.router.deployment, serve_app.gateway.deployment;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
