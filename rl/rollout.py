@@ -24,7 +24,7 @@ from serve_app.errors import ConfigError
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.cold_start import normalised_cost
 from serve_app.router.features import answer_action, cost_range, normalised
-from serve_app.router.gate import settle
+from serve_app.router.gate import POLICY_MAX_ALPHA, settle
 from serve_app.router.learned import LearnedRule
 from serve_app.router.policy_net import PolicyNet
 
@@ -33,7 +33,7 @@ PATH_1_ALONE, PATH_2_ALONE = 0.0, 1.01
 every query to path 2."""
 GATE_THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, PATH_2_ALONE)
 """Those that are tried. Few, because the finest choice is the luckiest one."""
-GATE_ALPHAS = (0.0, 0.02, 0.1, 0.3, 0.6)
+GATE_ALPHAS = (0.0, 0.02, 0.1, 0.3, POLICY_MAX_ALPHA)
 _BATCH = 1024
 
 
@@ -234,10 +234,12 @@ class GatedPolicy:
     threshold: float
     table: ReplayTable
     max_steps: int
+    max_alpha: float = POLICY_MAX_ALPHA
+    """Path 1 keeps every request above it."""
 
     def alone(self) -> GatedPolicy:
         """Path 2 without the gate."""
-        return replace(self, threshold=PATH_2_ALONE)
+        return replace(self, threshold=PATH_2_ALONE, max_alpha=1.0)
 
     def reach(self, held_out: HeldOut, alphas: Sequence[float]) -> Reached:
         """Answer every held-out query at every alpha.
@@ -278,7 +280,7 @@ class GatedPolicy:
             pair_costs_usd: As of `roll_out`.
         """
         (view,) = table.views
-        keeps = _keeps(view, self.threshold)
+        keeps = _keeps(view, self.threshold) | (alpha > self.max_alpha)
         second = roll_out(
             self.net, table, alpha, max_steps=self.max_steps, pair_costs_usd=pair_costs_usd
         )

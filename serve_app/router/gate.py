@@ -20,6 +20,9 @@ from serve_app.router.snapshot import RouterSnapshot
 
 NEAR_ORACLE = 0.02
 """Score points below the oracle pair that still count as right."""
+POLICY_MAX_ALPHA = 0.5
+"""Path 2 is trained so that a cheap wrong answer never beats a dear right one. Above this alpha the
+caller's utility says otherwise, and path 1 keeps the request."""
 _TIE_BREAK = 1e-6
 
 

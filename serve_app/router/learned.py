@@ -29,6 +29,7 @@ from serve_app.router.features import (
     project,
     think_action,
 )
+from serve_app.router.gate import POLICY_MAX_ALPHA
 from serve_app.router.policy_net import PolicyNet
 from serve_app.router.snapshot import RouterSnapshot
 from serve_app.schemas import Action, Candidate, Decision, Likeness, Limits, Pair, Path, Seen
@@ -190,7 +191,8 @@ class LearnedRule:
         for number, asked in enumerate(batch):
             known = self._clusters.beliefs(asked.embedding)
             verdict = known.verdict
-            if asked.history or not verdict.inside or verdict.confidence < self._threshold:
+            is_sure = verdict.inside and verdict.confidence >= self._threshold
+            if asked.history or not (is_sure or asked.limits.alpha > POLICY_MAX_ALPHA):
                 second.append(number)
                 beliefs.append(known)
                 continue

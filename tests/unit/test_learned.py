@@ -38,6 +38,13 @@ def test_path_1_keeps_what_it_is_sure_of_and_the_policy_gets_the_rest() -> None:
     assert unsure.decide(MATHS, STEPS, PAIRS, 1).path is Path.POLICY
 
 
+def test_path_1_keeps_the_requests_that_would_rather_be_wrong_than_pay() -> None:
+    rule = LearnedRule(with_policy(threshold=1.01))
+    limits = [replace(STEPS, alpha=alpha) for alpha in (0.5, 0.51)]
+    paths = [rule.decide(MATHS, of, PAIRS, 1).path for of in limits]
+    assert paths == [Path.POLICY, Path.CLUSTERS]
+
+
 def test_a_request_under_way_stays_with_the_policy() -> None:
     rule = LearnedRule(with_policy(threshold=0.0))
     decision = rule.decide(MATHS, STEPS, PAIRS, 1, history=(saw(STRONG),))
