@@ -73,7 +73,7 @@ def test_it_learns_which_pair_is_good_at_what(
     best_single = VALIDATION.score[0].mean(axis=0).max()
     assert utilities["0/0"] > best_single + 0.03
     first, *_, last = result.curve
-    assert last["mean_return"] > first["mean_return"] + 0.1
+    assert last["mean_return"] > first["mean_return"] + 0.05
 
 
 def test_progress_tells_the_terms_of_the_reward_apart(
