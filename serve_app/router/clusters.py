@@ -241,6 +241,15 @@ class ClusterRule:
             distance_quantile=verdict.distance_quantile,
         )
 
+    def allowed(self, limits: Limits, indices: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """(len(indices),) whether the caller's lists of models and tools admit these pairs."""
+        allowed = np.ones(len(indices), np.bool_)
+        if limits.models is not None:
+            allowed &= np.isin(self._models[indices], list(limits.models))
+        if limits.tools is not None:
+            allowed &= np.isin(self._tools[indices], list(limits.tools))
+        return allowed
+
     def likeness(self, embedding: NDArray[np.float32]) -> Likeness:
         """What was profiled that is like a query."""
         nearest, weights = self._assign(self._closeness(embedding))
@@ -534,10 +543,7 @@ class ClusterRule:
                 [self._index[pair] for pair in available if pair in self._index], np.intp
             )
         admitted = self._available_index
-        if limits.models is not None:
-            admitted = admitted[np.isin(self._models[admitted], list(limits.models))]
-        if limits.tools is not None:
-            admitted = admitted[np.isin(self._tools[admitted], list(limits.tools))]
+        admitted = admitted[self.allowed(limits, admitted)]
         if limits.max_cost_usd is not None:
             costs_usd = weights @ self._cluster_costs_usd[nearest]
             admitted = admitted[costs_usd[admitted] <= limits.max_cost_usd]

@@ -72,8 +72,9 @@ class LearnedRule:
     """Chooses by a snapshot that holds a policy; learns from feedback as path 1 does.
 
     Invariants:
-        - A request that is new, inside the profiled distribution and surely decided by path 1
-          stays with it; every other one, and every one under way, is the policy's.
+        - A new request stays with path 1 where it is inside the profiled distribution and surely
+          decided, or its alpha is above `POLICY_MAX_ALPHA`; every other one is the policy's, and
+          so is every one under way.
         - Only what `features.legal_actions` admits is ever chosen.
         - One thread at a time.
     """
@@ -111,8 +112,6 @@ class LearnedRule:
         self._random = np.random.default_rng(seed)
         pairs = self._clusters.pairs
         self._index = {pair: i for i, pair in enumerate(pairs)}
-        self._models = np.array([pair.model_id for pair in pairs])
-        self._tools = np.array([pair.tool_id for pair in pairs])
         self._descriptors = _lay_out_descriptors(pairs, prior)
         self._columns: tuple[tuple[Pair, ...], NDArray[np.intp]] = ((), np.zeros(0, np.intp))
 
@@ -351,7 +350,9 @@ class LearnedRule:
         agreement = np.zeros((size, num_pairs), np.float32)
         last = np.full(size, -1, np.intp)
         for row, asked in enumerate(batch):
-            present[row, :num_available] = self._admitted(asked.limits, columns[:num_available])
+            present[row, :num_available] = self._clusters.allowed(
+                asked.limits, columns[:num_available]
+            )
             runs = [(place[self._index[seen.pair]], seen) for seen in asked.history
                     if seen.pair in self._index]  # fmt: skip
             keys = [seen.answer_key for _, seen in runs if seen.answer_key is not None]
@@ -406,15 +407,6 @@ class LearnedRule:
             ).astype(np.float32, copy=False),
             spent_usd=_row(spent_usd),
         )
-
-    def _admitted(self, limits: Limits, columns: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """(len(columns),) pairs that the caller's lists admit; dollars are the state's affair."""
-        admitted = np.ones(len(columns), np.bool_)
-        if limits.models is not None:
-            admitted &= np.isin(self._models[columns], list(limits.models))
-        if limits.tools is not None:
-            admitted &= np.isin(self._tools[columns], list(limits.tools))
-        return admitted
 
 
 def use_one_thread() -> None:

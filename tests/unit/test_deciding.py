@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,29 +14,7 @@ from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, NoCan
 from serve_app.orchestrator.deciding import Decider, UnderWay
 from serve_app.orchestrator.engines import Deadline
 from serve_app.schemas import Candidate, Decision, Limits, Pair, Path, Seen
-
-
-class Response:
-    """What a handle's `remote` returns."""
-
-    def __init__(self, work: Awaitable[Any]) -> None:
-        self._task = asyncio.ensure_future(work)
-
-    def __await__(self) -> Any:
-        return self._task.__await__()
-
-    def cancel(self) -> None:
-        self._task.cancel()
-
-
-class Method:
-    """A handle's method."""
-
-    def __init__(self, run: Callable[..., Awaitable[Any]]) -> None:
-        self._run = run
-
-    def remote(self, *arguments: Any) -> Response:
-        return Response(self._run(*arguments))
+from tests.path2_fakes import Method
 
 
 class Deployments:
