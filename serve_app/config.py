@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
+from urllib.parse import unquote, urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from serve_app.environment import MAX_REQUEST_S
 from serve_app.errors import ConfigError
 from serve_app.schemas import NO_TOOL, Pair
-from serve_app.tools.config import ToolConfig
+from serve_app.tools.config import BestOfConfig, ToolConfig
 
 MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
@@ -61,6 +62,26 @@ class DeploymentConfig(BaseConfig):
     have them get replicas."""
     autoscaling: AutoscalingConfig = AutoscalingConfig()
 
+    @model_validator(mode="after")
+    def _target_can_be_reached(self) -> Self:
+        _check_target(self.autoscaling, self.max_ongoing_requests)
+        return self
+
+
+def _check_target(autoscaling: AutoscalingConfig, max_ongoing_requests: int) -> None:
+    """Refuse a target that no replica can be above: nothing would ever scale up.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    target = autoscaling.target_ongoing_requests
+    scales = autoscaling.max_replicas > max(1, autoscaling.min_replicas)
+    if scales and target >= max_ongoing_requests:
+        raise ValueError(
+            f"target_ongoing_requests {target:g} has to be below max_ongoing_requests "
+            f"{max_ongoing_requests}"
+        )
+
 
 class PriceConfig(BaseConfig):
     """What a model's tokens cost, in US dollars per million tokens."""
@@ -91,6 +112,30 @@ class ModelBase(BaseConfig):
     autoscaling: AutoscalingConfig = AutoscalingConfig()
     max_completion_tokens: int = Field(default=1024, ge=1)
     """Upper bound on generated tokens per call, and the default when the caller names none."""
+    role: Literal["chat", "verifier"] = "chat"
+    """A `verifier` answers a question and its answer with a score. It makes no pair: nothing is
+    routed to it, and tools of type `best_of` ask it."""
+
+    @model_validator(mode="after")
+    def _target_can_be_reached(self) -> Self:
+        _check_target(self.autoscaling, self.max_ongoing_requests)
+        return self
+
+
+class ScoringConfig(BaseConfig):
+    """How a process reward model reads an answer; the defaults are those of Qwen2.5-Math-PRM."""
+
+    system: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    """Before the question."""
+    step_separator: str = Field(default="\n\n", min_length=1)
+    """What lies between two steps of an answer."""
+    step_token: str = Field(default="<extra_0>", min_length=1)
+    """Put after each step; where it stands, the step is judged."""
+    positive_label: int = Field(default=1, ge=0)
+    """Index of the class that says that a step is right."""
+    combine: Literal["product", "min", "last"] = "product"
+    """From the steps' scores to the answer's: `product` is the probability that every step is
+    right."""
 
 
 class LocalModelConfig(ModelBase):
@@ -113,6 +158,8 @@ class LocalModelConfig(ModelBase):
     startup_memory_gib: float = Field(default=3.0, gt=0)
     """Memory one start takes at its peak; starts run side by side only as far as the node's free
     memory allows."""
+    scoring: ScoringConfig = ScoringConfig()
+    """Read where the role is `verifier`."""
 
 
 class RemoteModelConfig(ModelBase):
@@ -234,6 +281,15 @@ class LimitsConfig(BaseConfig):
     max_deadline_s: float = Field(default=600.0, gt=0, le=MAX_REQUEST_S)
     max_ongoing_requests: int = Field(default=512, ge=1)
     """Requests one gateway replica works on; more get 429 with Retry-After."""
+    adapt_to_load: bool = True
+    """Whether fewer are taken while more would only wait: chats and decisions are refused with 429
+    that others would be slowed down by beyond `max_slowdown`."""
+    max_slowdown: float = Field(default=1.5, gt=1, le=10)
+    """How many times longer a first byte may take, as a rule, than on an idle deployment."""
+    initial_ongoing_requests: int = Field(default=64, ge=1)
+    """Chats and decisions a new gateway replica takes at once, until load has told more."""
+    min_ongoing_requests: int = Field(default=16, ge=1)
+    """Chats and decisions that are always taken, however slow."""
     max_tool_rounds: int = Field(default=3, ge=1, le=16)
     """Tool calls a model may make before it must answer."""
     max_steps: int = Field(default=4, ge=1, le=16)
@@ -251,6 +307,15 @@ class AuthConfig(BaseConfig):
     store."""
 
 
+class SnapshotsPlace(NamedTuple):
+    """Where router snapshots are."""
+
+    folder: Path
+    """The snapshots themselves or, beside a URL, copies of those that were read; absolute."""
+    url: str | None = None
+    """Of an object store."""
+
+
 class StoreConfig(BaseConfig):
     """Where outcomes, feedback and keys live."""
 
@@ -260,10 +325,24 @@ class StoreConfig(BaseConfig):
     flush_interval_s: float = Field(default=0.2, gt=0)
     """Outcomes are written in batches this often."""
     max_pending: int = Field(default=50_000, ge=1)
-    """Outcomes held in memory while the store is slow; more are counted and dropped."""
+    """Outcomes each gateway replica holds in memory while the store is slow or away."""
+    journal_dir: str = "journal"
+    """Folder where outcomes lie until the store has them, so that they outlive the process that
+    recorded them; best on a disk of the node. A relative one lies in `data_dir`."""
+    max_journal_bytes: int = Field(default=256 << 20, ge=0)
+    """Bytes each gateway replica keeps there; more outcomes than this and `max_pending` are counted
+    and dropped. 0 keeps nothing: what a killed process had not written is lost then."""
     snapshots_dir: str = "snapshots"
-    """Folder of the router snapshots, shared by all nodes of a cluster; a relative one lies in
-    `data_dir`."""
+    """Router snapshots, for all nodes of a cluster: a shared folder, where a relative one lies in
+    `data_dir`, or a URL that `fsspec` knows (`s3://bucket/prefix`, `gs://bucket/prefix`; `${NAME}`
+    is filled from the environment)."""
+
+
+class GatewayDeploymentConfig(DeploymentConfig):
+    """Resources and scaling of the gateway, which refuses by itself what is too much."""
+
+    max_ongoing_requests: int = Field(default=1024, ge=1)
+    """Requests Serve hands to a replica at once; more than it works on, so that it can refuse."""
 
 
 class GatewayConfig(BaseConfig):
@@ -271,7 +350,16 @@ class GatewayConfig(BaseConfig):
 
     limits: LimitsConfig = LimitsConfig()
     auth: AuthConfig = AuthConfig()
-    deployment: DeploymentConfig = DeploymentConfig(max_ongoing_requests=1024)
+    deployment: GatewayDeploymentConfig = GatewayDeploymentConfig()
+
+    @model_validator(mode="after")
+    def _can_refuse(self) -> Self:
+        if self.deployment.max_ongoing_requests <= self.limits.max_ongoing_requests:
+            raise ValueError(
+                "deployment.max_ongoing_requests has to be above limits.max_ongoing_requests: "
+                "what the gateway does not see waits, and gets no 429"
+            )
+        return self
 
 
 class PoolConfig(BaseConfig):
@@ -279,10 +367,20 @@ class PoolConfig(BaseConfig):
 
     start_timeout_s: float = Field(default=900.0, gt=0)
     """A model not running by then is failed."""
+    cold_start_wait_s: float = Field(default=120.0, gt=0)
+    """How long a request waits for a model that was scaled to zero, where no other may answer it;
+    then it gets 503 with Retry-After."""
+    retry_initial_s: float = Field(default=30.0, gt=0)
+    """How long after it failed a model is started again; doubles with every failure."""
+    retry_max_s: float = Field(default=600.0, gt=0)
+    """Longest pause before a failed model is started again."""
     max_parallel_starts: int = Field(default=4, ge=1)
     resources: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Custom Ray resources that the controller needs, as in `DeploymentConfig`."""
     health_interval_s: float = Field(default=5.0, gt=0)
+    """How often a pool at rest is looked at."""
+    allow_custom_models: bool = False
+    """Whether models of type `custom`, which name code to run, can be added over HTTP."""
 
 
 class AtlasConfig(BaseConfig):
@@ -328,15 +426,39 @@ class AtlasConfig(BaseConfig):
                 raise ValueError(
                     f"{where}: {pair!r} is no pair of a configured model and one of its tools"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _roles_fit_together(self) -> Self:
+        roles = {model.model_id: model.role for model in self.models}
+        if "chat" not in roles.values():
+            raise ValueError("every model is a verifier; a pool needs one that answers")
         planner = self.router.planner
-        if planner is not None and planner not in {model.model_id for model in self.models}:
+        if planner is not None and roles.get(planner) != "chat":
             raise ValueError(f"router.planner: {planner!r} is no configured model")
+        for model in self.models:
+            helps = model.role == "verifier" or model.model_id == planner
+            if helps and model.autoscaling.min_replicas == 0:
+                raise ValueError(
+                    f"model {model.model_id!r}: a verifier or planner cannot scale to zero, "
+                    "because no other model takes its place while it starts"
+                )
+        for tool in self.tools:
+            verifier = tool.verifier if isinstance(tool, BestOfConfig) else None
+            if verifier is not None and roles.get(verifier) != "verifier":
+                raise ValueError(
+                    f"tool {tool.tool_id!r}: {verifier!r} is no configured model with the role "
+                    "'verifier'"
+                )
         return self
 
     def all_pairs(self) -> tuple[Pair, ...]:
         """Every configured pair, in configuration order."""
         return tuple(
-            Pair(model.model_id, tool_id) for model in self.models for tool_id in model.tools
+            Pair(model.model_id, tool_id)
+            for model in self.models
+            if model.role == "chat"
+            for tool_id in model.tools
         )
 
     def model(self, model_id: str) -> LocalModelConfig | RemoteModelConfig | CustomModelConfig:
@@ -358,9 +480,19 @@ class AtlasConfig(BaseConfig):
             return f"{prefix}:///{self.data_path() / path}"
         return url
 
-    def snapshots_path(self) -> Path:
-        """The folder of the router snapshots, absolute."""
-        return self.data_path() / self.store.snapshots_dir
+    def journal_path(self) -> Path:
+        """The folder of the outcomes' journal, absolute."""
+        return self.data_path() / self.store.journal_dir
+
+    def snapshots_path(self) -> SnapshotsPlace:
+        """Where the router snapshots are, the environment filled in."""
+        location = os.path.expandvars(self.store.snapshots_dir)
+        if "://" not in location:
+            return SnapshotsPlace(self.data_path() / location)
+        url = urlsplit(location)
+        if url.scheme == "file":
+            return SnapshotsPlace(Path(unquote(url.path)))
+        return SnapshotsPlace(self.data_path() / "snapshots", location.rstrip("/"))
 
     def data_path(self) -> Path:
         """The data folder, made absolute."""

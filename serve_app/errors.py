@@ -16,6 +16,7 @@ AtlasError
 ├── ServiceError                 ours; 5xx
 │   ├── NoCandidate              503, nothing in the pool can serve this request now
 │   ├── EngineError              502, a model application failed
+│   │   └── ReplicaDied          the process that worked on it is no more; it may be sent again
 │   └── DeadlineExceeded         504, the request's time is up
 ├── ToolError
 │   ├── ToolRetry                the model may try again: its arguments were wrong
@@ -26,6 +27,7 @@ AtlasError
 ├── TrainingStopped              told to stop before its end
 ├── PromotionRefused             409, a candidate policy that is not surely as good
 └── StoreError                   the store refused or is away
+    └── StoreAway                no connection to it could be had
 
 All of them are rebuilt from `args` alone, because they cross process borders by pickle. A message
 says what was wrong, shows the value, and never holds a path, a secret or a stack trace: the gateway
@@ -156,6 +158,10 @@ class EngineError(ServiceError):
     code = "engine_error"
 
 
+class ReplicaDied(EngineError):
+    """The process that worked on a request is no more, and what it said nobody heard."""
+
+
 class DeadlineExceeded(ServiceError):
     """The request's time is up."""
 
@@ -202,3 +208,7 @@ class StoreError(AtlasError):
     """The store refused or is away."""
 
     status_code = 503
+
+
+class StoreAway(StoreError):
+    """No connection to the store could be had; what was asked of it was not begun."""

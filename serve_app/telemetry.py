@@ -63,7 +63,20 @@ STORE_WRITTEN = Metric(
     "store/outcomes_written", "counter", "Finished requests written to the store."
 )
 STORE_DROPPED = Metric(
-    "store/outcomes_dropped", "counter", "Finished requests lost: the queue was full or a row bad."
+    "store/outcomes_dropped",
+    "counter",
+    "Finished requests lost: queue and journal were full, or a row bad.",
+)
+STORE_WAITING = Metric(
+    "store/outcomes_waiting", "gauge", "Finished requests not yet written to the store."
+)
+STORE_SPILLED = Metric(
+    "store/outcomes_spilled",
+    "counter",
+    "Finished requests left to the journal alone: the queue was full, or the process ended.",
+)
+STORE_RECOVERED = Metric(
+    "store/outcomes_recovered", "counter", "Finished requests written for a process that ended."
 )
 
 ALL_METRICS = (
@@ -74,6 +87,9 @@ ALL_METRICS = (
     GATEWAY_COST_USD,
     STORE_WRITTEN,
     STORE_DROPPED,
+    STORE_WAITING,
+    STORE_SPILLED,
+    STORE_RECOVERED,
 )
 
 

@@ -201,13 +201,13 @@ class IdleLauncher:
 class Loopback:
     """A running gateway: real uvicorn, real store, scripted orchestrator."""
 
-    def __init__(self, config: AtlasConfig, database: Path) -> None:
+    def __init__(self, config: AtlasConfig, store_url: str) -> None:
         self.config = config
         self.orchestrator: ScriptedOrchestrator
         self.outcomes: OutcomeLog
         self.store: Store
         self.app: Starlette
-        self._database = database
+        self._store_url = store_url
         self._started = threading.Event()
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -259,7 +259,7 @@ class Loopback:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.store = await Store.open(f"sqlite+aiosqlite:///{self._database}")
+        self.store = await Store.open(self._store_url)
         self.outcomes = OutcomeLog(self.store, flush_interval_s=0.05)
         self.orchestrator = ScriptedOrchestrator(self.config, self.outcomes)
         self.launcher = IdleLauncher()
@@ -289,9 +289,12 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 @contextmanager
-def running_gateway(folder: Path, **gateway: Any) -> Iterator[Loopback]:
-    """A gateway with these settings, with its store in `folder`."""
-    loopback = Loopback(gateway_config(**gateway), folder / "atlas.db")
+def running_gateway(
+    folder: Path, store_url: str | None = None, **gateway: Any
+) -> Iterator[Loopback]:
+    """A gateway with these settings, with its store in `folder` where no URL says another."""
+    url = store_url or f"sqlite+aiosqlite:///{folder / 'atlas.db'}"
+    loopback = Loopback(gateway_config(**gateway), url)
     loopback.start()
     try:
         yield loopback

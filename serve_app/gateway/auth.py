@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
-from serve_app.errors import Forbidden, Unauthorized
+from serve_app.errors import Forbidden, StoreError, Unauthorized
 from serve_app.store.database import Store
 from serve_app.store.keys import ApiKey, Scope, find_key, hash_key
+
+logger = logging.getLogger(__name__)
 
 LOCAL_OWNER = "local"
 """Owner of everything where no key is asked for."""
 
 _BEARER = re.compile(rb"bearer +(atlas_[A-Za-z0-9_-]{43})", re.IGNORECASE)
 _MAX_UNKNOWN = 1024
+_LOOKUP_TIMEOUT_S = 2.0
+
+
+@dataclass(slots=True)
+class _Known:
+    """A key as the store last had it."""
+
+    key: ApiKey
+    asked_s: float
+    """When the store said so, on the authenticator's clock."""
 
 
 class Authenticator:
     """Looks keys up in the store, and remembers the answer for a moment.
 
     Invariants:
-        - A revoked key stops working within `ttl_s`.
+        - A revoked key stops working within `ttl_s`; while the store cannot be asked, within
+          `grace_s` of the last time that it said the key is good.
+        - Only requests that find the store away wait for it, 2 s at most: later ones are answered
+          from what is remembered, while it is asked again beside them.
         - Unknown keys, however many are tried, take bounded memory and push no known key out.
     """
 
@@ -32,6 +50,7 @@ class Authenticator:
         store: Store,
         *,
         ttl_s: float = 3.0,
+        grace_s: float = 3600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make one.
@@ -40,14 +59,21 @@ class Authenticator:
             mode: `open` lets everyone do everything as `local`; `required` asks for a key.
             store: Where the keys are.
             ttl_s: Seconds an answer of the store is used for.
+            grace_s: Seconds a good key is taken for while the store is away.
             clock: Seconds, monotonic.
         """
         self._mode = mode
         self._store = store
         self._ttl_s = ttl_s
         self._clock = clock
-        self._known: dict[str, tuple[float, ApiKey]] = {}
+        self._grace_s = grace_s
+        self._known: dict[str, _Known] = {}
         self._unknown: dict[str, float] = {}
+        """Hash to when it is asked for again."""
+        self._is_away = False
+        self._away_until_s = clock()
+        """Until then nobody waits for the store: it was away a moment ago."""
+        self._asking: asyncio.Task[None] | None = None
 
     async def owner(self, authorization: bytes | None, scope: Scope) -> str:
         """The id of the calling key.
@@ -75,20 +101,57 @@ class Authenticator:
 
     async def _find(self, key: str) -> ApiKey | None:
         key_hash = hash_key(key)
-        now = self._clock()
-        remembered = self._known.get(key_hash)
-        if remembered is not None and now < remembered[0]:
-            return remembered[1]
-        if now < self._unknown.get(key_hash, now):
+        now_s = self._clock()
+        known = self._known.get(key_hash)
+        if known is not None and now_s < known.asked_s + self._ttl_s:
+            return known.key
+        if now_s < self._unknown.get(key_hash, now_s):
             return None
-        found = await find_key(self._store, key_hash)
+        if now_s >= self._away_until_s:
+            try:
+                return await self._ask(key_hash)
+            except StoreError:
+                if known is None:
+                    raise
+        elif self._asking is None:
+            self._asking = asyncio.get_running_loop().create_task(self._ask_beside(key_hash))
+        if known is None or now_s >= known.asked_s + self._grace_s:
+            raise StoreError("the store is not available; try again later")
+        return known.key
+
+    async def _ask_beside(self, key_hash: str) -> None:
+        """See whether the store is back, while nobody waits for it."""
+        try:
+            await self._ask(key_hash)
+        except StoreError:
+            return
+        finally:
+            self._asking = None
+
+    async def _ask(self, key_hash: str) -> ApiKey | None:
+        """What the store says of a key, remembered.
+
+        Raises:
+            StoreError: If it is away.
+        """
+        now_s = self._clock()
+        try:
+            async with asyncio.timeout(_LOOKUP_TIMEOUT_S):
+                found = await find_key(self._store, key_hash)
+        except (StoreError, TimeoutError) as error:
+            if not self._is_away:
+                logger.warning("keys cannot be looked up (%r); those known go on", error)
+            self._is_away = True
+            self._away_until_s = self._clock() + self._ttl_s
+            raise StoreError("the store is not available; try again later") from error
+        self._is_away = False
+        self._away_until_s = now_s
+        self._unknown.pop(key_hash, None)
         if found is not None:
-            self._unknown.pop(key_hash, None)
-            self._known[key_hash] = (now + self._ttl_s, found)
+            self._known[key_hash] = _Known(found, now_s)
         else:
             self._known.pop(key_hash, None)
-            self._unknown.pop(key_hash, None)
-            self._unknown[key_hash] = now + self._ttl_s
+            self._unknown[key_hash] = now_s + self._ttl_s
             if len(self._unknown) > _MAX_UNKNOWN:
                 del self._unknown[next(iter(self._unknown))]
         return found

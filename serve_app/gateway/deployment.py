@@ -14,7 +14,7 @@ from serve_app.gateway.app import build_api
 from serve_app.jobs import Jobs, RayLauncher
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.schemas import ChatCall, Report
-from serve_app.store import OutcomeLog, Store
+from serve_app.store import Journal, OutcomeLog, Store
 from serve_app.telemetry import RayMetrics
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,9 @@ class Gateway:
 
     Invariants:
         - A request that is not answered ends with an error in OpenAI's shape by its deadline.
-        - Writing outcomes never delays or fails an answer.
+        - Writing outcomes never delays or fails an answer; those of answered requests outlive this
+          process.
+        - A store that is away stops neither its start nor its answers.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -35,7 +37,7 @@ class Gateway:
         """Open the store and join the parts."""
         self._config = config
         self._metrics = RayMetrics()
-        self._store = await Store.open(config.store_url())
+        self._store = await Store.open(config.store_url(), must_answer=False)
 
         async def embed(text: str) -> bytes:
             vectors = await embedder.embed.remote([text])
@@ -46,9 +48,11 @@ class Gateway:
             self._store,
             flush_interval_s=config.store.flush_interval_s,
             max_pending=config.store.max_pending,
+            journal=Journal(config.journal_path(), config.store.max_journal_bytes),
             embed=embed,
             metrics=self._metrics,
         )
+        self._outcomes.start()
         self._orchestrator = Orchestrator(
             config, embedder, router, controller, self._outcomes.record
         )

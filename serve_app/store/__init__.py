@@ -3,13 +3,16 @@
 from serve_app.store.database import Store
 from serve_app.store.feedback import (
     RatedRequest,
+    RatedTrajectory,
     Verdict,
     add_feedback,
     rated_requests,
+    rated_trajectories,
     read_verdicts,
     verdict_ids,
 )
 from serve_app.store.jobs import Job, add_job, get_job, list_jobs, update_job
+from serve_app.store.journal import Journal
 from serve_app.store.keys import (
     ApiKey,
     Scope,
@@ -32,24 +35,32 @@ from serve_app.store.policies import (
     serving_policies,
     trial_policies,
 )
+from serve_app.store.pool import PoolRevision, add_pool, newest_pool
 from serve_app.store.profiles import (
     ProfileOutcome,
     ProfileQuestion,
+    ProfileThought,
     add_outcomes,
     add_questions,
+    add_thought,
     measured,
     read_profile,
+    read_thoughts,
 )
 
 __all__ = [
     "ApiKey",
     "Job",
+    "Journal",
     "Mode",
     "OutcomeLog",
     "Policy",
+    "PoolRevision",
     "ProfileOutcome",
     "ProfileQuestion",
+    "ProfileThought",
     "RatedRequest",
+    "RatedTrajectory",
     "Scope",
     "SnapshotInfo",
     "Store",
@@ -57,8 +68,10 @@ __all__ = [
     "add_feedback",
     "add_job",
     "add_outcomes",
+    "add_pool",
     "add_questions",
     "add_snapshot",
+    "add_thought",
     "create_key",
     "find_key",
     "find_policy",
@@ -69,9 +82,12 @@ __all__ = [
     "list_policies",
     "list_snapshots",
     "measured",
+    "newest_pool",
     "publish",
     "rated_requests",
+    "rated_trajectories",
     "read_profile",
+    "read_thoughts",
     "read_verdicts",
     "revoke_key",
     "serving_policies",

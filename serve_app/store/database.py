@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,13 +26,20 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from serve_app.errors import ConfigError, StoreError
+from serve_app.errors import ConfigError, StoreAway, StoreError
 from serve_app.store.migrations import migrate
 
 logger = logging.getLogger(__name__)
 
 _SCHEMA_TRIES = 5
+_SCHEMA_PAUSE_S = 1.0
+"""A store that could not be opened is left alone this long."""
 _SQLITE_BUSY_TIMEOUT_MS = 5_000
+_CONNECT_TIMEOUT_S = 5.0
+_COMMAND_TIMEOUT_S = 60.0
+_TRANSIENT_SQLSTATES = ("08", "25006", "40", "53", "57")
+"""Prefixes of PostgreSQL's codes: no connection, a standby, a deadlock, no room, going down."""
+_AWAY = "the store is not available; try again later"
 
 
 class Store:
@@ -42,40 +50,70 @@ class Store:
         - What a finished `begin()` block wrote survives the death of this process.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, folder: Path | None) -> None:
         """Wrap an engine; use `Store.open`, which also makes the schema."""
         self._engine = engine
+        self._folder = folder
+        """Of an SQLite file; made where it is missing."""
+        self._has_schema = False
+        self._opening = asyncio.Lock()
+        self._next_try_s = 0.0
 
     @classmethod
-    async def open(cls, url: str) -> Self:
+    async def open(cls, url: str, *, must_answer: bool = True) -> Self:
         """Connect, and bring the schema up to this version.
 
         Args:
             url: A SQLAlchemy URL with an async driver, for example `sqlite+aiosqlite:////var/lib/atlas/atlas.db`.
+            must_answer: `False` takes a database that is away: it is connected to by the first
+                `begin` after it is back, and those before it fail at once.
 
         Raises:
             ConfigError: If the URL cannot work.
-            StoreError: If the database is away or refuses.
+            StoreError: If the database is away and has to answer, or refuses.
         """
-        store = cls(_make_engine(url))
+        store = cls(*_make_engine(url))
         try:
-            await store._make_schema()
+            await store._make_schema(_SCHEMA_TRIES if must_answer else 1)
+        except StoreError as error:
+            if must_answer or not is_transient(error):
+                await store.close()
+                raise
+            logger.warning("the store is away (%r); going on without it", error.__cause__)
         except BaseException:
             await store.close()
             raise
         return store
 
-    async def _make_schema(self) -> None:
+    async def _make_schema(self, tries: int) -> None:
         """Take the steps that the database lacks; several processes may try at once."""
-        for attempt in range(1, _SCHEMA_TRIES + 1):
+        for attempt in range(1, tries + 1):
             try:
-                async with self._engine.begin() as connection:
+                if self._folder is not None:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                async with self._connect() as connection, connection.begin():
                     await connection.run_sync(migrate)
+                self._has_schema = True
                 return
-            except (DBAPIError, OSError) as error:
-                if attempt == _SCHEMA_TRIES:
-                    raise StoreError(f"cannot open the store: {type(error).__name__}") from error
+            except (StoreError, DBAPIError, OSError) as error:
+                if attempt == tries:
+                    cause = error.__cause__ if isinstance(error, StoreError) else error
+                    kind = type(cause or error).__name__
+                    raise StoreError(f"cannot open the store: {kind}") from cause
                 await asyncio.sleep(0.1 * attempt)
+
+    async def _open_again(self) -> None:
+        """What `open` could not do; of many who want it at once, one tries."""
+        async with self._opening:
+            if self._has_schema:
+                return
+            if time.monotonic() < self._next_try_s:
+                raise StoreAway(_AWAY)
+            try:
+                await self._make_schema(1)
+            except StoreError as error:
+                self._next_try_s = time.monotonic() + _SCHEMA_PAUSE_S
+                raise StoreAway(_AWAY) from error.__cause__ or error
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncConnection]:
@@ -85,13 +123,30 @@ class Store:
             StoreError: If the database is away or refuses.
             IntegrityError: If a constraint is broken; what that means depends on the statement.
         """
-        try:
-            async with self._engine.begin() as connection:
-                yield connection
-        except IntegrityError:
-            raise
-        except (SQLAlchemyError, OSError, sqlite3.Error) as error:
-            raise StoreError("the store is not available; try again later") from error
+        if not self._has_schema:
+            await self._open_again()
+        async with self._connect() as connection:
+            try:
+                async with connection.begin():
+                    yield connection
+            except IntegrityError:
+                raise
+            except (SQLAlchemyError, OSError, sqlite3.Error) as error:
+                raise StoreError(_AWAY) from error
+
+    @asynccontextmanager
+    async def _connect(self) -> AsyncIterator[AsyncConnection]:
+        """A connection.
+
+        Raises:
+            StoreError: If there is none to be had.
+        """
+        async with AsyncExitStack() as stack:
+            try:
+                connection = await stack.enter_async_context(self._engine.connect())
+            except Exception as error:  # drivers raise their own here, of many kinds
+                raise StoreAway(_AWAY) from error
+            yield connection
 
     async def close(self) -> None:
         """Give the connections back."""
@@ -100,27 +155,40 @@ class Store:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same write may succeed later: the store was away, not the row at fault."""
+    if isinstance(error, StoreAway):
+        return True
     cause = error.__cause__ if isinstance(error, StoreError) else error
+    state = getattr(getattr(cause, "orig", cause), "sqlstate", None) or ""
+    if state.startswith(_TRANSIENT_SQLSTATES):
+        return True
     return isinstance(cause, (OperationalError, OSError, TimeoutError, PoolTimeout)) or (
         isinstance(cause, DBAPIError) and cause.connection_invalidated
     )
 
 
-def _make_engine(url: str) -> AsyncEngine:
+def _make_engine(url: str) -> tuple[AsyncEngine, Path | None]:
+    """The engine, and the folder of an SQLite file."""
+    folder = None
+    options: dict[str, Any] = {}
     try:
         parsed = make_url(url)
-        if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
-            Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_async_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite")
+        if parsed.get_backend_name() != "sqlite":
+            options["pool_pre_ping"] = True
+        elif parsed.database not in (None, "", ":memory:"):
+            folder = Path(str(parsed.database)).parent
+        if parsed.drivername == "postgresql+asyncpg":
+            options["connect_args"] = {
+                "timeout": _CONNECT_TIMEOUT_S,
+                "command_timeout": _COMMAND_TIMEOUT_S,
+            }
+        engine = create_async_engine(parsed, **options)
     except (ArgumentError, SQLAlchemyError, ImportError) as error:
         raise ConfigError(
             f"store.url cannot be used: {error}; an async driver is needed"
         ) from error
-    except OSError as error:
-        raise StoreError(f"cannot make the store's folder: {error.strerror}") from error
     if parsed.get_backend_name() == "sqlite":
         event.listen(engine.sync_engine, "connect", _connect_sqlite)
-    return engine
+    return engine, folder
 
 
 def _connect_sqlite(connection: Any, _record: Any) -> None:

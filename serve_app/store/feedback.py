@@ -1,4 +1,4 @@
-"""Verdicts on finished requests, by their owners."""
+"""Verdicts on finished requests, by their owners, and what they say of the policies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy import insert, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from serve_app.errors import Conflict, NotFound
-from serve_app.schemas import Pair, Path
+from serve_app.schemas import Action, Pair, Path, Seen
 from serve_app.store.database import Store
 from serve_app.store.outcomes import storable_text
 from serve_app.store.tables import FeedbackRow, OutcomeRow, RequestRow, TrajectoryRow
@@ -35,7 +35,7 @@ class Verdict:
     created_unix_s: float
     propensity: float | None
     """Probability with which the router chose the pair for the query; `None` where it did not
-    choose: pinned, a fallback, or a later step, chosen on what earlier ones showed."""
+    choose that alone: pinned, a fallback, or a request of path 2 (see `rated_trajectories`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,44 @@ class RatedRequest:
     """The cost-quality dial it ran with."""
     cost_usd: float
     """Of all its steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class RatedDecision:
+    """One decision of a request of path 2, and what its step showed."""
+
+    action: Action
+    pair: Pair | None
+    """`None` but for `route`."""
+    path: Path
+    propensity: float
+    """In (0, 1]."""
+    can_think: bool
+    """Whether there was a planner."""
+    seconds_left: float
+    """Before the request's deadline."""
+    seen: Seen | None
+    """`None` after `answer`."""
+    answer: bytes | None
+    """(dim,) float32 little-endian embedding of the step's answer, where it was embedded."""
+
+
+@dataclass(frozen=True, slots=True)
+class RatedTrajectory:
+    """A rated request of path 2, with all that it takes to decide it anew."""
+
+    request_id: str
+    embedding: bytes
+    """(dim,) float32 little-endian, of the query."""
+    score: float
+    """In [0, 1], of the answer that was returned."""
+    alpha: float
+    """The cost-quality dial it ran with."""
+    max_steps: int
+    max_cost_usd: float | None
+    pairs: tuple[Pair, ...]
+    """Those that the first decision could choose from."""
+    decisions: tuple[RatedDecision, ...]
 
 
 async def add_feedback(
@@ -190,6 +228,79 @@ async def rated_requests(
     return [RatedRequest(row.score, row.alpha or 0.0, row.cost_usd) for row in reversed(rows)]
 
 
+async def rated_trajectories(store: Store, limit: int) -> list[RatedTrajectory]:
+    """The last `limit` rated requests of path 2, in the order of their verdicts.
+
+    Those of a version that did not keep what it takes to decide them anew are left out.
+
+    Raises:
+        StoreError: If the store is away.
+    """
+    query = (
+        select(FeedbackRow.score, RequestRow.embedding, RequestRow.alpha, TrajectoryRow.__table__)
+        .join(RequestRow, RequestRow.request_id == FeedbackRow.request_id)
+        .join(TrajectoryRow, TrajectoryRow.request_id == FeedbackRow.request_id)
+        .where(TrajectoryRow.max_steps.is_not(None), RequestRow.embedding.is_not(None))
+        .order_by(FeedbackRow.created_unix_s.desc(), FeedbackRow.request_id.desc())
+        .limit(limit)
+    )
+    async with store.begin() as connection:
+        rows = list(reversed((await connection.execute(query)).all()))
+    steps: dict[str, list[Any]] = {row.request_id: [] for row in rows}
+    ids = list(steps)
+    for start in range(0, len(ids), _IDS_AT_ONCE):
+        ran = (
+            select(OutcomeRow.__table__)
+            .where(OutcomeRow.request_id.in_(ids[start : start + _IDS_AT_ONCE]))
+            .order_by(OutcomeRow.request_id, OutcomeRow.step_index)
+        )
+        async with store.begin() as connection:
+            for row in (await connection.execute(ran)).all():
+                steps[row.request_id].append(row)
+    return [_rated(row, steps[row.request_id]) for row in rows]
+
+
+def _rated(row: Any, steps: Sequence[Any]) -> RatedTrajectory:
+    """One request as a trajectory; the n-th decision to run something is about step n."""
+    size = len(row.embedding)
+    decisions = []
+    for number, made in enumerate(row.decisions):
+        action = Action(made["action"])
+        seen, answer = None, None
+        if action is not Action.ANSWER and number < len(steps):
+            step, key = steps[number], row.answer_keys[number]
+            seen = Seen(
+                pair=Pair.parse(made["pair"]) if action is Action.ROUTE else None,
+                answer_key=None if key is None else str(key),
+                mean_logprob=step.mean_logprob,
+                tool_errors=sum(not call["ok"] for call in step.tool_calls),
+                cost_usd=step.cost_usd,
+            )
+            vector = row.answer_embeddings[number * size : (number + 1) * size]
+            answer = vector if any(vector) else None
+        decisions.append(
+            RatedDecision(
+                action=action,
+                pair=Pair.parse(made["pair"]) if action is Action.ROUTE else None,
+                path=Path(made["path"]),
+                propensity=made["propensity"],
+                can_think=made["can_think"],
+                seconds_left=made["seconds_left"],
+                seen=seen,
+                answer=answer,
+            )
+        )
+    return RatedTrajectory(
+        request_id=row.request_id,
+        embedding=row.embedding,
+        score=row.score,
+        alpha=row.alpha or 0.0,
+        max_steps=row.max_steps,
+        max_cost_usd=row.max_cost_usd,
+        pairs=tuple(map(Pair.parse, row.pairs)),
+        decisions=tuple(decisions),
+    )
+
+
 def _was_not_chosen(row: Any) -> bool:
-    several = row.decisions is not None and len(row.decisions) > 2  # a route and an answer
-    return row.path in _NOT_CHOSEN or row.step_index > 0 or several
+    return row.path in _NOT_CHOSEN or row.step_index > 0 or row.decisions is not None

@@ -2,27 +2,40 @@
 
 In come `Report`s, from `OutcomeLog.record`, which never waits; out go rows of `requests`,
 `outcomes`, and of `trajectories` and `shadow_decisions` where there is such a thing. What must stay
-true: a store that is slow or away costs memory up to a bound and then outcomes, never a request.
+true: a recorded report survives the death of this process, and a store that is slow or away costs
+memory and disk up to a bound and then outcomes, never a request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+import orjson
 from sqlalchemy import insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import StoreError
 from serve_app.schemas import Action, Report
 from serve_app.store.database import Store, is_transient
+from serve_app.store.journal import Journal
 from serve_app.store.tables import OutcomeRow, RequestRow, ShadowRow, TrajectoryRow
-from serve_app.telemetry import STORE_DROPPED, STORE_WRITTEN, MetricSink, NoMetrics
+from serve_app.telemetry import (
+    STORE_DROPPED,
+    STORE_RECOVERED,
+    STORE_SPILLED,
+    STORE_WAITING,
+    STORE_WRITTEN,
+    MetricSink,
+    NoMetrics,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +43,8 @@ Embed = Callable[[str], Awaitable[bytes]]
 """A text in, its (dim,) float32 little-endian embedding out."""
 
 _BATCH = 500
+_LINES_AT_ONCE = 50
+"""Lines of the journal read between two breaths of the event loop."""
 _EMBED_TIMEOUT_S = 3.0
 _EMBED_PAUSE_S = 10.0
 _EMBED_SHARE = 0.1
@@ -38,6 +53,7 @@ _WRITE_TIMEOUT_S = 30.0
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
 _COMPLAIN_EVERY_S = 10.0
+_ADOPT_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +63,38 @@ class _Entry:
     created_unix_s: float
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """A report in the queue."""
+
+    rows: _Rows | bytes
+    """As a line of the journal where it comes from there."""
+    in_journal: bool
+    is_own: bool = True
+    """Whether this process recorded it."""
+
+
 class OutcomeLog:
     """Takes reports at once and writes them soon.
 
     Algorithm:
-        A task wakes every `flush_interval_s`, or at once for `flush`, and writes what is queued in
-        batches, each in one transaction. A store that is away is tried again with growing pauses
-        up to 5 s, and the batch stays first in the queue. A batch with a row the store will not
-        take is written row by row, so that only that row is lost. A request without an embedding
-        (the caller named the pair) gets it later, by a second task that runs a tenth of the time.
+        A report goes to the journal, a file, and to the queue, in memory. A task wakes every
+        `flush_interval_s`, or at once for `flush`, and writes what is queued in batches, each in
+        one transaction; the journal forgets what is written. A full queue leaves newer reports to
+        the journal alone, and they are read back when it is empty. A store that is away is tried
+        again with growing pauses up to 5 s, and the batch stays first. A batch with a row the store
+        will not take is written row by row, so that only that row is lost. A request without an
+        embedding (the caller named the pair) gets it later, by a second task that runs a tenth of
+        the time. What the journal of an ended process still holds is written as if it came last.
 
     Invariants:
-        - At most `max_pending` reports are held; newer ones are dropped, counted and logged.
+        - A report that `record` took is written, by this process or, after its death, by the next
+          that uses the journal's folder; those of a request that was written already are not
+          written twice.
+        - At most `max_pending` reports, or one file of the journal, are in memory. What neither
+          takes is dropped, counted and logged.
         - Reports are written in the order they were recorded.
+        - A journal that cannot be written costs these guarantees, never a report that memory takes.
     """
 
     def __init__(
@@ -68,24 +103,27 @@ class OutcomeLog:
         *,
         flush_interval_s: float = 0.2,
         max_pending: int = 50_000,
+        journal: Journal | None = None,
         embed: Embed | None = None,
         metrics: MetricSink | None = None,
     ) -> None:
-        """Make a log; its task starts with the first `record`, in the loop that calls it.
+        """Make a log; its task starts with `start` or the first `record`, in the calling loop.
 
         Args:
             store: Where the rows go.
             flush_interval_s: Seconds a report waits at most while the store keeps up.
-            max_pending: Reports held while it does not.
+            max_pending: Reports held in memory while it does not.
+            journal: Holds what is not written yet; `None` holds it in memory only.
             embed: Makes the embedding of reports that have none; what it fails for keeps none.
-            metrics: Counts what is written and dropped.
+            metrics: Counts what is written, spilled and dropped.
         """
         self._store = store
         self._flush_interval_s = flush_interval_s
         self._max_pending = max_pending
+        self._journal = journal
         self._embed = embed
         self._metrics = metrics or NoMetrics()
-        self._queue: deque[_Entry] = deque()
+        self._queue: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -94,18 +132,24 @@ class OutcomeLog:
         self._settled_changed = asyncio.Condition()
         self._dropped = 0
         self._next_complaint = 0.0
+        self._next_adoption_s = 0.0
         self._without_embedding: deque[tuple[str, str]] = deque(maxlen=max_pending)
         self._embed_task: asyncio.Task[None] | None = None
 
     @property
     def pending(self) -> int:
-        """Reports not yet written."""
-        return len(self._queue)
+        """Reports recorded here and not yet written."""
+        return self._recorded - self._settled
 
     @property
     def dropped(self) -> int:
         """Reports lost since the start."""
         return self._dropped
+
+    def start(self) -> None:
+        """Begin to write what ended processes left; must be called in a running event loop."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="outcome-log")
 
     def record(self, report: Report, alpha: float | None = None) -> None:
         """Queue a report; never waits and never raises for the store's sake.
@@ -114,16 +158,35 @@ class OutcomeLog:
             report: A finished request, answered or failed.
             alpha: The cost-quality dial it ran with.
         """
-        if self._closed or len(self._queue) >= self._max_pending:
-            self._drop(
-                1,
-                "the log is closed" if self._closed else f"{self._max_pending} are waiting already",
-            )
+        if self._closed:
+            self._drop(1, "the log is closed")
             return
-        self._queue.append(_Entry(report, alpha, time.time()))
+        rows = _rows(_Entry(report, alpha, time.time()))
+        has_room = len(self._queue) < self._max_pending
+        in_memory = has_room and not (self._journal is not None and self._journal.has_unread)
+        in_journal = self._append(rows, in_memory=in_memory)
+        if in_memory or (has_room and not in_journal):
+            self._queue.append(_Waiting(rows, in_journal))
+        elif in_journal:
+            self._metrics.record(STORE_SPILLED)
+        else:
+            self._drop(1, f"{len(self._queue)} are waiting already, and the journal is full")
+            return
         self._recorded += 1
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run(), name="outcome-log")
+        self.start()
+
+    def _append(self, rows: _Rows, *, in_memory: bool) -> bool:
+        """Put a report into the journal, if there is one and it takes it."""
+        if self._journal is None:
+            return False
+        try:
+            line = _to_line(rows)
+        except TypeError:  # the store will not take it either, and says so in its own time
+            return False
+        if self._journal.append(line, in_memory=in_memory):
+            return True
+        self._complain("the journal takes no more: %d bytes", self._journal.num_bytes)
+        return False
 
     async def flush(self, timeout_s: float = 5.0) -> bool:
         """Wait until everything recorded so far is written (or dropped as bad).
@@ -153,9 +216,16 @@ class OutcomeLog:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
-        if not flushed and self._queue:
-            self._drop(len(self._queue), "the store did not take them before the end")
-            self._queue.clear()
+        if not flushed:
+            lost = sum(entry.is_own and not entry.in_journal for entry in self._queue)
+            if lost:
+                self._drop(lost, "the store did not take them before the end")
+            if self.pending > lost:
+                self._metrics.record(STORE_SPILLED, self.pending - lost)
+                logger.warning("%d outcomes wait for the next process", self.pending - lost)
+        self._queue.clear()
+        if self._journal is not None:
+            self._journal.close()
 
     async def _run(self) -> None:
         while True:
@@ -163,46 +233,91 @@ class OutcomeLog:
                 async with asyncio.timeout(self._flush_interval_s):
                     await self._wake.wait()
             self._wake.clear()
-            while self._queue:
+            while await self._refill():
                 batch = [self._queue[i] for i in range(min(_BATCH, len(self._queue)))]
                 await self._write(batch)
                 for _ in batch:
                     self._queue.popleft()
-                async with self._settled_changed:
-                    self._settled += len(batch)
-                    self._settled_changed.notify_all()
+                if self._journal is not None:
+                    self._journal.commit(sum(entry.in_journal for entry in batch))
+                await self._settle(sum(entry.is_own for entry in batch))
+                self._metrics.record(STORE_WAITING, self.pending)
 
-    async def _write(self, batch: list[_Entry]) -> None:
+    async def _settle(self, count: int) -> None:
+        """So many more reports of this process need not wait any more."""
+        async with self._settled_changed:
+            self._settled += count
+            self._settled_changed.notify_all()
+
+    def _adopt(self) -> None:
+        """Take over, now and then, what the journals of ended processes hold."""
+        if self._journal is None or time.monotonic() < self._next_adoption_s:
+            return
+        self._next_adoption_s = time.monotonic() + _ADOPT_EVERY_S
+        if adopted := self._journal.adopt():
+            logger.info("taking over %d files of outcomes that other processes left", adopted)
+
+    async def _refill(self) -> bool:
+        """Take over what others left, and read from the journal where the queue is empty.
+
+        Returns:
+            Whether there is something in the queue.
+        """
+        self._adopt()
+        while not self._queue and self._journal is not None:
+            reading = self._journal.read_next()
+            if reading is None:
+                break
+            self._queue.extend(
+                _Waiting(line, in_journal=True, is_own=reading.is_own) for line in reading.lines
+            )
+            if reading.num_lost:
+                self._drop(reading.num_lost, "the journal does not have them any more")
+                await self._settle(reading.num_lost)
+        return bool(self._queue)
+
+    async def _write(self, batch: list[_Waiting]) -> None:
         """Write a batch, however long the store is away."""
-        rows = [_rows(entry) for entry in batch]
+        rows: list[_Rows] = []
+        for entry in batch:
+            if isinstance(entry.rows, bytes):
+                try:
+                    rows.append(_from_line(entry.rows))
+                except (ValueError, TypeError, KeyError) as error:
+                    self._drop(1, f"a line of the journal is damaged: {error}")
+                if len(rows) % _LINES_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+            else:
+                rows.append(entry.rows)
+        adopted = sum(not entry.is_own for entry in batch)
         try:
-            await self._insert(rows)
+            written = await self._insert(rows, may_be_there=adopted > 0)
         except Exception:  # whatever a driver makes of a bad value, the task must live on
             logger.warning(
                 "a batch of %d outcomes was refused; writing them one by one",
                 len(rows),
                 exc_info=True,
             )
+            written = 0
             for row in rows:
                 try:
-                    await self._insert([row])
+                    written += await self._insert([row], may_be_there=True)
                 except Exception:
-                    request_id = row.request["request_id"]
-                    if not await self._written_before(request_id):
-                        self._drop(1, f"the store refused the row of {request_id}")
-        self._embed_later(batch)
+                    self._drop(1, f"the store refused the row of {row.request['request_id']}")
+        if adopted:
+            self._metrics.record(STORE_RECOVERED, min(written, adopted))
+        self._embed_later(rows)
 
-    async def _written_before(self, request_id: str) -> bool:
-        """Whether an earlier try got through although its answer was lost."""
-        query = select(RequestRow.request_id).where(RequestRow.request_id == request_id)
-        try:
-            async with asyncio.timeout(_WRITE_TIMEOUT_S), self._store.begin() as connection:
-                return await connection.scalar(query) is not None
-        except (StoreError, TimeoutError):
-            return False
-
-    async def _insert(self, rows: list[_Rows]) -> None:
+    async def _insert(self, rows: list[_Rows], *, may_be_there: bool) -> int:
         """Insert in one transaction, again and again while the store is away.
+
+        Args:
+            rows: Of at most `_BATCH` requests.
+            may_be_there: Whether some may have been written before, by a try whose answer was lost
+                or by a process that ended; those are left out.
+
+        Returns:
+            How many requests are new.
 
         Raises:
             Exception: If the store is there and refuses the rows.
@@ -211,11 +326,12 @@ class OutcomeLog:
         while True:
             try:
                 async with asyncio.timeout(_WRITE_TIMEOUT_S), self._store.begin() as connection:
-                    await connection.execute(insert(RequestRow), [row.request for row in rows])
+                    new = await _missing(connection, rows) if may_be_there else rows
                     for table, added in (
-                        (OutcomeRow, [outcome for row in rows for outcome in row.outcomes]),
-                        (TrajectoryRow, [row.trajectory for row in rows if row.trajectory]),
-                        (ShadowRow, [row.shadow for row in rows if row.shadow]),
+                        (RequestRow, [row.request for row in new]),
+                        (OutcomeRow, [outcome for row in new for outcome in row.outcomes]),
+                        (TrajectoryRow, [row.trajectory for row in new if row.trajectory]),
+                        (ShadowRow, [row.shadow for row in new if row.shadow]),
                     ):
                         if added:
                             await connection.execute(insert(table), added)
@@ -225,21 +341,24 @@ class OutcomeLog:
                 self._complain(
                     "the store is away (%r); %d outcomes wait",
                     error.__cause__ or error,
-                    len(self._queue),
+                    self.pending,
                 )
+                self._metrics.record(STORE_WAITING, self.pending)
+                if self._journal is not None:
+                    await asyncio.to_thread(self._journal.sync())
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
             else:
-                self._metrics.record(STORE_WRITTEN, len(rows))
-                return
+                self._metrics.record(STORE_WRITTEN, len(new))
+                return len(new)
 
-    def _embed_later(self, batch: list[_Entry]) -> None:
+    def _embed_later(self, batch: list[_Rows]) -> None:
         if self._embed is None:
             return
         self._without_embedding.extend(
-            (entry.report.request_id, storable_text(entry.report.query))
-            for entry in batch
-            if entry.report.embedding is None and entry.report.query
+            (rows.request["request_id"], rows.request["query"])
+            for rows in batch
+            if rows.request["embedding"] is None and rows.request["query"]
         )
         if self._without_embedding and (self._embed_task is None or self._embed_task.done()):
             self._embed_task = asyncio.get_running_loop().create_task(
@@ -290,6 +409,46 @@ class _Rows:
     outcomes: list[_Values]
     trajectory: _Values | None
     shadow: _Values | None
+
+
+async def _missing(connection: AsyncConnection, rows: list[_Rows]) -> list[_Rows]:
+    """Those whose request the store does not have, each once."""
+    by_id = {row.request["request_id"]: row for row in rows}
+    query = select(RequestRow.request_id).where(RequestRow.request_id.in_(by_id))
+    there = set(await connection.scalars(query))
+    return [row for request_id, row in by_id.items() if request_id not in there]
+
+
+_BINARY = (("request", "embedding"), ("trajectory", "answer_embeddings"))
+"""Values that are bytes; JSON has none."""
+
+
+def _to_line(rows: _Rows) -> bytes:
+    """A line of the journal.
+
+    Raises:
+        TypeError: If a value is nothing that a table takes.
+    """
+    values = {spec.name: getattr(rows, spec.name) for spec in fields(rows)}
+    for table, column in _BINARY:
+        row = values[table]
+        if row is not None and row[column] is not None:
+            values[table] = row | {column: base64.b64encode(row[column]).decode()}
+    return orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _from_line(line: bytes) -> _Rows:
+    """What `_to_line` wrote.
+
+    Raises:
+        ValueError, TypeError, KeyError: If the line is nothing of that kind.
+    """
+    values = orjson.loads(line)
+    for table, column in _BINARY:
+        row = values[table]
+        if row is not None and column in row and row[column] is not None:
+            row[column] = base64.b64decode(row[column], validate=True)
+    return _Rows(**values)
 
 
 def storable_text(text: str) -> str:
@@ -352,14 +511,31 @@ def _trajectory(report: Report) -> _Values | None:
             "action": str(decision.action),
             "pair": str(decision.pair) if decision.action is Action.ROUTE else None,
             "propensity": decision.propensity,
+            "path": str(decision.path),
+            "can_think": decision.can_think,
         }
         for decision in report.decisions
     ]
+    known = report.circumstances
+    if known is not None:
+        for decision, seconds_left in zip(decisions, known.seconds_left, strict=True):
+            decision["seconds_left"] = seconds_left
     return {
         "request_id": report.request_id,
         "decisions": decisions,
         "answer_step": report.answer_step,
+        "pairs": known and [str(candidate.pair) for candidate in report.decision.candidates],
+        "max_steps": known and known.max_steps,
+        "max_cost_usd": known and known.max_cost_usd,
+        "answer_keys": known and list(known.answer_keys),
+        "answer_embeddings": known and _stacked(report.embedding, known.answer_embeddings),
     }
+
+
+def _stacked(like: bytes | None, vectors: Sequence[bytes | None]) -> bytes:
+    """Embeddings one after the other, zeros for those that are missing."""
+    size = len(like or next(filter(None, vectors), b""))
+    return b"".join(vector or bytes(size) for vector in vectors)
 
 
 def _shadow(report: Report) -> _Values | None:

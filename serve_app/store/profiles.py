@@ -1,4 +1,4 @@
-"""Outcomes of pairs on labelled questions: written as they come, never twice."""
+"""Outcomes of pairs, and thoughts, on labelled questions: written as they come, never twice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from serve_app.schemas import Pair
 from serve_app.store.database import Store
 from serve_app.store.outcomes import storable_text
-from serve_app.store.tables import ProfileOutcomeRow, ProfileQuestionRow
+from serve_app.store.tables import ProfileOutcomeRow, ProfileQuestionRow, ProfileThoughtRow
 
 _KEYS_AT_ONCE = 500
 """Keys in one query; databases bound the number of parameters."""
@@ -56,6 +56,22 @@ class ProfileOutcome:
         return Pair(self.model_id, self.tool_id)
 
 
+@dataclass(frozen=True, slots=True)
+class ProfileThought:
+    """What the planner said of one question; fields as in `ProfileThoughtRow`."""
+
+    question_key: str
+    fingerprint: str
+    model_id: str
+    thought: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float
+    seconds: float
+    error: str | None
+    created_unix_s: float
+
+
 async def add_questions(store: Store, questions: Iterable[ProfileQuestion]) -> None:
     """Keep questions; a known one takes over the new domain, split and embedding.
 
@@ -95,6 +111,34 @@ async def add_outcomes(store: Store, outcomes: Sequence[ProfileOutcome]) -> None
         if len(outcomes) > 1:
             for outcome in outcomes:
                 await add_outcomes(store, [outcome])
+
+
+async def add_thought(store: Store, thought: ProfileThought) -> None:
+    """Keep a thought; one that is there already stays as it is.
+
+    Raises:
+        StoreError: If the store is away.
+    """
+    values = asdict(thought)
+    for name in ("thought", "error"):
+        values[name] = None if values[name] is None else storable_text(values[name])
+    try:
+        async with store.begin() as connection:
+            await connection.execute(insert(ProfileThoughtRow).values(values))
+    except IntegrityError:
+        return
+
+
+async def read_thoughts(store: Store, question_keys: Sequence[str]) -> list[ProfileThought]:
+    """Every thought on some questions, the oldest first."""
+    row = ProfileThoughtRow
+    found: list[ProfileThought] = []
+    for start in range(0, len(question_keys), _KEYS_AT_ONCE):
+        keys = question_keys[start : start + _KEYS_AT_ONCE]
+        query = select(row.__table__).where(row.question_key.in_(keys))
+        async with store.begin() as connection:
+            found += [ProfileThought(**of) for of in (await connection.execute(query)).mappings()]
+    return sorted(found, key=lambda thought: (thought.created_unix_s, thought.fingerprint))
 
 
 async def measured(store: Store, question_keys: Sequence[str]) -> set[tuple[str, Pair, str]]:

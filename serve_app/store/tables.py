@@ -85,10 +85,23 @@ class TrajectoryRow(Base):
 
     request_id: Mapped[str] = mapped_column(ForeignKey("requests.request_id"), primary_key=True)
     decisions: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
-    """`action`, `pair` (`None` but for `route`) and `propensity` of each decision, in their order:
-    the n-th `route` or `think` is step n of `outcomes`."""
+    """`action`, `pair` (`None` but for `route`), `propensity`, `path`, `can_think` and
+    `seconds_left` of each decision, in their order: the n-th `route` or `think` is step n of
+    `outcomes`."""
     answer_step: Mapped[int | None] = mapped_column(Integer)
     """`step_index` of the answer that was returned; `None` where none was."""
+    # What it takes to decide the request anew; `None` in rows of earlier versions.
+    pairs: Mapped[list[str] | None] = mapped_column(JSON)
+    """Those that the first decision could choose from."""
+    max_steps: Mapped[int | None] = mapped_column(Integer)
+    """Allowed to the request."""
+    max_cost_usd: Mapped[float | None] = mapped_column(Float)
+    """Allowed to the request; `None` where there was no limit."""
+    answer_keys: Mapped[list[int | None] | None] = mapped_column(JSON)
+    """Of each step: equal for answers that say the same, `None` for none."""
+    answer_embeddings: Mapped[bytes | None] = mapped_column(LargeBinary)
+    """(num_steps, dim) float32 little-endian; zeros where there was no answer, or nobody asked
+    what comes after it."""
 
 
 class ShadowRow(Base):
@@ -200,7 +213,8 @@ class ProfileOutcomeRow(Base):
     model_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     tool_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     fingerprint: Mapped[str] = mapped_column(String(64), primary_key=True)
-    """Of the model's and the tool's settings: other settings are another measurement."""
+    """Of the model's and the tool's settings, and where the planner had spoken before of its too:
+    other settings are another measurement."""
     score: Mapped[float] = mapped_column(Float)
     """In [0, 1]."""
     prompt_tokens: Mapped[int] = mapped_column(Integer)
@@ -220,6 +234,27 @@ class ProfileOutcomeRow(Base):
     created_unix_s: Mapped[float] = mapped_column(Float)
 
 
+class ProfileThoughtRow(Base):
+    """What the planner said of one labelled question, before any pair had answered."""
+
+    __tablename__ = "profile_thoughts"
+
+    question_key: Mapped[str] = mapped_column(
+        ForeignKey("profile_questions.question_key"), primary_key=True
+    )
+    fingerprint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """Of the planner's settings and of what it is asked."""
+    model_id: Mapped[str] = mapped_column(String(64))
+    thought: Mapped[str | None] = mapped_column(Text)
+    """`None` where it said nothing: the pairs then ran without a note."""
+    prompt_tokens: Mapped[int] = mapped_column(Integer)
+    completion_tokens: Mapped[int] = mapped_column(Integer)
+    cost_usd: Mapped[float] = mapped_column(Float)
+    seconds: Mapped[float] = mapped_column(Float)
+    error: Mapped[str | None] = mapped_column(Text)
+    created_unix_s: Mapped[float] = mapped_column(Float)
+
+
 class JobRow(Base):
     """One job of the learning loop."""
 
@@ -236,3 +271,20 @@ class JobRow(Base):
     owner: Mapped[str] = mapped_column(String(64))
     created_unix_s: Mapped[float] = mapped_column(Float, index=True)
     updated_unix_s: Mapped[float] = mapped_column(Float)
+
+
+class PoolRevisionRow(Base):
+    """One state of the desired pool; the highest revision holds."""
+
+    __tablename__ = "pool_revisions"
+
+    revision: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    models: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    """Settings of every model."""
+    tools: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    """Settings of every tool."""
+    from_file: Mapped[dict[str, Any]] = mapped_column(JSON)
+    """`models` and `tools` of the configuration file when it was last applied, by id: what differs
+    from it was changed by an admin since."""
+    change: Mapped[str] = mapped_column(String(300))
+    created_unix_s: Mapped[float] = mapped_column(Float)

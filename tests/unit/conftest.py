@@ -37,8 +37,20 @@ def postgresql() -> Iterator[str]:
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty database, once of each kind."""
+    return _empty_database(request, tmp_path)
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def module_store_url(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """The same for all tests of a module."""
+    return _empty_database(request, tmp_path_factory.mktemp("store"))
+
+
+def _empty_database(request: pytest.FixtureRequest, folder: Path) -> str:
     if request.param == "sqlite":
-        return f"sqlite+aiosqlite:///{tmp_path / 'folder' / 'atlas.db'}"
+        return f"sqlite+aiosqlite:///{folder / 'folder' / 'atlas.db'}"
     server: str = request.getfixturevalue("postgresql")
     name = f"atlas_{next(_numbers)}"
 

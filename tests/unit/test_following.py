@@ -25,7 +25,7 @@ CHEAP, MATH, STRONG = PAIRS
 MATHS = topics()[1]
 
 
-def configuration(folder: Path, **router: object) -> AtlasConfig:
+def configuration(folder: Path, store_url: str, **router: object) -> AtlasConfig:
     models = [
         {
             "type": "remote",
@@ -43,6 +43,7 @@ def configuration(folder: Path, **router: object) -> AtlasConfig:
             "embedder": {"model": "test-encoder"},
             "router": router,
             "data_dir": str(folder),
+            "store": {"url": store_url},
         }
     )
 
@@ -54,8 +55,8 @@ def own_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> AtlasConfig:
-    return configuration(tmp_path)
+def config(tmp_path: Path, store_url: str) -> AtlasConfig:
+    return configuration(tmp_path, store_url)
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ async def test_a_damaged_snapshot_is_refused_and_the_policy_before_it_goes_on(
     sound = await promote(config, store, make_snapshot())
     await follower.refresh()
     await promote(config, store, replace(make_snapshot(), head_gamma=2.0))
-    for folder in config.snapshots_path().iterdir():
+    for folder in config.snapshots_path().folder.iterdir():
         tensors = folder / TENSORS_FILE
         tensors.write_bytes(tensors.read_bytes()[:-1])
     await follower.refresh()
@@ -148,10 +149,10 @@ async def test_a_replica_that_starts_takes_the_last_sound_policy(
 
 
 async def test_a_configured_snapshot_serves_once_and_does_not_undo_a_later_policy(
-    tmp_path: Path,
+    tmp_path: Path, store_url: str
 ) -> None:
     save_snapshot(make_snapshot(), tmp_path / "shipped")
-    config = configuration(tmp_path, snapshot=str(tmp_path / "shipped"))
+    config = configuration(tmp_path, store_url, snapshot=str(tmp_path / "shipped"))
     first, second = make_follower(config), make_follower(config)
     await first.refresh()
     await second.refresh()
@@ -212,7 +213,7 @@ async def test_verdicts_that_were_fitted_are_not_learned_again(
 
 
 async def test_a_store_that_is_away_changes_nothing(tmp_path: Path) -> None:
-    config = configuration(tmp_path)
+    config = configuration(tmp_path, f"sqlite+aiosqlite:///{tmp_path}/atlas.db")
     store = await Store.open(config.store_url())
     version = await promote(config, store, make_snapshot())
     await store.close()

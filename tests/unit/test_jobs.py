@@ -17,8 +17,8 @@ QUESTION = {"id": "1", "query": "What is 1 + 1?", "gold": 2, "metric": "numeric"
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
-    with running_gateway(tmp_path_factory.mktemp("jobs")) as loopback:
+def gateway(tmp_path_factory: pytest.TempPathFactory, module_store_url: str) -> Iterator[Loopback]:
+    with running_gateway(tmp_path_factory.mktemp("jobs"), module_store_url) as loopback:
         yield loopback
 
 

@@ -39,8 +39,9 @@ def own_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def graph(tmp_path: Path) -> AsyncIterator[Path2]:
-    async with path2(tmp_path, rollback={"enabled": False, "min_verdicts": 20}) as running:
+async def graph(tmp_path: Path, store_url: str) -> AsyncIterator[Path2]:
+    rollback = {"enabled": False, "min_verdicts": 20}
+    async with path2(tmp_path, store_url, rollback=rollback) as running:
         yield running
 
 
@@ -113,7 +114,7 @@ async def test_a_canary_that_cannot_be_loaded_changes_nothing(
     await graph.promote(three_steps(), mode=Mode.SHADOW)
     newest = (await list_policies(graph.store))[0].snapshot_id
     assert newest is not None
-    folder = graph.config.snapshots_path() / newest
+    folder = graph.config.snapshots_path().folder / newest
     (folder / "snapshot.json").write_text("{}")
     with caplog.at_level(logging.ERROR):
         await publish(graph.store, newest, "a test", mode=Mode.CANARY, share=0.9)

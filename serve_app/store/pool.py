@@ -1,0 +1,89 @@
+"""The desired pool: a list of revisions that only grows, each a whole pool.
+
+A revision is written only on top of the one it was made from, so of two changes at once the later
+one is made again on what the first left.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from serve_app.store.database import Store
+from serve_app.store.tables import PoolRevisionRow
+
+Json = dict[str, Any]
+
+_KEPT = 500
+"""Revisions that are kept, for whoever asks who changed what."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRevision:
+    """What the pool should be."""
+
+    revision: int
+    """From 1; only rises."""
+    models: tuple[Json, ...]
+    """Settings of every model, as in the configuration."""
+    tools: tuple[Json, ...]
+    """Settings of every tool."""
+    from_file: Json
+    """`models` and `tools` of the configuration file when it was last applied, by id."""
+    change: str
+    """What this revision changed, in a line."""
+    created_unix_s: float
+
+
+async def newest_pool(store: Store) -> PoolRevision | None:
+    """The pool that is wanted now; `None` before the first.
+
+    Raises:
+        StoreError: If the store is away.
+    """
+    query = select(PoolRevisionRow.__table__).order_by(PoolRevisionRow.revision.desc()).limit(1)
+    async with store.begin() as connection:
+        row = (await connection.execute(query)).mappings().first()
+    if row is None:
+        return None
+    return PoolRevision(**{**row, "models": tuple(row["models"]), "tools": tuple(row["tools"])})
+
+
+async def add_pool(
+    store: Store,
+    revision: int,
+    *,
+    models: tuple[Json, ...],
+    tools: tuple[Json, ...],
+    from_file: Json,
+    change: str,
+) -> bool:
+    """Write a revision.
+
+    Returns:
+        Whether it was written; not if there is one of that number.
+
+    Raises:
+        StoreError: If the store is away.
+    """
+    row = {
+        "revision": revision,
+        "models": list(models),
+        "tools": list(tools),
+        "from_file": from_file,
+        "change": change,
+        "created_unix_s": time.time(),
+    }
+    try:
+        async with store.begin() as connection:
+            await connection.execute(insert(PoolRevisionRow).values(row))
+            await connection.execute(
+                delete(PoolRevisionRow).where(PoolRevisionRow.revision <= revision - _KEPT)
+            )
+    except IntegrityError:
+        return False
+    return True
