@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.models.protocol import application_name
+from serve_app.models.applications import model_applications
 from serve_app.telemetry import SERVE_LOGGING
 
 _OPTIONS: dict[str, Any] = {
@@ -50,8 +50,8 @@ class Noop:
 class Direct:
     """Hands the body to a model's application and its answer back."""
 
-    def __init__(self, model_id: str) -> None:
-        self._handle: Any = serve.get_app_handle(application_name(model_id))
+    def __init__(self, application: str) -> None:
+        self._handle: Any = serve.get_app_handle(application)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Serve asks for the application after the constructor."""
@@ -82,5 +82,6 @@ def noop_application() -> Application:
 
 
 def direct_application(model_id: str) -> Application:
-    """A model's application behind an ingress of a few lines."""
-    return serve.deployment(Direct, **_OPTIONS).bind(model_id)
+    """A running model's application behind an ingress of a few lines."""
+    names = [a.name for a in model_applications().values() if a.model_id == model_id]
+    return serve.deployment(Direct, **_OPTIONS).bind(names[0])

@@ -8,19 +8,26 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from serve_app import environment
-from serve_app.config import AtlasConfig, load_config
-from serve_app.errors import AtlasError, ConfigError
+from serve_app.config import AtlasConfig
+from serve_app.console import (
+    DEFAULT_URL,
+    ConfigOption,
+    KeyOption,
+    UrlOption,
+    api_errors,
+    console,
+    fail,
+    load,
+)
+from serve_app.errors import AtlasError
 from serve_app.nano.cli import app as nano_app
+from serve_app.pool_cli import app as pool_app
 
 app = typer.Typer(
     help="Route every request to the right model and tool.",
@@ -30,38 +37,9 @@ app = typer.Typer(
 keys_app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(nano_app, name="nano")
+app.add_typer(pool_app, name="pool")
 
-console = Console()
-_DEFAULT_URL = "http://127.0.0.1:8000"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-ConfigOption = Annotated[
-    Path, typer.Option("--config", help="Configuration file of the deployment.")
-]
-UrlOption = Annotated[
-    str, typer.Option("--url", envvar="ATLAS_URL", help="Where the gateway listens.")
-]
-KeyOption = Annotated[
-    str, typer.Option("--api-key", envvar="ATLAS_API_KEY", help="API key, where one is required.")
-]
-
-
-def fail(message: str) -> typer.Exit:
-    """Print why, and give what to raise."""
-    console.print(f"[red]error:[/red] {message}", highlight=False)
-    return typer.Exit(1)
-
-
-def load(path: Path) -> AtlasConfig:
-    """The configuration in a file.
-
-    Raises:
-        typer.Exit: If it cannot work; the reason is printed.
-    """
-    try:
-        return load_config(path)
-    except ConfigError as error:
-        raise fail(error.message) from None
 
 
 @app.command()
@@ -119,22 +97,6 @@ def _watch_pool(states: Any) -> None:
                     console.print(f"  {seconds:5.0f} s  {member.model_id} {state_text}")
 
 
-@contextmanager
-def _api_errors(url: str) -> Iterator[None]:
-    """Turns what the client raises into a line and an exit."""
-    import openai
-
-    try:
-        yield
-    except openai.APIStatusError as error:
-        body = error.body if isinstance(error.body, dict) else {}
-        raise fail(f"{body.get('message', error.message)} ({error.status_code})") from None
-    except openai.APIConnectionError:
-        raise fail(f"nothing answers at {url}; is `atlas serve` running?") from None
-    except openai.APIError as error:
-        raise fail(error.message) from None
-
-
 @app.command()
 def ask(
     question: str,
@@ -146,7 +108,7 @@ def ask(
     ] = "atlas",
     explain: Annotated[bool, typer.Option(help="Show every candidate's scores.")] = False,
     stream: Annotated[bool, typer.Option(help="Print the answer as it comes.")] = False,
-    url: UrlOption = _DEFAULT_URL,
+    url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = "none",
 ) -> None:
     """Ask one question and show the answer, the pair that gave it, its cost and its time."""
@@ -159,7 +121,7 @@ def ask(
         "messages": [{"role": "user", "content": question}],
         "extra_body": {"atlas": options},
     }
-    with _api_errors(url):
+    with api_errors(url):
         if stream:
             extension = None
             for chunk in client.chat.completions.create(stream=True, **request):
@@ -238,7 +200,7 @@ def explain(
     alpha: Annotated[
         float | None, typer.Option(help="Cost-quality dial in [0, 1]; 0 = quality only.")
     ] = None,
-    url: UrlOption = _DEFAULT_URL,
+    url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = "none",
 ) -> None:
     """Show how a question would be routed, and why; nothing runs."""
@@ -250,7 +212,7 @@ def explain(
         "messages": [{"role": "user", "content": question}],
         "atlas": {} if alpha is None else {"alpha": alpha},
     }
-    with _api_errors(url):
+    with api_errors(url):
         decision = client.post("/route", cast_to=object, body=body)
     assert isinstance(decision, dict)
     _show_decision(decision)

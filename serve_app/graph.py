@@ -9,6 +9,7 @@ client -> Gateway -> Embedder
 # Without `from __future__ import annotations`: Serve reads the argument type of `build_app` at run
 # time.
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -46,7 +47,7 @@ def build_app(args: BuildArgs) -> Application:
         PoolController,
         ray_actor_options={"num_cpus": 0, "resources": config.pool.resources},
         max_ongoing_requests=10_000,
-    ).bind(config)
+    ).bind(config, str(Path(args.config).absolute()))
     embedder = serve.deployment(Embedder, **_options(config.embedder.deployment)).bind(config)
     router = serve.deployment(Router, **_options(config.router.deployment)).bind(
         config, embedder, controller

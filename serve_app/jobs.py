@@ -48,6 +48,9 @@ class ProfileJob(_Request):
     """Models whose pairs are measured; all that are ready where none is named."""
     judge: PairName | None = None
     """`model_id@tool_id` that judges answers to questions of the metric `judge`."""
+    planner: Annotated[str, Field(pattern=r"^[^@\s]{1,64}$")] | None = None
+    """Model that thinks once about each question; every pair runs a second time with its thought.
+    The deployment's where none is named; training reads what that one thought."""
     sample: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the pairs that each question is given to."""
     max_cost_usd: Annotated[float, Field(ge=0)] | None = None
@@ -62,15 +65,24 @@ class ProfileJob(_Request):
         Raises:
             InvalidRequest: Naming the first wrong field.
         """
-        read = []
-        for index, fields in enumerate(self.questions):
-            try:
-                read.append(Question.model_validate(fields))
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                path = ".".join([f"questions[{index}]", *map(str, first["loc"])])
-                raise InvalidRequest(f"{path}: {first['msg'][:300]}", path[:200]) from None
-        return tuple(read)
+        return _read_questions(self.questions)
+
+
+def _read_questions(questions: list[dict[str, Any]]) -> tuple[Question, ...]:
+    """Labelled questions out of a job's body.
+
+    Raises:
+        InvalidRequest: Naming the first wrong field.
+    """
+    read = []
+    for index, fields in enumerate(questions):
+        try:
+            read.append(Question.model_validate(fields))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            path = ".".join([f"questions[{index}]", *map(str, first["loc"])])
+            raise InvalidRequest(f"{path}: {first['msg'][:300]}", path[:200]) from None
+    return tuple(read)
 
 
 class FitJob(_Request):
@@ -83,11 +95,26 @@ class FitJob(_Request):
 
 
 class TrainJob(_Request):
-    """Train the learned policy on the outcomes in the store, and keep a snapshot with it."""
+    """Train the learned policy, and keep a snapshot with it.
+
+    On the outcomes in the store, or with the setting `live` on the pool.
+    """
 
     kind: Literal["train"]
     settings: dict[str, Any] = {}
-    """As in configs/rl/*.yaml, without `deployment`; what is not named is the default."""
+    """As in configs/rl/*.yaml, without `deployment` and `questions`; what is not named is the
+    default."""
+    questions: list[dict[str, Any]] = []
+    """What is right, for training with `live`: objects as of a profile job. Those that were not
+    profiled are left out."""
+
+    def read_questions(self) -> tuple[Question, ...]:
+        """The questions, checked.
+
+        Raises:
+            InvalidRequest: Naming the first wrong field.
+        """
+        return _read_questions(self.questions)
 
     def check_settings(self) -> None:
         """See that training would take them.
@@ -95,14 +122,17 @@ class TrainJob(_Request):
         Raises:
             InvalidRequest: Naming the first wrong one, or that learning is not installed.
         """
+        self.read_questions()
         try:
             # Only the settings' types: they need nothing of what learning needs.
             read: Any = importlib.import_module(_SETTINGS_MODULE)
-            read.parse_train_config(self.settings)
+            settings = read.parse_train_config(self.settings)
         except ModuleNotFoundError as error:
             raise InvalidRequest(f"training is not installed here: no {error.name}") from None
         except ConfigError as error:
             raise InvalidRequest(error.message, "settings") from None
+        if settings.live is not None and not self.questions:
+            raise InvalidRequest("live training needs the labelled questions", "questions")
 
 
 class EvaluateJob(_Request):

@@ -16,6 +16,7 @@ from ray.serve.deployment import Application
 
 from serve_app.errors import ConfigError
 from serve_app.graph import APP_NAME, BuildArgs, build_app
+from serve_app.models.applications import ongoing_requests, running_replicas, serve_details
 from serve_app.models.controller import PoolController, failure_reason
 from serve_app.schemas import MemberState, PoolState
 
@@ -135,31 +136,15 @@ def cluster_status(address: str) -> tuple[list[DeploymentRow], PoolState | None]
     """
     with joined(address):
         rows = []
-        details = serve.context._get_global_client().get_serve_details()
-        for app_name, application in details["applications"].items():
+        for app_name, application in serve_details()["applications"].items():
             for name, deployment in application["deployments"].items():
-                actors = [
-                    replica["actor_name"]
-                    for replica in deployment["replicas"]
-                    if replica["state"] == "RUNNING"
-                ]
+                actors = running_replicas(deployment)
+                ongoing = ongoing_requests(actors)
                 rows.append(
-                    DeploymentRow(
-                        app_name, name, deployment["status"], len(actors), _ongoing(actors)
-                    )
+                    DeploymentRow(app_name, name, deployment["status"], len(actors), ongoing)
                 )
         try:
             pool = deployment_handle(PoolController.__name__).state.remote().result(timeout_s=10)
         except Exception:  # a status page shows what it can
             pool = None
         return rows, pool
-
-
-def _ongoing(actor_names: list[str]) -> int:
-    """Requests the replicas are working on."""
-    calls = [
-        ray.get_actor(name, namespace="serve").get_num_ongoing_requests.remote()
-        for name in actor_names
-    ]
-    done, _ = ray.wait(calls, num_returns=len(calls), timeout=5) if calls else ([], [])
-    return sum(ray.get(done))

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:  # it imports this module
+    from serve_app.config import AtlasConfig
 
 NO_TOOL = "none"
 """The tool id of plain generation."""
@@ -43,7 +46,9 @@ class MemberState(StrEnum):
     READY = "ready"
     """It answers, and the router may choose it."""
     FAILED = "failed"
-    """It did not start, or died; `reason` says why."""
+    """It did not start, or died; `reason` says why. It is tried again."""
+    DRAINING = "draining"
+    """It was removed: what is under way ends, nothing new begins."""
 
 
 class Path(StrEnum):
@@ -84,6 +89,14 @@ class ModelMember:
     reason: str | None = None
     """Why it failed, in words fit for a client; `None` while it has not."""
     since_unix_s: float = 0.0
+    application: str | None = None
+    """Serve application that answers for it; `None` where none does."""
+    num_replicas: int | None = None
+    """Replicas that run, as last seen; `None` where nobody looked."""
+    cold_tools: frozenset[str] = frozenset()
+    """Tools whose pair with it has not answered a warm-up request yet."""
+    updating: bool = False
+    """Whether an application with newer settings is to take over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +108,23 @@ class PoolState:
     tools: tuple[str, ...]
     pairs: tuple[Pair, ...]
     """Every configured pair, ready or not, in configuration order."""
+    config: AtlasConfig | None = None
+    """The deployment with the pool as it is wanted now; `None` where nobody said."""
+    revision: int | None = None
+    """Of the desired pool; `None` before the store has told."""
 
     def ready_pairs(self) -> tuple[Pair, ...]:
-        """Pairs whose model answers now."""
-        ready = {member.model_id for member in self.models if member.state is MemberState.READY}
-        return tuple(pair for pair in self.pairs if pair.model_id in ready)
+        """Pairs that answer now."""
+        ready = {
+            member.model_id: member.cold_tools
+            for member in self.models
+            if member.state is MemberState.READY
+        }
+        return tuple(
+            pair
+            for pair in self.pairs
+            if pair.model_id in ready and pair.tool_id not in ready[pair.model_id]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +222,8 @@ class Decision:
     """Anything else only on path 2."""
     shadow: ShadowDecision | None = None
     """Only with a request's first decision, while a policy is on trial in the shadow."""
+    can_think: bool = False
+    """Path 2: whether there was a planner that answered, and the limits admitted it."""
 
     @property
     def pair(self) -> Pair:
@@ -255,6 +282,23 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What it takes to decide a request of path 2 anew, beside its decisions and steps."""
+
+    max_steps: int
+    """Allowed to the request."""
+    max_cost_usd: float | None
+    """Allowed to the request; `None` where there was no limit."""
+    seconds_left: tuple[float, ...]
+    """At each decision."""
+    answer_keys: tuple[int | None, ...]
+    """Of each step: equal for answers that say the same, `None` for none."""
+    answer_embeddings: tuple[bytes | None, ...]
+    """(dim,) float32 little-endian of each step's answer; `None` where there was none, or nobody
+    asked what comes after it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Everything about one finished request that the client, the log and the store may see."""
 
@@ -273,6 +317,8 @@ class Report:
     """Path 2: every decision in its order, the first one included; empty on the other paths."""
     answer_step: int | None = None
     """Index of the step whose answer was returned; `None` where none was."""
+    circumstances: Circumstances | None = None
+    """Of a request of path 2; `None` on the other paths."""
 
     @property
     def final_step(self) -> Step | None:

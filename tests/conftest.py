@@ -45,6 +45,7 @@ def graph_config(port: int) -> dict[str, Any]:
         Path("configs/nano.yaml").read_text().replace("../", f"{Path.cwd()}/")
     )
     del config["router"]["snapshot"]  # tests of the learning loop promote their own
+    config["pool"] = {**config.get("pool", {}), "allow_custom_models": True}
     for behaviour in BEHAVIOURS:
         config["models"].append(
             {

@@ -68,6 +68,15 @@ class ScriptedModel:
         yield [_chunk({}, choice["finish_reason"]), {"choices": [], "usage": completion["usage"]}]
 
 
+class NeedsFile(ScriptedModel):
+    """An engine that does not start without a file."""
+
+    def __init__(self, path: str) -> None:
+        if not os.path.exists(path):
+            raise RuntimeError(f"it needs what is not there: {path}")
+        super().__init__("echo")
+
+
 def _call(body: dict[str, Any], arguments: str) -> dict[str, Any]:
     name = body["tools"][0]["function"]["name"]
     call = {"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}

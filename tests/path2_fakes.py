@@ -4,7 +4,7 @@ front of an embedder that knows a few texts and engines that answer as they are 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.config import AtlasConfig
+from serve_app.config import AtlasConfig, StoreConfig
 from serve_app.errors import AtlasError, DeadlineExceeded, EngineError, InvalidRequest
 from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.engines import Deadline, ModelClients
@@ -110,7 +110,7 @@ class Controller:
             pairs=config.all_pairs(),
         )
 
-    async def state(self, known_version: int = -1) -> PoolState:
+    async def state(self, known_version: int = -1, watcher: str | None = None) -> PoolState:
         if known_version == self._state.pool_version:
             await asyncio.Event().wait()
         return self._state
@@ -127,6 +127,9 @@ class Engines(ModelClients):
 
     says: dict[str, Any] = field(default_factory=dict)
     bodies: list[tuple[str, ChatBody]] = field(default_factory=list)
+
+    def use(self, applications: Mapping[str, str]) -> None:
+        """Whatever answers for a model, it is this object."""
 
     def asked(self, model_id: str) -> list[ChatBody]:
         return [body for asked, body in self.bodies if asked == model_id]
@@ -172,7 +175,7 @@ def refuses_logprobs(body: ChatBody) -> Any:
     return InvalidRequest("no logprobs here") if body.get("logprobs") else "plain"
 
 
-def path2_config(folder: Path, **router: Any) -> AtlasConfig:
+def path2_config(folder: Path, store_url: str = StoreConfig().url, **router: Any) -> AtlasConfig:
     """Three models without tools, the third one dear."""
     models = [
         {
@@ -190,6 +193,7 @@ def path2_config(folder: Path, **router: Any) -> AtlasConfig:
             "embedder": {"model": "test-encoder"},
             "router": {"refresh_interval_s": 0.05, "rollback": {"interval_s": 0.05}} | router,
             "data_dir": str(folder),
+            "store": {"url": store_url},
         }
     )
 
@@ -254,9 +258,11 @@ class Path2:
 
 
 @asynccontextmanager
-async def path2(folder: Path, **router: Any) -> AsyncIterator[Path2]:
+async def path2(
+    folder: Path, store_url: str = StoreConfig().url, **router: Any
+) -> AsyncIterator[Path2]:
     """A deployment in this process."""
-    config = path2_config(folder, **router)
+    config = path2_config(folder, store_url, **router)
     store = await Store.open(config.store_url())
     embedder, controller = Handle(WordEmbedder()), Handle(Controller(config))
     replica = Router.__new__(Router)

@@ -42,6 +42,7 @@ from serve_app.gateway.extension import completion_extension, decision_object
 from serve_app.gateway.job_events import JobEvents
 from serve_app.gateway.openapi import openapi_document
 from serve_app.gateway.parsing import parse_json, validate
+from serve_app.gateway.pool_admin import PoolAdmin
 from serve_app.gateway.pool_view import PoolView
 from serve_app.gateway.rate import RateLimiter
 from serve_app.gateway.streaming import ChunkShaper, EventStream
@@ -71,6 +72,7 @@ FEEDBACK_PATIENCE_S = 1.0
 """Outcomes are written behind the response: how long feedback waits for its request to appear."""
 
 _FEEDBACK_POLL_S = 0.05
+_WITH_BODY = ("POST", "PUT", "PATCH")
 
 
 class Orchestrator(Protocol):
@@ -144,12 +146,13 @@ def build_api(
     """
     metrics = metrics or NoMetrics()
     api = _Api(orchestrator, store, outcomes, jobs, config, metrics)
+    pool = PoolAdmin(config, store, api.pool_view)
     endpoints = [
         _Endpoint(
             method,
             path,
             handler,
-            RouteRule(path, scope, reads_body=method == "POST", is_probe=path in PROBES),
+            RouteRule(path, scope, reads_body=method in _WITH_BODY, is_probe=path in PROBES),
         )
         for method, path, handler, scope in (
             ("POST", "/v1/chat/completions", api.chat_completions, Scope.CHAT),
@@ -157,8 +160,14 @@ def build_api(
             ("POST", "/v1/feedback", api.feedback, Scope.FEEDBACK),
             ("GET", "/v1/models", api.models, Scope.CHAT),
             ("GET", "/v1/models/{model_id:path}", api.model, Scope.CHAT),
-            ("GET", "/v1/admin/models", api.admin_models, Scope.ADMIN),
-            ("GET", "/v1/admin/tools", api.admin_tools, Scope.ADMIN),
+            ("GET", "/v1/admin/models", pool.models, Scope.ADMIN),
+            ("POST", "/v1/admin/models", pool.add_model, Scope.ADMIN),
+            ("PUT", "/v1/admin/models/{model_id}", pool.update_model, Scope.ADMIN),
+            ("PATCH", "/v1/admin/models/{model_id}", pool.set_price, Scope.ADMIN),
+            ("DELETE", "/v1/admin/models/{model_id}", pool.remove_model, Scope.ADMIN),
+            ("GET", "/v1/admin/tools", pool.tools, Scope.ADMIN),
+            ("POST", "/v1/admin/tools", pool.add_tool, Scope.ADMIN),
+            ("DELETE", "/v1/admin/tools/{tool_id}", pool.remove_tool, Scope.ADMIN),
             ("GET", "/v1/admin/snapshots", api.admin_snapshots, Scope.ADMIN),
             ("POST", "/v1/admin/jobs", api.submit_job, Scope.ADMIN),
             ("GET", "/v1/admin/jobs", api.list_jobs, Scope.ADMIN),
@@ -315,23 +324,11 @@ class _Api:
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""
-        return JsonResponse({"object": "list", "data": self._pool_view().entries()})
+        return JsonResponse({"object": "list", "data": self.pool_view().entries()})
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/{model_id}`."""
-        return JsonResponse(self._pool_view().entry(request.path_params["model_id"]))
-
-    async def admin_models(self, request: Request) -> Response:
-        """`GET /v1/admin/models`."""
-        view = self._pool_view()
-        body = {"object": "list", "data": view.admin_models()}
-        return JsonResponse(body | {"pool_version": view.pool.pool_version})
-
-    async def admin_tools(self, request: Request) -> Response:
-        """`GET /v1/admin/tools`."""
-        view = self._pool_view()
-        body = {"object": "list", "data": view.admin_tools()}
-        return JsonResponse(body | {"pool_version": view.pool.pool_version})
+        return JsonResponse(self.pool_view().entry(request.path_params["model_id"]))
 
     async def admin_snapshots(self, request: Request) -> Response:
         """`GET /v1/admin/snapshots`."""
@@ -400,13 +397,14 @@ class _Api:
             elapsed_s=exchange.elapsed_s(),
         )
         exchange.ends_s = time.monotonic() + call.limits.deadline_s
-        self._pool_view().check(call)
+        self.pool_view().check(call)
         return body, call
 
-    def _pool_view(self) -> PoolView:
+    def pool_view(self) -> PoolView:
+        """The pool as it is now, indexed."""
         pool = self._orchestrator.pool()
         if self._view is None or self._view.pool is not pool:
-            self._view = PoolView(pool, self._config)
+            self._view = PoolView(pool, pool.config or self._config)
         return self._view
 
     def _book(self, exchange: Exchange, call: ChatCall, report: Report) -> Json:

@@ -31,6 +31,7 @@ from serve_app.errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
+from serve_app.gateway.admission import AdmissionLimit
 from serve_app.gateway.auth import Authenticator
 from serve_app.gateway.errors import error_response
 from serve_app.store.keys import Scope as KeyScope
@@ -53,6 +54,7 @@ _BACKSTOP_S = 1.0
 """How long after the longest deadline the edge ends a request whose route did not."""
 _REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")
 _CLIENT_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_EVENT_STREAM = b"text/event-stream"
 _JSON_TYPE = re.compile(rb'application/json\s*(;\s*charset\s*=\s*"?utf-?8"?\s*)?;?\s*', re.I)
 
 
@@ -67,6 +69,16 @@ class RouteRule:
     reads_body: bool = False
     is_probe: bool = False
     """Answers however busy the gateway is, and is not worth a line in the log."""
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether it is let in however busy the gateway is: who mends things must get in."""
+        return self.is_probe or self.scope is KeyScope.ADMIN
+
+    @property
+    def is_work(self) -> bool:
+        """Whether models or the router work for it: what load is measured by."""
+        return self.scope is KeyScope.CHAT and self.reads_body
 
 
 UNKNOWN_ROUTE = RouteRule("other")
@@ -116,11 +128,12 @@ class Edge:
     """Ids, limits, keys, errors and the log line around an ASGI app.
 
     Order of checks: header size, concurrency, key, type and declared length of the body, then the
-    body while it is read. The first that fails answers.
+    body while it is read, then load. The first that fails answers.
 
     Invariants:
-        - At most `max_ongoing_requests` requests are past the edge at once, probes aside; the
-          others are refused before their body is read.
+        - At most `max_ongoing_requests` requests are past the edge at once, probes and the admin
+          aside; the others are refused before their body is read.
+        - Of the requests that models work for, no more are taken than `AdmissionLimit` says.
         - A body is read within `body_timeout_s`, and never kept beyond `max_body_bytes`.
         - No request outlives `max_deadline_s` by more than a second; when the client leaves, its
           work is cancelled.
@@ -150,6 +163,7 @@ class Edge:
         self._find_rule = find_rule
         self._metrics = metrics
         self._ongoing = 0
+        self._admission = AdmissionLimit(limits) if limits.adapt_to_load else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection event; the app alone sees what is not HTTP."""
@@ -189,7 +203,7 @@ class Edge:
     ) -> None:
         """Check, read, and hand on."""
         headers = self._read_headers(scope, exchange)
-        if self._ongoing > self._limits.max_ongoing_requests and not exchange.rule.is_probe:
+        if self._ongoing > self._limits.max_ongoing_requests and not exchange.rule.is_urgent:
             busy = f"{self._limits.max_ongoing_requests} requests are being worked on; try again"
             raise RateLimited(busy)
         if exchange.rule.scope is not None:
@@ -198,7 +212,20 @@ class Edge:
             exchange.line.owner = exchange.owner
         if exchange.rule.reads_body:
             await self._read_body(headers, receive, exchange)
-        await self._run(scope, receive, reply, exchange)
+        if self._admission is None or not exchange.rule.is_work:
+            await self._run(scope, receive, reply, exchange)
+            return
+        place = self._admission.enter()
+        answered: bool | None = None
+        try:
+            await self._run(scope, receive, reply, exchange)
+            answered = _was_answered(exchange.line)
+        except (DeadlineExceeded, _ClientLeft, asyncio.CancelledError):
+            answered = False
+            raise
+        finally:
+            kind = (exchange.rule.name, exchange.line.model, reply.is_stream)
+            self._admission.leave(place, kind, answered=answered)
 
     def _read_headers(self, scope: Scope, exchange: Exchange) -> dict[bytes, bytes]:
         """The headers by name, the first of each.
@@ -335,6 +362,7 @@ class _Reply:
         self._exchange = exchange
         self.started = False
         self.complete = False
+        self.is_stream = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -342,6 +370,7 @@ class _Reply:
             line = self._exchange.line
             line.status = message["status"]
             headers = message["headers"] = list(message.get("headers") or ())
+            self.is_stream = any(value.startswith(_EVENT_STREAM) for _, value in headers)
             headers.append((b"x-request-id", line.request_id.encode()))
             if line.client_request_id is not None:
                 headers.append((b"x-client-request-id", line.client_request_id.encode()))
@@ -350,6 +379,13 @@ class _Reply:
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self.complete = True
         await self._send(message)
+
+
+def _was_answered(line: RequestLine) -> bool | None:
+    """Whether a request was answered whole; `None` where something else went wrong than time."""
+    if line.error == DeadlineExceeded.__name__:
+        return False
+    return True if line.status == 200 and line.error is None else None
 
 
 async def _cancel_when_client_leaves(

@@ -11,8 +11,13 @@ from typing import Any, Literal
 
 from pydantic.json_schema import models_json_schema
 
-from serve_app.config import LimitsConfig
-from serve_app.gateway.wire import ChatRequest, FeedbackRequest
+from serve_app.config import LimitsConfig, PriceConfig
+from serve_app.gateway.wire import (
+    ChatRequest,
+    FeedbackRequest,
+    ModelSubmission,
+    ToolSubmission,
+)
 from serve_app.jobs import JobSubmission
 
 Json = dict[str, Any]
@@ -27,6 +32,9 @@ def openapi_document(limits: LimitsConfig, auth_mode: Literal["open", "required"
             (ChatRequest, "validation"),
             (FeedbackRequest, "validation"),
             (JobSubmission, "validation"),
+            (ModelSubmission, "validation"),
+            (ToolSubmission, "validation"),
+            (PriceConfig, "validation"),
         ],
         ref_template=_REF,
     )
@@ -141,7 +149,39 @@ def _paths() -> Json:
                 "Models with state and settings.",
                 {"200": _json_response("The models.", "AdminList")},
                 errors=(429, 431, 500),
-            )
+            ),
+            "post": _operation(
+                "addModel",
+                "Add a model; it is routed to when it is warm.",
+                {"202": _json_response("Taken.", "ModelChange")},
+                body=_body("ModelSubmission"),
+                errors=_CHANGE_ERRORS,
+            ),
+        },
+        "/v1/admin/models/{model_id}": {
+            "put": _operation(
+                "updateModel",
+                "Give a model other settings; the new one takes over when it is warm.",
+                {"202": _json_response("Taken.", "ModelChange")},
+                body=_body("ModelSubmission"),
+                errors=_CHANGE_ERRORS,
+                parameters=[_path_parameter("model_id")],
+            ),
+            "patch": _operation(
+                "setPrice",
+                "Change what a model's tokens cost.",
+                {"200": _json_response("Done.", "ModelChange")},
+                body=_body("PriceConfig"),
+                errors=_CHANGE_ERRORS,
+                parameters=[_path_parameter("model_id")],
+            ),
+            "delete": _operation(
+                "removeModel",
+                "Take a model out; what is under way ends first.",
+                {"202": _json_response("Taken.", "ModelChange")},
+                errors=(400, 404, 429, 431, 500),
+                parameters=[_path_parameter("model_id")],
+            ),
         },
         "/v1/admin/tools": {
             "get": _operation(
@@ -149,6 +189,22 @@ def _paths() -> Json:
                 "Tools with settings.",
                 {"200": _json_response("The tools.", "AdminList")},
                 errors=(429, 431, 500),
+            ),
+            "post": _operation(
+                "addTool",
+                "Add a tool to some models, or to all.",
+                {"202": _json_response("Taken.", "ToolChange")},
+                body=_body("ToolSubmission"),
+                errors=_CHANGE_ERRORS,
+            ),
+        },
+        "/v1/admin/tools/{tool_id}": {
+            "delete": _operation(
+                "removeTool",
+                "Take a tool out, and its pairs with it.",
+                {"202": _json_response("Taken.", "ToolChange")},
+                errors=(400, 404, 429, 431, 500),
+                parameters=[_path_parameter("tool_id")],
             )
         },
         "/v1/admin/snapshots": {
@@ -223,11 +279,13 @@ def _paths() -> Json:
     }
 
 
+_CHANGE_ERRORS = (400, 404, 408, 409, 413, 415, 429, 431, 500, 503)
+
 _REASONS = {
     400: "A field is wrong.",
     401: "No API key, or an unknown one.",
     403: "The key lacks the scope.",
-    404: "No such model, pair, request or job.",
+    404: "No such model, tool, pair, request or job.",
     408: "The body did not arrive in time.",
     409: "Said already, or over.",
     413: "The body is too large.",
@@ -323,6 +381,17 @@ def _ref(model: str) -> Json:
 
 def _list(of: Json) -> Json:
     return {"type": "array", "items": of}
+
+
+def _change(kind: str) -> Json:
+    return _object(
+        {
+            "object": {"const": f"atlas.{kind}"},
+            f"{kind}_id": _STRING,
+            "change": {"enum": ["added", "changed", "removed"]},
+            "revision": _COUNT,
+        }
+    )
 
 
 def _response_schemas() -> Json:
@@ -462,8 +531,11 @@ def _response_schemas() -> Json:
                 "object": {"const": "list"},
                 "data": _list({"type": "object"}),
                 "pool_version": _COUNT,
+                "revision": {"type": ["integer", "null"]},
             }
         ),
+        "ModelChange": _change("model"),
+        "ToolChange": _change("tool"),
         "Status": _object({"status": _STRING}),
         "Document": {"type": "object"},
     }

@@ -53,13 +53,21 @@ def _deeper_than(value: Any, max_depth: int) -> bool:
     return True
 
 
-def validate(kind: type[Model], body: dict[str, Any]) -> Model:
+def validate(kind: type[Model], body: dict[str, Any], *, strict: bool = False) -> Model:
     """Check a body against its model.
+
+    Args:
+        kind: The model.
+        body: Parsed JSON.
+        strict: Whether JSON's types count where the model itself, like that of the configuration
+            file, is not strict.
 
     Raises:
         InvalidRequest: Naming the first wrong field.
     """
     try:
+        if strict:
+            return kind.model_validate_json(orjson.dumps(body), strict=True)
         return kind.model_validate(body)
     except ValidationError as error:
         raise _invalid_request(error, body) from None

@@ -106,7 +106,7 @@ class PoolView:
         return _openai_model(name, member.since_unix_s, extension | self._price(member, pair))
 
     def _price(self, member: ModelMember, pair: Pair | None) -> Json:
-        """Prices of what the configuration knows; nothing for a model added since."""
+        """Prices of what the configuration knows; nothing for a model that is leaving."""
         models = {model.model_id: model for model in self._config.models}
         tools = {tool.tool_id: tool for tool in self._config.tools}
         if member.model_id not in models:
@@ -126,7 +126,10 @@ class PoolView:
                 "state": str(member.state),
                 "reason": member.reason,
                 "since_unix_s": member.since_unix_s,
+                "updating": member.updating,
+                "replicas": member.num_replicas,
                 "pairs": [str(p) for p in self.pool.pairs if p.model_id == member.model_id],
+                "cold_pairs": [f"{member.model_id}@{t}" for t in sorted(member.cold_tools)],
             }
             model = configured.get(member.model_id)
             if model is not None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag
+
+from serve_app.config import ModelConfig
+from serve_app.tools.config import ToolConfig
 
 IGNORED_PARAMETERS = (
     "user",
@@ -270,6 +273,18 @@ class ChatRequest(Wire):
     def includes_usage(self) -> bool:
         """Whether the caller wants a last chunk with `usage`."""
         return self.stream_options is not None and self.stream_options.include_usage is True
+
+
+class ModelSubmission(RootModel[ModelConfig]):
+    """The body of `POST /v1/admin/models` and `PUT /v1/admin/models/{model_id}`."""
+
+
+class ToolSubmission(Wire):
+    """The body of `POST /v1/admin/tools`."""
+
+    tool: ToolConfig
+    models: Annotated[list[str], Field(max_length=1000)] | None = None
+    """Models that may work with it; all of them where none is named."""
 
 
 class FeedbackRequest(Wire):

@@ -1,8 +1,9 @@
-"""PoolController: brings the models up, watches them, tells everybody what can be chosen.
+"""PoolController: brings the cluster to the wanted pool, and tells what can be chosen of it.
 
-Level-triggered: each round compares what is configured with what Serve runs and takes the next step
-for each model, so it converges from any half-done state. Gateways and routers follow it by long
-poll (`PoolWatcher`).
+Level-triggered: each round compares what the store wants with what Serve runs and takes the next
+step for each model, so it converges from any half-done state, after any crash. Every set of
+settings has a Serve application of its own, so a changed model comes up beside the old one and
+takes over when it is warm. Gateways and routers follow by long poll (`PoolWatcher`).
 """
 
 from __future__ import annotations
@@ -11,61 +12,144 @@ import asyncio
 import logging
 import re
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
-from ray import serve
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+from ray.serve.schema import ApplicationStatus
 
-from serve_app.config import AtlasConfig, LocalModelConfig, ModelConfig
-from serve_app.models.deploy import deploy_model, deployment_name
-from serve_app.models.protocol import application_name
-from serve_app.schemas import MemberState, ModelMember, PoolState
+from serve_app.config import AtlasConfig, LocalModelConfig, ModelConfig, load_config
+from serve_app.errors import AtlasError, ConfigError, ReplicaDied
+from serve_app.models.applications import (
+    ModelApplication,
+    delete_application,
+    model_applications,
+    ongoing_requests,
+)
+from serve_app.models.deploy import application_name, deploy_model
+from serve_app.models.desired import DesiredPool
+from serve_app.orchestrator.engines import SEND_AGAIN_S, Deadline, ModelClients
+from serve_app.orchestrator.executor import PairExecutor, StepResult
+from serve_app.schemas import ChatCall, Limits, MemberState, ModelMember, Pair, PoolState
+from serve_app.store import Store
 
 logger = logging.getLogger(__name__)
 
+_ROUND_S = 1.0
 _WARM_UP_TIMEOUT_S = 60.0
+_PROBE_TIMEOUT_S = 10.0
 _LONG_POLL_S = 20.0
+_WATCHER_GONE_S = 3 * _LONG_POLL_S
+"""A watcher that has not asked for so long is no more."""
+_SETTLE_S = 2.0
+"""From when every watcher knows that an application is not to be used, to its end at the earliest:
+a request may be between its decision and its call."""
+_STORE_PATIENCE_S = 10.0
+_COMPLAIN_EVERY_S = 30.0
+_GREETING: dict[str, Any] = {"role": "user", "content": "Hello."}
 
 
 @dataclass
-class _Start:
-    """A start under way."""
+class _Model:
+    """One wanted model and how far it is."""
 
-    began_s: float
-    """Monotonic clock."""
-    reserved_gib: float
+    config: ModelConfig
+    member: ModelMember
+    task: asyncio.Task[None] | None = None
+    """Its start, warm-up or probe under way."""
+    began_s: float | None = None
+    """When its start began, by the monotonic clock; `None` while none is under way."""
+    failures: int = 0
+    retry_at_s: float = 0.0
+    suspected: bool = False
+    """Whether somebody saw it fail since it was last probed."""
+    warm: set[str] = field(default_factory=set)
+    """Tools that it has answered a warm-up request with."""
+    previous: str | None = None
+    """Application with earlier settings, which answers until this one does."""
+
+    @property
+    def application(self) -> str:
+        """The one that holds these settings."""
+        return application_name(self.config)
+
+    @property
+    def serves(self) -> bool:
+        """Whether the application with these settings answers."""
+        return self.member.state is MemberState.READY and (
+            self.member.application == self.application
+        )
+
+    def is_settled(self) -> bool:
+        """Whether nothing is to be done for it now."""
+        if self.task is not None or self.suspected:
+            return False
+        is_warm = self.serves and self.warm >= set(self.config.tools)
+        return is_warm or time.monotonic() < self.retry_at_s
+
+
+@dataclass
+class _Drain:
+    """An application that nobody wants any more."""
+
+    pool_version: int
+    """From this version on nobody is sent there."""
+    until_s: float
+    """It goes by then, whatever it does; monotonic clock."""
+    unused_since_s: float | None = None
 
 
 class PoolController:
-    """Keeps the configured pool running; one replica.
+    """Keeps the wanted pool running; one replica.
 
     Invariants:
         - `pool_version` rises with every change that a router or gateway can see, and never falls.
-        - A model is `ready` only after its application runs and has answered a warm-up request.
+        - A pair is chosen only after its model's application runs and has answered it once.
+        - An application is deleted only when no gateway or router can choose it any more and it
+          has nothing under way, or the longest deadline has passed.
         - A model that fails never delays or harms another.
     """
 
-    def __init__(self, config: AtlasConfig) -> None:
-        """Begin with every model starting; the first round runs at once."""
+    def __init__(self, config: AtlasConfig, path: str | None = None) -> None:
+        """Begin with what runs; the first round is at once.
+
+        Args:
+            config: The deployment.
+            path: Its file, followed for changes of the pool; `None` follows none.
+        """
+        self._file = config
+        self._path = None if path is None else Path(path)
+        self._file_mark = _mark(self._path)
         self._config = config
-        now = time.time()
+        self._store: Store | None = None
+        self._revision: int | None = None
+        """Newest revision of the pool taken over; `None` before the store answered."""
+        self._models: dict[str, _Model] = {}
+        self._drains: dict[str, _Drain] = {}
         # Versions start at the clock so that they also rise when this replica is replaced.
-        self._state = PoolState(
-            pool_version=int(now),
-            models=tuple(
-                ModelMember(m.model_id, MemberState.STARTING, None, now) for m in config.models
-            ),
-            tools=tuple(tool.tool_id for tool in config.tools),
-            pairs=config.all_pairs(),
-        )
+        self._state = PoolState(int(time.time()), (), (), ())
         self._changed = asyncio.Condition()
-        self._starts: dict[str, _Start] = {}
+        self._watchers: dict[str, tuple[int, float]] = {}
+        """Watcher to the version it knows, and when it said so."""
+        self._looked_at_s = 0.0
+        self._next_complaint_s = 0.0
+        self._wake = asyncio.Event()
+        self._first_round = asyncio.Event()
         self._loop_task = asyncio.get_running_loop().create_task(self._reconcile_forever())
 
-    async def state(self, known_version: int = -1) -> PoolState:
-        """The pool; waits up to 20 s for a version other than `known_version`."""
+    async def state(self, known_version: int = -1, watcher: str | None = None) -> PoolState:
+        """The pool; waits up to 20 s for a version other than `known_version`.
+
+        Args:
+            known_version: What the caller has.
+            watcher: Who asks, if what it has keeps an application alive.
+        """
+        await self._first_round.wait()
+        if watcher is not None:
+            self._watchers[watcher] = (known_version, time.monotonic())
         async with self._changed:
             try:
                 async with asyncio.timeout(_LONG_POLL_S):
@@ -74,101 +158,388 @@ class PoolController:
                 pass
             return self._state
 
+    async def suspect(self, model_id: str) -> None:
+        """Somebody saw a model fail: it is probed at once."""
+        model = self._models.get(model_id)
+        if model is not None:
+            model.suspected = True
+            self._wake.set()
+
     async def check_health(self) -> None:
         """Serve's health check: the reconcile loop must be alive."""
         if self._loop_task.done():
             raise RuntimeError("the reconcile loop has ended")
 
+    # The loop.
+
     async def _reconcile_forever(self) -> None:
         while True:
+            self._wake.clear()
             try:
                 await self._reconcile()
             except Exception:
                 logger.exception("a reconcile round failed; trying again")
-            starting = any(member.state is MemberState.STARTING for member in self._state.models)
-            await asyncio.sleep(1.0 if starting else self._config.pool.health_interval_s)
+            try:
+                async with asyncio.timeout(_ROUND_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
 
     async def _reconcile(self) -> None:
-        """One round: the next step of every model."""
-        applications = (await asyncio.to_thread(serve.status)).applications
-        await asyncio.gather(
-            *(
-                self._step(member, applications.get(application_name(member.model_id)))
-                for member in self._state.models
-            )
-        )
+        """One round: what is wanted, then the next step of every model."""
+        await self._follow_desired()
+        is_settled = not self._drains and all(m.is_settled() for m in self._models.values())
+        now_s = time.monotonic()
+        if is_settled and now_s - self._looked_at_s < self._config.pool.health_interval_s:
+            return
+        self._looked_at_s = now_s
+        applications = await asyncio.to_thread(model_applications)
+        if not self._first_round.is_set():
+            self._take_over(applications)
+        for model in self._models.values():
+            self._step(model, applications.get(model.application), applications)
+        await self._publish(applications)
+        await self._drain_unwanted(applications)
+        self._first_round.set()
 
-    async def _step(
-        self, member: ModelMember, application: ApplicationStatusOverview | None
+    async def _follow_desired(self) -> None:
+        """Take over the pool that the file and the store want."""
+        mark = _mark(self._path)
+        if self._path is not None and mark is not None and mark != self._file_mark:
+            self._file_mark = mark
+            try:
+                self._file = await asyncio.to_thread(load_config, self._path)
+                logger.info("the configuration file has changed")
+            except ConfigError as error:
+                logger.error("the changed configuration is refused: %s", error.message)
+        try:
+            async with asyncio.timeout(_STORE_PATIENCE_S):
+                if self._store is None:
+                    self._store = await Store.open(self._config.store_url(), must_answer=False)
+                desired = DesiredPool(self._file, self._store)
+                newest = await desired.apply_file()
+        except (AtlasError, TimeoutError) as error:
+            if time.monotonic() >= self._next_complaint_s:
+                self._next_complaint_s = time.monotonic() + _COMPLAIN_EVERY_S
+                logger.warning("the store does not say which pool is wanted: %r", error)
+            if not self._models:
+                self._want(self._config)
+            return
+        if newest.revision != self._revision:
+            logger.info("pool revision %d: %s", newest.revision, newest.change)
+            self._want(desired.of(newest))
+            self._revision = newest.revision
+
+    def _want(self, config: AtlasConfig) -> None:
+        """Take a desired pool over."""
+        self._config = config
+        now = time.time()
+        wanted = {}
+        for settings in config.models:
+            model = self._models.get(settings.model_id)
+            if model is None:
+                member = ModelMember(settings.model_id, MemberState.STARTING, None, now)
+                model = _Model(settings, member)
+            elif application_name(settings) != model.application:
+                previous = model.member.application or model.previous
+                model = _Model(settings, model.member, previous=previous)
+            else:
+                model.config = settings
+            wanted[settings.model_id] = model
+        for model_id, model in self._models.items():
+            if wanted.get(model_id) is not model and model.task is not None:
+                model.task.cancel()
+        self._models = wanted
+        self._looked_at_s = 0.0
+
+    def _take_over(self, applications: dict[str, ModelApplication]) -> None:
+        """A new controller goes on with the applications that its predecessor admitted."""
+        running = {name: a for name, a in applications.items() if a.is_up}
+        for model in self._models.values():
+            own = running.get(model.application) or next(
+                (a for a in running.values() if a.model_id == model.config.model_id), None
+            )
+            if own is not None:
+                model.warm = set(model.config.tools)
+                self._set(model, MemberState.READY, None, own.name)
+
+    # One model.
+
+    def _step(
+        self,
+        model: _Model,
+        application: ModelApplication | None,
+        applications: dict[str, ModelApplication],
     ) -> None:
         """Take one model one step towards ready."""
-        config = self._config.model(member.model_id)
+        self._check_serving(model, applications)
+        if model.task is not None and model.task.done():
+            model.task = None
+        now_s = time.monotonic()
         status = application.status if application else None
-        outdated = (
-            application is not None and deployment_name(config) not in application.deployments
-        )
-        if application is None or (outdated and status is not ApplicationStatus.DEPLOYING):
-            if member.model_id not in self._starts and member.state is not MemberState.FAILED:
-                await self._start(config)
+        if model.task is not None:
+            pass
+        elif application is None:
+            if now_s >= model.retry_at_s and self._may_start(model):
+                model.began_s = now_s
+                self._do(model, self._start(model))
         elif status is ApplicationStatus.RUNNING:
-            self._starts.pop(member.model_id, None)
-            if member.state is not MemberState.READY:
-                await self._warm_up(config)
-        elif status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            self._starts.pop(member.model_id, None)
-            await self._set(
-                member.model_id, MemberState.FAILED, failure_reason(application.message)
-            )
-        start = self._starts.get(member.model_id)
-        if start and time.monotonic() - start.began_s > self._config.pool.start_timeout_s:
-            self._starts.pop(member.model_id)
-            await self._set(member.model_id, MemberState.FAILED, "the model did not start in time")
+            model.began_s = None
+            cold = not model.serves or not model.warm >= set(model.config.tools)
+            if model.suspected or (cold and now_s >= model.retry_at_s):
+                self._do(model, self._warm_up(model))
+        elif status is ApplicationStatus.DEPLOY_FAILED:
+            self._failed(model, failure_reason(application.message), delete=True)
+        if model.began_s and now_s - model.began_s > self._config.pool.start_timeout_s:
+            self._failed(model, "the model did not start in time", delete=True)
 
-    async def _start(self, config: ModelConfig) -> None:
-        """Deploy a model's application, if starts under way and free memory allow."""
-        needed_gib = config.startup_memory_gib if isinstance(config, LocalModelConfig) else 0.0
-        reserved_gib = sum(start.reserved_gib for start in self._starts.values())
+    def _check_serving(self, model: _Model, applications: dict[str, ModelApplication]) -> None:
+        """A model whose application died leaves the candidates at once."""
+        member = model.member
+        if member.application is None:
+            previous = applications.get(model.previous or "")
+            if previous and previous.replicas and previous.is_up:
+                self._set(model, MemberState.READY, member.reason, previous.name)
+            return
+        serving = applications.get(member.application)
+        needs_replica = model.config.autoscaling.min_replicas > 0
+        if serving is None:
+            self._set(model, MemberState.STARTING, None, None)
+        elif serving.is_down:
+            self._set(model, MemberState.FAILED, failure_reason(serving.message), None)
+        elif needs_replica and not serving.replicas:
+            self._set(model, MemberState.FAILED, "none of its replicas answers", None)
+
+    def _may_start(self, model: _Model) -> bool:
+        """Whether the starts under way, and the free memory, leave room for another."""
+        starts = [
+            other
+            for other in self._models.values()
+            if other is not model and other.began_s is not None
+        ]
+        if len(starts) >= self._config.pool.max_parallel_starts:
+            return False
         single_node = sum(node["Alive"] for node in ray.nodes()) == 1
         free_gib = psutil.virtual_memory().available / 2**30
-        if len(self._starts) >= self._config.pool.max_parallel_starts:
-            return
-        if self._starts and single_node and free_gib - reserved_gib < needed_gib:
-            return
-        self._starts[config.model_id] = _Start(time.monotonic(), needed_gib)
-        logger.info("model %s: starting", config.model_id)
-        try:
-            await ray.remote(num_cpus=0, max_calls=1)(deploy_model).remote(config)
-        except Exception as error:
-            self._starts.pop(config.model_id, None)
-            logger.exception("model %s: cannot be deployed", config.model_id)
-            await self._set(config.model_id, MemberState.FAILED, failure_reason(str(error)))
+        reserved_gib = sum(_startup_memory_gib(other.config) for other in starts)
+        needed_gib = _startup_memory_gib(model.config)
+        return not (starts and single_node and free_gib - reserved_gib < needed_gib)
 
-    async def _warm_up(self, config: ModelConfig) -> None:
-        """Send one small request; ready if it is answered."""
-        body = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 1}
+    def _do(self, model: _Model, work: Coroutine[Any, Any, None]) -> None:
+        def done(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                logger.error("model %s: %r", model.config.model_id, task.exception())
+            self._wake.set()
+
+        model.task = asyncio.get_running_loop().create_task(work)
+        model.task.add_done_callback(done)
+
+    async def _start(self, model: _Model) -> None:
+        """Hand the application to Serve."""
+        logger.info("model %s: starting", model.config.model_id)
         try:
-            handle = serve.get_app_handle(application_name(config.model_id))
-            await asyncio.wait_for(handle.complete.remote(body), _WARM_UP_TIMEOUT_S)
+            await ray.remote(num_cpus=0, max_calls=1)(deploy_model).remote(model.config)
         except Exception as error:
-            logger.warning("model %s: warm-up request failed: %s", config.model_id, error)
-            await self._set(config.model_id, MemberState.FAILED, failure_reason(str(error)))
+            logger.exception("model %s: cannot be deployed", model.config.model_id)
+            self._failed(model, failure_reason(str(error)), delete=False)
+
+    async def _warm_up(self, model: _Model) -> None:
+        """Ask the model, then each of its pairs that has not answered yet.
+
+        A model that serves and is suspected is asked too: it leaves the candidates if it does not
+        answer, and comes back when it does.
+        """
+        config, application = model.config, model.application
+        clients = ModelClients()
+        clients.use({config.model_id: application})
+        timeout_s = _PROBE_TIMEOUT_S if model.serves else _WARM_UP_TIMEOUT_S
+        if config.autoscaling.min_replicas == 0:
+            timeout_s = self._config.pool.start_timeout_s
+        model.suspected = False
+        served = model.serves
+        try:
+            await _greet(clients, config.model_id, Deadline.after(timeout_s))
+        except AtlasError as error:
+            logger.warning("model %s: it does not answer: %s", config.model_id, error.message)
+            self._failed(model, failure_reason(error.message), delete=False)
+            if served:  # it needs no new start, so it is asked again soon
+                model.failures = 0
+                model.retry_at_s = time.monotonic() + self._config.pool.health_interval_s
+            return
+        executor = PairExecutor(self._config, clients)
+        cold = [tool_id for tool_id in model.config.tools if tool_id not in model.warm]
+        answered = await asyncio.gather(
+            *(_answers(executor, Pair(config.model_id, tool_id)) for tool_id in cold)
+        )
+        model.warm |= {tool for tool, error in zip(cold, answered, strict=True) if error is None}
+        reasons = [
+            f"with {tool}: {error}" for tool, error in zip(cold, answered, strict=True) if error
+        ]
+        if model is not self._models.get(config.model_id):
+            return
+        if reasons:
+            self._put_off(model)
         else:
-            await self._set(config.model_id, MemberState.READY, None)
+            model.failures, model.previous = 0, None
+        self._set(model, MemberState.READY, "; ".join(reasons) or None, application)
 
-    async def _set(self, model_id: str, state: MemberState, reason: str | None) -> None:
-        """Record a member's state; a change raises the version and wakes the watchers."""
-        members = {member.model_id: member for member in self._state.models}
-        if (members[model_id].state, members[model_id].reason) == (state, reason):
+    def _failed(self, model: _Model, reason: str, *, delete: bool) -> None:
+        """Note a failure; the next try comes after a pause that doubles."""
+        model.began_s = None
+        self._put_off(model)
+        if delete:
+            self._do(model, asyncio.to_thread(delete_application, model.application))
+        serving = model.member.application
+        if serving is None or serving == model.application:
+            self._set(model, MemberState.FAILED, reason, None)
+        else:  # the one before it goes on
+            self._set(model, MemberState.READY, f"the update failed: {reason}", serving)
+
+    def _put_off(self, model: _Model) -> None:
+        pool = self._config.pool
+        pause_s = min(pool.retry_initial_s * 2**model.failures, pool.retry_max_s)
+        model.failures += 1
+        model.retry_at_s = time.monotonic() + pause_s
+
+    def _set(
+        self, model: _Model, state: MemberState, reason: str | None, application: str | None
+    ) -> None:
+        member = model.member
+        if (member.state, member.reason, member.application) == (state, reason, application):
             return
+        model_id = member.model_id
         logger.info("model %s: %s%s", model_id, state.value, f" ({reason})" if reason else "")
-        members[model_id] = ModelMember(model_id, state, reason, time.time())
-        async with self._changed:
-            self._state = replace(
-                self._state,
-                pool_version=self._state.pool_version + 1,
-                models=tuple(members.values()),
+        since_s = member.since_unix_s if member.state is state else time.time()
+        model.member = replace(
+            member, state=state, reason=reason, application=application, since_unix_s=since_s
+        )
+
+    # What everybody sees.
+
+    async def _publish(self, applications: dict[str, ModelApplication]) -> None:
+        """Tell of the pool if it differs from what was told last."""
+        members = []
+        for model in self._models.values():
+            serving = applications.get(model.member.application or "")
+            members.append(
+                replace(
+                    model.member,
+                    num_replicas=len(serving.replicas) if serving else None,
+                    cold_tools=frozenset(model.config.tools) - model.warm,
+                    updating=model.member.application not in (None, model.application),
+                )
             )
-            self._changed.notify_all()
+        known = {member.model_id for member in members}
+        since = {member.model_id: member for member in self._state.models}
+        for application in applications.values():
+            if application.model_id in known:
+                continue
+            known.add(application.model_id)
+            before = since.get(application.model_id)
+            if before is None or before.state is not MemberState.DRAINING:
+                before = ModelMember(
+                    application.model_id, MemberState.DRAINING, None, time.time(), application.name
+                )
+            members.append(before)
+        state = replace(
+            self._state,
+            models=tuple(members),
+            tools=tuple(tool.tool_id for tool in self._config.tools),
+            pairs=self._config.all_pairs(),
+            config=self._config,
+            revision=self._revision,
+        )
+        if state != self._state:
+            async with self._changed:
+                self._state = replace(state, pool_version=state.pool_version + 1)
+                self._changed.notify_all()
+
+    async def _drain_unwanted(self, applications: dict[str, ModelApplication]) -> None:
+        """Delete what nobody wants, can choose, or waits for."""
+        in_use = {model.application for model in self._models.values()}
+        for model in self._models.values():
+            in_use |= {model.member.application or "", model.previous or ""}
+        unwanted = [a for name, a in applications.items() if name not in in_use]
+        self._drains = {a.name: self._drains.get(a.name) or self._new_drain() for a in unwanted}
+        if self._revision is None:
+            return  # what is wanted is a guess until the store has answered
+        now_s = time.monotonic()
+        for application in unwanted:
+            drain = self._drains[application.name]
+            if application.status is ApplicationStatus.DELETING:
+                continue
+            if not self._all_know(drain.pool_version):
+                drain.unused_since_s = None
+            elif drain.unused_since_s is None:
+                drain.unused_since_s = now_s
+            is_free = (
+                drain.unused_since_s is not None
+                and now_s - drain.unused_since_s > _SETTLE_S
+                and not await asyncio.to_thread(ongoing_requests, application.replicas)
+            )
+            if is_free or now_s > drain.until_s:
+                logger.info("application %s: deleted", application.name)
+                await asyncio.to_thread(delete_application, application.name)
+
+    def _new_drain(self) -> _Drain:
+        longest_s = self._config.gateway.limits.max_deadline_s
+        return _Drain(self._state.pool_version, time.monotonic() + longest_s)
+
+    def _all_know(self, pool_version: int) -> bool:
+        """Whether every watcher that is alive has this version or a later one."""
+        now_s = time.monotonic()
+        self._watchers = {
+            name: (version, seen_s)
+            for name, (version, seen_s) in self._watchers.items()
+            if now_s - seen_s < _WATCHER_GONE_S
+        }
+        return all(version >= pool_version for version, _ in self._watchers.values())
+
+
+async def _greet(clients: ModelClients, model_id: str, deadline: Deadline) -> None:
+    """Have a model answer; a replica that dies over it says nothing of the others.
+
+    Raises:
+        AtlasError: If it does not.
+    """
+    while True:
+        try:
+            await clients.complete(model_id, {"messages": [_GREETING], "max_tokens": 1}, deadline)
+            return
+        except ReplicaDied:
+            await asyncio.sleep(SEND_AGAIN_S)
+
+
+async def _answers(executor: PairExecutor, pair: Pair) -> str | None:
+    """Run a pair on a greeting; why it does not answer, if it does not."""
+    call = ChatCall(
+        request_id="warm-up",
+        model=str(pair),
+        messages=(_GREETING,),
+        sampling={"max_tokens": 1},
+        limits=Limits(alpha=0.0, deadline_s=_WARM_UP_TIMEOUT_S),
+    )
+    deadline, result = Deadline.after(_WARM_UP_TIMEOUT_S), StepResult()
+    try:
+        async for _ in executor.run(pair, call, deadline, result, stream=False):
+            pass
+    except AtlasError as error:
+        logger.warning("pair %s does not answer: %s", pair, error.message)
+        return error.message
+    return None
+
+
+def _startup_memory_gib(config: ModelConfig) -> float:
+    return config.startup_memory_gib if isinstance(config, LocalModelConfig) else 0.0
+
+
+def _mark(path: Path | None) -> tuple[int, int] | None:
+    """What changes when a file does; `None` without one."""
+    try:
+        status = path.stat() if path else None
+    except OSError:
+        return None
+    return (status.st_mtime_ns, status.st_size) if status else None
 
 
 def failure_reason(message: str) -> str:

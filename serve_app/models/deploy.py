@@ -15,7 +15,6 @@ from ray import serve
 from ray.serve.deployment import Application
 
 from serve_app.config import LocalModelConfig, ModelConfig, RemoteModelConfig
-from serve_app.models.protocol import application_name
 from serve_app.telemetry import SERVE_LOGGING
 
 
@@ -26,6 +25,11 @@ def deployment_name(config: ModelConfig) -> str:
     )
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{config.model_id}-{digest}"
+
+
+def application_name(config: ModelConfig) -> str:
+    """Name of the Serve application of a model with these settings."""
+    return f"model-{deployment_name(config)}"
 
 
 def build_model(config: ModelConfig) -> Application:
@@ -42,6 +46,7 @@ def build_model(config: ModelConfig) -> Application:
         "name": deployment_name(config),
         "autoscaling_config": config.autoscaling.model_dump(),
         "max_ongoing_requests": config.max_ongoing_requests,
+        "max_constructor_retry_count": 1,  # the controller tries again, with its pauses
         "logging_config": SERVE_LOGGING,
     }
     if isinstance(config, RemoteModelConfig):
@@ -60,9 +65,7 @@ def build_model(config: ModelConfig) -> Application:
 
 def deploy_model(config: ModelConfig) -> None:
     """Hand a model's application to Serve and return at once; Serve brings it up."""
-    target = serve.RunTarget(
-        build_model(config), name=application_name(config.model_id), route_prefix=None
-    )
+    target = serve.RunTarget(build_model(config), name=application_name(config), route_prefix=None)
     serve.run_many(
         [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
     )

@@ -105,8 +105,14 @@ def llm_config(config: LocalModelConfig) -> LLMConfig:
 
 def build_local(config: LocalModelConfig, deployment_name: str) -> Application:
     """The Serve application of a local model."""
-    return build_llm_deployment(
-        llm_config(config),
-        deployment_cls=JsonLLMServer,
-        override_serve_options={"name": deployment_name},
-    )
+    options = {"override_serve_options": {"name": deployment_name}}
+    if config.role == "verifier":
+        from serve_app.models.reward import ProcessRewardServer
+
+        return build_llm_deployment(
+            llm_config(config),
+            deployment_cls=ProcessRewardServer,
+            bind_kwargs={"scoring": config.scoring},
+            **options,
+        )
+    return build_llm_deployment(llm_config(config), deployment_cls=JsonLLMServer, **options)

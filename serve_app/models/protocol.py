@@ -39,8 +39,3 @@ class ModelServer(Protocol):
             EngineError: As `complete`, at any point.
         """
         ...
-
-
-def application_name(model_id: str) -> str:
-    """Name of the Serve application that holds a model."""
-    return f"model-{model_id}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ class PoolWatcher:
         """
         self._controller = controller
         self._on_change = on_change
+        self._name = uuid.uuid4().hex
         self.state = PoolState(pool_version=-1, models=(), tools=(), pairs=())
         self._task = asyncio.get_running_loop().create_task(self._follow())
 
@@ -42,7 +44,8 @@ class PoolWatcher:
         while True:
             try:
                 state: PoolState = await asyncio.wait_for(
-                    self._controller.state.remote(self.state.pool_version), _POLL_TIMEOUT_S
+                    self._controller.state.remote(self.state.pool_version, self._name),
+                    _POLL_TIMEOUT_S,
                 )
             except Exception as error:
                 logger.warning(

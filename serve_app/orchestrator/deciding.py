@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest
-from serve_app.orchestrator.engines import Deadline, call
+from serve_app.orchestrator.engines import Deadline, call_again
 from serve_app.schemas import Decision, Limits, Seen
 
 _BATCH_SIZE = 32
@@ -199,8 +199,8 @@ class Decider:
             asked += _what_happened(batch, vectors, request_ids)
         elif any(request_ids):
             asked += (None, None, request_ids)
-        decisions: list[Decision | AtlasError] = await call(
-            self._router.decide.remote(*asked), deadline
+        decisions: list[Decision | AtlasError] = await call_again(
+            lambda: self._router.decide.remote(*asked), deadline
         )
         for request, vector, decision in zip(batch, vectors, decisions, strict=True):
             request.settle(decision if isinstance(decision, AtlasError) else (vector, decision))
@@ -208,7 +208,9 @@ class Decider:
     async def _embed(self, batch: Sequence[_Waiting], deadline: Deadline) -> list[_Vector | None]:
         """Per request the embedding of its query, or of its last answer where there is one."""
         texts = [request.text for request in batch if request.text is not None]
-        embedded = iter(await call(self._embedder.embed.remote(texts), deadline) if texts else ())
+        embedded = iter(
+            await call_again(lambda: self._embedder.embed.remote(texts), deadline) if texts else ()
+        )
         return [
             next(embedded)
             if request.text is not None

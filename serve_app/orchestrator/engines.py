@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from serve_app.errors import AtlasError, DeadlineExceeded, EngineError
-from serve_app.models.protocol import ChatBody, application_name
+from serve_app.errors import AtlasError, DeadlineExceeded, EngineError, ReplicaDied
+from serve_app.models.protocol import ChatBody
 
 logger = logging.getLogger(__name__)
+
+SEND_AGAIN_S = 0.05
+"""From the death of a replica until what it worked on is sent to another."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ def translated(error: BaseException) -> AtlasError:
         return cause
     if isinstance(cause, TimeoutError):
         return DeadlineExceeded("the answer did not come within the deadline")
+    if isinstance(error, RayActorError):
+        return ReplicaDied("the replica that worked on it is no more")
     if not isinstance(error, RayError | RayServeException):
         # Serve hands on whatever a replica raised as it is: a bug of an engine, as a rule.
         logger.warning("a deployment failed: %r", error)
@@ -77,12 +82,40 @@ async def call(response: Any, deadline: Deadline) -> Any:
         raise translated(error) from error
 
 
+async def call_again(send: Callable[[], Any], deadline: Deadline) -> Any:
+    """As `call`, sent again as often as the replica that works on it dies.
+
+    Args:
+        send: Makes the call; what it asks for has no effect, so that twice is as good as once.
+        deadline: When the answer must be there.
+    """
+    while True:
+        try:
+            return await call(send(), deadline)
+        except ReplicaDied:
+            logger.warning("a replica died over a call; sending it again")
+            await asyncio.sleep(SEND_AGAIN_S)
+
+
 class ModelClients:
     """Handles to the model applications, made on first use."""
 
-    def __init__(self) -> None:
-        """Start with none."""
+    def __init__(self, on_failure: Callable[[str], None] | None = None) -> None:
+        """Start with none.
+
+        Args:
+            on_failure: Told the id of a model whose application failed.
+        """
+        self._applications: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
+        """By application."""
+        self._on_failure = on_failure
+
+    def use(self, applications: Mapping[str, str]) -> None:
+        """Send calls from now on to these applications, by model id."""
+        self._applications = dict(applications)
+        in_use = set(applications.values())
+        self._handles = {name: held for name, held in self._handles.items() if name in in_use}
 
     async def complete(self, model_id: str, body: ChatBody, deadline: Deadline) -> dict[str, Any]:
         """One whole completion; see `ModelServer.complete`.
@@ -92,9 +125,12 @@ class ModelClients:
             EngineError: If the application is away or fails.
             DeadlineExceeded: If the answer comes too late.
         """
-        answer: dict[str, Any] = await call(
-            (await self._handle(model_id)).complete.remote(body), deadline
-        )
+        handle = await self._handle(model_id)
+        try:
+            answer: dict[str, Any] = await call(handle.complete.remote(body), deadline)
+        except EngineError:
+            self._tell(model_id)
+            raise
         return answer
 
     async def stream(
@@ -113,18 +149,29 @@ class ModelClients:
             return
         except Exception as error:
             response.cancel()
-            raise translated(error) from error
+            failure = translated(error)
+            if isinstance(failure, EngineError):
+                self._tell(model_id)
+            raise failure from error
         except (asyncio.CancelledError, GeneratorExit):
             response.cancel()
             raise
 
+    def _tell(self, model_id: str) -> None:
+        if self._on_failure is not None:
+            self._on_failure(model_id)
+
     async def _handle(self, model_id: str) -> Any:
-        handle = self._handles.get(model_id)
+        name = self._applications.get(model_id)
+        if name is None:
+            raise EngineError("the model application is away")
+        handle = self._handles.get(name)
         if handle is None:
             try:
-                # Blocking calls to the Serve controller; once per model and process.
-                handle = await asyncio.to_thread(serve.get_app_handle, application_name(model_id))
+                # Blocking calls to the Serve controller; once per application and process.
+                handle = await asyncio.to_thread(serve.get_app_handle, name)
             except (RayError, RayServeException) as error:
+                self._tell(model_id)
                 raise EngineError("the model application is away") from error
-            self._handles[model_id] = handle
+            self._handles[name] = handle
         return handle

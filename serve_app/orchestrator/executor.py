@@ -7,7 +7,9 @@ said.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,18 +17,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.config import AtlasConfig
-from serve_app.errors import EngineError, ToolFailed, ToolRetry
+from serve_app.errors import AtlasError, EngineError, ToolFailed, ToolRetry
 from serve_app.models.protocol import ChatBody
+from serve_app.models.verifier import read_score, scoring_body
 from serve_app.orchestrator.engines import Deadline, ModelClients
 from serve_app.orchestrator.planning import with_note
 from serve_app.schemas import ChatCall, Pair, ToolCall, Usage
-from serve_app.tools.best_of import vote
+from serve_app.tools.best_of import best_rated, vote
 from serve_app.tools.config import BestOfConfig
 from serve_app.tools.retrieval import with_question
 from serve_app.tools.runner import ToolRunner
 
+logger = logging.getLogger(__name__)
+
 _CHARS_PER_TOKEN = 3
 """A low guess, so that a cost limit errs on the side of the caller."""
+_VERIFIER_SHARE = 0.9
+"""Share of a step's time left that a verifier may take."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,15 @@ class PairExecutor:
             config: The deployment.
             clients: Handles to the models.
         """
-        self._config = config
+        self._models = {model.model_id: model for model in config.models}
+        self._max_tool_rounds = config.gateway.limits.max_tool_rounds
         self._clients = clients
         self._runner = ToolRunner(config.tools, config.data_path() / "cache")
+
+    def use(self, config: AtlasConfig) -> None:
+        """Take over a changed pool; what was there stays usable for requests under way."""
+        self._models |= {model.model_id: model for model in config.models}
+        self._runner.use(config.tools)
 
     async def start(self) -> None:
         """Start the tools' workers and keep them warm."""
@@ -138,7 +151,7 @@ class PairExecutor:
         Raises:
             ToolFailed: If the budget leaves nothing.
         """
-        model = self._config.model(pair.model_id)
+        model = self._models[pair.model_id]
         max_tokens = min(
             model.max_completion_tokens,
             call.sampling.get("max_tokens", model.max_completion_tokens),
@@ -159,7 +172,7 @@ class PairExecutor:
         """One engine call; leaves its choices in `result`."""
         if not stream:
             completion = await self._clients.complete(pair.model_id, body, deadline)
-            self._charge(pair, completion.get("usage"), result)
+            self._charge(pair.model_id, completion.get("usage"), result)
             result.choices = completion.get("choices") or []
             if not result.choices:
                 raise EngineError("the engine gave no choice")
@@ -167,7 +180,7 @@ class PairExecutor:
         merged: dict[int, dict[str, Any]] = {}
         async with aclosing(self._clients.stream(pair.model_id, body, deadline)) as chunks:
             async for chunk in chunks:
-                self._charge(pair, chunk.get("usage"), result)
+                self._charge(pair.model_id, chunk.get("usage"), result)
                 choices = [{**c, "delta": c.get("delta") or {}} for c in chunk.get("choices", ())]
                 for choice in choices:
                     merge_choice(merged.setdefault(choice["index"], {}), choice)
@@ -193,7 +206,7 @@ class PairExecutor:
         a call.
         """
         schema = self._runner.tool(pair.tool_id).schema()
-        rounds = self._config.gateway.limits.max_tool_rounds
+        rounds = self._max_tool_rounds
         for _ in range(rounds + 1):
             body = self._body(pair, call, messages, result) | {
                 "tools": [schema],
@@ -291,7 +304,7 @@ class PairExecutor:
         deadline: Deadline,
         result: StepResult,
     ) -> None:
-        """Several answers at once; the one most of them agree on wins."""
+        """Several answers at once; the best one wins, see `BestOfConfig.vote`."""
         settings = self._runner.tool(pair.tool_id).config
         assert isinstance(settings, BestOfConfig)
         body = self._body(pair, call, messages, result)
@@ -303,25 +316,63 @@ class PairExecutor:
         async for _ in self._generate(pair, body, deadline, result, stream=False):
             pass
         answers = [choice["message"].get("content") or "" for choice in result.choices]
+        data: dict[str, Any] = {"answers": answers}
+        failure: str | None = None
         winner = vote(answers)
+        if settings.verifier is not None:
+            try:
+                data["scores"] = await self._rate(
+                    settings.verifier, call.query, answers, deadline, result
+                )
+                winner = best_rated(data["scores"])
+            except AtlasError as error:
+                logger.warning("verifier %s: %s", settings.verifier, error.message)
+                failure = f"the verifier did not answer ({error.message}); the majority decided"
         seconds = time.monotonic() - began_s
         result.usage.add(Usage(cost_usd=settings.price_usd_per_call))
         result.tool_calls.append(
             ToolCall(
                 pair.tool_id,
                 {"n": len(answers)},
-                True,
-                answers[winner],
+                failure is None,
+                failure or answers[winner],
                 seconds,
-                {"answers": answers},
+                data,
             )
         )
         result.choices = [{**result.choices[winner], "index": 0}]
 
-    def _charge(self, pair: Pair, usage: dict[str, Any] | None, result: StepResult) -> None:
+    async def _rate(
+        self,
+        verifier: str,
+        question: str,
+        answers: list[str],
+        deadline: Deadline,
+        result: StepResult,
+    ) -> list[float]:
+        """What a verifier thinks of each answer, in their order; an empty one is worth nothing.
+
+        Raises:
+            AtlasError: If it does not rate them all while there is time to go on without it.
+        """
+        patience = deadline.sooner(_VERIFIER_SHARE * deadline.remaining_s())
+        asked = [number for number, answer in enumerate(answers) if answer.strip()]
+        completions = await asyncio.gather(
+            *(
+                self._clients.complete(verifier, scoring_body(question, answers[n]), patience)
+                for n in asked
+            )
+        )
+        scores = [0.0] * len(answers)
+        for number, completion in zip(asked, completions, strict=True):
+            self._charge(verifier, completion.get("usage"), result)
+            scores[number] = read_score(completion)
+        return scores
+
+    def _charge(self, model_id: str, usage: dict[str, Any] | None, result: StepResult) -> None:
         if not usage:
             return
-        price = self._config.model(pair.model_id).price
+        price = self._models[model_id].price
         prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
         cost_usd = (
             prompt * price.usd_per_1m_prompt_tokens

@@ -23,6 +23,13 @@ def seen(step: Step) -> Seen:
     )
 
 
+def answer_numbers(steps: Sequence[Step]) -> tuple[int | None, ...]:
+    """Of each step a number that is equal for answers that say the same; `None` for none."""
+    keys = [seen(step).answer_key for step in steps]
+    number = {key: place for place, key in enumerate(dict.fromkeys(k for k in keys if k))}
+    return tuple(None if key is None else number[key] for key in keys)
+
+
 def has_answer(steps: Sequence[Step]) -> bool:
     """Whether a pair has answered."""
     return any(step.action is Action.ROUTE and step.error is None for step in steps)
@@ -35,9 +42,7 @@ def best_step(steps: Sequence[Step]) -> int | None:
         `None` where no pair has answered. An answer with nothing in it is returned only where
         there is no other.
     """
-    texts = [seen(step).answer_key for step in steps]
-    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    keys = [NO_ANSWER if text is None else numbers[text] for text in texts]
+    keys = [NO_ANSWER if number is None else number for number in answer_numbers(steps)]
     best = int(best_answers(np.array([keys], np.intp))[0]) if keys else NO_ANSWER
     if best != NO_ANSWER:
         return best

@@ -6,6 +6,8 @@ not.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -20,11 +22,13 @@ from serve_app.orchestrator.deciding import Decider
 from serve_app.orchestrator.engines import Deadline, ModelClients
 from serve_app.orchestrator.executor import Delta, PairExecutor
 from serve_app.orchestrator.steps import Run, Stepper
+from serve_app.orchestrator.waking import Waker, awake_only, sleepers_last
 from serve_app.schemas import (
     NO_TOOL,
     Candidate,
     ChatCall,
     Decision,
+    Limits,
     MemberState,
     Pair,
     Path,
@@ -33,6 +37,8 @@ from serve_app.schemas import (
 )
 
 logger = logging.getLogger(__name__)
+
+_SUSPECT_EVERY_S = 1.0
 
 ROUTED = "atlas"
 """The `model` name that lets the router decide."""
@@ -61,23 +67,43 @@ class Orchestrator:
                 block.
             clients: Handles to the models; `None` makes them.
         """
-        self._config = config
         self._decider = Decider(embedder, router)
         self._record = record
-        self._executor = PairExecutor(config, clients or ModelClients())
+        self._controller = controller
+        self._suspicions: dict[str, asyncio.Task[None]] = {}
+        self._clients = clients or ModelClients(self._suspect)
+        self._waker = Waker(config.pool, self._clients)
+        self._executor = PairExecutor(config, self._clients)
         self._stepper = Stepper(self._executor, self._decider, config.router.planner)
-        self._watcher = PoolWatcher(controller)
-        self._pairs = frozenset(config.all_pairs())
-        self._plain_tools = frozenset(
-            {
-                NO_TOOL,
-                *(
-                    tool.tool_id
-                    for tool in config.tools
-                    if self._executor.kind(tool.tool_id) == "context"
-                ),
-            }
+        self._plain_tools: frozenset[str] = frozenset({NO_TOOL})
+        self._watcher = PoolWatcher(controller, self._use)
+
+    def _use(self, pool: PoolState) -> None:
+        """Take over a changed pool."""
+        self._clients.use(
+            {m.model_id: m.application for m in pool.models if m.application is not None}
         )
+        if pool.config is not None:
+            self._executor.use(pool.config)
+        self._plain_tools = frozenset(
+            {NO_TOOL, *(t for t in pool.tools if self._executor.kind(t) == "context")}
+        )
+
+    def _suspect(self, model_id: str) -> None:
+        """Have the controller look at a model that failed; not twice a second."""
+        if model_id in self._suspicions:
+            return
+
+        async def tell() -> None:
+            try:
+                await self._controller.suspect.remote(model_id)
+                await asyncio.sleep(_SUSPECT_EVERY_S)
+            except Exception as error:  # it looks by itself every few seconds
+                logger.warning("the pool controller does not answer: %s", error)
+            finally:
+                del self._suspicions[model_id]
+
+        self._suspicions[model_id] = asyncio.get_running_loop().create_task(tell())
 
     def pool(self) -> PoolState:
         """The pool as last told by the controller."""
@@ -96,11 +122,13 @@ class Orchestrator:
         return bool(pool.ready_pairs()), {"pool_version": pool.pool_version, "models": models}
 
     async def start(self) -> None:
-        """Get the tools' workers ready."""
+        """Wait for the pool, so that no caller hears of an empty one; get the tools' workers up."""
+        await self._watcher.first()
         await self._executor.start()
 
     def close(self) -> None:
         """Let go of the tools' workers."""
+        self._waker.close()
         self._executor.close()
 
     async def decide(self, call: ChatCall) -> Decision:
@@ -195,11 +223,16 @@ class Orchestrator:
 
     async def _answer(self, run: Run, *, stream: bool) -> AsyncGenerator[Delta, None]:
         """Run the steps of a request; reports however it ends."""
-        await self._decide(run)
+        wanted = await self._decide(run)
         assert run.decision is not None
         follows = run.decision.path is Path.POLICY and not run.is_plain
         error: str | None = "the caller went away"
         try:
+            if wanted is not None:
+                self._waker.wake(wanted)
+            chosen = run.decision.pair.model_id
+            if chosen in self._waker.asleep(self._watcher.state):
+                await self._waker.wait_for(chosen, run.deadline)
             steps = self._stepper.follow if follows else self._stepper.try_candidates
             async with aclosing(steps(run, run.decision, stream=stream)) as deltas:
                 async for delta in deltas:
@@ -212,11 +245,15 @@ class Orchestrator:
             if run.is_traffic:
                 self._record(run.report(error), run.call.limits.alpha)
 
-    async def _decide(self, run: Run) -> None:
-        """Pinned, or the router's word."""
+    async def _decide(self, run: Run) -> str | None:
+        """Pinned, or the router's word.
+
+        Returns:
+            The model that would have been chosen if it did not sleep; `None` where that is none.
+        """
         if run.call.model != ROUTED:
             run.decision = self._pinned(run.call.model)
-            return
+            return None
         limits = run.call.limits
         if run.is_plain:
             # The caller's own tools, and several choices, go with plain generation only.
@@ -225,6 +262,26 @@ class Orchestrator:
             )
             limits = replace(limits, tools=allowed, max_steps=1)
         run.limits = limits
+        await self._route(run, limits)
+        assert run.decision is not None
+        wanted: str | None = None
+        asleep = self._waker.asleep(self._watcher.state)
+        if asleep:
+            awake = awake_only(limits, self._watcher.state, asleep)
+            if run.decision.pair.model_id in asleep:
+                wanted = run.decision.pair.model_id
+                # Asked anew, because the choice among fewer has another propensity.
+                with contextlib.suppress(NoCandidate):
+                    await self._route(run, awake)
+            if run.decision.pair.model_id not in asleep:
+                run.limits = awake
+                run.decision = sleepers_last(run.decision, asleep)
+        if run.decision.path is Path.POLICY:
+            run.decisions.append(run.decision)
+        return wanted
+
+    async def _route(self, run: Run, limits: Limits) -> None:
+        """Ask the router."""
         run.embedding, run.decision = await self._decider.decide(
             run.call.query,
             limits,
@@ -232,8 +289,6 @@ class Orchestrator:
             explain=run.call.explain,
             request_id=run.call.request_id,
         )
-        if run.decision.path is Path.POLICY:
-            run.decisions.append(run.decision)
 
     def _pinned(self, model: str) -> Decision:
         """The decision the caller made.
@@ -243,12 +298,12 @@ class Orchestrator:
             NoCandidate: If there is, but it does not answer now.
         """
         pair = Pair.parse(model)
-        known_model = any(known.model_id == pair.model_id for known in self._pairs)
-        if pair not in self._pairs and not (pair.tool_id == NO_TOOL and known_model):
+        pool = self._watcher.state
+        known_model = any(member.model_id == pair.model_id for member in pool.models)
+        if pair not in pool.pairs and not (pair.tool_id == NO_TOOL and known_model):
             raise ModelNotFound(
                 f"the model {model!r} does not exist; GET /v1/models lists what does", "model"
             )
-        pool = self._watcher.state
         member = next((m for m in pool.models if m.model_id == pair.model_id), None)
         if member is None or member.state is not MemberState.READY:
             state = member.state.value if member else "unknown"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-MAX_TOKENS = 256
-"""Of a thought."""
+PLANNER_SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
+"""OpenAI sampling parameters of a thought."""
 
 _TASK = (
     "Prepare the way for whoever answers the question; do not answer it yourself. "

@@ -6,6 +6,7 @@ the order they were run, and the one whose answer was given.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -16,17 +17,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, NoCandidate
+from serve_app.errors import (
+    AtlasError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NoCandidate,
+    ReplicaDied,
+)
 from serve_app.orchestrator.deciding import Decider, UnderWay
-from serve_app.orchestrator.engines import Deadline
+from serve_app.orchestrator.engines import SEND_AGAIN_S, Deadline
 from serve_app.orchestrator.executor import Delta, PairExecutor, StepResult, whole_delta
-from serve_app.orchestrator.history import best_step, has_answer, seen
-from serve_app.orchestrator.planning import MAX_TOKENS, planner_messages
+from serve_app.orchestrator.history import answer_numbers, best_step, has_answer, seen
+from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages
 from serve_app.router.features import MAX_STEPS
 from serve_app.schemas import (
     NO_TOOL,
     Action,
     ChatCall,
+    Circumstances,
     Decision,
     Limits,
     Pair,
@@ -64,6 +72,10 @@ class Run:
     embedding: NDArray[np.float32] | None = None
     answer_embedding: NDArray[np.float32] | None = None
     """Of what the pair that ran last answered."""
+    answer_embeddings: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    """Of each step's answer that the router was told of."""
+    seconds_left: list[float] = field(default_factory=list)
+    """At each decision after the first."""
     choices: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     """Of each step that answered."""
     answer_step: int | None = None
@@ -110,6 +122,20 @@ class Run:
             error=error,
             decisions=tuple(self.decisions),
             answer_step=self.answer_step,
+            circumstances=self._circumstances() if self.decisions else None,
+        )
+
+    def _circumstances(self) -> Circumstances:
+        assert self.limits is not None  # the policy decided by them
+        vectors = [self.answer_embeddings.get(number) for number in range(len(self.steps))]
+        return Circumstances(
+            max_steps=self.limits.max_steps,
+            max_cost_usd=self.limits.max_cost_usd,
+            seconds_left=(self.limits.deadline_s, *self.seconds_left),
+            answer_keys=answer_numbers(self.steps),
+            answer_embeddings=tuple(
+                None if vector is None else vector.astype("<f4").tobytes() for vector in vectors
+            ),
         )
 
 
@@ -126,6 +152,8 @@ class Plan:
     action: Action = Action.ROUTE
     wants_logprobs: bool = False
     """Whether to have the engine's log-probabilities, where it gives them."""
+    insists: bool = False
+    """Whether to run it again where its replica dies; else another pair takes over."""
 
 
 class Stepper:
@@ -165,6 +193,7 @@ class Stepper:
                 policy_version=decision.policy_version,
                 call=run.left(),
                 deadline=run.deadline if is_last else _part(run.deadline, _FIRST_TRY_SHARE),
+                insists=is_last,
             )
             try:
                 async with aclosing(self._step(run, plan, stream=stream)) as deltas:
@@ -243,7 +272,7 @@ class Stepper:
             call = replace(
                 call,
                 messages=planner_messages(call.query, answers),
-                sampling={"temperature": 0.0, "max_tokens": MAX_TOKENS},
+                sampling=PLANNER_SAMPLING,
             )
         return Plan(
             pair=pair,
@@ -254,6 +283,7 @@ class Stepper:
             deadline=deadline,
             action=decision.action,
             wants_logprobs=decision.action is Action.ROUTE,
+            insists=is_last and not answered,
         )
 
     async def _decide_next(self, run: Run, last: Decision) -> Decision:
@@ -273,18 +303,23 @@ class Stepper:
             answer=answer or None,
             answer_embedding=run.answer_embedding,
         )
+        seconds_left = 0.0
         try:
-            limits = replace(run.limits, deadline_s=run.deadline.remaining_s())
+            seconds_left = run.deadline.remaining_s()
+            limits = replace(run.limits, deadline_s=seconds_left)
             patience = _part(run.deadline, 0.5).sooner(_ASK_AGAIN_S)
             run.answer_embedding, decision = await self._decider.decide_next(
                 under_way, limits, patience
             )
+            if answer and run.answer_embedding is not None:
+                run.answer_embeddings[len(run.steps) - 1] = run.answer_embedding
         except AtlasError as error:
             logger.warning(
                 "request %s goes on without the router (%s)", run.call.request_id, error.message
             )
             decision = _without_router(run.steps, last)
         run.decisions.append(decision)
+        run.seconds_left.append(seconds_left)
         return decision
 
     async def _step(self, run: Run, plan: Plan, *, stream: bool) -> AsyncGenerator[Delta, None]:
@@ -322,6 +357,25 @@ class Stepper:
             )
 
     async def _run_pair(
+        self, plan: Plan, result: StepResult, *, stream: bool
+    ) -> AsyncGenerator[Delta, None]:
+        """Run a pair; again where its replica died before a piece of its answer was out."""
+        while True:
+            sent = False
+            try:
+                async with aclosing(self._run_once(plan, result, stream=stream)) as deltas:
+                    async for delta in deltas:
+                        sent = True
+                        yield delta
+                return
+            except ReplicaDied:
+                if sent or not plan.insists or _is_over(plan.deadline):
+                    raise
+                logger.warning("a replica of %s died; running it again", plan.pair)
+                result.choices, result.tool_calls = [], []
+                await asyncio.sleep(SEND_AGAIN_S)
+
+    async def _run_once(
         self, plan: Plan, result: StepResult, *, stream: bool
     ) -> AsyncGenerator[Delta, None]:
         """Run a pair; with log-probabilities where they are wanted and the engine gives them."""

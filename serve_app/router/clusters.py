@@ -53,10 +53,29 @@ class Prior:
     """(num_pairs, descriptor) as the snapshot was fitted with; `None` knows none."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one query lies among what was profiled: what everything else about it follows from."""
+
+    nearest: NDArray[np.intp]
+    """The nearest clusters of every scale."""
+    weights: NDArray[np.float32]
+    """Their weights, which sum to 1."""
+    kernel: NDArray[np.float32]
+    """(num_landmarks,) how like each landmark the query is, in [0, 1]."""
+    distance: float
+    """Relative, to the nearest cluster; see `ClusterRule.distance`."""
+    inside: bool
+    """Whether that is within the profiled distribution."""
+    likeness: NDArray[np.float32] | None
+    """(num_cards,) similarity to the cards in [0, 1]; `None` where they do not matter."""
+
+
 @dataclass(frozen=True)
 class Beliefs:
     """What path 1 knows of one query; arrays over `ClusterRule.pairs`."""
 
+    place: Place
     quality: NDArray[np.float32]
     """(num_pairs,) expected scores, whether the query is inside the profiled distribution or
     not."""
@@ -157,15 +176,14 @@ class ClusterRule:
             gated: As decisions see them: outside the profiled distribution the pairs' overall
                 scores, inside it settled (see `gate.settle`).
         """
-        closeness = self._closeness(embedding)
-        if gated and not self._gate.is_inside(self._distance(closeness)):
-            return self._overall_qualities(embedding)
-        nearest, weights = self._assign(closeness)
-        quality = self._qualities(embedding, nearest, weights, self._kernel(embedding))
+        place = self._place(embedding)
+        if gated and not place.inside:
+            return self._overall_qualities(place)
+        quality = self._qualities(place)
         if not gated:
             return quality
         everyone = np.arange(len(self._pairs))
-        return self._settled(quality, self._spread(quality, everyone, nearest, weights), everyone)
+        return self._settled(quality, self._spread(quality, everyone, place), everyone)
 
     def distance(self, embedding: NDArray[np.float32]) -> float:
         """Relative distance of a query to its nearest cluster; see `_distance`."""
@@ -179,6 +197,7 @@ class ClusterRule:
         pool_version: int,
         *,
         num_candidates: int | None = 32,
+        beliefs: Beliefs | None = None,
     ) -> Decision:
         """Order the available pairs that the caller's limits admit.
 
@@ -188,24 +207,23 @@ class ClusterRule:
             available: Pairs that answer now.
             pool_version: Goes into the decision.
             num_candidates: The best ones that are named; `None` names all.
+            beliefs: About this query, where they are known already; they spare the work.
 
         Raises:
             NoCandidate: If nothing is left. Guessing a pair here would hide it.
         """
-        closeness = self._closeness(embedding)
-        nearest, weights = self._assign(closeness)
-        admitted = self._admitted(limits, available, nearest, weights)
+        place = self._place(embedding) if beliefs is None else beliefs.place
+        admitted = self._admitted(limits, available, place)
         if not len(admitted):
             raise NoCandidate("no pair that answers now is within the request's limits")
-        distance = self._distance(closeness)
-        inside = self._gate.is_inside(distance)
-        kernel = self._kernel(embedding)
-        quality = (
-            self._qualities(embedding, nearest, weights, kernel)
-            if inside
-            else self._overall_qualities(embedding)
-        )[admitted]
-        spread = self._spread(quality, admitted, nearest, weights)
+        inside = place.inside
+        if not inside:
+            quality = self._overall_qualities(place)[admitted]
+        elif beliefs is None:
+            quality = self._qualities(place)[admitted]
+        else:
+            quality = beliefs.quality[admitted]
+        spread = self._spread(quality, admitted, place)
         if inside:
             quality = self._settled(quality, spread, admitted)
         cost = self._costs[admitted]
@@ -216,9 +234,9 @@ class ClusterRule:
         )
         reach = _INTERVAL_DEVIATIONS * spread
         low, high = np.maximum(quality - reach, 0.0), np.minimum(quality + reach, 1.0)
-        costs_usd = weights @ self._cluster_costs_usd[np.ix_(nearest, admitted[order])]
+        costs_usd = place.weights @ self._cluster_costs_usd[np.ix_(place.nearest, admitted[order])]
         chosen = float(quality[order[0]])
-        verdict = self._gate.judge(chosen, float(quality.max()), kernel, distance)
+        verdict = self._gate.judge(chosen, float(quality.max()), place.kernel, place.distance)
         return Decision(
             candidates=tuple(
                 Candidate(self._pairs[pair], *numbers)
@@ -263,28 +281,27 @@ class ClusterRule:
 
     def beliefs(self, embedding: NDArray[np.float32]) -> Beliefs:
         """Everything path 1 knows of a query, for path 2."""
-        closeness = self._closeness(embedding)
-        nearest, weights = self._assign(closeness)
-        kernel, distance = self._kernel(embedding), self._distance(closeness)
-        quality = self._qualities(embedding, nearest, weights, kernel)
+        place = self._place(embedding, with_cards=True)
+        quality = self._qualities(place)
         everyone = np.arange(len(self._pairs))
-        spread = self._spread(quality, everyone, nearest, weights)
+        spread = self._spread(quality, everyone, place)
         gated = (
             self._settled(quality, spread, everyone)
-            if self._gate.is_inside(distance)
-            else self._overall_qualities(embedding)
+            if place.inside
+            else self._overall_qualities(place)
         )
         best = float(gated.max())
         similarity = np.zeros(len(self._pairs), np.float32)
-        if self._prior is not None:
-            likeness = self._prior.similarities(embedding)[self._card_index]
+        if place.likeness is not None:
+            likeness = place.likeness[self._card_index]
             similarity = np.where(self._has_card, likeness, 0.0).astype(np.float32)
         return Beliefs(
+            place=place,
             quality=quality,
             spread=spread,
             overall=self._overall.astype(np.float32),
             similarity=similarity,
-            verdict=self._gate.judge(best, best, kernel, distance),
+            verdict=self._gate.judge(best, best, place.kernel, place.distance),
         )
 
     def update(self, embedding: NDArray[np.float32], pair: Pair, score: float) -> None:
@@ -302,13 +319,13 @@ class ClusterRule:
         index = self._index.get(pair)
         if index is None:
             return
-        nearest, weights = self._assign(self._closeness(embedding))
-        kernel = self._kernel(embedding)
+        place = self._place(embedding)
+        nearest, weights = place.nearest, place.weights
         score = min(1.0, max(0.0, score))
         newcomer = index - len(self._snapshot.pairs)
         if newcomer >= 0:
             self._learn_mean(newcomer, score)
-        expected = self._fitted(embedding, nearest, weights, kernel)[index]
+        expected = self._fitted(place)[index]
         residual = score - float(expected)
         self._seen[index] = _DISCOUNT * self._seen[index] + 1.0
         self._residual[index] = _DISCOUNT * self._residual[index] + residual
@@ -397,6 +414,7 @@ class ClusterRule:
 
         self._card_weights = weights(snapshot.card_weight)
         self._outside_card_weights = weights(snapshot.outside_card_weight)
+        self._cards_weigh = bool(self._card_weights.any() or self._outside_card_weights.any())
 
     def _prior_means(self) -> NDArray[np.float32]:
         """(num_new,) mean score expected of the pairs the snapshot does not know."""
@@ -459,58 +477,58 @@ class ClusterRule:
         )
         return kernel
 
-    def _fitted(
-        self,
-        embedding: NDArray[np.float32],
-        nearest: NDArray[np.intp],
-        weights: NDArray[np.float32],
-        kernel: NDArray[np.float32],
-    ) -> NDArray[np.float32]:
+    def _place(self, embedding: NDArray[np.float32], *, with_cards: bool = False) -> Place:
+        """Where a query lies; `with_cards` looks at them whether or not they weigh anything."""
+        closeness = self._closeness(embedding)
+        nearest, weights = self._assign(closeness)
+        distance = self._distance(closeness)
+        likeness = None
+        if self._prior is not None and (with_cards or self._cards_weigh):
+            likeness = self._prior.similarities(embedding)
+        return Place(
+            nearest,
+            weights,
+            self._kernel(embedding),
+            distance,
+            self._gate.is_inside(distance),
+            likeness,
+        )
+
+    def _fitted(self, place: Place) -> NDArray[np.float32]:
         """(num_pairs,) what the snapshot and the prior expect, feedback left out; not clipped."""
-        quality: NDArray[np.float32] = weights @ self._base[nearest]
+        quality: NDArray[np.float32] = place.weights @ self._base[place.nearest]
         if self._head_in.size and self._snapshot.head_weight:
-            quality += (kernel @ self._head_in) @ self._head_out
+            quality += (place.kernel @ self._head_in) @ self._head_out
         if self._new:
             added = self._overall_fitted[len(self._snapshot.pairs) :]
             quality = np.concatenate([quality, added])
-        return quality + self._card_part(embedding, self._card_weights)
+        return quality + self._card_part(place, self._card_weights)
 
-    def _card_part(
-        self, embedding: NDArray[np.float32], weights: NDArray[np.float32]
-    ) -> NDArray[np.float32] | float:
+    def _card_part(self, place: Place, weights: NDArray[np.float32]) -> NDArray[np.float32] | float:
         """(num_pairs,) what the likeness of a query to the cards adds to the scores."""
-        if self._prior is None or not weights.any():
+        if place.likeness is None or not weights.any():
             return 0.0
-        likeness = self._prior.similarities(embedding)
-        part: NDArray[np.float32] = weights * (likeness[self._card_index] - likeness.mean())
+        part: NDArray[np.float32] = weights * (
+            place.likeness[self._card_index] - place.likeness.mean()
+        )
         return part
 
-    def _overall_qualities(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _overall_qualities(self, place: Place) -> NDArray[np.float32]:
         """(num_pairs,) expected scores of a query that is like nothing profiled."""
-        cards = self._card_part(embedding, self._outside_card_weights)
+        cards = self._card_part(place, self._outside_card_weights)
         overall: NDArray[np.float32] = np.clip(self._overall + cards, 0.0, 1.0)
         return overall
 
-    def _qualities(
-        self,
-        embedding: NDArray[np.float32],
-        nearest: NDArray[np.intp],
-        weights: NDArray[np.float32],
-        kernel: NDArray[np.float32],
-    ) -> NDArray[np.float32]:
-        fitted = self._fitted(embedding, nearest, weights, kernel)
-        return np.clip(fitted + weights @ self._shift[nearest], 0.0, 1.0)
+    def _qualities(self, place: Place) -> NDArray[np.float32]:
+        shift = place.weights @ self._shift[place.nearest]
+        return np.clip(self._fitted(place) + shift, 0.0, 1.0)
 
     def _spread(
-        self,
-        quality: NDArray[np.float32],
-        admitted: NDArray[np.intp],
-        nearest: NDArray[np.intp],
-        weights: NDArray[np.float32],
+        self, quality: NDArray[np.float32], admitted: NDArray[np.intp], place: Place
     ) -> NDArray[np.float32]:
         """(num_admitted,) standard deviation of the expected scores, as of a Beta posterior."""
-        place = np.ix_(nearest, admitted)
-        seen = weights @ (self._fitted_seen[place] + self._cluster_seen[place])
+        cells = np.ix_(place.nearest, admitted)
+        seen = place.weights @ (self._fitted_seen[cells] + self._cluster_seen[cells])
         spread: NDArray[np.float32] = np.sqrt(quality * (1 - quality) / (seen + 1))
         return spread
 
@@ -532,8 +550,7 @@ class ClusterRule:
         self,
         limits: Limits,
         available: Sequence[Pair],
-        nearest: NDArray[np.intp],
-        weights: NDArray[np.float32],
+        place: Place,
     ) -> NDArray[np.intp]:
         """Indices of the available pairs within the limits."""
         # The pool changes rarely; comparing it costs less than indexing it anew.
@@ -545,7 +562,7 @@ class ClusterRule:
         admitted = self._available_index
         admitted = admitted[self.allowed(limits, admitted)]
         if limits.max_cost_usd is not None:
-            costs_usd = weights @ self._cluster_costs_usd[nearest]
+            costs_usd = place.weights @ self._cluster_costs_usd[place.nearest]
             admitted = admitted[costs_usd[admitted] <= limits.max_cost_usd]
         return admitted
 

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _NUM_CANDIDATES = 16
 """Named in a decision that is not explained: more than any request may try."""
 
+_RETRY_S = 1.0
+
 _Answer = Decision | AtlasError
 
 
@@ -45,23 +47,15 @@ class Router:
         self, config: AtlasConfig, embedder: Any, controller: Any
     ) -> None:
         """Embed the cards, then follow the pool and the store."""
-        cards = pair_cards(config)
-        texts = sorted({text for card in cards for text in card.texts})
-        vectors = dict(zip(texts, await embedder.embed.remote(texts), strict=True))
-
-        def encode(wanted: Sequence[str]) -> NDArray[np.float32]:
-            return np.stack([vectors[text] for text in wanted])
-
-        cold_start = ColdStartRule(cards, encode, config.router.example_top_k)
-        prior = Prior(
-            pairs=tuple(card.pair for card in cards),
-            costs_usd=np.array([card.cost_usd for card in cards], np.float32),
-            similarities=cold_start.qualities,
-            descriptors=pair_descriptors(cards, encode),
-        )
-        self._follower = PolicyFollower(config, cold_start, prior)
-        self._watcher = PoolWatcher(controller)
-        await self._watcher.first()
+        self._embedder = embedder
+        self._vectors: dict[str, NDArray[np.float32]] = {}
+        """Embeddings of what the cards say, by text."""
+        self._pool_changed = asyncio.Event()
+        self._watcher = PoolWatcher(controller, lambda _: self._pool_changed.set())
+        pool = await self._watcher.first()
+        self._known = pool.config or config
+        """The configuration with the pool whose cards the rules know."""
+        self._follower = PolicyFollower(config, *await self._read_cards(self._known))
         await self._follower.refresh()
         self._planner = config.router.planner
         self._guard = PolicyGuard(config, self._follower)
@@ -69,7 +63,46 @@ class Router:
         self._tasks = [
             loop.create_task(self._follower.follow()),
             loop.create_task(self._guard.watch()),
+            loop.create_task(self._follow_pool()),
         ]
+
+    async def _follow_pool(self) -> None:
+        """Have the rules know the cards and prices of a changed pool, for ever."""
+        while True:
+            await self._pool_changed.wait()
+            self._pool_changed.clear()
+            config = self._watcher.state.config
+            if config is None or config == self._known:
+                continue
+            try:
+                await self._follower.use_cards(*await self._read_cards(config))
+                self._known = config
+            except Exception:
+                logger.exception("the cards of the changed pool cannot be read; trying again")
+                await asyncio.sleep(_RETRY_S)
+                self._pool_changed.set()
+
+    async def _read_cards(self, config: AtlasConfig) -> tuple[ColdStartRule, Prior]:
+        """What the pairs of a pool say of themselves."""
+        cards = pair_cards(config)
+        texts = {text for card in cards for text in card.texts}
+        new = sorted(texts - self._vectors.keys())
+        if new:
+            vectors = await self._embedder.embed.remote(new)
+            self._vectors |= dict(zip(new, vectors, strict=True))
+        self._vectors = {text: self._vectors[text] for text in sorted(texts)}
+        known = self._vectors
+
+        def encode(wanted: Sequence[str]) -> NDArray[np.float32]:
+            return np.stack([known[text] for text in wanted])
+
+        cold_start = ColdStartRule(cards, encode, config.router.example_top_k)
+        return cold_start, Prior(
+            pairs=tuple(card.pair for card in cards),
+            costs_usd=np.array([card.cost_usd for card in cards], np.float32),
+            similarities=cold_start.qualities,
+            descriptors=pair_descriptors(cards, encode),
+        )
 
     async def decide(
         self,

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,10 @@ logger = logging.getLogger(__name__)
 
 LEARNED_UNTIL = "learned_until_unix_s"
 """Metadata of a snapshot: verdicts up to this time were fitted, later ones are learned online."""
+
+CARD_COSTS = "card_costs_usd"
+"""Metadata of a snapshot: US dollars of a typical call of each pair at the prices it was fitted
+under, by pair."""
 
 _MAX_REPLAYED = 20_000
 """Verdicts learned at once at most; the discount makes older ones weigh next to nothing."""
@@ -131,6 +135,34 @@ class PolicyFollower:
         self.at_work = asyncio.Lock()
         """Held while this replica's background work is with the store: one thing at a time, so that
         no policy is loaded twice."""
+
+    async def use_cards(self, cold_start: ColdStartRule, prior: Prior) -> None:
+        """Take over what the cards of a changed pool say, in every policy that decides.
+
+        Requests under way keep the rule that they began with.
+
+        Raises:
+            AtlasError: If a policy cannot be loaded again; all stays as it was then.
+        """
+        async with self.at_work:
+            before = self._cold_start, self._prior
+            self._cold_start, self._prior = cold_start, prior
+            try:
+                main = await self._again(self._main)
+                trials = {mode: await self._again(held) for mode, held in self._trials.items()}
+            except AtlasError:
+                self._cold_start, self._prior = before
+                raise
+            self._main, self._trials = main, trials
+
+    async def _again(self, serving: Serving) -> Serving:
+        """A policy under the cards as they are now; the cards alone where it knows none of them."""
+        if serving.policy.snapshot_id is not None and self._store is not None:
+            try:
+                return await self._load(self._store, serving.policy)
+            except SnapshotError as error:
+                logger.error("policy %d: %s", serving.policy_version, error.message)
+        return Serving(serving.policy, self._cold_start)
 
     @property
     def rule(self) -> ColdStartRule | ClusterRule | LearnedRule:
@@ -224,7 +256,7 @@ class PolicyFollower:
     async def _refresh(self) -> None:
         try:
             if self._store is None:
-                self._store = await Store.open(self._config.store_url())
+                self._store = await Store.open(self._config.store_url(), must_answer=False)
             if not self._offered:
                 await self._offer_configured(self._store)
                 self._offered = True
@@ -247,11 +279,11 @@ class PolicyFollower:
         try:
             snapshot = await asyncio.to_thread(load_snapshot, Path(folder))
             self._check_fit(snapshot)
-            snapshot_id = await asyncio.to_thread(self._library.add, snapshot)
         except SnapshotError as error:
             self._refused[0] = (math.inf, error.message)
             logger.error("router.snapshot is refused: %s", error.message)
             return
+        snapshot_id = await asyncio.to_thread(self._library.add, snapshot)
         await add_snapshot(store, snapshot_id, snapshot.metadata)
         await publish(store, snapshot_id, "named in the configuration", once=True)
 
@@ -318,6 +350,7 @@ class PolicyFollower:
             return self._cold_start
         snapshot = self._library.load(policy.snapshot_id, policy.policy_version)
         self._check_fit(snapshot)
+        snapshot = repriced(snapshot, self._prior)
         exploration, fallback = self._config.router.exploration, self._config.router.fallback
         build: type[ClusterRule | LearnedRule] = ClusterRule
         if snapshot.policy:
@@ -384,6 +417,30 @@ class PolicyFollower:
             if number % _LEARNED_AT_ONCE == _LEARNED_AT_ONCE - 1:
                 await asyncio.sleep(0)
         serving.learned &= set(ids)
+
+
+def repriced(snapshot: RouterSnapshot, prior: Prior) -> RouterSnapshot:
+    """A snapshot with its dollars at the prices of today.
+
+    What a pair costs changes as its typical call does; a pair that was free gets the price of one.
+
+    Args:
+        snapshot: As fitted; one that does not say under which prices stays as it is.
+        prior: Has the typical calls of today.
+    """
+    then = snapshot.metadata.get(CARD_COSTS, {})
+    now = {str(pair): float(cost) for pair, cost in zip(prior.pairs, prior.costs_usd, strict=True)}
+    costs_usd, pair_costs_usd = snapshot.costs_usd.copy(), snapshot.pair_costs_usd.copy()
+    for column, pair in enumerate(map(str, snapshot.pairs)):
+        before, after = then.get(pair), now.get(pair)
+        if before is None or after is None or math.isclose(before, after, rel_tol=1e-5):
+            continue
+        if before > 0:
+            costs_usd[:, column] *= after / before
+            pair_costs_usd[column] *= after / before
+        else:
+            costs_usd[:, column] = pair_costs_usd[column] = after
+    return replace(snapshot, costs_usd=costs_usd, pair_costs_usd=pair_costs_usd)
 
 
 def share_of(request_id: str) -> float:

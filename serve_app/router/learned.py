@@ -136,6 +136,11 @@ class LearnedRule:
         return self._threshold
 
     @property
+    def thinks(self) -> bool:
+        """Whether the policy was trained with a planner."""
+        return self._thinks
+
+    @property
     def net(self) -> PolicyNet:
         """Path 2's network."""
         return self._net
@@ -188,13 +193,15 @@ class LearnedRule:
         second: list[int] = []
         beliefs: list[Beliefs] = []
         for number, asked in enumerate(batch):
-            known = self._clusters.beliefs(asked.embedding)
-            verdict = known.verdict
-            is_sure = verdict.inside and verdict.confidence >= self._threshold
-            if asked.history or not (is_sure or asked.limits.alpha > POLICY_MAX_ALPHA):
-                second.append(number)
-                beliefs.append(known)
-                continue
+            known: Beliefs | None = None
+            if asked.history or asked.limits.alpha <= POLICY_MAX_ALPHA:
+                known = self._clusters.beliefs(asked.embedding)
+                verdict = known.verdict
+                is_sure = verdict.inside and verdict.confidence >= self._threshold
+                if asked.history or not is_sure:
+                    second.append(number)
+                    beliefs.append(known)
+                    continue
             try:
                 answers[number] = self._clusters.decide(
                     asked.embedding,
@@ -202,6 +209,7 @@ class LearnedRule:
                     available,
                     pool_version,
                     num_candidates=asked.num_candidates,
+                    beliefs=known,
                 )
             except NoCandidate as error:
                 answers[number] = error
@@ -304,6 +312,7 @@ class LearnedRule:
             pool_version=pool_version,
             distance_quantile=beliefs.verdict.distance_quantile,
             action=action,
+            can_think=asked.can_think,
         )
 
     def _take(

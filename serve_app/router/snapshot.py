@@ -138,7 +138,7 @@ class RouterSnapshot:
     """(5,) logistic calibration of the confidence; see `router.gate`."""
     examples: tuple[tuple[str, ...], ...]
     """(clusters,) questions nearest to each centroid; may be empty tuples."""
-    metadata: Mapping[str, str | int | float] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     """How it was made: seed, counts, chosen settings, cross-validated figures."""
     policy: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """Weights of the learned policy by name; empty without one."""

@@ -1,4 +1,4 @@
-"""Self-consistency: of several sampled answers, the one most of them agree on."""
+"""The best of several sampled answers: most of them agree on it, or a verifier rates it highest."""
 
 from __future__ import annotations
 
@@ -128,6 +128,18 @@ def vote(answers: Sequence[str]) -> int:
         return 0
     # `most_common` keeps the order of first appearance among equals.
     return keys.index(counts.most_common(1)[0][0])
+
+
+def best_rated(scores: Sequence[float]) -> int:
+    """Choose among sampled answers by a verifier's scores (best of n).
+
+    Args:
+        scores: At least one, finite.
+
+    Returns:
+        The index of the highest; of equal ones, the first.
+    """
+    return max(range(len(scores)), key=lambda number: scores[number])
 
 
 def agreement(answers: Sequence[str]) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serve_app.schemas import ToolKind
 
@@ -182,7 +182,7 @@ class RetrievalConfig(ToolSettings):
 
 
 class BestOfConfig(ToolSettings):
-    """Samples several answers and keeps the one most of them agree on."""
+    """Samples several answers and keeps the one most of them agree on, or a verifier rates best."""
 
     type: Literal["best_of"] = "best_of"
     kind: Literal["sampling"] = "sampling"
@@ -193,8 +193,18 @@ class BestOfConfig(ToolSettings):
     temperature: float = Field(default=0.8, gt=0, le=2)
     """Sampling temperature; 0 would give the same answer every time."""
 
-    vote: Literal["self_consistency"] = "self_consistency"
-    """How the best answer is chosen."""
+    vote: Literal["self_consistency", "verifier"] = "self_consistency"
+    """How the best answer is chosen: by majority, or by the verifier's scores. Where the verifier
+    does not answer, the majority decides, and the call counts as failed."""
+
+    verifier: str | None = None
+    """Model with the role `verifier`; named exactly where it votes."""
+
+    @model_validator(mode="after")
+    def _verifier_votes(self) -> Self:
+        if (self.vote == "verifier") != (self.verifier is not None):
+            raise ValueError("verifier: name one where vote is 'verifier', and only there")
+        return self
 
 
 ToolConfig = Annotated[

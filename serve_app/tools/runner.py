@@ -103,11 +103,26 @@ class ToolRunner:
             configs: Settings of every tool of the pool.
             cache_dir: Where tools keep what is slow to build, unless their settings say.
         """
-        self._entries = {
-            config.tool_id: _entry(_with_cache_dir(config, cache_dir)) for config in configs
-        }
+        self._cache_dir = cache_dir
+        self._entries: dict[str, _Entry] = {}
+        self._kept_warm: frozenset[str] = frozenset()
+        self.use(configs)
         self._keep_warm: asyncio.Task[None] | None = None
         self._endings: set[asyncio.Task[None]] = set()
+
+    def use(self, configs: Iterable[ToolConfig]) -> None:
+        """Take over a changed pool.
+
+        Args:
+            configs: Settings of every tool of it. A tool that is not among them stays callable, for
+                the requests that chose it before, and is not kept warm.
+        """
+        settings = {config.tool_id: _with_cache_dir(config, self._cache_dir) for config in configs}
+        for tool_id, config in settings.items():
+            held = self._entries.get(tool_id)
+            if held is None or held.config != config:
+                self._entries[tool_id] = _entry(config)
+        self._kept_warm = frozenset(settings)
 
     def __contains__(self, tool_id: str) -> bool:
         """Whether the pool has this tool."""
@@ -240,7 +255,11 @@ class ToolRunner:
             await self._warm_all()
 
     async def _warm_all(self) -> None:
-        entries = [entry for entry in self._entries.values() if entry.tool.kind != "none"]
+        entries = [
+            self._entries[tool_id]
+            for tool_id in sorted(self._kept_warm)
+            if self._entries[tool_id].tool.kind != "none"
+        ]
         await asyncio.gather(*(self._warm(entry) for entry in entries if entry.running == 0))
 
     async def _warm(self, entry: _Entry) -> None:

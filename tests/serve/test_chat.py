@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
-import ray
 from openai.types.chat import ChatCompletionFunctionToolParam
-from ray import serve
 
+from serve_app.models.applications import model_applications
+from serve_app.models.applications import ongoing_requests as ongoing_at
 from serve_app.nano.registry import load_generator
 from serve_app.schemas import MemberState
 from tests.conftest import Graph
@@ -343,14 +343,9 @@ def test_serves_own_control_headers_are_not_the_callers_to_set(graph: Graph) -> 
 
 def ongoing_requests(model_id: str) -> int:
     """Requests the replicas of a model are working on."""
-    details = serve.context._get_global_client().get_serve_details()
-    deployments = details["applications"][f"model-{model_id}"]["deployments"].values()
-    actors = [replica["actor_name"] for d in deployments for replica in d["replicas"]]
-    calls = [
-        ray.get_actor(actor, namespace="serve").get_num_ongoing_requests.remote()
-        for actor in actors
-    ]
-    return sum(ray.get(calls))
+    applications = model_applications().values()
+    replicas = next(a.replicas for a in applications if a.model_id == model_id)
+    return ongoing_at(replicas)
 
 
 def test_the_engine_hears_that_a_streaming_client_left(graph: Graph) -> None:

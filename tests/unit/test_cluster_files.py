@@ -9,14 +9,24 @@ from typing import Any
 
 import pytest
 import yaml
+from ray import serve
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve._private.build_app import build_app as build_by_serve
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app import environment
-from serve_app.config import AtlasConfig, load_config
-from serve_app.graph import BuildArgs
+from serve_app.config import (
+    AtlasConfig,
+    AutoscalingConfig,
+    DeploymentConfig,
+    GatewayConfig,
+    LocalModelConfig,
+    load_config,
+)
+from serve_app.graph import BuildArgs, build_app
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = [ROOT / "configs" / name for name in ("gpu-7b.yaml", "nano.yaml", "remote.yaml")]
 SERVE_FILES = sorted((ROOT / "configs/serve").glob("*.yaml"))
 
 
@@ -47,7 +57,11 @@ def test_the_cluster_has_room_for_every_replica() -> None:
     types = CLUSTER["available_node_types"]
     assert types["head"]["resources"]["CPU"] == 0
     gpus = types["gpu_worker"]["resources"]["GPU"] * types["gpu_worker"]["max_workers"]
-    assert gpus >= sum(model.autoscaling.min_replicas for model in config.models)
+    assert gpus >= sum(
+        model.bundle.get("GPU", 0) * model.autoscaling.min_replicas
+        for model in config.models
+        if isinstance(model, LocalModelConfig)
+    )
     assert "cpu_node" in types["cpu_worker"]["resources"]
 
 
@@ -57,6 +71,73 @@ def test_what_needs_no_gpu_asks_for_a_cpu_node(part: str) -> None:
     assert "cpu_node" in getattr(config, part).deployment.resources
     assert "cpu_node" in config.pool.resources
     assert "cpu_node" not in CLUSTER["available_node_types"]["gpu_worker"]["resources"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_serve_builds_the_graph_with_autoscaling_for_all_but_the_controller(path: Path) -> None:
+    config = load_config(path)
+    built = build_by_serve(build_app(BuildArgs(config=str(path))), name="atlas")
+    scaling = {d.name: d._deployment_config.autoscaling_config for d in built.deployments}
+    assert scaling.pop("PoolController") is None
+    wanted = {
+        "Gateway": config.gateway.deployment,
+        "Router": config.router.deployment,
+        "Embedder": config.embedder.deployment,
+    }
+    assert set(scaling) == set(wanted)
+    for name, deployment in wanted.items():
+        assert scaling[name].min_replicas == deployment.autoscaling.min_replicas
+        assert scaling[name].max_replicas == deployment.autoscaling.max_replicas
+        assert scaling[name].target_ongoing_requests < deployment.max_ongoing_requests
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_serve_accepts_how_every_model_scales(path: Path) -> None:
+    for model in load_config(path).models:
+        accepted = serve.config.AutoscalingConfig(**model.autoscaling.model_dump())
+        assert accepted.target_ongoing_requests < model.max_ongoing_requests
+
+
+def test_on_a_cluster_everything_may_grow_and_what_callers_need_may_lose_a_replica() -> None:
+    config = load_config(ROOT / "configs/gpu-7b.yaml")
+    parts = (config.gateway, config.router, config.embedder)
+    scaling = [part.deployment.autoscaling for part in parts]
+    scaling += [model.autoscaling for model in config.models]
+    assert all(s.max_replicas > s.min_replicas for s in scaling)
+    assert all(part.deployment.autoscaling.min_replicas >= 2 for part in parts[:2])
+
+
+def test_on_a_laptop_there_is_one_of_everything() -> None:
+    config = load_config(ROOT / "configs/nano.yaml")
+    parts = (config.gateway, config.router, config.embedder)
+    scaling = [part.deployment.autoscaling for part in parts]
+    scaling += [model.autoscaling for model in config.models]
+    assert {(s.min_replicas, s.max_replicas) for s in scaling} == {(1, 1)}
+
+
+def test_a_target_that_no_replica_can_exceed_is_refused() -> None:
+    grows = AutoscalingConfig(max_replicas=2, target_ongoing_requests=8)
+    DeploymentConfig(max_ongoing_requests=9, autoscaling=grows)
+    with pytest.raises(ValueError, match="target_ongoing_requests"):
+        DeploymentConfig(max_ongoing_requests=8, autoscaling=grows)
+
+
+def test_a_gateway_that_could_not_refuse_is_refused() -> None:
+    limits = {"max_ongoing_requests": 100}
+    GatewayConfig.model_validate({"limits": limits, "deployment": {"max_ongoing_requests": 101}})
+    with pytest.raises(ValueError, match=r"limits\.max_ongoing_requests"):
+        GatewayConfig.model_validate({"limits": limits, "deployment": {"max_ongoing_requests": 99}})
+
+
+def test_gateways_that_share_a_pool_s_settings_keep_their_own_bound() -> None:
+    config = load_config(ROOT / "configs/gpu-7b.yaml").gateway
+    assert config.deployment.max_ongoing_requests > config.limits.max_ongoing_requests
+
+
+def test_a_graph_of_remote_models_asks_for_no_gpu() -> None:
+    config = load_config(ROOT / "configs/remote.yaml")
+    assert {model.type for model in config.models} == {"remote"}
+    assert config.gateway.auth.mode == "required"
 
 
 @pytest.mark.parametrize("path", SERVE_FILES, ids=lambda path: path.name)

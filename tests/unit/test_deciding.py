@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from ray.exceptions import ActorUnavailableError
 
 from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, NoCandidate
 from serve_app.orchestrator.deciding import Decider, UnderWay
@@ -26,15 +27,23 @@ class Deployments:
         """Of each decided batch, what was said beside embeddings, limits and explanations."""
         self.open = asyncio.Event()
         self.open.set()
+        self.deaths = 0
+        """Of replicas, over the next calls."""
         self.embed = Method(self._embed)
         self.decide = Method(self._decide)
 
     async def _embed(self, texts: list[str]) -> NDArray[np.float32]:
         self.batches.append(texts)
         await self.open.wait()
+        self._die()
         if "bad" in texts:
             raise InvalidRequest("not text")
         return np.array([[len(text)] for text in texts], dtype=np.float32)
+
+    def _die(self) -> None:
+        if self.deaths:
+            self.deaths -= 1
+            raise ActorUnavailableError("gone", bytes(16))
 
     async def _decide(
         self,
@@ -43,6 +52,7 @@ class Deployments:
         explain: Sequence[bool],
         *more: Any,
     ) -> list[Decision | AtlasError]:
+        self._die()
         self.more.append(more)
         return [
             NoCandidate("none within the limits")
@@ -70,6 +80,21 @@ async def test_a_lone_query_goes_at_once() -> None:
     deployments = Deployments()
     assert await ask(Decider(deployments, deployments), "four") == 4
     assert deployments.batches == [["four"]]
+
+
+@pytest.mark.parametrize("deaths", [1, 3])
+async def test_a_query_whose_replica_dies_is_sent_to_another(deaths: int) -> None:
+    deployments = Deployments()
+    deployments.deaths = deaths
+    assert await ask(Decider(deployments, deployments), "four") == 4
+    assert len(deployments.batches) == deaths + 1
+
+
+async def test_replicas_that_go_on_dying_end_with_the_deadline() -> None:
+    deployments = Deployments()
+    deployments.deaths = 1000
+    with pytest.raises(DeadlineExceeded):
+        await Decider(deployments, deployments).decide("four", LIMITS, Deadline.after(0.2))
 
 
 async def test_queries_that_arrive_while_two_batches_run_share_the_next() -> None:

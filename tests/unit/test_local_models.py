@@ -1,22 +1,57 @@
 """Local models in Ray's and vLLM's words: the GPU pool is wired as configured, without a GPU."""
 
+from __future__ import annotations
+
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve.config import AutoscalingConfig
 
-from serve_app.config import LocalModelConfig, load_config
+from serve_app.config import LocalModelConfig, PriceConfig, load_config
+from serve_app.models.deploy import build_model, deployment_name
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's own imports deprecate things
-    from serve_app.models.local import llm_config
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import _get_vllm_engine_config
 
+    from serve_app.models.local import JsonLLMServer, llm_config
+    from serve_app.models.reward import ProcessRewardServer
+
+NANO = Path("serve_app/nano/weights").absolute()
 GPU_POOL = load_config("configs/gpu-7b.yaml").models
 GPU_MODELS = [model for model in GPU_POOL if isinstance(model, LocalModelConfig)]
+STAND_INS = sorted(folder for folder in NANO.iterdir() if folder.is_dir())
+
+QWEN = {"model_type": "qwen2", "hidden_size": 3584, "num_attention_heads": 28}
+LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32}
+PUBLISHED = {
+    "qwen2.5-7b-instruct": ("Qwen2ForCausalLM", 32768, QWEN),
+    "llama-3.1-8b-instruct": ("LlamaForCausalLM", 131072, LLAMA),
+    "internlm3-8b-instruct": ("InternLM3ForCausalLM", 32768, LLAMA),
+    "deepseek-r1-distill-qwen-7b": ("Qwen2ForCausalLM", 131072, QWEN),
+    "qwen2.5-coder-7b-instruct": ("Qwen2ForCausalLM", 32768, QWEN),
+    "qwen2.5-math-prm-7b": ("Qwen2ForProcessRewardModel", 4096, QWEN),
+}
+"""What the models' own config.json say that vLLM checks settings against: architecture, positions
+and shape."""
 
 
 def engine_config(model: LocalModelConfig) -> Any:
     return llm_config(model).get_engine_config()
+
+
+def in_its_place(model: LocalModelConfig) -> LocalModelConfig:
+    """The same model with nano weights on a CPU."""
+    weights = STAND_INS[GPU_MODELS.index(model) % len(STAND_INS)]
+    return model.model_copy(update={"model_source": str(weights), "bundle": {"CPU": 0.2}})
+
+
+def test_every_model_of_the_gpu_pool_is_known_here() -> None:
+    assert {model.model_id for model in GPU_MODELS} == set(PUBLISHED)
+    assert len(GPU_MODELS) == len(GPU_POOL)
 
 
 @pytest.mark.parametrize("model", GPU_MODELS, ids=lambda model: model.model_id)
@@ -28,6 +63,73 @@ def test_a_gpu_model_asks_for_its_gpu_and_for_nothing_vllm_does_not_know(
     engine = engine_config(model)
     assert engine.placement_bundles == [{"GPU": 1, "CPU": 2}]
     assert set(engine.engine_kwargs) <= set(AsyncEngineArgs.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("model", GPU_MODELS, ids=lambda model: model.model_id)
+def test_vllm_accepts_the_engine_settings(
+    model: LocalModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture, positions, shape = PUBLISHED[model.model_id]
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            shape
+            | {"architectures": [architecture], "max_position_embeddings": positions}
+            | {"num_hidden_layers": 2, "num_key_value_heads": 4, "dtype": "bfloat16"}
+        )
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).symlink_to(STAND_INS[0] / name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    published = model.model_copy(update={"model_source": str(tmp_path), "bundle": {"CPU": 1}})
+    _, resolved = _get_vllm_engine_config(llm_config(published))
+    assert resolved.model_config.architecture == architecture
+    assert resolved.model_config.max_model_len == model.engine_kwargs["max_model_len"]
+    assert (resolved.model_config.runner_type == "pooling") == (model.role == "verifier")
+
+
+@pytest.mark.parametrize("model", GPU_MODELS, ids=lambda model: model.model_id)
+def test_the_gpu_graph_is_wired_with_nano_weights_in_each_place(model: LocalModelConfig) -> None:
+    stand_in = in_its_place(model)
+    deployment = build_model(stand_in)._bound_deployment
+    given = deployment.init_kwargs["llm_config"]
+    assert deployment.name == deployment_name(stand_in)
+    assert deployment.name.startswith(f"{model.model_id}-")
+    # Serve's own part of the replica and the engine's worker, in one placement group.
+    assert sum(b.get("CPU", 0) for b in deployment._replica_config.placement_group_bundles) == 1.2
+    assert given.engine_kwargs == model.engine_kwargs
+    assert given.model_loading_config.model_source == stand_in.model_source
+    assert deployment.func_or_class is not None
+    served_by = ProcessRewardServer if model.role == "verifier" else JsonLLMServer
+    assert issubclass(deployment.func_or_class, served_by)
+    assert ("scoring" in deployment.init_kwargs) == (model.role == "verifier")
+    assert deployment.max_ongoing_requests == model.max_ongoing_requests
+    autoscaling = deployment._deployment_config.autoscaling_config
+    assert isinstance(autoscaling, AutoscalingConfig)
+    assert autoscaling.max_replicas == model.autoscaling.max_replicas
+    # Prompts are written by the template that comes with the weights.
+    assert "chat_template" not in given.engine_kwargs
+    assert (Path(stand_in.model_source) / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("model", GPU_MODELS, ids=lambda model: model.model_id)
+def test_a_model_with_function_tools_has_a_parser_that_vllm_knows(model: LocalModelConfig) -> None:
+    from vllm.tool_parsers import ToolParserManager
+
+    settings = model.engine_kwargs
+    if {"calculator", "python"} & set(model.tools):
+        assert settings["enable_auto_tool_choice"] is True
+        assert ToolParserManager.get_tool_parser(settings["tool_call_parser"])
+    else:
+        assert "tool_call_parser" not in settings
+
+
+def test_two_settings_of_a_model_are_two_applications() -> None:
+    model = in_its_place(GPU_MODELS[0])
+    longer = model.model_copy(update={"engine_kwargs": {"max_model_len": 32768}})
+    price = PriceConfig(usd_per_1m_completion_tokens=7)
+    dearer = model.model_copy(update={"price": price})
+    assert deployment_name(model) != deployment_name(longer)
+    assert deployment_name(model) == deployment_name(dearer)
 
 
 def test_tensor_parallelism_asks_for_a_bundle_per_rank() -> None:

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from serve_app.errors import DeadlineExceeded, EngineError, InvalidRequest, NoCandidate
+from serve_app.errors import (
+    DeadlineExceeded,
+    EngineError,
+    InvalidRequest,
+    NoCandidate,
+    ReplicaDied,
+)
 from serve_app.gateway.extension import completion_extension
 from serve_app.schemas import Action, Report
 from serve_app.schemas import Path as DecidedBy
@@ -67,6 +73,22 @@ async def test_the_answer_that_most_agree_on_is_given_unchanged(graph: Path2) ->
     graph.engines.says = {"cheap": "5", "math": "4", "strong": "6"}
     text, report = await graph.ask("topic 1")
     assert (text, report.answer_step, report.pair) == ("5", 2, CHEAP)
+
+
+async def test_the_last_pair_that_is_left_runs_again_where_its_replica_died(graph: Path2) -> None:
+    said: list[Any] = [ReplicaDied("gone"), ReplicaDied("gone"), "still here"]
+    graph.engines.says = {"math": lambda _: said.pop(0)}
+    text, report = await graph.ask(model="math@none")
+    assert (text, pairs(report)) == ("still here", ["math@none"])
+
+
+async def test_another_pair_takes_over_where_a_replica_died(graph: Path2) -> None:
+    await graph.promote(plain_snapshot())
+    graph.engines.says = {"math": ReplicaDied("gone")}
+    _, report = await graph.ask("topic 1")
+    assert pairs(report)[0] == "math@none"
+    assert len(graph.engines.asked("math")) == 1
+    assert [step.error is None for step in report.steps] == [False, True]
 
 
 async def test_all_steps_are_listed_counted_and_stored(graph: Path2) -> None:

@@ -1,0 +1,62 @@
+"""What the `atlas` commands share: the terminal, their options, and how they fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from serve_app.config import AtlasConfig, load_config
+from serve_app.errors import ConfigError
+
+console = Console()
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", help="Configuration file of the deployment.")
+]
+UrlOption = Annotated[
+    str, typer.Option("--url", envvar="ATLAS_URL", help="Where the gateway listens.")
+]
+KeyOption = Annotated[
+    str, typer.Option("--api-key", envvar="ATLAS_API_KEY", help="API key, where one is required.")
+]
+
+
+def fail(message: str) -> typer.Exit:
+    """Print why, and give what to raise."""
+    console.print(f"[red]error:[/red] {message}", highlight=False)
+    return typer.Exit(1)
+
+
+def load(path: Path) -> AtlasConfig:
+    """The configuration in a file.
+
+    Raises:
+        typer.Exit: If it cannot work; the reason is printed.
+    """
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        raise fail(error.message) from None
+
+
+@contextmanager
+def api_errors(url: str) -> Iterator[None]:
+    """Turns what the client raises into a line and an exit."""
+    import openai
+
+    try:
+        yield
+    except openai.APIStatusError as error:
+        body = error.body if isinstance(error.body, dict) else {}
+        raise fail(f"{body.get('message', error.message)} ({error.status_code})") from None
+    except openai.APIConnectionError:
+        raise fail(f"nothing answers at {url}; is `atlas serve` running?") from None
+    except openai.APIError as error:
+        raise fail(error.message) from None

@@ -1,0 +1,149 @@
+"""The pool over HTTP: admins add, change and remove models and tools.
+
+A handler only writes what is wanted to the store; the controller brings it about. So a change is
+taken in milliseconds, and how far it is stands at `GET /v1/admin/models`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve_app.config import (
+    AtlasConfig,
+    CustomModelConfig,
+    LocalModelConfig,
+    ModelConfig,
+    PriceConfig,
+    RemoteModelConfig,
+)
+from serve_app.errors import InvalidRequest
+from serve_app.gateway.errors import JsonResponse
+from serve_app.gateway.parsing import parse_json, validate
+from serve_app.gateway.pool_view import PoolView
+from serve_app.gateway.wire import ModelSubmission, ToolSubmission
+from serve_app.models.desired import DesiredPool
+from serve_app.store import Store
+
+Json = dict[str, Any]
+
+_KEY_SUFFIX = "_API_KEY"
+
+
+class PoolAdmin:
+    """The handlers of `/v1/admin/models` and `/v1/admin/tools`."""
+
+    def __init__(self, config: AtlasConfig, store: Store, view: Callable[[], PoolView]) -> None:
+        """Of a deployment.
+
+        Args:
+            config: As in its file.
+            store: Holds the desired pool.
+            view: The pool as it is now.
+        """
+        self._pool = DesiredPool(config, store)
+        self._max_depth = config.gateway.limits.max_json_depth
+        self._allows_custom = config.pool.allow_custom_models
+        self._view = view
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/admin/models`."""
+        view = self._view()
+        return _listed(view, view.admin_models())
+
+    async def tools(self, request: Request) -> Response:
+        """`GET /v1/admin/tools`."""
+        view = self._view()
+        return _listed(view, view.admin_tools())
+
+    async def add_model(self, request: Request) -> Response:
+        """`POST /v1/admin/models`."""
+        model = self._model(request)
+        revision = await self._pool.add_model(model)
+        return _taken("model", model.model_id, "added", revision, 202)
+
+    async def update_model(self, request: Request) -> Response:
+        """`PUT /v1/admin/models/{model_id}`."""
+        model, model_id = self._model(request), request.path_params["model_id"]
+        if model.model_id != model_id:
+            raise InvalidRequest(
+                f"the path names model {model_id!r}, the body {model.model_id!r}", "model_id"
+            )
+        revision = await self._pool.update_model(model)
+        return _taken("model", model_id, "changed", revision, 202)
+
+    async def set_price(self, request: Request) -> Response:
+        """`PATCH /v1/admin/models/{model_id}`."""
+        model_id = request.path_params["model_id"]
+        price = validate(PriceConfig, self._body(request), strict=True)
+        revision = await self._pool.set_price(model_id, price)
+        return _taken("model", model_id, "changed", revision, 200)
+
+    async def remove_model(self, request: Request) -> Response:
+        """`DELETE /v1/admin/models/{model_id}`."""
+        model_id = request.path_params["model_id"]
+        revision = await self._pool.remove_model(model_id)
+        return _taken("model", model_id, "removed", revision, 202)
+
+    async def add_tool(self, request: Request) -> Response:
+        """`POST /v1/admin/tools`."""
+        said = validate(ToolSubmission, self._body(request), strict=True)
+        model_ids = None if said.models is None else tuple(said.models)
+        revision = await self._pool.add_tool(said.tool, model_ids)
+        return _taken("tool", said.tool.tool_id, "added", revision, 202)
+
+    async def remove_tool(self, request: Request) -> Response:
+        """`DELETE /v1/admin/tools/{tool_id}`."""
+        tool_id = request.path_params["tool_id"]
+        revision = await self._pool.remove_tool(tool_id)
+        return _taken("tool", tool_id, "removed", revision, 202)
+
+    def _body(self, request: Request) -> Json:
+        return parse_json(request.scope["atlas"].body, self._max_depth)
+
+    def _model(self, request: Request) -> ModelConfig:
+        """The model in the body, if HTTP may bring it.
+
+        Raises:
+            InvalidRequest: If a setting is wrong, or only a configuration file may have it.
+        """
+        model = validate(ModelSubmission, self._body(request), strict=True).root
+        if isinstance(model, CustomModelConfig) and not self._allows_custom:
+            raise InvalidRequest(
+                "a custom model runs code: it is added in the configuration file, or where "
+                "pool.allow_custom_models is set",
+                "type",
+            )
+        if isinstance(model, LocalModelConfig) and model.model_source.startswith("."):
+            raise InvalidRequest(
+                "model_source: a folder is named by its absolute path here", "model_source"
+            )
+        if (
+            isinstance(model, RemoteModelConfig)
+            and model.api_key_env is not None
+            and not model.api_key_env.endswith(_KEY_SUFFIX)
+        ):
+            # What the variable holds is sent to an address of the sender's choice.
+            raise InvalidRequest(
+                f"api_key_env: only variables that end in {_KEY_SUFFIX} can be named here",
+                "api_key_env",
+            )
+        return model
+
+
+def _listed(view: PoolView, rows: list[Json]) -> JsonResponse:
+    versions = {"pool_version": view.pool.pool_version, "revision": view.pool.revision}
+    return JsonResponse({"object": "list", "data": rows, **versions})
+
+
+def _taken(kind: str, name: str, change: str, revision: int, status: int) -> JsonResponse:
+    body = {
+        "object": f"atlas.{kind}",
+        f"{kind}_id": name,
+        "change": change,
+        "revision": revision,
+    }
+    return JsonResponse(body, status)

@@ -1,0 +1,301 @@
+"""The desired pool: the configuration file's models and tools, and what admins changed since.
+
+The store holds it, one revision after another (`serve_app.store.pool`); the controller brings the
+cluster there. A member that an admin changed stays as the admin left it until the file's own text
+of that member changes: the later word counts. Every revision is a configuration that can work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+
+from serve_app.config import AtlasConfig, ModelConfig, PriceConfig
+from serve_app.errors import Conflict, InvalidRequest, NotFound, StoreError
+from serve_app.schemas import NO_TOOL, Pair
+from serve_app.store import PoolRevision, Store, add_pool, newest_pool
+from serve_app.tools.config import ToolConfig
+
+Json = dict[str, Any]
+Members = dict[str, Json]
+"""Id to settings, in the pool's order."""
+
+_TRIES = 20
+
+
+def members_of(config: AtlasConfig) -> tuple[Members, Members]:
+    """Models and tools of a configuration by id, as JSON."""
+    return (
+        {model.model_id: model.model_dump(mode="json") for model in config.models},
+        {tool.tool_id: tool.model_dump(mode="json") for tool in config.tools},
+    )
+
+
+def with_pool(config: AtlasConfig, models: Members, tools: Members) -> AtlasConfig:
+    """A configuration with another pool.
+
+    What elsewhere names a pair, model or tool that is not there is left out: the pool comes and
+    goes, and what names its parts must not keep it from doing so.
+
+    Raises:
+        InvalidRequest: If it cannot work; the message names the setting.
+    """
+    known = {NO_TOOL, *tools}
+    admitted = []
+    for settings in models.values():
+        usable = [tool_id for tool_id in settings["tools"] if tool_id in known]
+        admitted.append({**settings, "tools": usable or [NO_TOOL]})
+    pairs = {Pair(model["model_id"], tool) for model in admitted for tool in model["tools"]}
+    router = config.router
+    changed: Json = {}
+    if router.fallback is not None and Pair.parse(router.fallback) not in pairs:
+        changed["fallback"] = None
+    if router.planner not in models:
+        changed["planner"] = None
+    whole = {
+        **{name: getattr(config, name) for name in AtlasConfig.model_fields},
+        "models": admitted,
+        "tools": list(tools.values()),
+        "pairs": tuple(card for card in config.pairs if Pair.parse(card.pair) in pairs),
+        "router": router.model_copy(update=changed),
+    }
+    try:
+        return AtlasConfig.model_validate(whole)
+    except ValidationError as error:
+        raise InvalidRequest(f"the pool cannot work so: {error.errors()[0]['msg']}") from None
+
+
+class DesiredPool:
+    """Reads and changes the pool that is wanted.
+
+    Invariants:
+        - A change is made on top of the newest revision, or made again.
+        - What the store holds is a configuration that can work.
+    """
+
+    def __init__(self, config: AtlasConfig, store: Store) -> None:
+        """Of a deployment.
+
+        Args:
+            config: As in its file.
+            store: Holds the revisions.
+        """
+        self._config = config
+        self._store = store
+
+    async def current(self) -> AtlasConfig:
+        """The configuration with the pool that is wanted now.
+
+        Raises:
+            StoreError: If the store is away.
+        """
+        return with_pool(self._config, *self._wanted(await newest_pool(self._store)))
+
+    def of(self, revision: PoolRevision) -> AtlasConfig:
+        """The configuration with the pool of a revision."""
+        models, tools = _members(revision)
+        return with_pool(self._config, models, tools)
+
+    async def apply_file(self) -> PoolRevision:
+        """Take over what changed in the file since it was last applied, and nothing else.
+
+        Returns:
+            The newest revision after it.
+
+        Raises:
+            StoreError: If the store is away.
+        """
+        models, tools = members_of(self._config)
+        file = {"models": models, "tools": tools}
+        for _ in range(_TRIES):
+            newest = await newest_pool(self._store)
+            if newest is not None and newest.from_file == file:
+                return newest
+            written = await self._write(newest, *self._wanted(newest), file, "the configuration")
+            if written is not None:
+                return written
+        raise StoreError("the pool is being changed by too many at once; try again")
+
+    async def add_model(self, model: ModelConfig) -> int:
+        """Add a model.
+
+        Returns:
+            The revision of the pool that has it.
+
+        Raises:
+            Conflict: If there is one of that id.
+            InvalidRequest: If the pool cannot work with it.
+            StoreError: If the store is away.
+        """
+
+        def change(models: Members, tools: Members) -> None:
+            if model.model_id in models:
+                raise Conflict(f"model {model.model_id!r} is in the pool; PUT changes it")
+            _check_tools(model, tools)
+            models[model.model_id] = model.model_dump(mode="json")
+
+        return await self._change(f"added model {model.model_id}", change)
+
+    async def update_model(self, model: ModelConfig) -> int:
+        """Give a model other settings; as `add_model`, and `NotFound` without it."""
+
+        def change(models: Members, tools: Members) -> None:
+            _find(models, "model", model.model_id)
+            _check_tools(model, tools)
+            models[model.model_id] = model.model_dump(mode="json")
+
+        return await self._change(f"changed model {model.model_id}", change)
+
+    async def set_price(self, model_id: str, price: PriceConfig) -> int:
+        """Change what a model's tokens cost; the revision.
+
+        Raises:
+            NotFound: If there is no such model.
+            StoreError: If the store is away.
+        """
+
+        def change(models: Members, tools: Members) -> None:
+            settings = _find(models, "model", model_id)
+            models[model_id] = {**settings, "price": price.model_dump(mode="json")}
+
+        return await self._change(f"changed the price of model {model_id}", change)
+
+    async def remove_model(self, model_id: str) -> int:
+        """Take a model out; the last one stays. Returns the revision.
+
+        Raises:
+            NotFound: If there is no such model.
+            InvalidRequest: If it is the only one.
+            StoreError: If the store is away.
+        """
+
+        def change(models: Members, tools: Members) -> None:
+            _find(models, "model", model_id)
+            if len(models) == 1:
+                raise InvalidRequest(f"model {model_id!r} is the only one, and a pool needs one")
+            del models[model_id]
+
+        return await self._change(f"removed model {model_id}", change)
+
+    async def add_tool(self, tool: ToolConfig, model_ids: tuple[str, ...] | None) -> int:
+        """Add a tool.
+
+        Args:
+            tool: Its settings.
+            model_ids: Models that may work with it; `None` is all.
+
+        Returns:
+            The revision of the pool that has it.
+
+        Raises:
+            Conflict: If there is one of that id.
+            NotFound: If there is no such model.
+            StoreError: If the store is away.
+        """
+        tool_id = tool.tool_id
+
+        def change(models: Members, tools: Members) -> None:
+            if tool_id in tools:
+                raise Conflict(f"tool {tool_id!r} is in the pool; remove it first")
+            tools[tool_id] = tool.model_dump(mode="json")
+            for model_id in models if model_ids is None else model_ids:
+                settings = _find(models, "model", model_id)
+                if tool_id not in settings["tools"]:
+                    models[model_id] = {**settings, "tools": [*settings["tools"], tool_id]}
+
+        return await self._change(f"added tool {tool_id}", change)
+
+    async def remove_tool(self, tool_id: str) -> int:
+        """Take a tool out, and its pairs with it; the revision.
+
+        Raises:
+            NotFound: If there is no such tool.
+            StoreError: If the store is away.
+        """
+
+        def change(models: Members, tools: Members) -> None:
+            _find(tools, "tool", tool_id)
+            del tools[tool_id]
+            for model_id, settings in models.items():
+                kept = [name for name in settings["tools"] if name != tool_id]
+                models[model_id] = {**settings, "tools": kept or [NO_TOOL]}
+
+        return await self._change(f"removed tool {tool_id}", change)
+
+    def _wanted(self, newest: PoolRevision | None) -> tuple[Members, Members]:
+        """A revision's models and tools, with what changed in the file since."""
+        models, tools = members_of(self._config)
+        if newest is None:
+            return models, tools
+        held_models, held_tools = _members(newest)
+        before = newest.from_file
+        return (
+            _merged(held_models, before["models"], models),
+            _merged(held_tools, before["tools"], tools),
+        )
+
+    async def _change(self, what: str, change: Callable[[Members, Members], None]) -> int:
+        """Make a change on top of the newest revision; the revision it is in."""
+        for _ in range(_TRIES):
+            newest = await newest_pool(self._store) or await self.apply_file()
+            models, tools = _members(newest)
+            change(models, tools)
+            with_pool(self._config, models, tools)
+            written = await self._write(newest, models, tools, newest.from_file, what)
+            if written is not None:
+                return written.revision
+        raise StoreError("the pool is being changed by too many at once; try again")
+
+    async def _write(
+        self,
+        newest: PoolRevision | None,
+        models: Members,
+        tools: Members,
+        from_file: Json,
+        change: str,
+    ) -> PoolRevision | None:
+        """The next revision, as written; `None` if somebody else was first."""
+        written = await add_pool(
+            self._store,
+            1 if newest is None else newest.revision + 1,
+            models=tuple(models.values()),
+            tools=tuple(tools.values()),
+            from_file=from_file,
+            change=change,
+        )
+        return await newest_pool(self._store) if written else None
+
+
+def _members(revision: PoolRevision) -> tuple[Members, Members]:
+    return (
+        {settings["model_id"]: settings for settings in revision.models},
+        {settings["tool_id"]: settings for settings in revision.tools},
+    )
+
+
+def _merged(held: Members, before: Members, file: Members) -> Members:
+    """What is held, with what changed in the file since it was last applied."""
+    merged = {
+        name: settings for name, settings in held.items() if name in file or name not in before
+    }
+    return merged | {
+        name: settings for name, settings in file.items() if before.get(name) != settings
+    }
+
+
+def _find(members: Members, kind: str, name: str) -> Json:
+    if name not in members:
+        raise NotFound(f"there is no {kind} {name!r} in the pool")
+    return members[name]
+
+
+def _check_tools(model: ModelConfig, tools: Members) -> None:
+    for tool_id in model.tools:
+        if tool_id != NO_TOOL and tool_id not in tools:
+            raise InvalidRequest(
+                f"model {model.model_id!r} names tool {tool_id!r}; "
+                f"the pool has: {sorted({NO_TOOL, *tools})}",
+                "tools",
+            )
