@@ -93,6 +93,11 @@ class Connection(asyncio.Protocol):
         """Whether another request can go out on it."""
         return self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def received(self) -> bytes:
+        """What came of the answer so far, its head included."""
+        return bytes(self._buffer)
+
     def close(self) -> None:
         """Close at once."""
         if self._transport is not None:

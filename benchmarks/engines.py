@@ -76,6 +76,43 @@ class InstantModel:
         yield pieces[2:]
 
 
+class PacedModel:
+    """Answers in the same words over a given time, after the tool it is offered, if any."""
+
+    def __init__(self, seconds: float, expression: str = "6 * 7") -> None:
+        """Set the pace.
+
+        Args:
+            seconds: From the first word to the last, or to the whole answer.
+            expression: What it asks the calculator.
+        """
+        self._seconds = seconds
+        self._expression = expression
+
+    async def complete(self, body: ChatBody) -> dict[str, Any]:
+        """See `ModelServer.complete`."""
+        await asyncio.sleep(self._seconds)
+        answer = completion()
+        if body.get("tools") and body["messages"][-1]["role"] != "tool":
+            name = body["tools"][0]["function"]["name"]
+            arguments = json.dumps({"expression": self._expression})
+            function = {"name": name, "arguments": arguments}
+            call = {"id": "call_1", "type": "function", "function": function}
+            answer["choices"][0] |= {
+                "message": {"role": "assistant", "content": None, "tool_calls": [call]},
+                "finish_reason": "tool_calls",
+            }
+        return answer
+
+    async def stream(self, body: ChatBody) -> AsyncIterator[list[dict[str, Any]]]:
+        """See `ModelServer.stream`: word after word at an even pace."""
+        pieces = chunks()
+        for piece in pieces[:-1]:
+            yield [piece]
+            await asyncio.sleep(self._seconds / len(pieces))
+        yield pieces[-1:]
+
+
 class Upstream(asyncio.Protocol):
     """The answers over HTTP/1.1 with keep-alive, at the least cost Python allows."""
 

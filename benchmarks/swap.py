@@ -1,11 +1,12 @@
 """Does swapping policies cost a request, a consistent answer, or time?
 
-How to run: `python -m benchmarks.swap --out FILE.json [--nano] [--rate R] [--seconds S]`. It starts
-Ray and the graph of `configs/swap.yaml` (three engines that answer at once, two router replicas;
-with `--nano` that of `configs/nano.yaml`), and sends one constant open-loop load: whole and
-streamed requests, of one and of two steps. Meanwhile 20 policies are promoted and rolled back, in
-four blocks; between the blocks nothing changes. All of it is one run, so other work on the machine
-falls on both alike.
+How to run: `python -m benchmarks.swap --out FILE.json [--nano | --deployment CONFIG] [--requests N]
+[--seconds S]`. It starts Ray and the graph of `configs/swap.yaml` (three engines that answer at
+once, two router replicas; `--nano` takes the real engines of `configs/nano.yaml`), waits until each
+model answers, and sends one constant open-loop load: whole and streamed requests, of one and of two
+steps, to the models without a tool. Meanwhile 20 policies are promoted and rolled back, in four
+blocks; between the blocks nothing changes. All of it is one run, so other work on the machine falls
+on both alike, and every policy asks engines of the same kind.
 
 Results to expect: no request fails, each one names one policy version, at all its steps, and took
 the pairs which that policy takes; p99 during swaps at most 1.5 times the steady one; every replica
@@ -35,10 +36,15 @@ from benchmarks.serving import free_port, machine, show_targets
 from benchmarks.stats import Target, percentile
 from benchmarks.swap_load import Answer, SwapLoad
 from serve_app.config import AtlasConfig
+from serve_app.errors import ConfigError
 from serve_app.router.cold_start import PairCard, pair_cards
 from serve_app.router.snapshot import RouterSnapshot, Scale
+from serve_app.schemas import NO_TOOL, MemberState
 
 ROOT = Path(__file__).parent.parent
+SCRIPTED, NANO = ROOT / "configs" / "swap.yaml", ROOT / "configs" / "nano.yaml"
+_REQUESTS = {True: (13_200, 10_000), False: (2_640, 2_000)}
+"""By whether the engines are scripted: requests of a run, and the fewest that count."""
 NUM_POLICIES = 20
 NUM_BLOCKS = 4
 MAX_STEPS = (1, 1, 1, 2)
@@ -62,8 +68,8 @@ class Swap:
     done_unix_s: float
     kind: str
     """`promote` or `rollback`."""
-    order: tuple[str, ...] | None
-    """Pairs in the order in which the policy takes them; `None` where that is not known."""
+    order: tuple[str, ...]
+    """Pairs in the order in which the policy takes them."""
     settled_s: float | None = None
     """From the publication to the last request that began with an older policy."""
 
@@ -160,41 +166,36 @@ def eager_policy(dim: int) -> dict[str, NDArray[np.float32]]:
 class Swapper:
     """Promotes and rolls back while the load runs."""
 
-    def __init__(self, config: AtlasConfig, *, nano: bool) -> None:
+    def __init__(self, config: AtlasConfig) -> None:
         """Prepare the snapshots; nothing is published.
 
         Args:
             config: The deployment.
-            nano: Whether to build on the shipped snapshot instead of a made-up one.
+
+        Raises:
+            ConfigError: If it has fewer than two models that answer without a tool.
         """
         self._config = config
         self.record = Record()
         cards = pair_cards(config)
-        names = [str(card.pair) for card in cards]
-        self._orders: dict[str | None, tuple[str, ...] | None] = {}
-        self._snapshots: list[tuple[RouterSnapshot, tuple[str, ...] | None]] = []
+        plain = [row for row, card in enumerate(cards) if card.pair.tool_id == NO_TOOL]
+        others = [row for row in range(len(cards)) if row not in plain]
+        if len(plain) < 2:
+            raise ConfigError("swapping shows where two models answer without a tool")
+        self._orders: dict[str | None, tuple[str, ...]] = {}
+        self._snapshots: list[tuple[RouterSnapshot, tuple[str, ...]]] = []
         for number in range(NUM_POLICIES + 1):
-            if nano:
-                snapshot = self._nano_snapshot(number)
-                self._snapshots.append((snapshot, None))
-                continue
-            order = tuple(int(index) for index in np.roll(np.arange(len(cards)), number))
-            made = ranked_snapshot(cards, config.embedder.model, order)
+            order = np.roll(plain, number).tolist()
+            made = ranked_snapshot(cards, config.embedder.model, [*order, *others])
             # No two are the same, so that each is loaded from its own files.
             made = replace(made, metadata=dict(made.metadata) | {"number": number})
-            self._snapshots.append((made, tuple(names[index] for index in order)))
-
-    def _nano_snapshot(self, number: int) -> RouterSnapshot:
-        from serve_app.router.snapshot import load_snapshot
-
-        assert self._config.router.snapshot is not None
-        base = load_snapshot(Path(self._config.router.snapshot))
-        about = dict(base.metadata) | {"number": number}
-        return replace(base, policy=eager_policy(base.dim), metadata=about)
+            self._snapshots.append((made, tuple(str(cards[row].pair) for row in order)))
 
     async def first(self) -> int:
         """Publish the policy that serves before any swap."""
-        return (await self._promote(0)).policy_version
+        swap = await self._promote(0)
+        self.record.swaps.append(replace(swap, began_unix_s=0.0, done_unix_s=0.0))
+        return swap.policy_version
 
     async def run(self, block_s: float) -> None:
         """Steady and swapping blocks in turn."""
@@ -268,22 +269,26 @@ async def run_load(load: SwapLoad, record: Record) -> None:
         record.answers.append(Answer(**fields))
 
 
-async def measure(config: AtlasConfig, port: int, *, nano: bool, rate: float, seconds: float
-                  ) -> Record:  # fmt: skip
-    """Load and swaps, side by side."""
-    swapper = Swapper(config, nano=nano)
-    first = await swapper.first()
-    await until_serves(port, first)
-    load = SwapLoad(port, rate, WARM_UP_S + 2 * NUM_BLOCKS * seconds, MAX_STEPS)
-    console.print(f"{rate:g} requests/s for {load.seconds:.0f} s …")
+async def measure(config: AtlasConfig, port: int, *, requests: int, seconds: float) -> Record:
+    """Load and swaps, side by side.
+
+    Args:
+        config: Of the graph that runs.
+        port: Of its HTTP proxy.
+        requests: In all, evenly over the run.
+        seconds: Of each block.
+    """
+    swapper = Swapper(config)
+    await until_serves(port, await swapper.first())
+    in_all_s = WARM_UP_S + 2 * NUM_BLOCKS * seconds
+    load = SwapLoad(port, requests / in_all_s, in_all_s, MAX_STEPS)
+    console.print(f"{load.rate:.1f} requests/s for {load.seconds:.0f} s …")
 
     async def swap() -> None:
         await asyncio.sleep(WARM_UP_S)
         swapper.record.began_unix_s = time.time()
         await swapper.run(seconds)
 
-    order = swapper._snapshots[0][1]
-    swapper.record.swaps.append(Swap(first, 0.0, 0.0, "promote", order))
     await asyncio.gather(run_load(load, swapper.record), swap())
     return swapper.record
 
@@ -311,8 +316,8 @@ def inconsistent(answers: Sequence[Answer], swaps: Sequence[Swap]) -> list[Answe
             continue
         version = answer.policy_version
         order = orders.get(version) if version is not None else None
-        one = version in orders and set(answer.step_versions) == {version}
-        if not one or (order is not None and answer.pairs != order[: len(answer.pairs)]):
+        one = set(answer.step_versions) == {version}
+        if not one or order is None or answer.pairs != order[: len(answer.pairs)]:
             found.append(answer)
     return found
 
@@ -330,8 +335,13 @@ def settle(answers: Sequence[Answer], swaps: Sequence[Swap]) -> None:
         swap.settled_s = max(late, default=0.0)
 
 
-def judge(record: Record) -> tuple[dict[str, Any], list[Target]]:
-    """The figures, and what they are held against."""
+def judge(record: Record, min_requests: int) -> tuple[dict[str, Any], list[Target]]:
+    """The figures, and what they are held against.
+
+    Args:
+        record: What happened.
+        min_requests: The fewest that count.
+    """
     counted = [a for a in record.answers if a.began_unix_s >= record.began_unix_s]
     settle(record.answers, record.swaps[1:])
     failed = [a for a in record.answers if a.error is not None]
@@ -369,7 +379,7 @@ def judge(record: Record) -> tuple[dict[str, Any], list[Target]]:
     }
     targets = [
         Target("failed requests", float(len(failed)), "<=", 0.0),
-        Target("requests", float(len(record.answers)), ">=", 10_000.0),
+        Target("requests", float(len(record.answers)), ">=", float(min_requests)),
         Target("answers without one consistent policy", float(len(wrong)), "<=", 0.0),
         Target("p99 during swaps over the steady one", swaps / max(steady, 1e-9), "<=", 1.5),
         Target("slowest swap at every replica, s", slowest_s, "<=", 2.0),
@@ -381,15 +391,20 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--nano", action="store_true", help="the real nano pool, at a lower rate")
-    parser.add_argument("--rate", type=float, help="requests per second [80; nano 8]")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--nano", action="store_const", dest="deployment", const=NANO,
+                       help="the real nano pool")  # fmt: skip
+    which.add_argument("--deployment", type=Path, default=SCRIPTED, help="[configs/swap.yaml]")
+    parser.add_argument("--requests", type=int,
+                        help="in all [13200; of another deployment 2640]")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=20.0, help="of each of the 8 blocks")
     args = parser.parse_args()
-    rate = args.rate or (8.0 if args.nano else 80.0)
+    path: Path = args.deployment.resolve()
+    requests, min_requests = _REQUESTS[path == SCRIPTED.resolve()]
+    requests = args.requests or requests
     from serve_app.config import load_config
     from serve_app.running import running_graph
 
-    path = ROOT / "configs" / ("nano.yaml" if args.nano else "swap.yaml")
     port = free_port()
     with ExitStack() as stack:
         # A store of its own: what other runs left behind must not count.
@@ -398,16 +413,17 @@ def main() -> None:
         graph = stack.enter_context(running_graph(path, port=port))
         for state in graph.wait_for_pool():
             console.print(*(f"  {m.model_id}: {m.state.value}" for m in state.models))
+        if any(member.state is not MemberState.READY for member in state.models):
+            raise SystemExit("not every model answers, so there is nothing to measure")
         config = load_config(path)
-        record = asyncio.run(measure(config, port, nano=args.nano, rate=rate, seconds=args.seconds))
+        record = asyncio.run(measure(config, port, requests=requests, seconds=args.seconds))
         about = machine()
-    figures, held = judge(record)
+    figures, held = judge(record, min_requests)
     console.print_json(json.dumps(figures))
     show_targets(held)
     written = {
         "machine": about,
         "config": path.name,
-        "rate_per_s": rate,
         "block_s": args.seconds,
         **figures,
         "swaps": [asdict(swap) for swap in record.swaps[1:]],

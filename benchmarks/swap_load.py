@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.client import Connection, Load, build_request
+from serve_app.schemas import NO_TOOL
 
 _MAX_IN_FLIGHT = 512
 _MAX_IDLE_S = 4.0
@@ -94,7 +95,7 @@ class _Client:
     async def run(self) -> None:
         running: set[asyncio.Task[None]] = set()
         began_s = time.perf_counter()
-        for number in range(int(self._load.rate * self._load.seconds)):
+        for number in range(round(self._load.rate * self._load.seconds)):
             due_s = began_s + number / self._load.rate
             await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
             if len(running) >= _MAX_IN_FLIGHT:
@@ -107,7 +108,8 @@ class _Client:
 
     async def _ask(self, number: int, due_s: float) -> None:
         max_steps, streamed = self._shapes[number % len(self._shapes)]
-        options: dict[str, Any] = {"max_steps": max_steps, "alpha": 0.0}
+        # Without a tool every model does the same work, whichever a policy takes first.
+        options: dict[str, Any] = {"max_steps": max_steps, "alpha": 0.0, "tools": [NO_TOOL]}
         body = {"model": "atlas", "max_tokens": 16, "temperature": 0, "atlas": options}
         load = Load("127.0.0.1", self._load.port, "/v1/chat/completions", "open", 0.0,
                     body=body, stream=streamed)  # fmt: skip

@@ -13,28 +13,29 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
+from rl.backend import Backend
 from rl.config import TrainConfig
 from rl.env import spaces_of
 from rl.module import RoutingLearner, RoutingModule
-from rl.sampling import Augmentation, FragmentsToBatch, ReplayEnvRunner, TableBox
-from rl.table import ReplayTable
+from rl.sampling import Augmentation, BackendBox, FragmentEnvRunner, FragmentsToBatch
 
 logger = logging.getLogger(__name__)
 
 
-def make_algorithm(table: ReplayTable, settings: TrainConfig) -> Algorithm:
-    """Build PPO over a table; `stop()` it when done. Ray must be initialised.
+def make_algorithm(backend: Backend, settings: TrainConfig) -> Algorithm:
+    """Build PPO over a backend; `stop()` it when done. Ray must be initialised.
 
     The learner and, without env runners on the cluster, the sampling run in this process and
     reserve nothing of Ray. Env runners are actors that reserve `num_cpus_per_env_runner` each; they
     die with this process.
 
     Args:
-        table: The questions to train on.
+        backend: Has the questions to train on, and runs the pairs.
         settings: Of the training.
     """
     num_env_runners = env_runners_that_fit(settings)
     rows = settings.num_envs_per_env_runner * max(1, num_env_runners)
+    table = backend.table
     observation_space, action_space = spaces_of(table.embeddings.shape[1], table.num_pairs)
     # They warn of what is set here on purpose, and of RLlib's own deprecated calls.
     for name in ("ray.rllib", "ray._common.deprecation"):
@@ -45,13 +46,13 @@ def make_algorithm(table: ReplayTable, settings: TrainConfig) -> Algorithm:
             observation_space=observation_space,
             action_space=action_space,
             env_config={
-                "box": TableBox(table, travels=num_env_runners > 0),
+                "box": BackendBox(backend, travels=num_env_runners > 0),
                 "settings": settings.env,
                 "augmentation": Augmentation(**settings.augmentation.model_dump()),
             },
         )
         .env_runners(
-            env_runner_cls=ReplayEnvRunner,
+            env_runner_cls=FragmentEnvRunner,
             num_env_runners=num_env_runners,
             num_cpus_per_env_runner=settings.num_cpus_per_env_runner,
             num_envs_per_env_runner=settings.num_envs_per_env_runner,

@@ -20,9 +20,11 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from rl.training_command import train_command
-from serve_app.cli import ConfigOption, app, console, fail, load
+from serve_app.cli import app
 from serve_app.config import AtlasConfig
+from serve_app.console import ConfigOption, console, fail, load
 from serve_app.errors import AtlasError
+from serve_app.models.desired import DesiredPool
 from serve_app.schemas import Pair
 from serve_app.store import Mode, Store
 
@@ -43,6 +45,13 @@ def profile_command(
     judge: Annotated[
         str | None, typer.Option(help="model@tool that judges answers of the metric 'judge'.")
     ] = None,
+    planner: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that thinks once about each question; every pair runs a second time with "
+            "its thought. Training reads what router.planner thought. [router.planner]"
+        ),
+    ] = None,
     sample: Annotated[
         float, typer.Option(help="Share of the pairs each question is given to.", min=0.001, max=1)
     ] = 1.0,
@@ -59,6 +68,7 @@ def profile_command(
     settings = ProfileSettings(
         models=frozenset(model) if model else None,
         judge=None if judge is None else Pair.parse(judge),
+        planner=planner,
         sample=sample,
         max_cost_usd=max_cost_usd,
         concurrency=concurrency,
@@ -83,7 +93,7 @@ def profile_command(
     def show(progress: Progress) -> None:
         bar.update(task, total=progress.total, completed=progress.done, cost=progress.cost_usd)
 
-    async def work(store: Store) -> Progress:
+    async def work(deployment: AtlasConfig, store: Store) -> Progress:
         return await profile(deployment, asked, store, settings, show)
 
     try:
@@ -98,6 +108,8 @@ def profile_command(
         f"{done.done} outcomes measured, {done.skipped} were there, ${done.cost_usd:.6f}",
         highlight=False,
     )
+    if done.thoughts:
+        console.print(f"{done.thoughts} of them are thoughts of the planner", highlight=False)
     if done.judged:
         share = done.judge_agreed / done.judged
         console.print(f"the judge said the same in both orders in {share:.0%} of {done.judged}")
@@ -124,7 +136,7 @@ def fit_command(
     deployment = load(config)
     began_s = time.monotonic()
 
-    async def work(store: Store) -> Any:
+    async def work(deployment: AtlasConfig, store: Store) -> Any:
         return await fit_snapshot(deployment, store, FitSettings(seed=seed), with_traffic=traffic)
 
     with console.status("fitting …"):
@@ -173,7 +185,7 @@ def evaluate_command(
 
     deployment = load(config)
 
-    async def work(store: Store) -> Any:
+    async def work(deployment: AtlasConfig, store: Store) -> Any:
         names = await resolve(store, candidate), await resolve(store, against)
         return await evaluate_snapshot(deployment, store, *names)
 
@@ -211,7 +223,7 @@ def promote_command(
         raise fail("--canary takes a share between 0 and 1, and does not go with --shadow")
     mode, share = trial_of(canary, shadow=shadow)
 
-    async def work(store: Store) -> Any:
+    async def work(deployment: AtlasConfig, store: Store) -> Any:
         snapshot_id = await resolve(store, candidate)
         promoted = await promote_evaluated(
             deployment, store, snapshot_id, force=force, mode=mode, share=share
@@ -233,7 +245,7 @@ def rollback_command(config: ConfigOption) -> None:
     """Let what served before serve again, under a new version."""
     from rl.publish import roll_back
 
-    version, snapshot_id = _with_store(load(config), roll_back)
+    version, snapshot_id = _with_store(load(config), lambda _, store: roll_back(store))
     console.print(
         f"[green]policy {version}[/green]: {snapshot_id or 'the cold-start rule'} serves again",
         highlight=False,
@@ -245,7 +257,7 @@ def snapshots_command(config: ConfigOption) -> None:
     """List the snapshots, and which of them served when."""
     from serve_app.store import list_policies, list_snapshots
 
-    async def work(store: Store) -> Any:
+    async def work(deployment: AtlasConfig, store: Store) -> Any:
         return await list_snapshots(store), await list_policies(store)
 
     snapshots, policies = _with_store(load(config), work)
@@ -276,8 +288,8 @@ def _when(unix_s: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))
 
 
-def _with_store(config: AtlasConfig, work: Callable[[Store], Awaitable[T]]) -> T:
-    """Run something with the deployment's store open.
+def _with_store(config: AtlasConfig, work: Callable[[AtlasConfig, Store], Awaitable[T]]) -> T:
+    """Run something with the deployment's store open, and the pool that is wanted now.
 
     Raises:
         typer.Exit: If it cannot be done; the reason is printed.
@@ -286,7 +298,7 @@ def _with_store(config: AtlasConfig, work: Callable[[Store], Awaitable[T]]) -> T
     async def opened() -> T:
         store = await Store.open(config.store_url())
         try:
-            return await work(store)
+            return await work(await DesiredPool(config, store).current(), store)
         finally:
             await store.close()
 

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -72,6 +72,30 @@ class ValidationConfig(BaseConfig):
     """Iterations without a new best after which training stops; `None` never stops early."""
 
 
+class LiveConfig(BaseConfig):
+    """How the running pool is driven, and what that may cost.
+
+    The dollars and seconds are of the whole run, however often it is taken up again. At a cap it
+    ends as if it had stopped early, with the best weights so far; the same request is paid once.
+    """
+
+    max_cost_usd: float = Field(gt=0, allow_inf_nan=False)
+    """No request is sent that could exceed it, going by the dearest one of its pair in the profile
+    and in this run."""
+    max_seconds: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
+    """No request is sent after it; those under way have `deadline_s` to end."""
+    concurrency: int = Field(default=16, ge=1, le=256)
+    """Requests under way at once."""
+    deadline_s: float = Field(default=120.0, gt=0, le=3600)
+    """Of one request."""
+    judge: Annotated[str, Field(pattern=r"^[^@\s]{1,64}@[^@\s]{1,64}$")] | None = None
+    """`model_id@tool_id` that judges answers to questions of the metric `judge`."""
+
+
+_CAPS = {"max_cost_usd", "max_seconds", "concurrency"}
+"""Of `LiveConfig`: how far and how fast a run goes, not what it is."""
+
+
 class TrainConfig(BaseConfig):
     """Settings of one training run."""
 
@@ -81,6 +105,10 @@ class TrainConfig(BaseConfig):
     """Of everything that is drawn."""
     base: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")] = "newest"
     """Snapshot whose path 1 the policy goes with: an id, `newest` or `serving`."""
+
+    live: LiveConfig | None = None
+    """Samples on the running pool instead of the profile's record; `None` replays the record. Path
+    1's beliefs, and what the policy is judged by, are the profile's either way."""
 
     train_batch_size_per_learner: int = Field(default=4096, ge=16)
     """Steps per iteration."""
@@ -140,9 +168,26 @@ class TrainConfig(BaseConfig):
                 raise ValueError(f"the steps of {name} must start at 0 and rise")
         return self
 
+    @model_validator(mode="after")
+    def _samples_here(self) -> Self:
+        if self.live is not None and self.num_env_runners:
+            raise ValueError(
+                f"num_env_runners {self.num_env_runners} does not go with live: such sampling "
+                "waits for the pool, not for CPUs, and one process keeps to its caps; raise "
+                "live.concurrency instead"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same one, as plain JSON; a run goes on under other caps."""
+        plain = self.model_dump(mode="json", exclude={"base", "live"})
+        if self.live is not None:
+            plain["live"] = self.live.model_dump(mode="json", exclude=_CAPS)
+        return plain
+
     def digest(self) -> str:
         """12 characters that tell training by these settings from training by others."""
-        plain = json.dumps(self.model_dump(mode="json", exclude={"base"}), sort_keys=True)
+        plain = json.dumps(self.identity(), sort_keys=True)
         return hashlib.sha256(plain.encode()).hexdigest()[:12]
 
 
@@ -160,12 +205,18 @@ def parse_train_config(settings: dict[str, Any]) -> TrainConfig:
         raise ConfigError(f"training settings: {place}: {first['msg']}") from None
 
 
-def load_train_config(path: Path) -> tuple[TrainConfig, Path | None]:
-    """Read a training file.
+class TrainFile(NamedTuple):
+    """What a training file says."""
 
-    Returns:
-        Its settings, and the deployment configuration that its key `deployment` names, relative to
-        the file; `None` without one.
+    settings: TrainConfig
+    deployment: Path | None
+    """The deployment's configuration, where the key `deployment` names it."""
+    questions: Path | None
+    """The labelled questions of a live training, where the key `questions` names them."""
+
+
+def load_train_config(path: Path) -> TrainFile:
+    """Read a training file; the paths in it are relative to it.
 
     Raises:
         ConfigError: If it cannot be read or does not work.
@@ -176,11 +227,14 @@ def load_train_config(path: Path) -> tuple[TrainConfig, Path | None]:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(read, dict):
         raise ConfigError(f"{path}: expected settings, found {type(read).__name__}")
-    named = read.pop("deployment", None)
-    if named is not None and not isinstance(named, str):
-        raise ConfigError(f"{path}: deployment must be a path, not {named!r}")
+    named: dict[str, Path | None] = {}
+    for name in ("deployment", "questions"):
+        place = read.pop(name, None)
+        if place is not None and not isinstance(place, str):
+            raise ConfigError(f"{path}: {name} must be a path, not {place!r}")
+        named[name] = None if place is None else (path.parent / place).resolve()
     try:
         settings = parse_train_config(read)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}") from None
-    return settings, None if named is None else (path.parent / named).resolve()
+    return TrainFile(settings, **named)

@@ -24,7 +24,13 @@ from rich.table import Table
 from rl.contenders import Interval, MultiStep, Reached, Rule, bootstrap, reach
 from rl.held_out import HeldOut, read_held_out
 from rl.importance import OffPolicyEstimate
-from rl.off_policy import LoggedDecisions, estimate
+from rl.off_policy import (
+    LoggedDecisions,
+    LoggedTrajectories,
+    SteppingRule,
+    estimate,
+    estimate_trajectories,
+)
 from rl.outcomes import Outcomes
 from serve_app.router.gate import NEAR_ORACLE
 
@@ -159,7 +165,10 @@ class EvaluationReport:
     reliability: Reliability
     verdict: Verdict
     off_policy: dict[str, OffPolicyEstimate] = field(default_factory=dict)
-    """Of the candidate and the serving policy on logged traffic, where there was any."""
+    """Of the candidate and the serving policy on logged decisions of path 1, where there were any
+    and they decide once."""
+    off_policy_requests: dict[str, OffPolicyEstimate] = field(default_factory=dict)
+    """Of both on logged requests of path 2, where there were any."""
 
     @property
     def at_default(self) -> Comparison:
@@ -180,6 +189,8 @@ def evaluate(
     *,
     others: Mapping[str, Rule | MultiStep] | None = None,
     logged: LoggedDecisions | None = None,
+    logged_requests: LoggedTrajectories | None = None,
+    stepping: Mapping[str, SteppingRule] | None = None,
     settings: EvaluationSettings | None = None,
 ) -> EvaluationReport:
     """Hold a candidate policy against the serving one.
@@ -192,6 +203,8 @@ def evaluate(
         others: More policies by name, for example `cold_start` or `PATH_1`; they do not count for
             the verdict.
         logged: Traffic, for the off-policy estimate of what decides once.
+        logged_requests: Traffic of several steps, for that of `stepping`.
+        stepping: What decides the steps of a request, by the policy's name.
         settings: How they are compared.
 
     Raises:
@@ -227,6 +240,18 @@ def evaluate(
             for name, policy in ((CANDIDATE, candidate), (SERVING, serving))
             if not isinstance(policy, MultiStep)
         }
+    off_policy_requests = {}
+    if logged_requests is not None:
+        off_policy_requests = {
+            name: estimate_trajectories(
+                name,
+                rule,
+                logged_requests,
+                num_resamples=settings.num_resamples,
+                seed=settings.seed,
+            )
+            for name, rule in (stepping or {}).items()
+        }
     return EvaluationReport(
         settings=settings,
         num_queries=len(held_out.scores),
@@ -240,6 +265,7 @@ def evaluate(
         reliability=_reliability(held_out, reached[CANDIDATE], at_default),
         verdict=judge({one.alpha: one.difference.utility for one in at_alpha}, settings),
         off_policy=off_policy,
+        off_policy_requests=off_policy_requests,
     )
 
 
@@ -287,16 +313,23 @@ def show(report: EvaluationReport, console: Console) -> None:
         f"{report.reliability.error:.3f}",
         highlight=False,
     )
-    for name, known in report.off_policy.items():
-        said = f"unknown: {known.reason}"
-        if known.score is not None and known.doubly_robust is not None:
-            said = (
-                f"{_spread(known.score, '')}, doubly robust {_spread(known.doubly_robust, '')}, "
-                f"from {known.effective_size:.0f} effective requests"
-            )
-        console.print(f"{name} on logged traffic: {escape(said)}", highlight=False)
+    for where, estimates in (
+        ("logged decisions of path 1", report.off_policy),
+        ("logged requests of path 2", report.off_policy_requests),
+    ):
+        for name, known in estimates.items():
+            console.print(f"{name} on {where}: {escape(_estimated(known))}", highlight=False)
     word = "[green]may serve[/green]" if report.verdict.promote else "[red]refused[/red]"
     console.print(f"{word}: {escape(report.verdict.reason)}", highlight=False)
+
+
+def _estimated(known: OffPolicyEstimate) -> str:
+    if known.score is None or known.doubly_robust is None:
+        return f"unknown: {known.reason}"
+    return (
+        f"{_spread(known.score, '')}, doubly robust {_spread(known.doubly_robust, '')}, "
+        f"from {known.effective_size:.0f} effective requests"
+    )
 
 
 def _cells(figures: Figures, sign: str) -> list[str]:

@@ -23,6 +23,7 @@ from rl.publish import (
 from rl.selection import FitSettings
 from serve_app.config import AtlasConfig
 from serve_app.jobs import EvaluateJob, FitJob, JobRequest, ProfileJob, PromoteJob, TrainJob
+from serve_app.models.desired import DesiredPool
 from serve_app.schemas import Pair
 from serve_app.store import Store, update_job
 
@@ -40,7 +41,7 @@ async def run(config: AtlasConfig, store: Store, job_id: str, request: JobReques
     """Do a job.
 
     Args:
-        config: The deployment it works on.
+        config: The deployment it works on, as in its file.
         store: Takes its progress.
         job_id: Its row.
         request: What to do.
@@ -51,6 +52,7 @@ async def run(config: AtlasConfig, store: Store, job_id: str, request: JobReques
     Raises:
         AtlasError: If it cannot be done; the message is for the caller.
     """
+    config = await DesiredPool(config, store).current()
     if isinstance(request, ProfileJob):
         return await _profile(config, store, job_id, request)
     if isinstance(request, FitJob):
@@ -80,6 +82,7 @@ async def _profile(config: AtlasConfig, store: Store, job_id: str, request: Prof
     settings = ProfileSettings(
         models=None if request.models is None else frozenset(request.models),
         judge=None if request.judge is None else Pair.parse(request.judge),
+        planner=request.planner,
         sample=request.sample,
         max_cost_usd=request.max_cost_usd,
         concurrency=request.concurrency,
@@ -99,7 +102,9 @@ async def _train(config: AtlasConfig, store: Store, job_id: str, request: TrainJ
     # The process is this job's own; whatever serves on the same machine goes first.
     os.nice(_NICENESS)
     async with _written(store, job_id) as on_progress:
-        trained = await train(config, store, settings, on_progress)
+        trained = await train(
+            config, store, settings, on_progress, questions=request.read_questions()
+        )
     return trained.to_json()
 
 

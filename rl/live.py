@@ -11,19 +11,31 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rl.backend import StepBatch, ThoughtBatch
-from rl.measuring import Run, RunSettings, ask_pair, at_gateway, measure_pair
+from rl.config import LiveConfig
+from rl.ledger import LEDGER_FILE, Ledger
+from rl.measuring import (
+    Run,
+    RunSettings,
+    ask_planner,
+    at_gateway,
+    gateway_handle,
+    measure_pair,
+)
 from rl.table import ReplayTable
-from serve_app.errors import AtlasError, ConfigError
-from serve_app.orchestrator.planning import planner_messages
+from serve_app.config import AtlasConfig
+from serve_app.embedder import TextEncoder
+from serve_app.errors import AtlasError, ConfigError, TrainingStopped
 from serve_app.questions import Question
+from serve_app.router.cold_start import pair_cards
 from serve_app.router.features import NO_ANSWER
-from serve_app.schemas import Pair
+from serve_app.schemas import NO_TOOL, ChatCall, Pair, PoolState, Report
 from serve_app.store import ProfileOutcome
 from serve_app.tools.best_of import answer_key
 
@@ -36,6 +48,54 @@ Encode = Callable[[Sequence[str]], Float]
 """texts -> (num_texts, dim) L2-normalised."""
 
 
+_POOL_TIMEOUT_S = 60.0
+
+
+class Pool(Protocol):
+    """What a live training drives."""
+
+    async def ready_pairs(self) -> tuple[Pair, ...]:
+        """Pairs that answer now.
+
+        Raises:
+            ConfigError: If no graph runs.
+        """
+
+    async def run(self, call: ChatCall) -> tuple[Report, AtlasError | None]:
+        """Run a pinned request: a `rl.measuring.Run`."""
+
+
+class ServedPool:
+    """The pool of the graph that runs on this process's cluster."""
+
+    def __init__(self) -> None:
+        self._gateway: Any = None
+
+    async def ready_pairs(self) -> tuple[Pair, ...]:
+        """See `Pool.ready_pairs`."""
+        # Not above: rollouts on another pool need nothing of the graph.
+        from ray.serve.exceptions import RayServeException
+
+        from serve_app.models.controller import PoolController
+        from serve_app.running import deployment_handle
+
+        try:
+            response = deployment_handle(PoolController.__name__).state.remote()
+            state: PoolState = await asyncio.to_thread(response.result, timeout_s=_POOL_TIMEOUT_S)
+        except (RayServeException, TimeoutError):
+            raise ConfigError(
+                "live training drives the pool, and no graph answers on this cluster: is "
+                "`atlas serve` running?"
+            ) from None
+        return state.ready_pairs()
+
+    async def run(self, call: ChatCall) -> tuple[Report, AtlasError | None]:
+        """See `Pool.run`."""
+        if self._gateway is None:
+            self._gateway = gateway_handle()
+        return await at_gateway(call, self._gateway)
+
+
 @dataclass
 class _Episode:
     """What was said in one episode."""
@@ -46,11 +106,92 @@ class _Episode:
     """Of the answers, numbered as they came."""
 
 
+async def ready_pairs(
+    settings: LiveConfig, questions: Sequence[Question], pool: Pool
+) -> tuple[Pair, ...]:
+    """The pairs that a live training may run; sees that it can be had at all.
+
+    Args:
+        settings: Of the training.
+        questions: What it is to ask.
+        pool: What it drives.
+
+    Raises:
+        ConfigError: If there is no question, no judge where one is needed, no graph, or no pair
+            that answers.
+    """
+    if not questions:
+        raise ConfigError("live training needs the labelled questions: name `questions`")
+    judged = any(question.metric.name == "judge" for question in questions)
+    if judged and settings.judge is None:
+        raise ConfigError("some questions have the metric 'judge': name live.judge")
+    ready = await pool.ready_pairs()
+    if settings.judge is not None and Pair.parse(settings.judge) not in ready:
+        raise ConfigError(f"the judge {settings.judge} is not among the pool's ready pairs")
+    if not ready:
+        raise ConfigError("none of the pool's models is ready")
+    return ready
+
+
+def live_backend(
+    config: AtlasConfig,
+    table: ReplayTable,
+    questions: Sequence[Question],
+    settings: LiveConfig,
+    ready: Sequence[Pair],
+    pool: Pool,
+    folder: Path,
+) -> tuple[LiveBackend, Ledger]:
+    """The running pool as episodes see it, and the ledger between the two.
+
+    Args:
+        config: The deployment; its planner thinks, where it answers.
+        table: The questions to train on.
+        questions: What is right, of these and maybe others.
+        settings: Caps, and how pairs are run.
+        ready: Pairs that answer now.
+        pool: What runs them.
+        folder: The run's; gets the ledger.
+
+    Raises:
+        ConfigError: If none of the table's queries is among the questions.
+    """
+    # The dearest profiled run of each pair; of one that was not profiled, as the planner, a typical
+    # one by its price.
+    dearest_usd = {str(card.pair): card.cost_usd for card in pair_cards(config)}
+    profiled_usd = np.where(table.measured, table.costs_usd, 0.0).max(axis=(0, 1))
+    dearest_usd |= zip(map(str, table.pairs), profiled_usd.tolist(), strict=True)
+    ledger = Ledger(
+        folder / LEDGER_FILE,
+        pool.run,
+        max_cost_usd=settings.max_cost_usd,
+        max_seconds=settings.max_seconds,
+        expected_usd=dearest_usd,
+    )
+    planner = Pair(config.router.planner, NO_TOOL) if config.router.planner else None
+    backend = LiveBackend(
+        table,
+        questions,
+        TextEncoder(config.embedder, config.data_path() / "cache").encode,
+        ready=ready,
+        planner=planner if planner in ready else None,
+        settings=RunSettings(
+            None if settings.judge is None else Pair.parse(settings.judge),
+            settings.deadline_s,
+            owner="rollout",
+        ),
+        concurrency=settings.concurrency,
+        run=ledger,
+    )
+    return backend, ledger
+
+
 class LiveBackend:
     """Drives the pool through the gateway of this process's cluster.
 
     Invariants:
         - A run that could not be had is a step without an answer: it costs a step, and no dollars.
+        - A run that `TrainingStopped` refuses ends the rollout, after those that are under way.
         - Nothing is written to the store: a rollout is neither a profile nor traffic.
     """
 
@@ -97,6 +238,8 @@ class LiveBackend:
         self._concurrency = concurrency
         self._run = run
         self._episodes: dict[int, _Episode] = {}
+        self._vectors: dict[str, Float] = {}
+        """Of the answers so far: the same ones come again and again."""
 
     @property
     def table(self) -> ReplayTable:
@@ -137,9 +280,11 @@ class LiveBackend:
             keys[place] = episode.keys.setdefault(key, len(episode.keys))
             episode.answers.append(outcome.answer)
             answered.append((place, outcome.answer))
-        if answered:
-            places, texts = zip(*answered, strict=True)
-            vectors[list(places)] = self._encode(texts)
+        new = list({text: None for _, text in answered if text not in self._vectors})
+        if new:
+            self._vectors.update(zip(new, self._encode(new), strict=True))
+        for place, text in answered:
+            vectors[place] = self._vectors[text]
 
         def column(name: str, missing: float) -> Float:
             values = [None if outcome is None else getattr(outcome, name) for outcome in outcomes]
@@ -178,14 +323,23 @@ class LiveBackend:
         """Keep what the planner says; its dollars and seconds."""
         assert self._planner is not None
         episode = self._episodes[row]
-        messages = planner_messages(self._table.queries[query], episode.answers)
-        report, failure = await ask_pair(messages, self._planner, self._settings, run=self._run)
+        report, failure = await ask_planner(
+            self._table.queries[query],
+            episode.answers,
+            self._planner,
+            self._settings,
+            run=self._run,
+        )
         if failure is None and report.steps:
             episode.note = report.steps[-1].answer or None
         return report.usage.cost_usd, report.seconds
 
     def _together(self, runs: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-        """The results of some runs, in their order; `None` for one that could not be had."""
+        """The results of some runs, in their order; `None` for one that could not be had.
+
+        Raises:
+            TrainingStopped: If one was not allowed; those under way have come to their end.
+        """
 
         async def all_of_them() -> list[Any]:
             # A thread of its own for each wait on the gateway.
@@ -193,15 +347,21 @@ class LiveBackend:
                 ThreadPoolExecutor(self._concurrency, thread_name_prefix="live")
             )
             gate = asyncio.Semaphore(self._concurrency)
-            return await asyncio.gather(*(_one(run, gate) for run in runs))
+            return await asyncio.gather(*(_one(run, gate) for run in runs), return_exceptions=True)
 
-        return asyncio.run(all_of_them())
+        results = asyncio.run(all_of_them())
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return results
 
 
 async def _one(run: Awaitable[Any], gate: asyncio.Semaphore) -> Any:
     async with gate:
         try:
             return await run
+        except TrainingStopped:
+            raise
         except (AtlasError, TimeoutError):
             logger.warning("a run of the rollout could not be had", exc_info=True)
             return None

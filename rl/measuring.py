@@ -6,14 +6,15 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve_app.errors import AtlasError, EngineError, InvalidRequest, NoCandidate
+from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages
 from serve_app.questions import Question
 from serve_app.schemas import ChatCall, Limits, Pair, Report
 from serve_app.scoring import Answer, score
-from serve_app.store import ProfileOutcome
+from serve_app.store import ProfileOutcome, ProfileThought
 
 _GRACE_S = 10.0
 """Beyond a request's own deadline, before the wait for it is given up."""
@@ -35,18 +36,27 @@ class RunSettings:
     """Whom the runs are for; also what their request ids begin with."""
 
 
-async def at_gateway(call: ChatCall) -> tuple[Report, AtlasError | None]:
+def gateway_handle() -> Any:
+    """Handle of the gateway of this process's cluster; whoever sends many requests keeps it."""
+    # Not above: whoever brings a `Run` of its own needs nothing of the graph.
+    from serve_app.gateway.deployment import Gateway
+    from serve_app.running import deployment_handle
+
+    return deployment_handle(Gateway.__name__)
+
+
+async def at_gateway(call: ChatCall, gateway: Any = None) -> tuple[Report, AtlasError | None]:
     """Run a request on the graph of this process's cluster.
+
+    Args:
+        call: The request.
+        gateway: As `gateway_handle` gives it; `None` makes one.
 
     Raises:
         NoCandidate: If the pair's model does not answer now.
         TimeoutError: If nothing came back in time.
     """
-    # Not above: whoever brings a `Run` of its own needs nothing of the graph.
-    from serve_app.gateway.deployment import Gateway
-    from serve_app.running import deployment_handle
-
-    response = deployment_handle(Gateway.__name__).measure.remote(call)
+    response = (gateway or gateway_handle()).measure.remote(call)
     timeout_s = call.limits.deadline_s + _GRACE_S
     reported: tuple[Report, AtlasError | None] = await asyncio.to_thread(
         response.result, timeout_s=timeout_s
@@ -76,20 +86,91 @@ async def ask_pair(
     """
     sampling = {"temperature": settings.temperature}
     for extra in ({"logprobs": True}, {}):
-        report, failure = await run(
-            ChatCall(
-                request_id=f"{settings.owner}_{uuid.uuid4().hex}",
-                model=str(pair),
-                messages=tuple(messages),
-                sampling=sampling | extra,
-                limits=Limits(alpha=0.0, deadline_s=settings.deadline_s),
-                owner=settings.owner,
-                note=note,
-            )
-        )
+        call = _call(messages, pair, sampling | extra, settings)
+        report, failure = await run(replace(call, note=note))
         if not isinstance(failure, InvalidRequest):
             break
     return report, failure
+
+
+async def ask_planner(
+    query: str,
+    answers: Sequence[str],
+    planner: Pair,
+    settings: RunSettings,
+    *,
+    run: Run = at_gateway,
+) -> tuple[Report, AtlasError | None]:
+    """Let the planner think, as it does in serving.
+
+    Args:
+        query: The question.
+        answers: What pairs answered so far.
+        planner: Who thinks.
+        settings: Deadline and owner of the run.
+        run: What runs it.
+
+    Returns:
+        What happened, and what it failed with, if it did.
+    """
+    return await run(_call(planner_messages(query, answers), planner, PLANNER_SAMPLING, settings))
+
+
+def _call(
+    messages: Sequence[dict[str, Any]],
+    pair: Pair,
+    sampling: dict[str, Any],
+    settings: RunSettings,
+) -> ChatCall:
+    return ChatCall(
+        request_id=f"{settings.owner}_{uuid.uuid4().hex}",
+        model=str(pair),
+        messages=tuple(messages),
+        sampling=sampling,
+        limits=Limits(alpha=0.0, deadline_s=settings.deadline_s),
+        owner=settings.owner,
+    )
+
+
+async def measure_thought(
+    question: Question,
+    planner: Pair,
+    mark: str,
+    settings: RunSettings,
+    *,
+    run: Run = at_gateway,
+) -> ProfileThought | None:
+    """Let the planner think about a question that nobody has answered yet.
+
+    Args:
+        question: What is asked.
+        planner: Who thinks.
+        mark: Fingerprint of the planner's settings.
+        settings: How.
+        run: What runs it.
+
+    Returns:
+        What it said; `None` where it could not run.
+    """
+    try:
+        report, failure = await ask_planner(question.query, (), planner, settings, run=run)
+    except NoCandidate:
+        return None
+    if isinstance(failure, EngineError):
+        return None
+    answer = report.steps[-1].answer if report.steps and failure is None else None
+    return ProfileThought(
+        question_key=question.key,
+        fingerprint=mark,
+        model_id=planner.model_id,
+        thought=answer or None,
+        prompt_tokens=report.usage.prompt_tokens,
+        completion_tokens=report.usage.completion_tokens,
+        cost_usd=report.usage.cost_usd,
+        seconds=report.seconds,
+        error=failure.message if failure is not None else None,
+        created_unix_s=time.time(),
+    )
 
 
 async def measure_pair(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +18,8 @@ from rl.contenders import UNLIMITED_S, Rule, ask
 from rl.importance import OffPolicyEstimate, Trajectories, estimate_value
 from serve_app.errors import ConfigError, NoCandidate
 from serve_app.router.features import MAX_STEPS
-from serve_app.schemas import Action, Decision, Limits, Pair, Seen
+from serve_app.schemas import Action, Decision, Limits, Pair, Path, Seen
+from serve_app.store import RatedTrajectory
 
 _NUM_COMPONENTS = 16
 """Leading principal components of the query embeddings that a pair's value is linear in."""
@@ -76,6 +77,10 @@ class LoggedStep:
     """What it showed; `None` after `answer`."""
     answer: NDArray[np.float32] | None = None
     """(dim,) embedding of the step's answer; `None` where there is none."""
+    can_think: bool = False
+    """Whether there was a planner to ask."""
+    seconds_left: float = UNLIMITED_S
+    """Before the request's deadline."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +91,16 @@ class LoggedTrajectories:
     embeddings: NDArray[np.float32]
     """(num_requests, dim)"""
     pairs: tuple[Pair, ...]
-    """Taken to have been available throughout."""
+    """All that were ever available."""
+    available: tuple[tuple[Pair, ...], ...]
+    """(num_requests,) those that were, throughout each request."""
+    limits: tuple[Limits, ...]
+    """(num_requests,) of each request; the seconds left are those of its steps."""
     steps: tuple[tuple[LoggedStep, ...], ...]
     """(num_requests,) none empty. An answer that nothing else was left than to give is no
     decision, and is not among them."""
     score: NDArray[np.float64]
     """(num_requests,) of the answer that was returned, in [0, 1]."""
-    max_steps: int
-    """Allowed to each request."""
 
     def __post_init__(self) -> None:
         """Refuse what does not fit together.
@@ -101,11 +108,14 @@ class LoggedTrajectories:
         Raises:
             ConfigError: If a length, a pair, a propensity or a score is wrong.
         """
-        if not len(self.embeddings) == len(self.steps) == len(self.score):
+        columns = (self.available, self.limits, self.steps, self.score)
+        if any(len(column) != len(self.embeddings) for column in columns):
             raise ConfigError("the columns of the logged trajectories differ in length")
         if not all(self.steps):
             raise ConfigError("a logged trajectory has no step")
         known = set(self.pairs)
+        if not known.issuperset(pair for pairs in self.available for pair in pairs):
+            raise ConfigError(f"a pair was available that is none of the {len(self.pairs)} pairs")
         for step in (step for steps in self.steps for step in steps):
             if (step.action is Action.ROUTE) != (step.pair is not None):
                 raise ConfigError("a logged step names a pair without running it, or runs none")
@@ -129,6 +139,7 @@ class SteppingRule(Protocol):
         *,
         history: tuple[Seen, ...] = (),
         last_answer: NDArray[np.float32] | None = None,
+        can_think: bool = False,
     ) -> Decision:
         """What to do next.
 
@@ -136,6 +147,93 @@ class SteppingRule(Protocol):
             NoCandidate: If it knows none of the pairs.
         """
         ...
+
+
+class OneStep:
+    """A rule that decides once, to be judged on requests of several steps."""
+
+    def __init__(self, rule: Rule) -> None:
+        """Take over the rule."""
+        self._rule = rule
+
+    def decide(
+        self,
+        embedding: NDArray[np.float32],
+        limits: Limits,
+        available: Sequence[Pair],
+        pool_version: int,
+        *,
+        history: tuple[Seen, ...] = (),
+        last_answer: NDArray[np.float32] | None = None,
+        can_think: bool = False,
+    ) -> Decision:
+        """The rule's one decision.
+
+        Raises:
+            NoCandidate: If it knows none of the pairs.
+        """
+        return self._rule.decide(embedding, limits, available, pool_version)
+
+
+def logged_trajectories(
+    rated: Sequence[RatedTrajectory], pairs: tuple[Pair, ...], encoder: str
+) -> LoggedTrajectories | None:
+    """Rated requests as they can be judged.
+
+    Left out are those that went on without the router for a while, and those that ran a pair which
+    is not there any more.
+
+    Args:
+        rated: From the store.
+        pairs: Those there are.
+        encoder: Of the embeddings.
+
+    Returns:
+        `None` where nothing is left.
+    """
+    known = set(pairs)
+    kept = [
+        request
+        for request in rated
+        if all(
+            made.path is Path.POLICY and (made.pair is None or made.pair in known)
+            for made in request.decisions
+        )
+    ]
+    if not kept:
+        return None
+    return LoggedTrajectories(
+        encoder=encoder,
+        embeddings=np.stack([np.frombuffer(request.embedding, "<f4") for request in kept]),
+        pairs=pairs,
+        available=tuple(tuple(pair for pair in of.pairs if pair in known) for of in kept),
+        limits=tuple(
+            Limits(of.alpha, UNLIMITED_S, max_cost_usd=of.max_cost_usd, max_steps=of.max_steps)
+            for of in kept
+        ),
+        steps=tuple(_steps(request) for request in kept),
+        score=np.array([request.score for request in kept]),
+    )
+
+
+def _steps(request: RatedTrajectory) -> tuple[LoggedStep, ...]:
+    """Its decisions, without an answer that nothing else was left than to give."""
+    decisions = request.decisions
+    last = decisions[-1]
+    if last.action is Action.ANSWER and last.propensity == 1 and len(decisions) > 1:
+        decisions = decisions[:-1]
+    return tuple(
+        LoggedStep(
+            action=made.action,
+            pair=made.pair,
+            propensity=made.propensity,
+            seen=made.seen,
+            answer=None if made.answer is None else np.frombuffer(made.answer, "<f4"),
+            can_think=made.can_think,
+            seconds_left=made.seconds_left,
+        )
+        for made in decisions
+    )
 
 
 def estimate(
@@ -186,19 +284,20 @@ def estimate_trajectories(
     name: str,
     rule: SteppingRule,
     logged: LoggedTrajectories,
-    alpha: float,
     *,
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> OffPolicyEstimate:
-    """Estimate what a policy of several steps would have scored.
+    """Estimate what a policy of several steps would have scored, by every request's own limits.
+
+    A request whose first decision is not path 2's ends with the first pair that answers, as it does
+    in serving.
 
     Args:
         name: Of the policy, for messages.
         rule: Its exploration is off.
         logged: What another policy did, decision by decision. Requests without an explored decision
             are left out.
-        alpha: Cost-quality dial that the policy decides at.
         num_resamples: Of the intervals.
         seed: Of the intervals.
 
@@ -216,20 +315,21 @@ def estimate_trajectories(
     ratio, present = np.ones(shape), np.zeros(shape)
     done, wanted = (np.zeros((*shape, num_pairs + 2)) for _ in range(2))
     state = np.zeros((*shape, _NUM_STATE))
-    limits = Limits(alpha=alpha, deadline_s=UNLIMITED_S, max_steps=logged.max_steps)
     for place, row in enumerate(explored):
         history: tuple[Seen, ...] = ()
-        last_answer = None
-        for number, step in enumerate(logged.steps[row]):
-            target = _target(name, rule, logged, row, limits, history, last_answer)
+        targets = _targets(name, rule, logged, row)
+        for number, (step, target) in enumerate(zip(logged.steps[row], targets, strict=True)):
             action = _index(logged.pairs, step.action, step.pair)
             ratio[place, number] = (target == action) / step.propensity
-            done[place, number, action] = wanted[place, number, target] = 1.0
+            done[place, number, action] = 1.0
+            if target is not None:
+                wanted[place, number, target] = 1.0
             state[place, number] = _state(history)
             present[place, number] = 1.0
             if step.seen is not None:
                 history = (*history, step.seen)
-            last_answer = step.answer if step.answer is not None else last_answer
+    if not wanted.any():
+        raise ConfigError(f"the {name} policy knows none of the {num_pairs} pairs that were logged")
     reward = np.zeros(shape)
     ends = present.sum(axis=1).astype(np.intp) - 1
     reward[np.arange(len(explored)), ends] = logged.score[explored]
@@ -251,33 +351,52 @@ def _nothing_explored(what: str) -> OffPolicyEstimate:
     return OffPolicyEstimate(None, 0.0, 0, reason)
 
 
-def _target(
-    name: str,
-    rule: SteppingRule,
-    logged: LoggedTrajectories,
-    row: int,
-    limits: Limits,
-    history: tuple[Seen, ...],
-    last_answer: NDArray[np.float32] | None,
-) -> int:
-    """What the rule would do there, as `_index` has it."""
-    try:
-        decision = rule.decide(
-            logged.embeddings[row],
-            limits,
-            logged.pairs,
-            0,
-            history=history,
-            last_answer=last_answer,
-        )
-    except NoCandidate:
-        raise ConfigError(
-            f"the {name} policy knows none of the {len(logged.pairs)} pairs that were logged"
-        ) from None
-    if decision.propensity < 1:
-        raise ConfigError(f"the {name} policy explores: switch it off to evaluate it")
-    pair = decision.pair if decision.action is Action.ROUTE else None
-    return _index(logged.pairs, decision.action, pair)
+def _targets(
+    name: str, rule: SteppingRule, logged: LoggedTrajectories, row: int
+) -> list[int | None]:
+    """What the rule would do at each decision of a request, as `_index` has it.
+
+    `None` where it would refuse the request.
+    """
+    targets: list[int | None] = []
+    history: tuple[Seen, ...] = ()
+    last_answer: NDArray[np.float32] | None = None
+    first: Decision | None = None
+    for step in logged.steps[row]:
+        if first is not None and first.path is not Path.POLICY:
+            decision = _next_best(first, history)
+        else:
+            try:
+                decision = rule.decide(
+                    logged.embeddings[row],
+                    replace(logged.limits[row], deadline_s=step.seconds_left),
+                    logged.available[row],
+                    0,
+                    history=history,
+                    last_answer=last_answer,
+                    can_think=step.can_think,
+                )
+            except NoCandidate:
+                return [None] * len(logged.steps[row])
+        first = first or decision
+        if decision.propensity < 1:
+            raise ConfigError(f"the {name} policy explores: switch it off to evaluate it")
+        pair = decision.pair if decision.action is Action.ROUTE else None
+        targets.append(_index(logged.pairs, decision.action, pair))
+        if step.seen is not None:
+            history = (*history, step.seen)
+        if step.action is Action.ROUTE:  # a thought leaves the last answer what it was
+            last_answer = step.answer
+    return targets
+
+
+def _next_best(first: Decision, history: tuple[Seen, ...]) -> Decision:
+    """What follows a decision that was not path 2's: its next-best pair where none has answered."""
+    tried = {seen.pair for seen in history}
+    left = tuple(candidate for candidate in first.candidates if candidate.pair not in tried)
+    answered = any(seen.answer_key is not None for seen in history)
+    action = Action.ANSWER if answered or not left else Action.ROUTE
+    return replace(first, candidates=left, action=action)
 
 
 def _index(pairs: tuple[Pair, ...], action: Action, pair: Pair | None) -> int:

@@ -11,16 +11,24 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rl.contenders import MultiStep, Rule
 from rl.dataset import MAX_VERDICTS, read_dataset
-from rl.evaluate import PATH_1, PATH_2, EvaluationReport, EvaluationSettings, evaluate
+from rl.evaluate import (
+    CANDIDATE,
+    PATH_1,
+    PATH_2,
+    EvaluationReport,
+    EvaluationSettings,
+    evaluate,
+)
+from rl.evaluate import SERVING as SERVING_POLICY
 from rl.figures import draw_pareto, draw_reliability
 from rl.fit import fit
-from rl.off_policy import LoggedDecisions
+from rl.off_policy import LoggedDecisions, OneStep, SteppingRule, logged_trajectories
 from rl.outcomes import Outcomes
 from rl.selection import FitSettings
 from serve_app.config import AtlasConfig
@@ -28,7 +36,7 @@ from serve_app.embedder import TextEncoder
 from serve_app.errors import ConfigError, NotFound, PromotionRefused
 from serve_app.router.clusters import ClusterRule, Prior
 from serve_app.router.cold_start import ColdStartRule, pair_cards, pair_descriptors
-from serve_app.router.following import LEARNED_UNTIL
+from serve_app.router.following import CARD_COSTS, LEARNED_UNTIL
 from serve_app.router.library import SnapshotLibrary
 from serve_app.router.snapshot import RouterSnapshot
 from serve_app.schemas import Pair
@@ -39,11 +47,19 @@ from serve_app.store import (
     add_snapshot,
     list_snapshots,
     publish,
+    rated_trajectories,
     read_verdicts,
     serving_policies,
     trial_policies,
     verdict_ids,
 )
+
+if TYPE_CHECKING:
+    from rl.table import ReplayTable
+    from serve_app.router.learned import LearnedRule
+
+MAX_TRAJECTORIES = 5_000
+"""Rated requests of path 2 that are judged at most, the newest: each is decided anew."""
 
 NEWEST = "newest"
 SERVING = "serving"
@@ -120,6 +136,10 @@ async def fit_snapshot(
         "num_verdicts": dataset.num_verdicts,
         "fitted_unix_s": began_unix_s,
         LEARNED_UNTIL: began_unix_s if with_traffic else 0.0,
+        CARD_COSTS: {
+            str(pair): float(cost)
+            for pair, cost in zip(knowledge.prior.pairs, knowledge.prior.costs_usd, strict=True)
+        },
     }
     snapshot = replace(snapshot, metadata=about)
     return await keep_snapshot(config, store, snapshot), snapshot
@@ -184,36 +204,42 @@ async def evaluate_snapshot(
     dataset = await read_dataset(config, store, "held_out")
     verdicts = await read_verdicts(store, await verdict_ids(store, 0.0, MAX_VERDICTS))
     knowledge = read_cards(config)
-    rules = [_rule(config, knowledge, name, verdicts) for name in (candidate, against)]
+    rated = await rated_trajectories(store, MAX_TRAJECTORIES)
+    rules = {
+        name: _rule(config, knowledge, snapshot_id, verdicts)
+        for name, snapshot_id in ((CANDIDATE, candidate), (SERVING_POLICY, against))
+    }
     others: dict[str, Rule | MultiStep] = {"cold_start": knowledge.cold_start}
-    policies: list[Rule | MultiStep] = [*rules]
-    if any(_has_policy(rule) for rule in rules):
+    policies: dict[str, Rule | MultiStep] = {}
+    stepping: dict[str, SteppingRule] = {}
+    table: ReplayTable | None = None
+    for name, rule in rules.items():
+        if isinstance(rule, ColdStartRule | ClusterRule):
+            policies[name], stepping[name] = rule, OneStep(rule)
+            continue
         # Only here: they take torch, and the answers' embeddings.
         from rl.replay import read_replay
         from rl.rollout import gated_policy
 
-        table = await read_replay(config, store, "held_out", views=None)
-        max_steps = config.gateway.limits.max_steps
-        for place, rule in enumerate(rules):
-            if isinstance(rule, ClusterRule) and _has_policy(rule):
-                gated = gated_policy(rule, table, max_steps)
-                policies[place] = gated
-                if place == 0:
-                    others |= {PATH_1: rule, PATH_2: gated.alone()}
+        if table is None:
+            table = await read_replay(config, store, "held_out", views=None)
+        gated = gated_policy(rule.clusters, table, config.gateway.limits.max_steps)
+        policies[name], stepping[name] = gated, rule
+        if name == CANDIDATE:
+            others |= {PATH_1: rule.clusters, PATH_2: gated.alone()}
     return evaluate(
         dataset.outcomes,
         dataset.domains,
-        *policies,
+        policies[CANDIDATE],
+        policies[SERVING_POLICY],
         others=others,
         logged=_logged(config, verdicts),
+        logged_requests=logged_trajectories(rated, config.all_pairs(), config.embedder.model),
+        stepping=stepping,
         settings=EvaluationSettings(
             default_alpha=config.router.default_alpha, margin=config.router.promotion_margin
         ),
     )
-
-
-def _has_policy(rule: ColdStartRule | ClusterRule) -> bool:
-    return isinstance(rule, ClusterRule) and bool(rule.snapshot.policy)
 
 
 def _rule(
@@ -221,13 +247,19 @@ def _rule(
     knowledge: Knowledge,
     snapshot_id: str | None,
     verdicts: Sequence[Verdict],
-) -> ColdStartRule | ClusterRule:
-    """Path 1 as a router replica would serve with it, exploration off."""
+) -> ColdStartRule | ClusterRule | LearnedRule:
+    """What a router replica would serve with, exploration off."""
     if snapshot_id is None:
         return knowledge.cold_start
     snapshot = SnapshotLibrary(config.snapshots_path()).load(snapshot_id, policy_version=1)
+    kind: type[ClusterRule | LearnedRule] = ClusterRule
+    if snapshot.policy:
+        # Only here: it takes torch.
+        from serve_app.router.learned import LearnedRule
+
+        kind = LearnedRule
     fallback = config.router.fallback
-    rule = ClusterRule(
+    rule = kind(
         snapshot, knowledge.prior, fallback=None if fallback is None else Pair.parse(fallback)
     )
     fitted_until_s = float(snapshot.metadata.get(LEARNED_UNTIL, 0.0))

@@ -68,6 +68,8 @@ async def read_replay(
 ) -> ReplayTable:
     """The newest outcome of every configured pair on every labelled question, as a table.
 
+    With the outcomes after a thought of the deployment's planner, where they were recorded.
+
     Args:
         config: The deployment.
         store: Where the outcomes are.
@@ -142,7 +144,8 @@ def make_table(
 ) -> ReplayTable:
     """Lay out outcomes as a table without views; the last of several of one pair on a query counts.
 
-    Where the answers were not kept, no two are taken to say the same.
+    Where thoughts were recorded, T is 2. Where the answers were not kept, no two are taken to say
+    the same.
 
     Args:
         dataset: Outcomes, answers and domains.
@@ -153,36 +156,40 @@ def make_table(
     Raises:
         ConfigError: If the dataset's columns differ in length.
     """
-    outcomes = dataset.outcomes
+    outcomes, thoughts = dataset.outcomes, dataset.thoughts
+    parts = (dataset,) if thoughts is None else (dataset, thoughts.after)
     num_queries, num_pairs = len(outcomes.embeddings), len(outcomes.pairs)
-    shape = (1, num_queries, num_pairs)
-    place = (0, outcomes.query_index, outcomes.pair_index)
-    for name in ("answers", "logprob", "tool_errors"):
-        column = getattr(dataset, name)
-        if column is not None and len(column) not in {0, len(outcomes.score)}:
-            raise ConfigError(f"there are not as many {name} as outcomes")
+    shape = (len(parts), num_queries, num_pairs)
+    for part in parts:
+        _check(part)
 
-    def laid_out(values: Float | None, missing: float) -> Float:
+    def laid_out(column: Callable[[Dataset], Float | None], missing: float) -> Float:
         dense = np.full(shape, missing, np.float32)
-        if values is not None and len(values):
-            dense[place] = values
+        for time, part in enumerate(parts):
+            values = column(part)
+            if values is not None and len(values):
+                dense[time, part.outcomes.query_index, part.outcomes.pair_index] = values
         return dense
 
     measured = np.zeros(shape, np.bool_)
-    measured[place] = True
-    costs_usd, pair_costs_usd = _known_costs(laid_out(outcomes.costs_usd, np.nan), measured)
-    seconds = laid_out(outcomes.seconds, np.nan)
-    keys, rows, vectors = _answers(dataset, shape, encode)
+    for time, part in enumerate(parts):
+        measured[time, part.outcomes.query_index, part.outcomes.pair_index] = True
+    costs_usd, pair_costs_usd = _known_costs(
+        laid_out(lambda part: part.outcomes.costs_usd, np.nan), measured
+    )
+    seconds = laid_out(lambda part: part.outcomes.seconds, np.nan)
+    keys, rows, vectors = _answers(parts, shape, encode)
+    nothing = np.zeros(num_queries, np.float32)
     return ReplayTable(
         encoder=outcomes.encoder,
         pairs=outcomes.pairs,
         embeddings=outcomes.embeddings.astype(np.float32),
         domains=tuple(dataset.domains),
-        score=laid_out(outcomes.score, 0.0),
+        score=laid_out(lambda part: part.outcomes.score, 0.0),
         costs_usd=costs_usd,
         seconds=seconds,
-        logprob=laid_out(dataset.logprob, np.nan),
-        tool_errors=laid_out(dataset.tool_errors, 0.0),
+        logprob=laid_out(lambda part: part.logprob, np.nan),
+        tool_errors=laid_out(lambda part: part.tool_errors, 0.0),
         measured=measured,
         answer_key=keys,
         answer_row=rows,
@@ -197,11 +204,28 @@ def make_table(
         ),
         pair_costs_usd=pair_costs_usd,
         pair_seconds=_means(seconds[0], 0.0),
-        think_cost_usd=np.zeros(num_queries, np.float32),
-        think_seconds=np.zeros(num_queries, np.float32),
+        think_cost_usd=nothing if thoughts is None else _or_mean(thoughts.costs_usd),
+        think_seconds=nothing if thoughts is None else _or_mean(thoughts.seconds),
         views=(),
         queries=outcomes.queries,
     )
+
+
+def _check(dataset: Dataset) -> None:
+    """See that there is one of each for every outcome, or none.
+
+    Raises:
+        ConfigError: If not.
+    """
+    for name in ("answers", "logprob", "tool_errors"):
+        column = getattr(dataset, name)
+        if column is not None and len(column) not in {0, len(dataset.outcomes.score)}:
+            raise ConfigError(f"there are not as many {name} as outcomes")
+
+
+def _or_mean(values: Float) -> Float:
+    """(N,) with the mean of those that are known in place of those that are not."""
+    return np.where(np.isfinite(values), values, _means(values[:, None], 0.0)).astype(np.float32)
 
 
 def with_rule(table: ReplayTable, rule: ClusterRule) -> ReplayTable:
@@ -241,29 +265,33 @@ def _known_costs(costs_usd: Float, measured: Bool) -> tuple[Float, Float]:
 
 
 def _answers(
-    dataset: Dataset, shape: tuple[int, int, int], encode: Encode | None
+    parts: Sequence[Dataset], shape: tuple[int, int, int], encode: Encode | None
 ) -> tuple[Index, Index, Float]:
-    """Keys and rows of the answers, both `shape`, and the embeddings of the distinct ones."""
-    outcomes = dataset.outcomes
-    dim = outcomes.embeddings.shape[1]
+    """Keys and rows of the answers, both `shape`, and the embeddings of the distinct ones.
+
+    An answer says the same before a thought and after it.
+    """
+    dim = parts[0].outcomes.embeddings.shape[1]
     keys = np.full(shape, NO_ANSWER, np.intp)
     rows = np.zeros(shape, np.intp)
-    if not dataset.answers:
-        keys[0, outcomes.query_index, outcomes.pair_index] = outcomes.pair_index
-        return keys, rows, np.zeros((1, dim), np.float32)
     texts: dict[str, int] = {}
     said: dict[tuple[int, str], int] = {}
-    entries = zip(
-        outcomes.query_index.tolist(), outcomes.pair_index.tolist(), dataset.answers, strict=True
-    )
-    for query, pair, answer in entries:
-        key = answer_key(answer)
-        if answer is None or key is None:
-            keys[0, query, pair] = NO_ANSWER
-            rows[0, query, pair] = 0
+    # Keys from here on are of answers that were not kept.
+    beyond = sum(len(part.answers) for part in parts)
+    for time, part in enumerate(parts):
+        query_index, pair_index = part.outcomes.query_index, part.outcomes.pair_index
+        if not part.answers:
+            keys[time, query_index, pair_index] = beyond + time * shape[2] + pair_index
             continue
-        keys[0, query, pair] = said.setdefault((query, key), len(said))
-        rows[0, query, pair] = texts.setdefault(answer, len(texts) + 1)
+        entries = zip(query_index.tolist(), pair_index.tolist(), part.answers, strict=True)
+        for query, pair, answer in entries:
+            key = answer_key(answer)
+            if answer is None or key is None:
+                keys[time, query, pair] = NO_ANSWER
+                rows[time, query, pair] = 0
+                continue
+            keys[time, query, pair] = said.setdefault((query, key), len(said))
+            rows[time, query, pair] = texts.setdefault(answer, len(texts) + 1)
     vectors = np.zeros((len(texts) + 1, dim), np.float32)
     if encode is not None and texts:
         vectors[1:] = encode(list(texts))

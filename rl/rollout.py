@@ -298,7 +298,8 @@ def gated_policy(rule: ClusterRule, table: ReplayTable, max_steps: int) -> Gated
 
     Args:
         rule: Path 1, with what it learned since.
-        table: What the pairs answered on the held-out queries; its views do not matter.
+        table: What the pairs answered on the held-out queries; its views do not matter, nor does
+            what they did after a thought where the policy never learned to think.
         max_steps: Of a request.
 
     Raises:
@@ -306,6 +307,7 @@ def gated_policy(rule: ClusterRule, table: ReplayTable, max_steps: int) -> Gated
         ConfigError: If the rule does not know one of the table's pairs.
     """
     loaded = LearnedRule(rule.snapshot)
+    table = table if loaded.thinks else table.without_thoughts()
     return GatedPolicy(loaded.net, rule, loaded.threshold, with_rule(table, rule), max_steps)
 
 

@@ -35,6 +35,7 @@ from ray.rllib.utils.metrics import (
     WEIGHTS_SEQ_NO,
 )
 
+from rl.backend import Backend
 from rl.draws import EnvSettings
 from rl.env import spaces_of
 from rl.episodes import Episodes
@@ -133,7 +134,9 @@ class FragmentsToBatch(ConnectorV2):
         flat = (flat - flat.mean()) / max(1e-4, float(flat.std()))
 
         def joined(parts: list[Any]) -> torch.Tensor:
-            return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+            # What came from another process is not writable, which torch does not support.
+            is_ours = len(parts) == 1 and parts[0].flags.writeable
+            return torch.from_numpy(parts[0] if is_ours else np.concatenate(parts))
 
         batch[DEFAULT_MODULE_ID] = {
             Columns.OBS: {
@@ -149,36 +152,36 @@ class FragmentsToBatch(ConnectorV2):
         return batch
 
 
-class TableBox:
-    """Carries a table through RLlib's configuration, which is copied and pickled at every turn.
+class BackendBox:
+    """Carries a backend through RLlib's configuration, which is copied and pickled at every turn.
 
-    Copies share the table. Pickled, it holds the table only where runners in other processes need
-    it; a checkpoint of training in one process stays small.
+    Copies share the backend. Pickled, it holds the backend only where runners in other processes
+    need it; a checkpoint of training in one process stays small.
     """
 
-    def __init__(self, table: ReplayTable | None, *, travels: bool) -> None:
-        """Take a table.
+    def __init__(self, backend: Backend | None, *, travels: bool) -> None:
+        """Take a backend.
 
         Args:
-            table: It.
+            backend: It.
             travels: Whether it goes along when pickled.
         """
-        self.table = table
+        self.backend = backend
         self.travels = travels
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TableBox:
+    def __deepcopy__(self, memo: dict[int, Any]) -> BackendBox:
         """Itself."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled."""
-        return {"table": self.table if self.travels else None, "travels": self.travels}
+        return {"backend": self.backend if self.travels else None, "travels": self.travels}
 
 
-class ReplayEnvRunner(EnvRunner, Checkpointable):
-    """Samples fragments from replayed episodes.
+class FragmentEnvRunner(EnvRunner, Checkpointable):
+    """Samples fragments of episodes.
 
-    `env_config` has the `box` with the table, the episodes' `settings` (`EnvSettings`) and the
+    `env_config` has the `box` with the backend, the episodes' `settings` (`EnvSettings`) and the
     `augmentation`. All draws of a fragment follow from the seed and the number of steps sampled
     before it, so a run that is taken up again goes on as it would have.
     """
@@ -197,11 +200,11 @@ class ReplayEnvRunner(EnvRunner, Checkpointable):
     def make_env(self) -> None:
         """Lay out the episodes."""
         chosen = self.config.env_config
-        table: ReplayTable = chosen["box"].table
+        backend: Backend = chosen["box"].backend
         settings: EnvSettings = chosen["settings"]
         self._augmentation: Augmentation = chosen["augmentation"]
-        self.env = Episodes(table, self.num_envs, settings)
-        self._spaces = spaces_of(table.embeddings.shape[1], table.num_pairs)
+        self.env = Episodes(backend, self.num_envs, settings)
+        self._spaces = spaces_of(backend.table.embeddings.shape[1], backend.table.num_pairs)
 
     def make_module(self) -> None:
         """Make the network, with its value head."""

@@ -103,9 +103,9 @@ class ReplayTable:
     pair_seconds: Float
     """(P,) expected of one run; 0 where unknown."""
     think_cost_usd: Float
-    """(N,) of the planner; 0 where T is 1."""
+    """(N,) of the planner, the mean where unknown; 0 where T is 1."""
     think_seconds: Float
-    """(N,) of the planner; 0 where T is 1."""
+    """(N,) of the planner, the mean where unknown; 0 where T is 1."""
     views: tuple[View, ...]
     """For training: fitted without the query's fold, fitted without its group. For evaluation: the
     snapshot's own."""
@@ -131,6 +131,12 @@ class ReplayTable:
     def has_thoughts(self) -> bool:
         """Whether outcomes after a thought are known."""
         return len(self.score) > 1
+
+    def without_thoughts(self) -> ReplayTable:
+        """The same as if there were no planner: T is 1."""
+        nothing = np.zeros(self.num_queries, np.float32)
+        first = {name: getattr(self, name)[:1] for name in _OUTCOMES}
+        return replace(self, think_cost_usd=nothing, think_seconds=nothing, **first)
 
     def select(
         self, *, queries: Sequence[int] | Index | None = None, pairs: Sequence[int] | Index = ()

@@ -1,8 +1,8 @@
-"""Training path 2 on what the store holds: by command, as a job, or under `ray job submit`.
+"""Training path 2: by command, as a job, or under `ray job submit`.
 
-Reads the profile, trains on most of its training questions, keeps the weights that did best on the
-rest of them, chooses the gate, keeps the snapshot and evaluates it on the held-out questions. It
-does not serve before `atlas promote`.
+Reads the profile, trains on most of its training questions (on their recorded outcomes, or live on
+the running pool), keeps the weights that did best on the rest of them, chooses the gate, keeps the
+snapshot and evaluates it on the held-out questions. It does not serve before `atlas promote`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import ray
 
+from rl.backend import Backend, ReplayBackend
 from rl.config import TrainConfig
 from rl.evaluate import EvaluationReport
+from rl.ledger import Ledger
+from rl.live import Pool, ServedPool, live_backend, ready_pairs
 from rl.publish import SERVING, evaluate_snapshot, keep_snapshot, resolve, write_report
 from rl.replay import read_replay
 from rl.rollout import choose_gate
@@ -32,7 +35,8 @@ from rl.table import ReplayTable
 from rl.training import TrainProgress, TrainResult, table_digest, train_policy
 from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError, NotFound, SnapshotError
-from serve_app.router.learned import GATE_THRESHOLD
+from serve_app.questions import Question
+from serve_app.router.learned import GATE_THRESHOLD, THINKS
 from serve_app.router.library import SnapshotLibrary
 from serve_app.router.snapshot import RouterSnapshot
 from serve_app.store import Store
@@ -72,6 +76,8 @@ class Trained:
             "gate_threshold": self.gate_threshold,
             "seed": result.settings.seed,
             "folder": str(result.folder),
+            "spent": None if result.spent is None else asdict(result.spent),
+            "stopped": result.stopped,
             "report": None if self.report is None else self.report.to_json(),
         }
 
@@ -83,10 +89,13 @@ async def train(
     on_progress: Callable[[TrainProgress], None] | None = None,
     *,
     folder: Path | None = None,
+    questions: Sequence[Question] = (),
+    pool: Pool | None = None,
 ) -> Trained:
     """Train a policy, and keep a snapshot with it. Ray must be initialised.
 
-    The same call goes on where one was cut off. Cancelled, it leaves a checkpoint.
+    The same call goes on where one was cut off. Cancelled, it leaves a checkpoint. A live training
+    that reaches its cap keeps a snapshot of what it learned until then.
 
     Args:
         config: The deployment.
@@ -95,23 +104,36 @@ async def train(
         on_progress: Called after every iteration, and before what comes first and last.
         folder: The run's; `None` takes one in the data folder that is named after the settings and
             the outcomes.
+        questions: What is right, for a live training: the profiled training questions, and others
+            that it leaves out.
+        pool: What a live training drives; `None` takes the graph of this process's cluster.
 
     Raises:
-        ConfigError: If there are too few outcomes, or the settings do not work with them.
+        ConfigError: If there are too few outcomes, or the settings do not work with them or with
+            the pool.
         NotFound: If there is no snapshot to build on.
         SnapshotError: If that snapshot is damaged.
         StoreError: If the store is away.
+        TrainingStopped: If a live training reached its cap before there was anything to keep, or
+            the pool went away. Nothing is kept but the run's folder; the same call goes on.
     """
     tell = on_progress or (lambda progress: None)
     base_id, base = await _read_base(config, store, settings.base)
+    pool = pool or ServedPool()
+    live = settings.live
+    ready = () if live is None else await ready_pairs(live, questions, pool)
     tell(TrainProgress("reading", 0, settings.iterations))
     table, validation = split_table(
         await read_replay(config, store, "train"), settings.validation.share
     )
     folder = folder or _open_folder(config.data_path() / RUNS_FOLDER, settings, table)
+    backend: Backend = ReplayBackend(table)
+    ledger: Ledger | None = None
+    if live is not None:
+        backend, ledger = live_backend(config, table, questions, live, ready, pool, folder)
     result = await _in_thread(
         lambda should_stop: train_policy(
-            table, validation, settings, folder, tell, should_stop=should_stop
+            backend, validation, settings, folder, tell, should_stop=should_stop, ledger=ledger
         )
     )
     tell(TrainProgress("evaluating", result.iterations, settings.iterations))
@@ -119,7 +141,9 @@ async def train(
         result.net(), validation, caution=base.caution, max_steps=settings.env.max_steps
     )
     snapshot_id = await keep_snapshot(
-        config, store, with_policy(base, result, threshold, base_id=base_id)
+        config,
+        store,
+        with_policy(base, result, threshold, base_id=base_id, thinks=bool(backend.can_think.any())),
     )
     report = await _evaluated(config, store, snapshot_id)
     if report is not None:
@@ -129,7 +153,12 @@ async def train(
 
 
 def with_policy(
-    base: RouterSnapshot, result: TrainResult, gate_threshold: float, *, base_id: str
+    base: RouterSnapshot,
+    result: TrainResult,
+    gate_threshold: float,
+    *,
+    base_id: str,
+    thinks: bool,
 ) -> RouterSnapshot:
     """A snapshot of path 1 with the trained policy beside it.
 
@@ -138,8 +167,9 @@ def with_policy(
         result: The training.
         gate_threshold: Confidence from which path 1 keeps a request.
         base_id: The snapshot id of `base`.
+        thinks: Whether it was trained with a planner.
     """
-    about = dict(base.metadata) | {
+    about: dict[str, str | int | float] = dict(base.metadata) | {
         "kind": "ppo",
         "base": base_id,
         "train_seed": result.settings.seed,
@@ -147,7 +177,10 @@ def with_policy(
         "best_iteration": result.best_iteration,
         "held_out_utility": result.best_utility,
         "trained_unix_s": time.time(),
+        THINKS: int(thinks),
     }
+    if result.spent is not None:
+        about["spent_usd"] = result.spent.usd
     threshold = np.array([gate_threshold], np.float32)
     return replace(base, policy=dict(result.tensors) | {GATE_THRESHOLD: threshold}, metadata=about)
 
@@ -179,24 +212,26 @@ def split_table(table: ReplayTable, share: float) -> tuple[ReplayTable, ReplayTa
 
 
 @contextmanager
-def ray_for_training(address: str) -> Iterator[None]:
+def ray_for_training(address: str, *, live: bool = False) -> Iterator[None]:
     """A cluster to train on: the running one, or where there is none, one of this process's own.
 
     Args:
         address: Of the running one; `auto` looks for it.
+        live: Whether training drives a graph; then only a running cluster will do.
 
     Raises:
-        ConnectionError: If another address than `auto` does not answer.
+        ConnectionError: If another address than `auto` does not answer, or none does and `live`.
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         ray.init(address=address, **quiet)
     except ConnectionError:
-        if address != "auto":
+        if live or address != "auto":
             raise
         ray.init(
             address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet
         )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         yield
     finally:

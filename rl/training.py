@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,10 @@ from numpy.typing import NDArray
 from ray.rllib.algorithms.algorithm import Algorithm
 
 from rl.algorithm import make_algorithm
+from rl.backend import Backend, ReplayBackend
 from rl.config import TrainConfig, ValidationConfig
 from rl.figures import draw_training
+from rl.ledger import CapReached, Ledger, Spent
 from rl.rollout import roll_out
 from rl.run_folder import Checkpoint, RunFolder
 from rl.sampling import TERMS, scrambled
@@ -67,6 +70,8 @@ class TrainProgress:
     seconds_per_iteration: float = 0.0
     eta_s: float = 0.0
     """Seconds until the last iteration; training may stop before it."""
+    spent_usd: float | None = None
+    """Dollars that a live run has paid so far; `None` where the record is replayed."""
 
     def to_json(self) -> dict[str, Any]:
         """As it goes into a job's row."""
@@ -88,8 +93,8 @@ class TrainResult:
     """The best weights by held-out utility; see `PolicyNet.from_tensors`."""
     curve: tuple[Mapping[str, Any], ...]
     """One row per iteration: `iteration`, `mean_return`, the terms, `episode_steps`, `score`,
-    `cost_usd`, `seconds`, RLlib's learner figures, and where it was measured `utility` and
-    `utilities`."""
+    `cost_usd`, `seconds`, RLlib's learner figures, where it was measured `utility` and `utilities`,
+    and of a live run `spent_usd` and `requests` so far."""
     best_iteration: int
     best_utility: float
     """Mean over the alphas and views of the validation."""
@@ -97,6 +102,10 @@ class TrainResult:
     """That were run; fewer than asked for where training stopped early."""
     settings: TrainConfig
     folder: Path
+    spent: Spent | None = None
+    """By a live run; `None` where the record was replayed."""
+    stopped: str | None = None
+    """Which cap ended a live run before its last iteration."""
 
     def net(self) -> PolicyNet:
         """The network with the best weights."""
@@ -128,43 +137,53 @@ class _State:
 
 
 def train_policy(
-    table: ReplayTable,
+    source: Backend | ReplayTable,
     validation: ReplayTable,
     settings: TrainConfig,
     folder: Path,
     on_progress: Callable[[TrainProgress], None] | None = None,
     *,
     should_stop: Callable[[], bool] | None = None,
+    ledger: Ledger | None = None,
 ) -> TrainResult:
-    """Train path 2 on a table. Ray must be initialised; blocks, and works in any thread.
+    """Train path 2. Ray must be initialised; blocks, and works in any thread.
 
     Training takes no Ray resource, unless `num_env_runners` is above 0 and that many CPUs are free
     (see `rl.algorithm.make_algorithm`).
 
     Args:
-        table: Questions to train on, with views that were not fitted on them.
+        source: What runs the pairs on the questions to train on, with views that were not fitted on
+            them; a table is replayed.
         validation: Questions apart, judged greedily; picks the weights that are kept.
         settings: Of the training.
         folder: The run's; one that is there goes on from its last checkpoint. Gets `config.json`,
             `checkpoints/`, `tensorboard/`, `curve.png` and `result.json`.
         on_progress: Called after every iteration.
-        should_stop: Asked after every iteration.
+        should_stop: Asked after every iteration, and before every request of a live run.
+        ledger: What a live `source` sends its requests through. At its cap training ends with the
+            best weights so far.
 
     Raises:
         ConfigError: If the tables do not work with the settings, the folder is another run's, or it
             is being trained in.
-        TrainingStopped: If `should_stop` said so.
+        TrainingStopped: If `should_stop` said so, the pool is away, or a cap was reached before
+            there are weights to keep. The same call goes on.
     """
     should_stop = should_stop or (lambda: False)
+    backend = ReplayBackend(source) if isinstance(source, ReplayTable) else source
     threads = torch.get_num_threads()
     # Of this thread: OpenMP has a number for each.
     torch.set_num_threads(settings.torch_threads)
     try:
-        with RunFolder(folder, _identity(table, validation, settings)) as run:
-            algorithm = make_algorithm(table, settings)
+        with (
+            RunFolder(folder, _identity(backend.table, validation, settings)) as run,
+            nullcontext() if ledger is None else ledger.opened(should_stop),
+        ):
+            algorithm = make_algorithm(backend, settings)
             try:
                 state = _resumed(run, algorithm)
-                _loop(algorithm, run, state, validation, settings, on_progress, should_stop)
+                loop = _Loop(algorithm, run, state, validation, settings, ledger)
+                loop.run(on_progress, should_stop)
             finally:
                 algorithm.stop()
             result = TrainResult(
@@ -175,6 +194,8 @@ def train_policy(
                 iterations=state.iteration,
                 settings=settings,
                 folder=folder,
+                spent=None if ledger is None else ledger.spent,
+                stopped=loop.stopped,
             )
             draw_training(result.curve, result.best_iteration, run.path / "curve.png")
             run.finish(
@@ -182,6 +203,8 @@ def train_policy(
                     "best_iteration": result.best_iteration,
                     "best_utility": result.best_utility,
                     "iterations": result.iterations,
+                    "spent": None if result.spent is None else asdict(result.spent),
+                    "stopped": result.stopped,
                     "curve": list(result.curve),
                 }
             )
@@ -222,53 +245,124 @@ def validate(
     }
 
 
-def _loop(
-    algorithm: Algorithm,
-    run: RunFolder,
-    state: _State,
-    validation: ReplayTable,
-    settings: TrainConfig,
-    on_progress: Callable[[TrainProgress], None] | None,
-    should_stop: Callable[[], bool],
-) -> None:
-    pace = _Pace()
-    with run.event_writer(state.iteration) as events:
-        while not _is_over(state, settings):
-            row = _iterate(algorithm, state, validation, settings)
-            pace.add(row["seconds"])
-            events.write(row)
-            stopped = should_stop()
-            if (
-                stopped
-                or _is_over(state, settings)
-                or state.iteration % settings.checkpoint_every == 0
-            ):
-                run.save(state.to_checkpoint(), algorithm.save_to_path)
-            if on_progress is not None:
-                on_progress(_progress(state, settings, pace))
-            if stopped:
-                raise TrainingStopped(f"stopped after {state.iteration} iterations; it can go on")
+class _Loop:
+    """The iterations of one call."""
 
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        run: RunFolder,
+        state: _State,
+        validation: ReplayTable,
+        settings: TrainConfig,
+        ledger: Ledger | None,
+    ) -> None:
+        self._algorithm, self._run, self._state = algorithm, run, state
+        self._validation, self._settings, self._ledger = validation, settings, ledger
+        self.stopped: str | None = None
+        """The cap that ended it."""
 
-def _iterate(
-    algorithm: Algorithm, state: _State, validation: ReplayTable, settings: TrainConfig
-) -> dict[str, Any]:
-    """One iteration, measured where it is due; the row that it adds to the curve."""
-    began_s = time.monotonic()
-    _seed(settings.seed, state.iteration)
-    row = _row(state.iteration + 1, algorithm.train())
-    state.iteration += 1
-    due = state.iteration % settings.validation.every == 0
-    if due or state.iteration == settings.iterations:
-        net = _net_of(algorithm)
-        row["utilities"] = validate(net, validation, settings.validation, settings.env.max_steps)
-        row["utility"] = float(np.mean(list(row["utilities"].values())))
+    def run(
+        self,
+        on_progress: Callable[[TrainProgress], None] | None,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Iterate to the end, or a cap.
+
+        Raises:
+            TrainingStopped: See `train_policy`; there is a checkpoint.
+        """
+        state, pace = self._state, _Pace()
+        with self._run.event_writer(state.iteration) as events:
+            while not self._is_over():
+                try:
+                    row = self._iterate()
+                except CapReached as cap:
+                    events.write(self._end_at(cap))
+                    return
+                except TrainingStopped:
+                    self._save()
+                    raise
+                pace.add(row["seconds"])
+                events.write(row)
+                stopped = should_stop()
+                if (
+                    stopped
+                    or self._is_over()
+                    or state.iteration % self._settings.checkpoint_every == 0
+                ):
+                    self._save()
+                if on_progress is not None:
+                    on_progress(_progress(state, self._settings, pace))
+                if stopped:
+                    raise TrainingStopped(
+                        f"stopped after {state.iteration} iterations; it can go on"
+                    )
+
+    def _iterate(self) -> dict[str, Any]:
+        """One iteration, measured where it is due; the row that it adds to the curve."""
+        began_s = time.monotonic()
+        state, settings = self._state, self._settings
+        if self._ledger is not None:
+            self._ledger.check()
+        _seed(settings.seed, state.iteration)
+        row = _row(state.iteration + 1, self._algorithm.train())
+        state.iteration += 1
+        due = state.iteration % settings.validation.every == 0
+        if due or state.iteration == settings.iterations:
+            self._measure(row)
+        if self._ledger is not None:
+            spent = self._ledger.spent
+            row |= {"spent_usd": spent.usd, "requests": spent.requests}
+        row["seconds"] = time.monotonic() - began_s
+        state.curve.append(row)
+        return row
+
+    def _measure(self, row: dict[str, Any]) -> None:
+        """Put the utility of the weights as they are into a row, and keep the best ones."""
+        state, settings = self._state, self._settings
+        net: PolicyNet = self._algorithm.get_module().net
+        utilities = validate(net, self._validation, settings.validation, settings.env.max_steps)
+        row["utilities"] = utilities
+        row["utility"] = float(np.mean(list(utilities.values())))
         if row["utility"] > state.best_utility:
             state.best_utility, state.best_iteration = row["utility"], state.iteration
             state.best = net.to_tensors()
-    row["seconds"] = time.monotonic() - began_s
-    state.curve.append(row)
-    return row
+
+    def _end_at(self, cap: CapReached) -> dict[str, Any]:
+        """Stop with what was learned so far; the last row of the curve.
+
+        Raises:
+            TrainingStopped: If nothing was.
+        """
+        state = self._state
+        if not state.curve:
+            raise TrainingStopped(
+                f"{cap.message}; not one iteration was over, so nothing was learned. What was "
+                "bought is kept: the same run goes on under a higher cap"
+            )
+        row = state.curve[-1]
+        if "utility" not in row:
+            self._measure(row)
+        self._save()
+        self.stopped = cap.message
+        logger.warning("stopped after %d iterations: %s", state.iteration, cap.message)
+        return row
+
+    def _save(self) -> None:
+        """Write a checkpoint, once there is something to go on from."""
+        if self._state.iteration:
+            self._run.save(self._state.to_checkpoint(), self._algorithm.save_to_path)
+
+    def _is_over(self) -> bool:
+        """Whether all iterations are done, or the last ones brought nothing new."""
+        state = self._state
+        if state.iteration >= self._settings.iterations:
+            return True
+        patience = self._settings.validation.patience
+        if not state.best or patience is None:
+            return False
+        return state.iteration - state.best_iteration >= patience
 
 
 class _Pace:
@@ -295,6 +389,7 @@ def _progress(state: _State, settings: TrainConfig, pace: _Pace) -> TrainProgres
         best_iteration=None if measured is None else state.best_iteration,
         seconds_per_iteration=pace.seconds,
         eta_s=pace.seconds * (settings.iterations - state.iteration),
+        spent_usd=row.get("spent_usd"),
     )
 
 
@@ -323,12 +418,6 @@ def _row(iteration: int, result: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _net_of(algorithm: Algorithm) -> PolicyNet:
-    """The network as the learner has it now."""
-    net: PolicyNet = algorithm.get_module().net
-    return net
-
-
 def _resumed(run: RunFolder, algorithm: Algorithm) -> _State:
     """The state of the last checkpoint, which the algorithm takes over too; else a new one."""
     found = run.last_checkpoint()
@@ -338,16 +427,6 @@ def _resumed(run: RunFolder, algorithm: Algorithm) -> _State:
     algorithm.restore_from_path(algorithm_path)
     logger.info("going on after iteration %d", checkpoint.iteration)
     return _State.of(checkpoint)
-
-
-def _is_over(state: _State, settings: TrainConfig) -> bool:
-    """Whether all iterations are done, or the last ones brought nothing new."""
-    if state.iteration >= settings.iterations:
-        return True
-    patience = settings.validation.patience
-    if not state.best or patience is None:
-        return False
-    return state.iteration - state.best_iteration >= patience
 
 
 def _seed(seed: int, iteration: int) -> None:
@@ -361,7 +440,7 @@ def _seed(seed: int, iteration: int) -> None:
 def _identity(table: ReplayTable, validation: ReplayTable, settings: TrainConfig) -> dict[str, Any]:
     """What makes two runs the same one."""
     return {
-        "settings": settings.model_dump(mode="json", exclude={"base"}),
+        "settings": settings.identity(),
         "table": table_digest(table),
         "validation": table_digest(validation),
     }

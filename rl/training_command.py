@@ -12,9 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from rl.config import TrainConfig, load_train_config
-from serve_app.cli import console, fail, load
 from serve_app.config import AtlasConfig
+from serve_app.console import console, fail, load
 from serve_app.errors import AtlasError
+from serve_app.models.desired import DesiredPool
+from serve_app.questions import Question, read_questions
 from serve_app.store import Store
 
 if TYPE_CHECKING:
@@ -36,6 +38,10 @@ def train_command(
     folder: Annotated[
         Path | None, typer.Option(help="Folder of the run. [in the data folder]")
     ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="Labelled questions of a live training. [what the training file names]"),
+    ] = None,
     address: Annotated[
         str,
         typer.Option(
@@ -43,9 +49,14 @@ def train_command(
         ),
     ] = "auto",
 ) -> None:
-    """Train path 2 on the profile. The same command goes on where one was stopped or killed."""
+    """Train path 2 on the profile, or with `live` on the running pool.
+
+    The same command goes on where one was stopped or killed.
+    """
     try:
-        settings, named = load_train_config(config)
+        settings, named, asked = load_train_config(config)
+        asked = questions or asked
+        labelled = () if settings.live is None or asked is None else read_questions(asked)
     except AtlasError as error:
         raise fail(error.message) from None
     changed = {"base": base, "iterations": iterations, "seed": seed}
@@ -55,16 +66,20 @@ def train_command(
     place = deployment or named
     if place is None:
         raise fail(f"{config} names no deployment: give --deployment")
-    _show(_train(load(place), settings, folder, address))
+    _show(_train(load(place), settings, labelled, folder, address))
 
 
 def _train(
-    config: AtlasConfig, settings: TrainConfig, folder: Path | None, address: str
+    config: AtlasConfig,
+    settings: TrainConfig,
+    questions: tuple[Question, ...],
+    folder: Path | None,
+    address: str,
 ) -> Trained:
     """Train, and show how it goes.
 
     Raises:
-        typer.Exit: If it cannot be done, or Ctrl-C stopped it; the reason is printed.
+        typer.Exit: If it cannot be done, or it was told to stop; the reason is printed.
     """
     # Not above: every other command would load RLlib.
     from rl.train import ray_for_training, train
@@ -72,19 +87,20 @@ def _train(
     async def work() -> Trained:
         store = await Store.open(config.store_url())
         try:
-            return await train(config, store, settings, show, folder=folder)
+            wanted = await DesiredPool(config, store).current()
+            return await train(wanted, store, settings, show, folder=folder, questions=questions)
         finally:
             await store.close()
 
     bar, show = _progress_bar(settings)
     try:
-        with ray_for_training(address), bar:
+        with ray_for_training(address, live=settings.live is not None), bar:
             return asyncio.run(work())
     except AtlasError as error:
         raise fail(error.message) from None
     except ConnectionError:
         raise fail(f"no Ray cluster answers at {address!r}") from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C; `ray job stop`, which Ray makes an exit
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from None
 
@@ -107,6 +123,8 @@ def _progress_bar(settings: TrainConfig) -> tuple[Bar, Callable[[TrainProgress],
             figures = f"return {progress.mean_return:.3f} ({terms})"
             if progress.held_out_utility is not None:
                 figures += f", held-out {progress.held_out_utility:.4f}"
+            if progress.spent_usd is not None:
+                figures += f", ${progress.spent_usd:.6f}"
             figures += f", {progress.eta_s:.0f} s left"
         bar.update(task, description=progress.phase, completed=progress.done, figures=figures)
         if progress.mean_return is not None and not console.is_terminal:
@@ -128,6 +146,14 @@ def _show(trained: Trained) -> None:
         f"{trained.gate_threshold:g}",
         highlight=False,
     )
+    if result.spent is not None:
+        spent = result.spent
+        console.print(
+            f"{spent.requests} requests to the pool for ${spent.usd:.6f} in {spent.seconds:.0f} s",
+            highlight=False,
+        )
+    if result.stopped is not None:
+        console.print(f"stopped early: {result.stopped}", highlight=False)
     console.print(f"curve, events and report in {result.folder}", highlight=False, soft_wrap=True)
     console.print(
         f"snapshot [bold]{trained.snapshot_id}[/bold] is kept; `atlas promote` lets it serve",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from rl.off_policy import (
     LoggedDecisions,
     LoggedStep,
     LoggedTrajectories,
+    OneStep,
     estimate,
     estimate_trajectories,
 )
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, NoCandidate
+from serve_app.router.clusters import ClusterRule
 from serve_app.schemas import Action, Candidate, Decision, Limits, Pair, Path, Seen
-from tests.router_data import DIM, LIMITS, PAIRS, SKILL, make_queries, topics
+from tests.router_data import DIM, LIMITS, PAIRS, SKILL, make_queries, make_snapshot, topics
 
 NUM_REPLICATIONS = 200
 ESTIMATORS = ("score", "importance", "doubly_robust", "direct")
@@ -67,6 +70,7 @@ class EscalatingRule:
         *,
         history: tuple[Seen, ...] = (),
         last_answer: NDArray[np.float32] | None = None,
+        can_think: bool = False,
     ) -> Decision:
         if not history:
             return decided(PAIRS[OWN[int(embedding[:3].argmax())]])
@@ -115,9 +119,10 @@ def log_requests(seed: int, number: int = 600, max_steps: int = 2) -> LoggedTraj
         encoder="test-encoder",
         embeddings=make_queries(topic, seed + 1, spread=0.05),
         pairs=PAIRS,
+        available=(PAIRS,) * number,
+        limits=(replace(LIMITS, max_steps=max_steps),) * number,
         steps=tuple(requests),
         score=scores,
-        max_steps=max_steps,
     )
 
 
@@ -154,7 +159,7 @@ def _of_decisions(seed: int) -> OffPolicyEstimate:
 
 def _of_requests(seed: int) -> OffPolicyEstimate:
     logged = log_requests(10 * seed)
-    return estimate_trajectories("judged", EscalatingRule(), logged, 0.0, num_resamples=300)
+    return estimate_trajectories("judged", EscalatingRule(), logged, num_resamples=300)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -278,14 +283,14 @@ def test_a_policy_that_does_what_was_never_tried_is_refused() -> None:
 
 
 def test_few_or_certain_requests_are_refused() -> None:
-    few = estimate_trajectories("judged", EscalatingRule(), log_requests(0, number=40), 0.0)
+    few = estimate_trajectories("judged", EscalatingRule(), log_requests(0, number=40))
     assert few.score is None
     assert f"{few.effective_size:.1f} of this policy's" in str(few.reason)
     certain = replace(
         log_requests(0, number=50),
         steps=((LoggedStep(Action.ROUTE, PAIRS[0], 1.0),),) * 50,
     )
-    nothing = estimate_trajectories("judged", EscalatingRule(), certain, 0.0)
+    nothing = estimate_trajectories("judged", EscalatingRule(), certain)
     assert nothing.num_decisions == 0
     assert "no logged request was explored" in str(nothing.reason)
 
@@ -296,12 +301,13 @@ def test_requests_of_one_decision_are_worth_what_the_decisions_are() -> None:
         encoder=logged.encoder,
         embeddings=logged.embeddings,
         pairs=PAIRS,
+        available=(PAIRS,) * len(logged.score),
+        limits=(LIMITS,) * len(logged.score),
         steps=tuple(
             (LoggedStep(Action.ROUTE, PAIRS[pair], propensity),)
             for pair, propensity in zip(logged.chosen, logged.propensity.tolist(), strict=True)
         ),
         score=logged.score,
-        max_steps=1,
     )
 
     class Once(EscalatingRule):
@@ -309,10 +315,61 @@ def test_requests_of_one_decision_are_worth_what_the_decisions_are() -> None:
             return decided(PAIRS[BEST[int(embedding[:3].argmax())]])
 
     single = estimate("judged", TopicRule(), logged, 0.0, num_resamples=100)
-    whole = estimate_trajectories("judged", Once(), requests, 0.0, num_resamples=100)
+    whole = estimate_trajectories("judged", Once(), requests, num_resamples=100)
     assert whole.score == single.score
     assert whole.importance == single.importance
     assert whole.effective_size == pytest.approx(single.effective_size)
+
+
+def test_a_rule_that_decides_once_stops_at_the_first_answer() -> None:
+    logged = log_requests(7, number=1500)
+    found = estimate_trajectories(
+        "judged", OneStep(ClusterRule(make_snapshot())), logged, num_resamples=200
+    )
+    known = float(SKILL.max(axis=1).mean())
+    for interval in (found.score, found.importance, found.doubly_robust):
+        assert interval is not None
+        assert interval.low <= known <= interval.high
+    assert found.effective_size == pytest.approx(1500 / 9, rel=0.25)
+
+
+def test_a_rule_that_decides_once_goes_on_after_a_failure() -> None:
+    first, second = (Seen(PAIRS[pair], None, None, 0, 1e-5) for pair in (2, 0))
+    steps = (
+        LoggedStep(Action.ROUTE, PAIRS[2], 0.5, first),
+        LoggedStep(Action.ROUTE, PAIRS[0], 0.5, second),
+    )
+    logged = replace(
+        log_requests(0, number=80),
+        embeddings=np.tile(topics()[0], (80, 1)),
+        steps=(steps,) * 80,
+        score=np.ones(80),
+    )
+    found = estimate_trajectories(
+        "judged", OneStep(ClusterRule(make_snapshot())), logged, num_resamples=50
+    )
+    assert found.effective_size == pytest.approx(80)
+    assert found.coverage == pytest.approx(4.0)
+
+
+class RefusingRule(EscalatingRule):
+    """Refuses the queries of some topics."""
+
+    def __init__(self, *topics: int) -> None:
+        self._topics = topics
+
+    def decide(self, embedding: NDArray[np.float32], *rest: Any, **more: Any) -> Decision:
+        if int(embedding[:3].argmax()) in self._topics:
+            raise NoCandidate("not this one")
+        return super().decide(embedding, *rest, **more)
+
+
+def test_a_request_that_would_be_refused_scores_nothing() -> None:
+    logged = log_requests(3, number=1500)
+    found = estimate_trajectories("judged", RefusingRule(0), logged, num_resamples=50)
+    assert found.coverage == pytest.approx(2 / 3, abs=0.15)
+    with pytest.raises(ConfigError, match="knows none of the 3 pairs"):
+        estimate_trajectories("judged", RefusingRule(0, 1, 2), logged, num_resamples=50)
 
 
 class ExploringRule(EscalatingRule):
@@ -324,7 +381,7 @@ class ExploringRule(EscalatingRule):
 
 def test_a_rule_that_explores_cannot_be_judged() -> None:
     with pytest.raises(ConfigError, match="judged policy explores"):
-        estimate_trajectories("judged", ExploringRule(), log_requests(0, number=5), 0.0)
+        estimate_trajectories("judged", ExploringRule(), log_requests(0, number=5))
 
 
 @pytest.mark.parametrize(
@@ -338,9 +395,8 @@ def test_a_rule_that_explores_cannot_be_judged() -> None:
 )
 def test_a_log_of_requests_that_does_not_fit_is_refused(step: LoggedStep, message: str) -> None:
     def logged(*steps: LoggedStep) -> LoggedTrajectories:
-        return LoggedTrajectories(
-            "e", np.eye(1, DIM, dtype=np.float32), PAIRS, (steps,), np.ones(1), 2
-        )
+        query = np.eye(1, DIM, dtype=np.float32)
+        return LoggedTrajectories("e", query, PAIRS, (PAIRS,), (LIMITS,), (steps,), np.ones(1))
 
     with pytest.raises(ConfigError, match=message):
         logged(step)

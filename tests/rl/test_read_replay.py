@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rl.profile import fingerprint
+from rl.backend import ReplayBackend
+from rl.profile import fingerprint, thought_fingerprint
 from rl.publish import fit_snapshot, read_cards
 from rl.replay import answer_encoder, read_replay
-from serve_app.config import AtlasConfig
+from serve_app.config import AtlasConfig, RouterConfig
 from serve_app.embedder import TextEncoder
 from serve_app.errors import ConfigError
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.features import NO_ANSWER, project
-from serve_app.schemas import Pair
-from serve_app.store import ProfileOutcome, ProfileQuestion, Store, add_outcomes, add_questions
+from serve_app.store import (
+    ProfileOutcome,
+    ProfileThought,
+    Store,
+    add_outcomes,
+    add_questions,
+    add_thought,
+)
+from tests.profile_data import POEMS, SUMS, make_config, make_outcome, make_question
 from tests.router_data import QUICK
 
-SUMS, POEMS = Pair("sums", "calculator"), Pair("poems", "none")
 NUM_QUESTIONS = 48
 
 
@@ -32,18 +39,7 @@ def own_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> AtlasConfig:
-    models = [
-        {"type": "remote", "model_id": pair.model_id, "base_url": "http://127.0.0.1:1/v1",
-         "remote_model": "x", "tools": [pair.tool_id], "card": {"description": pair.model_id}}
-        for pair in (SUMS, POEMS)
-    ]  # fmt: skip
-    return AtlasConfig.model_validate(
-        {
-            "models": models,
-            "tools": [{"type": "calculator", "tool_id": "calculator"}],
-            "data_dir": str(tmp_path),
-        }
-    )
+    return make_config(tmp_path)
 
 
 @pytest.fixture
@@ -59,46 +55,43 @@ async def store(config: AtlasConfig) -> AsyncIterator[Store]:
     await add_questions(
         opened,
         [
-            ProfileQuestion(
-                question_key=f"q{number:02}",
+            make_question(
+                config,
+                number,
                 query=text,
                 domain=("sums", "poems")[number % 2],
                 split="train",
-                encoder=config.embedder.model,
                 embedding=vectors[number].astype("<f4").tobytes(),
             )
             for number, text in enumerate(texts)
         ],
     )
     for number in range(NUM_QUESTIONS):
-        await add_outcomes(
-            opened,
-            [_outcome(config, number, place, pair) for place, pair in enumerate((SUMS, POEMS))],
-        )
+        await add_outcomes(opened, outcomes_of(config, number))
     yield opened
     await opened.close()
 
 
-def _outcome(config: AtlasConfig, number: int, place: int, pair: Pair) -> ProfileOutcome:
-    is_right = number % 2 == place
-    failed = number == 4 and pair == POEMS
-    return ProfileOutcome(
-        question_key=f"q{number:02}",
-        model_id=pair.model_id,
-        tool_id=pair.tool_id,
-        fingerprint=fingerprint(config, pair),
-        score=float(is_right),
-        prompt_tokens=10,
-        completion_tokens=5,
-        cost_usd=(1e-5, 1e-4)[place],
-        seconds=0.5 + place,
-        mean_logprob=None if failed else -0.1 - number,
-        tool_errors=place,
-        answer=None if failed else f"answer {number if is_right else 'unknown'}",
-        error="away" if failed else None,
-        judge_agreed=None,
-        created_unix_s=float(number),
-    )
+def outcomes_of(config: AtlasConfig, number: int) -> list[ProfileOutcome]:
+    found = []
+    for place, pair in enumerate((SUMS, POEMS)):
+        is_right = number % 2 == place
+        failed = number == 4 and pair == POEMS
+        found.append(
+            make_outcome(
+                config,
+                number,
+                pair,
+                float(is_right),
+                cost_usd=(1e-5, 1e-4)[place],
+                seconds=0.5 + place,
+                mean_logprob=None if failed else -0.1 - number,
+                tool_errors=place,
+                answer=None if failed else f"answer {number if is_right else 'unknown'}",
+                error="away" if failed else None,
+            )
+        )
+    return found
 
 
 async def test_a_table_holds_what_the_store_holds(config: AtlasConfig, store: Store) -> None:
@@ -138,6 +131,98 @@ async def test_training_and_evaluation_see_their_own_views(
     beliefs = ClusterRule(snapshot, read_cards(config).prior).beliefs(evaluated.embeddings[7])
     np.testing.assert_allclose(view.quality[7], beliefs.quality, atol=1e-6)
     assert evaluated.new_models is None
+
+
+def with_planner(config: AtlasConfig, planner: str | None = "poems") -> AtlasConfig:
+    return config.model_copy(update={"router": RouterConfig(planner=planner)})
+
+
+async def think(config: AtlasConfig, store: Store, planner: str, numbers: Iterable[int]) -> None:
+    """Record a thought on some questions; after it every pair is right, and says `Aha.`."""
+    for number in numbers:
+        await add_thought(
+            store,
+            ProfileThought(
+                question_key=f"q{number:03}",
+                fingerprint=thought_fingerprint(config, planner),
+                model_id=planner,
+                thought="Mind the units.",
+                prompt_tokens=10,
+                completion_tokens=5,
+                cost_usd=1e-4 * (1 + number),
+                seconds=2.0,
+                error=None,
+                created_unix_s=1.0,
+            ),
+        )
+        await add_outcomes(
+            store,
+            [
+                make_outcome(
+                    config,
+                    number,
+                    pair,
+                    1.0,
+                    fingerprint=fingerprint(config, pair, planner),
+                    answer="Aha.",
+                    cost_usd=2e-4,
+                    created_unix_s=1e9,
+                )
+                for pair in (SUMS, POEMS)
+            ],
+        )
+
+
+async def test_what_came_of_a_thought_is_beside_what_came_without(
+    config: AtlasConfig, store: Store
+) -> None:
+    thinking = with_planner(config)
+    await think(thinking, store, "poems", range(40))
+    table = await read_replay(thinking, store, "train", views=None)
+    before = await read_replay(config, store, "train", views=None)
+    assert (len(table.score), len(before.score)) == (2, 1)
+    for name in ("score", "costs_usd", "logprob", "measured", "pair_costs_usd"):
+        np.testing.assert_array_equal(getattr(table, name)[:1], getattr(before, name)[:1])
+    np.testing.assert_array_equal(table.score[1, :40], 1.0)
+    np.testing.assert_allclose(table.costs_usd[1, :40], 2e-4)
+    assert (table.answer_key[1, 7, 0], table.measured[1, 40].any()) == (
+        table.answer_key[1, 7, 1],
+        False,
+    )
+    np.testing.assert_allclose(table.think_cost_usd[:3], [1e-4, 2e-4, 3e-4], rtol=1e-5)
+    np.testing.assert_allclose(table.think_cost_usd[40:], 20.5e-4, rtol=1e-5)  # the others' mean
+    np.testing.assert_allclose(table.think_seconds, 2.0)
+    np.testing.assert_array_equal(ReplayBackend(table).can_think, np.arange(NUM_QUESTIONS) < 40)
+    assert table.without_thoughts().score.shape == before.score.shape
+
+
+async def test_thoughts_of_a_planner_with_other_settings_are_not_read(
+    config: AtlasConfig, store: Store
+) -> None:
+    thinking = with_planner(config)
+    models = [model.model_copy(update={"max_completion_tokens": 99}) for model in config.models]
+    await think(thinking.model_copy(update={"models": models}), store, "poems", range(40))
+    assert not (await read_replay(thinking, store, "train", views=None)).has_thoughts
+
+
+def test_what_a_planner_says_counts_in_the_fingerprint(config: AtlasConfig) -> None:
+    models = [config.models[0].model_copy(update={"max_completion_tokens": 99}), config.models[1]]
+    changed = config.model_copy(update={"models": models})
+    alone, after = fingerprint(changed, POEMS), fingerprint(changed, POEMS, "sums")
+    assert alone == fingerprint(config, POEMS)
+    assert len({alone, after, fingerprint(changed, POEMS, "poems")}) == 3
+    assert after != fingerprint(config, POEMS, "sums")
+
+
+async def test_path_1_is_fitted_on_what_came_without_a_thought(
+    config: AtlasConfig, store: Store
+) -> None:
+    _, before = await fit_snapshot(config, store, QUICK)
+    thinking = with_planner(config)
+    await think(thinking, store, "poems", range(NUM_QUESTIONS))
+    _, after = await fit_snapshot(thinking, store, QUICK)
+    np.testing.assert_array_equal(before.score_alpha, after.score_alpha)
+    np.testing.assert_array_equal(before.pair_costs_usd, after.pair_costs_usd)
 
 
 async def test_a_split_without_outcomes_is_refused(config: AtlasConfig, store: Store) -> None:

@@ -38,11 +38,11 @@ from rl.table import ReplayTable
 from serve_app.errors import ConfigError
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.features import NO_ANSWER
-from serve_app.router.learned import LearnedRule
+from serve_app.router.learned import THINKS, LearnedRule
 from serve_app.router.policy_net import PolicyNet
 from serve_app.schemas import Action, Limits, Pair, Seen
 from tests.policy_data import with_policy
-from tests.rl.replay_data import encode, make_dataset, make_replay, one_query
+from tests.rl.replay_data import encode, make_dataset, make_replay, one_query, with_thoughts
 from tests.router_data import COSTS_USD, PAIRS, make_snapshot
 
 WIDE = np.linspace(0.0, 2.0, 9, dtype=np.float32)
@@ -304,6 +304,22 @@ def test_a_replay_of_other_queries_or_pairs_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             gated_policy(rule, table, max_steps=2).reach(held_out, [0.0])
+
+
+def test_a_policy_thinks_in_the_evaluation_only_if_it_learned_to() -> None:
+    """After a thought every pair is right; the thought costs a step, and its price."""
+    table = with_thoughts(held_out_table())
+    eager = with_policy(replace(make_snapshot(), distance_quantiles=WIDE), think=2.0, answer=0.0)
+    policy = gated_policy(ClusterRule(eager), table, max_steps=2)
+    thinking = policy.answer(policy.table, 0.0)
+    assert thinking.score.tolist() == [1.0] * NUM_QUERIES
+    assert thinking.steps.tolist() == [2.0] * NUM_QUERIES
+    of_pair = policy.table.costs_usd[1, np.arange(NUM_QUERIES), thinking.pair]
+    np.testing.assert_allclose(thinking.costs_usd, of_pair + 1e-4, rtol=1e-5)
+    never = replace(eager, metadata={THINKS: 0})
+    policy = gated_policy(ClusterRule(never), table, max_steps=2)
+    assert not policy.table.has_thoughts
+    assert policy.answer(policy.table, 0.0).score.mean() < 1.0
 
 
 def test_the_policy_is_the_snapshots() -> None:

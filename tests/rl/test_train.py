@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 import ray
 
 from rl.config import parse_train_config
-from rl.profile import fingerprint
 from rl.publish import NEWEST, fit_snapshot, resolve
 from rl.train import train
 from rl.training import TrainProgress
@@ -22,83 +20,13 @@ from serve_app.errors import NotFound
 from serve_app.jobs import Jobs, RayLauncher, TrainJob
 from serve_app.router.learned import LearnedRule
 from serve_app.router.library import SnapshotLibrary
-from serve_app.schemas import Limits, Pair
-from serve_app.schemas import Path as DecidedBy
-from serve_app.store import (
-    ProfileOutcome,
-    ProfileQuestion,
-    Store,
-    add_outcomes,
-    add_questions,
-    serving_policies,
-)
+from serve_app.schemas import Limits, Path
+from serve_app.store import Store, serving_policies
+from tests.profile_data import DIM, POEMS, SUMS
+from tests.rl.training_data import SETTINGS
 from tests.router_data import QUICK
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-SUMS, POEMS = Pair("sums", "calculator"), Pair("poems", "none")
-DIM = 384
-SETTINGS: dict[str, Any] = {
-    "iterations": 4,
-    "train_batch_size_per_learner": 256,
-    "minibatch_size": 128,
-    "num_envs_per_env_runner": 64,
-    "net": {"width": 16, "num_heads": 2},
-    "env": {"max_steps": 2},
-    "validation": {"share": 0.3, "alphas": [0.0], "every": 2},
-}
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AtlasConfig:
-    monkeypatch.delenv("ATLAS_DATA_DIR", raising=False)
-    models = [
-        {"type": "remote", "model_id": pair.model_id, "base_url": "http://127.0.0.1:1/v1",
-         "remote_model": "x", "tools": [pair.tool_id]}
-        for pair in (SUMS, POEMS)
-    ]  # fmt: skip
-    tools = [{"type": "calculator", "tool_id": "calculator"}]
-    return AtlasConfig.model_validate({"models": models, "tools": tools, "data_dir": str(tmp_path)})
-
-
-@pytest.fixture
-async def store(config: AtlasConfig) -> AsyncIterator[Store]:
-    """Even questions are sums, odd ones poems; each pair is right on its own. A quarter is held
-    out."""
-    opened = await Store.open(config.store_url())
-    for number in range(80):
-        vector = 0.1 * np.random.default_rng(number).standard_normal(DIM)
-        vector[number % 2] += 5
-        packed = np.asarray(vector / np.linalg.norm(vector), "<f4").tobytes()
-        split = "held_out" if number % 8 >= 6 else "train"
-        name, encoder = f"q{number}", config.embedder.model
-        question = ProfileQuestion(name, f"query {number}", "", split, encoder, packed)
-        await add_questions(opened, [question])
-        await add_outcomes(
-            opened,
-            [
-                ProfileOutcome(
-                    question_key=name,
-                    model_id=pair.model_id,
-                    tool_id=pair.tool_id,
-                    fingerprint=fingerprint(config, pair),
-                    score=float(number % 2 == place),
-                    prompt_tokens=10,
-                    completion_tokens=5,
-                    cost_usd=1e-5,
-                    seconds=0.1,
-                    mean_logprob=-0.1,
-                    tool_errors=0,
-                    answer="x",
-                    error=None,
-                    judge_agreed=None,
-                    created_unix_s=float(number),
-                )
-                for place, pair in enumerate((SUMS, POEMS))
-            ],
-        )
-    yield opened
-    await opened.close()
 
 
 async def test_training_keeps_a_snapshot_that_decides_and_does_not_serve(
@@ -118,7 +46,7 @@ async def test_training_keeps_a_snapshot_that_decides_and_does_not_serve(
     rule = LearnedRule(snapshot)
     vector = np.eye(DIM, dtype=np.float32)[0]
     decision = rule.decide(vector, Limits(alpha=0.0, deadline_s=60), (SUMS, POEMS), 1)
-    assert decision.path in {DecidedBy.CLUSTERS, DecidedBy.POLICY}
+    assert decision.path in {Path.CLUSTERS, Path.POLICY}
 
     assert trained.report is not None
     folder = trained.result.folder

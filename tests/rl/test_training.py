@@ -22,6 +22,7 @@ from rl.train import split_table
 from rl.training import TrainProgress, TrainResult, train_policy, validate
 from serve_app.config import load_config
 from serve_app.errors import ConfigError, TrainingStopped
+from serve_app.questions import read_questions
 from serve_app.router.features import DESCRIPTOR_DIM, LOG_SECONDS, NUM_FEATURES
 from tests.rl.replay_data import make_replay
 
@@ -240,10 +241,12 @@ def test_questions_apart_are_the_same_whatever_else_is_there() -> None:
 
 @pytest.mark.parametrize("path", sorted(Path("configs/rl").glob("*.yaml")), ids=str)
 def test_every_shipped_training_file_loads_and_names_a_deployment(path: Path) -> None:
-    read, deployment = load_train_config(path)
+    read, deployment, questions = load_train_config(path)
     assert read.iterations >= 1
     assert deployment is not None
     assert load_config(deployment).all_pairs()
+    assert (questions is not None) == (read.live is not None)
+    assert questions is None or read_questions(questions)
 
 
 @pytest.mark.parametrize(
@@ -257,11 +260,23 @@ def test_every_shipped_training_file_loads_and_names_a_deployment(path: Path) ->
         ({"net": {"width": 10, "num_heads": 4}}, "net"),
         ({"env": {"max_steps": 99}}, "max_steps"),
         ({"env": {"surprise": 1}}, "surprise"),
+        ({"live": {"max_seconds": 60}}, "max_cost_usd"),
+        ({"live": {"max_cost_usd": 0}}, "max_cost_usd"),
+        ({"live": {"max_cost_usd": 1}, "num_env_runners": 1}, "live.concurrency"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         settings(**changes)
+
+
+def test_a_live_run_goes_on_under_other_caps() -> None:
+    live = {"max_cost_usd": 1.0}
+    run = settings(live=live)
+    for changed in ({"max_cost_usd": 2.0}, {"max_seconds": 9.0}, {"concurrency": 2}):
+        assert settings(live=live | changed).digest() == run.digest()
+    assert settings(live=live | {"deadline_s": 9.0}).digest() != run.digest()
+    assert settings().digest() != run.digest()
 
 
 def test_scrambled_states_keep_what_is_alike_and_lose_what_it_was() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,24 +29,36 @@ from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError, NotFound, PromotionRefused
 from serve_app.router.following import LEARNED_UNTIL
 from serve_app.router.library import SnapshotLibrary
-from serve_app.schemas import Candidate, Decision, Pair, Report, Step, Usage
+from serve_app.schemas import (
+    Action,
+    Candidate,
+    Circumstances,
+    Decision,
+    Pair,
+    Report,
+    Step,
+    Usage,
+)
 from serve_app.schemas import Path as DecidedBy
 from serve_app.store import (
     OutcomeLog,
-    ProfileOutcome,
-    ProfileQuestion,
     Store,
     add_feedback,
     add_outcomes,
-    add_questions,
     measured,
     serving_policies,
 )
 from tests.policy_data import make_policy
+from tests.profile_data import (
+    DIM,
+    POEMS,
+    SUMS,
+    fill,
+    make_config,
+    make_outcome,
+    topic_vector,
+)
 from tests.router_data import QUICK
-
-SUMS, POEMS = Pair("sums", "calculator"), Pair("poems", "none")
-DIM = 384
 
 
 @pytest.fixture(autouse=True)
@@ -56,19 +68,8 @@ def own_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> AtlasConfig:
-    models = [
-        {"type": "remote", "model_id": pair.model_id, "base_url": "http://127.0.0.1:1/v1",
-         "remote_model": "x", "tools": [pair.tool_id]}
-        for pair in (SUMS, POEMS)
-    ]  # fmt: skip
-    return AtlasConfig.model_validate(
-        {
-            "models": models,
-            "tools": [{"type": "calculator", "tool_id": "calculator"}],
-            "data_dir": str(tmp_path),
-        }
-    )
+def config(tmp_path: Path, store_url: str) -> AtlasConfig:
+    return make_config(tmp_path, store={"url": store_url})
 
 
 @pytest.fixture
@@ -78,55 +79,11 @@ async def store(config: AtlasConfig) -> AsyncIterator[Store]:
     await opened.close()
 
 
-def vector(number: int) -> bytes:
-    """An embedding near one of two topics."""
-    made = 0.1 * np.random.default_rng(number).standard_normal(DIM)
-    made[number % 2] += 5
-    return np.asarray(made / np.linalg.norm(made), "<f4").tobytes()
-
-
-def outcome(config: AtlasConfig, number: int, pair: Pair, score: float) -> ProfileOutcome:
-    return ProfileOutcome(
-        question_key=f"q{number}",
-        model_id=pair.model_id,
-        tool_id=pair.tool_id,
-        fingerprint=fingerprint(config, pair),
-        score=score,
-        prompt_tokens=10,
-        completion_tokens=5,
-        cost_usd=1e-5,
-        seconds=0.1,
-        mean_logprob=-0.1,
-        tool_errors=0,
-        answer="x",
-        error=None,
-        judge_agreed=None,
-        created_unix_s=float(number),
-    )
-
-
-async def fill(config: AtlasConfig, store: Store, num_questions: int = 60) -> None:
-    """Even questions are sums, odd ones poems; each pair is right on its own. A quarter is held
-    out."""
-    encoder = config.embedder.model
-    for number in range(num_questions):
-        split = "held_out" if number % 8 >= 6 else "train"
-        asked = ProfileQuestion(f"q{number}", f"query {number}", "", split, encoder, vector(number))
-        await add_questions(store, [asked])
-        await add_outcomes(
-            store,
-            [
-                outcome(config, number, SUMS, float(number % 2 == 0)),
-                outcome(config, number, POEMS, float(number % 2 == 1)),
-            ],
-        )
-
-
 async def rate(store: Store, request_id: str, pair: Pair, score: float) -> None:
     decision = Decision((Candidate(pair, 1, 1, 0),), DecidedBy.CLUSTERS, 1.0, 1.0, 1, 1)
     step = Step(pair, DecidedBy.CLUSTERS, 1.0, Usage(), 0.1)
     log = OutcomeLog(store, flush_interval_s=0.001)
-    log.record(Report(request_id, decision, (step,), Usage(), 0.1, "rated", vector(0), "me"))
+    log.record(Report(request_id, decision, (step,), Usage(), 0.1, "rated", topic_vector(0), "me"))
     await log.close()
     await add_feedback(store, request_id, "me", score)
 
@@ -134,7 +91,7 @@ async def rate(store: Store, request_id: str, pair: Pair, score: float) -> None:
 async def test_a_fit_reads_the_training_split_and_learns_who_is_right(
     config: AtlasConfig, store: Store
 ) -> None:
-    await fill(config, store)
+    await fill(config, store, 60)
     snapshot_id, snapshot = await fit_snapshot(config, store, QUICK)
     kept = SnapshotLibrary(config.snapshots_path()).load(snapshot_id, policy_version=9)
     assert snapshot.metadata["num_queries"] == 46
@@ -146,10 +103,10 @@ async def test_a_fit_reads_the_training_split_and_learns_who_is_right(
 async def test_outcomes_of_other_settings_do_not_count_and_the_newest_does(
     config: AtlasConfig, store: Store
 ) -> None:
-    await fill(config, store, num_questions=8)
-    old = replace(outcome(config, 1, SUMS, 1.0), fingerprint="0" * 16, created_unix_s=9e9)
+    await fill(config, store, 8)
+    old = replace(make_outcome(config, 1, SUMS, 1.0), fingerprint="0" * 16, created_unix_s=9e9)
     again = replace(
-        outcome(config, 1, SUMS, 0.5),
+        make_outcome(config, 1, SUMS, 0.5),
         fingerprint=fingerprint(config, SUMS) + "-again",
         created_unix_s=8e9,
     )
@@ -163,7 +120,7 @@ async def test_outcomes_of_other_settings_do_not_count_and_the_newest_does(
 async def test_rated_traffic_counts_and_is_not_learned_online_again(
     config: AtlasConfig, store: Store
 ) -> None:
-    await fill(config, store)
+    await fill(config, store, 60)
     await rate(store, "req_1", POEMS, 0.25)
     began = time.time()
     _, with_traffic = await fit_snapshot(config, store, QUICK)
@@ -174,13 +131,13 @@ async def test_rated_traffic_counts_and_is_not_learned_online_again(
 
 
 async def test_an_outcome_is_kept_once(config: AtlasConfig, store: Store) -> None:
-    await fill(config, store, num_questions=2)
-    changed = replace(outcome(config, 0, SUMS, 0.0), answer="later")
-    fresh = replace(outcome(config, 1, SUMS, 0.0), fingerprint="f")
+    await fill(config, store, 2)
+    changed = replace(make_outcome(config, 0, SUMS, 0.0), answer="later")
+    fresh = replace(make_outcome(config, 1, SUMS, 0.0), fingerprint="f")
     await add_outcomes(store, [changed, fresh])
     dataset = await read_dataset(config, store, "train")
     assert dataset.outcomes.score.max() == 1.0
-    assert ("q1", SUMS, "f") in await measured(store, ["q0", "q1"])
+    assert ("q001", SUMS, "f") in await measured(store, ["q000", "q001"])
 
 
 async def test_without_outcomes_the_way_to_get_them_is_said(
@@ -193,7 +150,7 @@ async def test_without_outcomes_the_way_to_get_them_is_said(
 async def test_a_snapshot_with_a_policy_is_evaluated_step_by_step(
     config: AtlasConfig, store: Store
 ) -> None:
-    await fill(config, store, num_questions=120)
+    await fill(config, store, 120)
     first, snapshot = await fit_snapshot(config, store, QUICK)
     await promote(store, first, "a test")
     wasteful = replace(snapshot, policy=make_policy(dim=DIM))  # runs every pair, whatever it saw
@@ -211,10 +168,90 @@ async def test_a_snapshot_with_a_policy_is_evaluated_step_by_step(
     assert PATH_2 not in back.at_default.contenders  # only of the candidate
 
 
+async def log_explored(config: AtlasConfig, store: Store, number: int = 240) -> None:
+    """Rated requests of two steps at most that draw uniformly from what they may do next; a
+    question is worth what the last pair that ran is worth on it."""
+    log = OutcomeLog(store, flush_interval_s=0.001)
+    rng = np.random.default_rng(0)
+    scores = {}
+    for request in range(number):
+        request_id, topic = f"req_{request}", request % 2
+        first = int(rng.integers(2))
+        again = rng.random() < 0.5
+        ran = [first, 1 - first] if again else [first]
+        pairs = [(SUMS, POEMS)[place] for place in ran]
+        made = [decided((SUMS, POEMS) if first == 0 else (POEMS, SUMS), 0.5)]
+        made.append(decided(pairs[1:], 0.5))
+        log.record(
+            Report(
+                request_id,
+                made[0],
+                tuple(
+                    Step(pair, DecidedBy.POLICY, 0.5, Usage(10, 5, 1e-5), 0.1, answer=str(pair))
+                    for pair in pairs
+                ),
+                Usage(10, 5, 1e-5),
+                0.1,
+                "rated",
+                topic_vector(topic),
+                "me",
+                decisions=tuple(made),
+                answer_step=len(ran) - 1,
+                circumstances=Circumstances(
+                    max_steps=2,
+                    max_cost_usd=None,
+                    seconds_left=(60.0, 59.0),
+                    answer_keys=tuple(range(len(ran))),
+                    answer_embeddings=(topic_vector(7), None)[: len(ran)],
+                ),
+            ),
+            0.0,
+        )
+        scores[request_id] = float(ran[-1] == topic)
+    await log.close()
+    for request_id, score in scores.items():
+        await add_feedback(store, request_id, "me", score)
+
+
+def decided(pairs: Sequence[Pair], propensity: float) -> Decision:
+    candidates = tuple(Candidate(pair, 1, 1, 0) for pair in pairs)
+    action = Action.ROUTE if pairs else Action.ANSWER
+    return Decision(candidates, DecidedBy.POLICY, 1.0, propensity, 1, 1, action=action)
+
+
+async def test_logged_requests_of_several_steps_tell_what_a_policy_would_have_scored(
+    config: AtlasConfig, store: Store
+) -> None:
+    """One takes the pair that is right and stops; one takes both, and ends with the wrong one."""
+    await fill(config, store, 120)
+    first, snapshot = await fit_snapshot(config, store, QUICK)
+    await log_explored(config, store)
+    knowing = replace(snapshot, policy=make_policy(dim=DIM, answer=0.5))
+    wasteful = replace(snapshot, policy=make_policy(dim=DIM))
+    names = [await keep_snapshot(config, store, made) for made in (knowing, wasteful)]
+    report = await evaluate_snapshot(config, store, *names)
+    found = report.off_policy_requests
+    assert set(found) == {CANDIDATE, SERVING}
+    assert not report.off_policy  # no decision of path 1 was rated
+    for name, known in ((CANDIDATE, 1.0), (SERVING, 0.0)):
+        estimate = found[name]
+        assert estimate.effective_size == pytest.approx(60, rel=0.3)
+        assert estimate.coverage == pytest.approx(1.0, abs=0.3)
+        for figure in (estimate.score, estimate.importance, estimate.doubly_robust):
+            assert figure is not None
+            assert figure.mean == pytest.approx(known, abs=0.25)
+        assert estimate.score is not None
+        assert estimate.score.mean == pytest.approx(known)
+    assert found[CANDIDATE].direct.mean > found[SERVING].direct.mean + 0.3  # type: ignore[union-attr]
+    assert set(report.to_json()["off_policy_requests"]) == {CANDIDATE, SERVING}
+    by_cards = await evaluate_snapshot(config, store, first, None)
+    assert by_cards.off_policy_requests[CANDIDATE].score.mean == pytest.approx(1.0)  # type: ignore[union-attr]
+
+
 async def test_a_policy_that_is_worse_is_refused_and_a_forced_one_is_recorded(
     config: AtlasConfig, store: Store
 ) -> None:
-    await fill(config, store, num_questions=120)
+    await fill(config, store, 120)
     first, snapshot = await fit_snapshot(config, store, QUICK)
     await promote(store, first, "a test")
     silent = make_policy(dim=DIM)
@@ -231,7 +268,7 @@ async def test_a_policy_that_is_worse_is_refused_and_a_forced_one_is_recorded(
 
 
 async def test_names_stand_for_snapshots(config: AtlasConfig, store: Store) -> None:
-    await fill(config, store)
+    await fill(config, store, 60)
     first, _ = await fit_snapshot(config, store, QUICK)
     second, _ = await fit_snapshot(config, store, replace(QUICK, seed=1))
     await promote(store, first, "a test")
@@ -246,7 +283,7 @@ async def test_names_stand_for_snapshots(config: AtlasConfig, store: Store) -> N
 async def test_a_rollback_publishes_what_served_before_under_a_new_version(
     config: AtlasConfig, store: Store
 ) -> None:
-    await fill(config, store)
+    await fill(config, store, 60)
     first, _ = await fit_snapshot(config, store, QUICK)
     second, _ = await fit_snapshot(config, store, replace(QUICK, seed=1))
     await promote(store, first, "a test")
@@ -260,7 +297,7 @@ async def test_the_first_policy_rolls_back_to_the_cold_start_rule(
 ) -> None:
     with pytest.raises(ConfigError, match="nothing was ever promoted"):
         await roll_back(store)
-    await fill(config, store)
+    await fill(config, store, 60)
     first, _ = await fit_snapshot(config, store, QUICK)
     await promote(store, first, "a test")
     assert await roll_back(store) == (2, None)

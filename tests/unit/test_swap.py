@@ -63,7 +63,7 @@ def test_the_verdict_separates_steady_from_swapping() -> None:
     late = Answer(10.5, 12.0, True, None, 1, (1,), ORDER[:1])
     after = [replace(GOOD, began_unix_s=11.0 + n, latency_ms=12.0) for n in range(5)]
     record = Record([*steady, late, *after], SWAPS, [(10.0, 16.0)], 0.0)
-    figures, targets = judge(record)
+    figures, targets = judge(record, 10_000)
     assert figures["latency"]["steady"]["requests"] == 10
     assert figures["latency"]["swapping"]["requests"] == 6
     reached = {target.name: (round(target.value, 3), target.holds) for target in targets}
@@ -71,7 +71,7 @@ def test_the_verdict_separates_steady_from_swapping() -> None:
     assert reached["slowest swap at every replica, s"] == (0.4, True)
     assert reached["requests"] == (16, False)
     failed = replace(record, answers=[*record.answers, Answer(12.0, 0.0, False, "500")])
-    assert judge(failed)[1][0].holds is False
+    assert judge(failed, 10_000)[1][0].holds is False
 
 
 def test_a_ranked_policy_takes_the_pairs_in_its_order() -> None:

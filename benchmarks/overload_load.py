@@ -1,0 +1,112 @@
+"""The load of `benchmarks.overload`: open-loop, streamed and not, of short and of long answers.
+
+In: an `OverloadLoad` as JSON on standard input. Out: a JSON list of `Answer`s on standard output,
+once all are there. In a process of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+from benchmarks.client import Connection, Load, build_request
+
+LENGTHS = (16,) * 9 + (64,)
+"""Tokens of the answers, in turn."""
+_MAX_IN_FLIGHT = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class OverloadLoad:
+    """One run."""
+
+    port: int
+    rate: float
+    """Requests per second."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for one request."""
+
+    due_s: float
+    """When it was due, from the beginning of the run."""
+    latency_ms: float
+    """From then to its last byte."""
+    status: int
+    """Of HTTP; 0 where none came."""
+    says_when: bool
+    """Whether it has a Retry-After."""
+
+
+class _Client:
+    """Sends requests when they are due."""
+
+    def __init__(self, load: OverloadLoad) -> None:
+        self._load = load
+        self._idle: list[Connection] = []
+        self.answers: list[Answer] = []
+
+    async def run(self) -> None:
+        running: set[asyncio.Task[None]] = set()
+        began_s = time.perf_counter()
+        for number in range(round(self._load.rate * self._load.seconds)):
+            due_s = number / self._load.rate
+            await asyncio.sleep(max(0.0, began_s + due_s - time.perf_counter()))
+            if len(running) >= _MAX_IN_FLIGHT:
+                self.answers.append(Answer(due_s, 0.0, 0, says_when=False))
+                continue
+            task = asyncio.create_task(self._ask(number, began_s, due_s))
+            running.add(task)
+            task.add_done_callback(running.discard)
+        await asyncio.gather(*running)
+
+    async def _ask(self, number: int, began_s: float, due_s: float) -> None:
+        max_tokens = LENGTHS[number % len(LENGTHS)]
+        load = Load(
+            "127.0.0.1",
+            self._load.port,
+            "/v1/chat/completions",
+            "open",
+            0.0,
+            body={"model": "slots", "max_tokens": max_tokens, "atlas": {"deadline_s": 25}},
+            stream=number // len(LENGTHS) % 2 == 1,
+        )
+        status, says_when = 0, False
+        try:
+            connection = await self._connection()
+            status, _ = await connection.ask(build_request(load, number))
+            head = connection.received.partition(b"\r\n\r\n")[0].lower()
+            says_when = b"\r\nretry-after:" in head
+            if connection.usable and b"\r\nconnection: close" not in head:
+                self._idle.append(connection)
+            else:
+                connection.close()
+        except (OSError, TimeoutError):
+            pass
+        latency_ms = (time.perf_counter() - began_s - due_s) * 1e3
+        self.answers.append(Answer(due_s, latency_ms, status, says_when))
+
+    async def _connection(self) -> Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable:
+                return connection
+        loop = asyncio.get_running_loop()
+        _, made = await loop.create_connection(Connection, "127.0.0.1", self._load.port)
+        return made
+
+
+def main() -> None:
+    """Read the load and run it."""
+    client = _Client(OverloadLoad(**json.loads(sys.stdin.read())))
+    asyncio.run(client.run())
+    json.dump([asdict(answer) for answer in client.answers], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
