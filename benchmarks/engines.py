@@ -1,7 +1,8 @@
-"""Engines that answer at once, so that what is measured is everything around an engine.
+"""Engines that answer at once or at a given pace: what is measured is everything around an engine.
 
-`InstantModel` is a custom model class (`serve_app.models.protocol`); `python -m benchmarks.engines
---port N` is an OpenAI-compatible HTTP upstream with the same answers, for proxies to stand before.
+`InstantModel` and `PacedModel` are custom model classes (`serve_app.models.protocol`); `python -m
+benchmarks.engines --port N` is an OpenAI-compatible HTTP upstream with the same answers, for
+proxies to stand before.
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rl.contenders import MultiStep, Rule
 from rl.dataset import MAX_VERDICTS, read_dataset
@@ -67,6 +68,9 @@ COLD_START = "cold-start"
 """Names that stand for a snapshot id."""
 
 
+Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+
+
 @dataclass(frozen=True)
 class Knowledge:
     """What the configuration says of its pairs, before any outcome."""
@@ -87,16 +91,21 @@ class Knowledge:
         return np.stack([self.cold_start.qualities(e)[columns] for e in outcomes.embeddings])
 
 
-def read_cards(config: AtlasConfig) -> Knowledge:
-    """Embed the configured cards, in this process, as a router replica does."""
-    encoder = TextEncoder(config.embedder, config.data_path() / "cache")
+def read_cards(config: AtlasConfig, encode: Encode | None = None) -> Knowledge:
+    """Embed the configured cards, in this process, as a router replica does.
+
+    Args:
+        config: The deployment.
+        encode: texts -> (num_texts, dim) L2-normalised; `None` takes the deployment's encoder.
+    """
+    encode = encode or TextEncoder(config.embedder, config.data_path() / "cache").encode
     cards = pair_cards(config)
-    cold_start = ColdStartRule(cards, encoder.encode, config.router.example_top_k)
+    cold_start = ColdStartRule(cards, encode, config.router.example_top_k)
     prior = Prior(
         pairs=tuple(card.pair for card in cards),
         costs_usd=np.array([card.cost_usd for card in cards], np.float32),
         similarities=cold_start.qualities,
-        descriptors=pair_descriptors(cards, encoder.encode),
+        descriptors=pair_descriptors(cards, encode),
     )
     return Knowledge(cold_start, prior)
 

@@ -251,11 +251,11 @@ class ChaosCluster:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         self.cluster.remove_node(node, allow_graceful=False)
-        return str(node.unique_id)
+        return str(node._node_id)
 
     def add_node(self) -> str:
         """Add a worker node; its id."""
-        return str(self.cluster.add_node(**_NODE).unique_id)
+        return str(self.cluster.add_node(**_NODE)._node_id)
 
     def edit(self, change: Any) -> None:
         """Change the configuration file; the graph follows it.

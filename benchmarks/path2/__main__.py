@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks.path2.data import read_bench
+from benchmarks.path2.encoders import TOKEN_MEAN, TokenMean
 from benchmarks.path2.figure import draw_frontiers
 from benchmarks.path2.parts import (
     NEWCOMERS,
@@ -140,10 +141,13 @@ def _ablations(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         run.train,
         run.on_progress,
     )
+    config = run.bench.config
+    assert config is not None  # it was read from a store
+    encoders = {TOKEN_MEAN: read_bench(config, TokenMean(config.embedder))}
     whole = {"nothing": (in_distribution(fewer), leave_one_domain_out(fewer))}
     return {
         name: {"in_distribution": section(inside), "unseen_domain": section(over_domains(unseen))}
-        for name, (inside, unseen) in (whole | ablations(fewer)).items()
+        for name, (inside, unseen) in (whole | ablations(fewer, encoders)).items()
     }
 
 

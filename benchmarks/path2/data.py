@@ -7,19 +7,20 @@ training questions and pairs; both paths then know nothing of the others but the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rl.config import TrainConfig
-from rl.dataset import read_dataset
+from rl.dataset import Dataset, read_dataset
 from rl.fit import fit
 from rl.outcomes import Outcomes
 from rl.publish import read_cards
-from rl.replay import read_replay
+from rl.replay import answer_encoder, make_table
 from rl.rollout import choose_gate
 from rl.selection import FitSettings
 from rl.table import ReplayTable
@@ -78,34 +79,62 @@ class Learnt:
     threshold: float
 
 
-def read_bench(config: AtlasConfig) -> Bench:
+class NamedEncoder(Protocol):
+    """Makes everything that a router sees of a text."""
+
+    name: str
+
+    def __call__(self, texts: Sequence[str]) -> Float:
+        """(num_texts, dim) unit vectors."""
+
+
+def read_bench(config: AtlasConfig, encoder: NamedEncoder | None = None) -> Bench:
     """The profile of a deployment, from its store.
+
+    Args:
+        config: The deployment.
+        encoder: Of the queries, the answers and the cards; `None` takes the deployment's.
 
     Raises:
         ConfigError: If there is none.
         StoreError: If the store is away.
     """
-    return asyncio.run(_read(config))
+    train, test = asyncio.run(_read(config))
+    if encoder is not None:
+        train, test = (_encoded(dataset, encoder) for dataset in (train, test))
+    knowledge = read_cards(config, encoder)
+    answers = encoder or answer_encoder(config)
 
+    def laid_out(dataset: Dataset) -> ReplayTable:
+        outcomes = dataset.outcomes
+        likeness = knowledge.likeness_of(outcomes)
+        return make_table(dataset, knowledge.descriptors_of(outcomes.pairs), likeness, answers)
 
-async def _read(config: AtlasConfig) -> Bench:
-    store = await Store.open(config.store_url())
-    try:
-        dataset = await read_dataset(config, store, "train")
-        train = await read_replay(config, store, "train", views=None)
-        test = await read_replay(config, store, "held_out", views=None)
-    finally:
-        await store.close()
-    knowledge = read_cards(config)
     return Bench(
-        outcomes=dataset.outcomes,
-        train=train,
-        test=test,
+        outcomes=train.outcomes,
+        train=laid_out(train),
+        test=laid_out(test),
         prior=knowledge.prior,
-        descriptors=knowledge.descriptors_of(train.pairs),
-        likeness=knowledge.likeness_of(dataset.outcomes),
+        descriptors=knowledge.descriptors_of(train.outcomes.pairs),
+        likeness=knowledge.likeness_of(train.outcomes),
         config=config,
     )
+
+
+async def _read(config: AtlasConfig) -> tuple[Dataset, Dataset]:
+    store = await Store.open(config.store_url())
+    try:
+        train, test = [await read_dataset(config, store, split) for split in ("train", "held_out")]
+    finally:
+        await store.close()
+    return train, test
+
+
+def _encoded(dataset: Dataset, encoder: NamedEncoder) -> Dataset:
+    """The same with the queries' embeddings made by another encoder."""
+    outcomes = dataset.outcomes
+    vectors = encoder(outcomes.queries)
+    return replace(dataset, outcomes=replace(outcomes, encoder=encoder.name, embeddings=vectors))
 
 
 def learn(bench: Bench, lesson: Lesson, folder: Path, on_progress: Callable[[str], None]) -> Learnt:

@@ -6,7 +6,7 @@ part is used again by the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -210,8 +210,14 @@ def changes(run: Run) -> dict[str, list[Unit]]:
     }
 
 
-def ablations(run: Run) -> dict[str, tuple[list[Unit], dict[str, list[Unit]]]]:
-    """What each part of the reward, and the number of clusters, is worth.
+def ablations(
+    run: Run, encoders: Mapping[str, Bench]
+) -> dict[str, tuple[list[Unit], dict[str, list[Unit]]]]:
+    """What each part of the reward, the number of clusters, and the encoder is worth.
+
+    Args:
+        run: Of the seeds that are wanted.
+        encoders: Name of another encoder to the same profile seen with it.
 
     Returns:
         What is changed, to the units in distribution and those out of it.
@@ -231,10 +237,14 @@ def ablations(run: Run) -> dict[str, tuple[list[Unit], dict[str, list[Unit]]]]:
     }
     for size in CLUSTERS:
         lessons[f"K {size}"] = {"fit": replace(run.fit, clusterings=((size, 1),))}
-    return {
+    units = {
         name: (in_distribution(run, name, **lesson), leave_one_domain_out(run, name, **lesson))
         for name, lesson in lessons.items()
     }
+    for name, bench in encoders.items():
+        other = replace(run, bench=bench)
+        units[f"encoder: {name}"] = in_distribution(other, name), leave_one_domain_out(other, name)
+    return units
 
 
 def _renumbered(bench: Bench, columns: Index) -> dict[float, int]:

@@ -3,15 +3,17 @@ say."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.path2.data import Bench, Learnt, part_of
+from benchmarks.path2.data import Bench, Learnt, part_of, read_bench
+from benchmarks.path2.encoders import TOKEN_MEAN, TokenMean
 from benchmarks.path2.figure import draw_frontiers
-from benchmarks.path2.parts import Run, changes, newcomers
+from benchmarks.path2.parts import Run, ablations, changes, newcomers
 from benchmarks.path2.summary import (
     Figure,
     Resamples,
@@ -38,15 +40,18 @@ from benchmarks.path2.units import (
     save_unit,
 )
 from rl.config import TrainConfig
+from rl.dataset import Dataset
 from rl.replay import make_table
 from rl.selection import FitSettings
+from serve_app.config import AtlasConfig
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.gate import POLICY_MAX_ALPHA
 from serve_app.router.learned import LearnedRule
 from serve_app.schemas import NO_TOOL, Pair
+from serve_app.store import Store
 from tests.policy_data import with_policy
 from tests.rl.replay_data import encode, make_dataset
-from tests.router_data import PAIRS, make_snapshot
+from tests.router_data import PAIRS, QUICK, make_snapshot
 
 WIDE = np.linspace(0.0, 2.0, 9, dtype=np.float32)
 
@@ -207,6 +212,99 @@ def test_changes_shrink_reprice_and_break_the_pool(
     assert spent[1] == pytest.approx(3 * spent[0])
     (shrunk,) = found["without strong"]
     assert shrunk.score(ORACLE, 0.0).mean() < plain.score(ORACLE, 0.0).mean()
+
+
+TINY = TrainConfig.model_validate(
+    {
+        "iterations": 1,
+        "train_batch_size_per_learner": 64,
+        "minibatch_size": 64,
+        "num_epochs": 1,
+        "num_envs_per_env_runner": 64,
+        "net": {"width": 8, "num_heads": 1},
+        "env": {"max_steps": 2},
+        "validation": {"share": 0.3, "alphas": [0.0], "every": 1},
+    }
+)
+
+
+TINY_FIT = replace(QUICK, clusterings=((3, 1),), num_landmarks=16, num_folds=2, num_averaged=1)
+
+
+def of_two_topics(size: int, seed: int, turn: int = 0) -> Dataset:
+    """Queries of two of the topics, their vectors turned by some places."""
+    made = make_dataset(size, seed=seed)
+    rows = np.flatnonzero(np.array(made.domains) != "topic 2")
+    outcomes = part_of(made.outcomes, rows, np.arange(len(PAIRS)))
+    kept = np.isin(made.outcomes.query_index, rows)
+    return replace(
+        made,
+        outcomes=replace(outcomes, embeddings=np.roll(outcomes.embeddings, turn, axis=1)),
+        domains=tuple(made.domains[row] for row in rows),
+        answers=tuple(np.array(made.answers)[kept].tolist()),
+        logprob=np.array(made.logprob)[kept],
+        tool_errors=np.array(made.tool_errors)[kept],
+    )
+
+
+def small_bench(turn: int = 0) -> Bench:
+    train, test = of_two_topics(60, 1, turn), of_two_topics(30, 2, turn)
+    return Bench(
+        outcomes=train.outcomes,
+        train=make_table(train, encode=encode),
+        test=make_table(test, encode=encode),
+        prior=None,
+        descriptors=None,
+        likeness=None,
+    )
+
+
+@pytest.mark.usefixtures("cluster")
+def test_every_ablation_is_learnt_and_asked_in_and_out_of_distribution(tmp_path: Path) -> None:
+    learnt: list[str] = []
+    run = Run(small_bench(), tmp_path, [0], TINY_FIT, TINY, learnt.append)
+    found = ablations(run, {"turned": small_bench(turn=3)})
+    assert set(found) == {
+        "no R_sel", "no R_fmt", "no cost", "one step", "K 4", "K 16", "encoder: turned",
+    }  # fmt: skip
+    for inside, unseen in found.values():
+        assert section(inside)["num_questions"] == run.bench.test.num_queries
+        assert set(unseen) == {"topic 0", "topic 1"}
+        assert section(over_domains(unseen))["num_questions"] == run.bench.test.num_queries
+    (once,) = found["one step"][0]
+    assert (once.reached[PATH_1]["steps"] == 1).all()
+    said = len(learnt)
+    again = ablations(run, {"turned": small_bench(turn=3)})
+    assert len(learnt) == said  # all of it was kept
+    assert set(again) == set(found)
+
+
+async def test_a_bench_of_another_encoder_is_of_that_encoder_throughout(
+    config: AtlasConfig, store: Store
+) -> None:
+    encoder = TokenMean(config.embedder)
+    own, other = [await asyncio.to_thread(read_bench, config, one) for one in (None, encoder)]
+    assert other.outcomes.encoder == other.train.encoder == other.test.encoder == TOKEN_MEAN
+    np.testing.assert_array_equal(other.outcomes.embeddings, encoder(own.outcomes.queries))
+    np.testing.assert_array_equal(other.train.embeddings, other.outcomes.embeddings)
+    np.testing.assert_allclose(other.test.answer_embeddings[1], encoder(["x"])[0], atol=1e-6)
+    assert not np.array_equal(own.test.answer_embeddings, other.test.answer_embeddings)
+    assert own.prior is not None
+    assert other.prior is not None
+    query = encoder(["a poem"])[0]
+    assert not np.allclose(own.prior.similarities(query), other.prior.similarities(query))
+    for name in ("descriptors", "likeness"):
+        assert not np.allclose(getattr(own, name), getattr(other, name))
+    np.testing.assert_array_equal(own.train.score, other.train.score)
+
+
+def test_the_mean_of_tokens_knows_words_and_not_their_order(config: AtlasConfig) -> None:
+    encoder = TokenMean(config.embedder)
+    vectors = encoder(["the dog bites the man", "the man bites the dog", "a sonnet on rain", " "])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-5)
+    assert vectors[0] @ vectors[2] < 0.9
+    assert vectors.shape == (4, 384)
 
 
 def test_a_part_of_the_outcomes_is_renumbered() -> None:

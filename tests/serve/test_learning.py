@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,13 +17,15 @@ import httpx
 import pytest
 from sqlalchemy import func, select
 
-from rl.profile import ProfileSettings, Progress, profile
+from rl.profile import ProfileSettings, Progress, fingerprint, profile
 from rl.publish import fit_snapshot, promote
 from rl.selection import FitSettings
 from serve_app.config import AtlasConfig, load_config
+from serve_app.orchestrator.planning import with_note
 from serve_app.questions import Question, read_questions
 from serve_app.router.library import SnapshotLibrary
-from serve_app.store import Store, publish, read_profile
+from serve_app.schemas import Pair
+from serve_app.store import Store, publish, read_profile, read_thoughts
 from serve_app.store.tables import ProfileOutcomeRow, RequestRow
 from tests.conftest import Graph
 
@@ -305,6 +308,40 @@ def test_the_loop_runs_as_jobs_over_http(loop: Loop, measured: Progress) -> None
     rolled_back = loop.end_of(loop.job(kind="rollback"))
     loop.wait_for_policy(rolled_back["result"]["policy_version"])
     assert loop.route()["path"] == "cold_start"
+
+
+def test_a_planner_thinks_once_and_every_pair_runs_with_its_thought(
+    loop: Loop, measured: Progress
+) -> None:
+    planner, asked = "scripted-echo", loop.questions[:2]
+    pair = Pair(planner, "none")
+    settings = ProfileSettings(models=frozenset({planner}), planner=planner)
+    num_pairs = sum(known.model_id == planner for known in loop.config.all_pairs())
+
+    def measure() -> Progress:
+        return loop.run(lambda store: profile(loop.config, asked, store, settings))
+
+    first, second = measure(), measure()
+    assert (first.thoughts, first.failed) == (len(asked), 0)
+    assert first.done == first.total == len(asked) * (2 * num_pairs + 1)
+    assert (second.done, second.skipped) == (0, first.done)
+
+    async def read(store: Store) -> tuple[dict[str, str | None], dict[str, str | None]]:
+        thoughts = await read_thoughts(store, [question.key for question in asked])
+        _, outcomes = await read_profile(store, loop.config.embedder.model)
+        mark = fingerprint(loop.config, pair, planner)
+        after = {
+            o.question_key: o.answer for o in outcomes if (o.pair, o.fingerprint) == (pair, mark)
+        }
+        return {thought.question_key: thought.thought for thought in thoughts}, after
+
+    thoughts, after = loop.run(read)
+    for question in asked:
+        planned = json.loads(thoughts[question.key] or "")  # it echoes what it was asked
+        assert (planned["max_tokens"], planned["temperature"]) == (256, 0.0)
+        assert planned["messages"][-1]["content"] == f"Question:\n{question.query}"
+        (message,) = json.loads(after[question.key] or "")["messages"]
+        assert message["content"] == with_note(thoughts[question.key] or "", question.query)
 
 
 def test_a_profile_job_can_be_cancelled(loop: Loop, measured: Progress) -> None:

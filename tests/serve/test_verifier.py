@@ -48,7 +48,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2)
     ).requires_grad_(False)
     named = {f"model.{name}": tensor for name, tensor in body.state_dict().items()}
-    named |= {f"score.{name}": 3 * tensor for name, tensor in head.state_dict().items()}
+    named |= {f"score.{name}": tensor for name, tensor in head.state_dict().items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     return folder
