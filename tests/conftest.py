@@ -4,7 +4,6 @@ test that asks."""
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,9 @@ import pytest
 import yaml
 
 from serve_app.schemas import PoolState
+from tests.haproxy import free_port, own_haproxy
+
+os.environ.update(own_haproxy())
 
 BEHAVIOURS = ("echo", "fail", "refuse", "hang", "break", "drip", "loop", "bad_call")
 
@@ -30,12 +32,6 @@ class Graph:
 
     def client(self, api_key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=120)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def graph_config(port: int) -> dict[str, Any]:
@@ -93,6 +89,8 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(graph_config(port)))
     os.environ["ATLAS_DATA_DIR"] = str(folder / "data")
+    for port_of in ("METRICS", "STATS"):  # another graph may run on this machine
+        os.environ[f"RAY_SERVE_HAPROXY_{port_of}_PORT"] = str(free_port())
     try:
         with running_graph(path, port=port) as running:
             *_, pool = running.wait_for_pool()

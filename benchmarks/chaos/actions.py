@@ -232,11 +232,12 @@ class Script:
         self._nodes_away += 1
         node_id = await asyncio.to_thread(self._running.remove_node, index)
         self._dead.add(node_id)
-        return node_id
+        return "a worker with all it runs"
 
     async def _add_node(self) -> str:
         self._nodes_away -= 1
-        return self._running.add_node()  # Ray sets signal handlers: no other thread may
+        self._running.add_node()  # Ray sets signal handlers: no other thread may
+        return "a fresh worker"
 
     # Changes.
 

@@ -299,6 +299,9 @@ def chaos_cluster(num_workers: int) -> Iterator[ChaosCluster]:
         folder = Path(name)
         folder.chmod(0o755)  # the database server may run as another user
         (folder / "postgres").mkdir()
+        # Ray's proxy has these ports to itself, and another graph may run on this machine.
+        for port_of in ("METRICS", "STATS"):
+            os.environ[f"RAY_SERVE_HAPROXY_{port_of}_PORT"] = str(free_port())
         os.environ["ATLAS_DATA_DIR"] = str(folder / "data")
         postgres = Postgres(folder / "postgres")
         config = folder / "config.yaml"
