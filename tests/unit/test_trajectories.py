@@ -196,10 +196,11 @@ async def test_what_the_journal_held_is_all_there(
     assert await graph.outcomes.flush()
     copies = [replace(r, request_id=f"copy_{r.request_id}") for r in graph.reports]
     away = await Store.open("postgresql+asyncpg://127.0.0.1:1/x", must_answer=False)
-    first = OutcomeLog(away, journal=Journal(tmp_path / "journal", 1 << 20))
+    journal = Journal(tmp_path / "journal", 1 << 20)
+    first = OutcomeLog(away, flush_interval_s=3600, journal=journal)
     for report in copies:
         first.record(report, 0.0)
-    await first.close(timeout_s=0.01)
+    await first.close(timeout_s=0)
     await away.close()
     log = OutcomeLog(
         graph.store, flush_interval_s=0.01, journal=Journal(tmp_path / "journal", 1 << 20)
