@@ -290,7 +290,7 @@ async def test_every_step_is_stored_with_its_embedding(graph: Graph) -> None:
     request_id = extension["request_id"]
     query = select(RequestRow).where(RequestRow.request_id == request_id)
     request = None
-    async with asyncio.timeout(30):  # embedded in the background, because the pair was named
+    async with asyncio.timeout(120):  # embedded in the background, because the pair was named
         while request is None or request.embedding is None:
             await asyncio.sleep(0.1)
             async with store.begin() as connection:
