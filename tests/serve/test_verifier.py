@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 
 from serve_app.config import LocalModelConfig, ScoringConfig
 from serve_app.errors import InvalidRequest
-from serve_app.models.deploy import application_name, build_model
+from serve_app.models.deploy import build_model
 from serve_app.models.verifier import read_score, scoring_body
 
 pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("ray_session")]
@@ -83,7 +83,7 @@ def in_torch(weights: Path, answer: str) -> float:
 
 @pytest.fixture(scope="module")
 def verifier(weights: Path) -> Iterator[Any]:
-    """The model as its own application, as the pool controller deploys it."""
+    """The model as its own application, beside the pool."""
     tokenizer = AutoTokenizer.from_pretrained(weights)
     step_tag_id = tokenizer.convert_tokens_to_ids(ScoringConfig().step_token)
     config = LocalModelConfig(
@@ -107,7 +107,7 @@ def verifier(weights: Path) -> Iterator[Any]:
             "OMP_NUM_THREADS": "1",
         },
     )
-    name = application_name(config)
+    name = "judge-alone"  # an application named like a model's, and not in the pool, is deleted
     try:
         handle = serve.run(build_model(config), name=name, route_prefix=None)
         if not handle.is_initialized:
