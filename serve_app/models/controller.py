@@ -356,15 +356,14 @@ class PoolController:
         if config.autoscaling.min_replicas == 0:
             timeout_s = self._config.pool.start_timeout_s
         model.suspected = False
-        served = model.serves
         try:
             await _greet(clients, config.model_id, Deadline.after(timeout_s))
         except AtlasError as error:
             logger.warning("model %s: it does not answer: %s", config.model_id, error.message)
             self._failed(model, failure_reason(error.message), delete=False)
-            if served:  # it needs no new start, so it is asked again soon
-                model.failures = 0
-                model.retry_at_s = time.monotonic() + self._config.pool.health_interval_s
+            # It needs no new start, so it is asked again soon.
+            model.failures = 0
+            model.retry_at_s = time.monotonic() + self._config.pool.health_interval_s
             return
         executor = PairExecutor(self._config, clients)
         cold = [tool_id for tool_id in model.config.tools if tool_id not in model.warm]
