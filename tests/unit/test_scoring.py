@@ -333,9 +333,9 @@ REPEATED += ["\\boxed{", "=", "```", "####", "(", "1 x 10", "٣", ".", "a1.", "\
 @pytest.mark.parametrize("asked", PURE, ids=lambda asked: asked.metric.name)
 @pytest.mark.parametrize("part", REPEATED, ids=repr)
 def test_time_does_not_explode_with_the_length_of_an_answer(asked: Question, part: str) -> None:
-    begin = time.monotonic()
+    begin = time.thread_time()  # other work on the machine does not count
     measure(asked, Answer(part * (200_000 // len(part)) + "x"))
-    assert time.monotonic() - begin < 3
+    assert time.thread_time() - begin < 3
 
 
 def test_arguments_nested_without_bound_are_compared() -> None:
