@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 ASK_TIMEOUT_S = 30.0
+_MAX_IDLE_S = 4.0
+"""A connection is not used again after so long, as HTTP clients do: the other side may close it."""
 
 OPENERS = ("what is", "work out", "tell me", "find", "please give")
 SUBJECTS = ("{a} times {b}", "the sum of {a} and {b}", "{a} divided by {b}", "{a} percent of {b}")
@@ -137,6 +139,53 @@ class Connection(asyncio.Protocol):
         if complete and self._answer is not None and not self._answer.done():
             status = int(self._buffer[9:12])
             self._answer.set_result((status, bytes(self._buffer[self._body_start :])))
+
+
+class KeptConnections:
+    """Connections to one port of this machine that are used again while they are fresh."""
+
+    def __init__(self, port: int) -> None:
+        """Start with none."""
+        self._port = port
+        self._idle: list[tuple[float, Connection]] = []
+        """Connections, and since when (monotonic clock) they have had nothing to do."""
+
+    async def take(self) -> Connection:
+        """A connection that is free, or a new one.
+
+        Raises:
+            OSError: If nobody listens.
+        """
+        while self._idle:
+            since_s, connection = self._idle.pop()
+            if connection.usable and time.monotonic() - since_s < _MAX_IDLE_S:
+                return connection
+            connection.close()
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(Connection, "127.0.0.1", self._port)
+        return connection
+
+    def give_back(self, connection: Connection) -> None:
+        """Keep a connection for the next request, unless it is closing."""
+        if connection.usable:
+            self._idle.append((time.monotonic(), connection))
+
+
+def unchunked(body: bytes) -> bytes:
+    """A body without the framing of chunked transfer; one without such framing as it is."""
+    parts = []
+    rest = body
+    while rest:
+        size, line_end, tail = rest.partition(b"\r\n")
+        try:
+            length = int(size, 16)
+        except ValueError:
+            return body
+        if not line_end or len(tail) < length:
+            return body
+        parts.append(tail[:length])
+        rest = tail[length + 2 :]
+    return b"".join(parts)
 
 
 def _content_length(head: bytes) -> int:

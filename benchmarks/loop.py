@@ -137,9 +137,7 @@ def main() -> None:
     record = {
         "num_questions": len(questions),
         "results": [vars(result) for result in results],
-        "targets": [
-            {"name": t.name, "value": t.value, "target": t.target, "holds": t.holds} for t in judged
-        ],
+        "targets": [target.as_json() for target in judged],
     }
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps(record, indent=1))

@@ -194,15 +194,7 @@ def main() -> None:
         "config": path.name,
         "phase_s": args.seconds,
         **figures,
-        "targets": [
-            {
-                "name": t.name,
-                "value": t.value,
-                "target": f"{t.relation} {t.target:g}",
-                "holds": t.holds,
-            }
-            for t in held
-        ],
+        "targets": [target.as_json() for target in held],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(written, indent=2) + "\n")

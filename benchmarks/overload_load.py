@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
-from benchmarks.client import Connection, Load, build_request
+from benchmarks.client import KeptConnections, Load, build_request
 
 LENGTHS = (16,) * 9 + (64,)
 """Tokens of the answers, in turn."""
@@ -48,7 +48,7 @@ class _Client:
 
     def __init__(self, load: OverloadLoad) -> None:
         self._load = load
-        self._idle: list[Connection] = []
+        self._connections = KeptConnections(load.port)
         self.answers: list[Answer] = []
 
     async def run(self) -> None:
@@ -78,27 +78,17 @@ class _Client:
         )
         status, says_when = 0, False
         try:
-            connection = await self._connection()
+            connection = await self._connections.take()
             status, _ = await connection.ask(build_request(load, number))
             head = connection.received.partition(b"\r\n\r\n")[0].lower()
             says_when = b"\r\nretry-after:" in head
-            if connection.usable and b"\r\nconnection: close" not in head:
-                self._idle.append(connection)
-            else:
+            if b"\r\nconnection: close" in head:
                 connection.close()
+            self._connections.give_back(connection)
         except (OSError, TimeoutError):
             pass
         latency_ms = (time.perf_counter() - began_s - due_s) * 1e3
         self.answers.append(Answer(due_s, latency_ms, status, says_when))
-
-    async def _connection(self) -> Connection:
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.usable:
-                return connection
-        loop = asyncio.get_running_loop()
-        _, made = await loop.create_connection(Connection, "127.0.0.1", self._load.port)
-        return made
 
 
 def main() -> None:

@@ -298,7 +298,7 @@ def main() -> None:
             "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
             "env": asdict(env),
             "training": None if training is None else asdict(training),
-            "targets": [asdict(target) | {"holds": target.holds} for target in held],
+            "targets": [target.as_json() for target in held],
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=2) + "\n")

@@ -411,10 +411,7 @@ def main() -> None:
     show_targets(held)
     record["instant"] = asdict(instant) | {"stages_ms": stages(instant)}
     record["encoder"] = encoder
-    record["targets"] = [
-        {"name": t.name, "value": t.value, "target": f"{t.relation} {t.target:g}", "holds": t.holds}
-        for t in held
-    ]
+    record["targets"] = [target.as_json() for target in held]
     write(args.out, record, instant)
 
 

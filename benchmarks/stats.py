@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,6 +42,11 @@ class Target:
     def holds(self) -> bool:
         """Whether the figure reaches the target."""
         return self.value <= self.target if self.relation == "<=" else self.value >= self.target
+
+    def as_json(self) -> dict[str, Any]:
+        """As the results hold it."""
+        wanted = f"{self.relation} {self.target:g}"
+        return {"name": self.name, "value": self.value, "target": wanted, "holds": self.holds}
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:

@@ -427,12 +427,8 @@ def main() -> None:
         "block_s": args.seconds,
         **figures,
         "swaps": [asdict(swap) for swap in record.swaps[1:]],
-        "targets": [
-            {"name": t.name, "value": t.value, "target": f"{t.relation} {t.target:g}",
-             "holds": t.holds}
-            for t in held
-        ],
-    }  # fmt: skip
+        "targets": [target.as_json() for target in held],
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(written, indent=2) + "\n")
     console.print(f"wrote {args.out}")

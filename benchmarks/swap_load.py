@@ -14,12 +14,10 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.client import Connection, Load, build_request
+from benchmarks.client import KeptConnections, Load, build_request, unchunked
 from serve_app.schemas import NO_TOOL
 
 _MAX_IN_FLIGHT = 512
-_MAX_IDLE_S = 4.0
-"""A connection is not used again after so long, as HTTP clients do: the other side may close it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +48,6 @@ class Answer:
     """Of its steps."""
 
 
-def unchunked(body: bytes) -> bytes:
-    """A body without the framing of chunked transfer; one without such framing as it is."""
-    parts = []
-    rest = body
-    while rest:
-        size, line_end, tail = rest.partition(b"\r\n")
-        try:
-            length = int(size, 16)
-        except ValueError:
-            return body
-        if not line_end or len(tail) < length:
-            return body
-        parts.append(tail[:length])
-        rest = tail[length + 2 :]
-    return b"".join(parts)
-
-
 def extension_of(body: bytes, *, streamed: bool) -> dict[str, Any]:
     """The `atlas` object of an answer.
 
@@ -88,8 +69,7 @@ class _Client:
 
     def __init__(self, load: SwapLoad) -> None:
         self._load = load
-        self._idle: list[tuple[float, Connection]] = []
-        """Connections, and since when (monotonic clock) they have had nothing to do."""
+        self._connections = KeptConnections(load.port)
         self._shapes = [(steps, s) for steps in load.max_steps for s in (False, True)]
 
     async def run(self) -> None:
@@ -115,24 +95,13 @@ class _Client:
                     body=body, stream=streamed)  # fmt: skip
         began_unix_s = time.time() - (time.perf_counter() - due_s)
         try:
-            connection = await self._connection()
+            connection = await self._connections.take()
             status, answer = await connection.ask(build_request(load, number))
             latency_ms = (time.perf_counter() - due_s) * 1e3
-            if connection.usable:
-                self._idle.append((time.monotonic(), connection))
+            self._connections.give_back(connection)
             _write(_read(began_unix_s, latency_ms, streamed, status, unchunked(answer)))
         except (OSError, TimeoutError) as error:
             _write(Answer(began_unix_s, 0.0, streamed, f"{type(error).__name__}: {error}"))
-
-    async def _connection(self) -> Connection:
-        while self._idle:
-            since_s, connection = self._idle.pop()
-            if connection.usable and time.monotonic() - since_s < _MAX_IDLE_S:
-                return connection
-            connection.close()
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(Connection, "127.0.0.1", self._load.port)
-        return connection
 
 
 def _read(

@@ -96,11 +96,7 @@ def add_model(
     api_key: KeyOption = "none",
 ) -> None:
     """Add a model; it is routed to when it is warm."""
-    admin, model = _Admin(url, api_key), _read(settings)
-    taken = admin.call("POST", "/models", model)
-    console.print(f"{model['model_id']} added", highlight=False)
-    if wait:
-        _wait(admin, taken)
+    _change(_Admin(url, api_key), "POST", "/models", "added", wait, _read(settings))
 
 
 @app.command("update-model")
@@ -111,11 +107,9 @@ def update_model(
     api_key: KeyOption = "none",
 ) -> None:
     """Give a model other settings; the new one takes over when it is warm."""
-    admin, model = _Admin(url, api_key), _read(settings)
-    taken = admin.call("PUT", f"/models/{model.get('model_id')}", model)
-    console.print(f"{model['model_id']} changed", highlight=False)
-    if wait:
-        _wait(admin, taken)
+    model = _read(settings)
+    path = f"/models/{model.get('model_id')}"
+    _change(_Admin(url, api_key), "PUT", path, "changed", wait, model)
 
 
 @app.command("remove-model")
@@ -126,11 +120,7 @@ def remove_model(
     api_key: KeyOption = "none",
 ) -> None:
     """Take a model out; what is under way ends first."""
-    admin = _Admin(url, api_key)
-    taken = admin.call("DELETE", f"/models/{model_id}")
-    console.print(f"{model_id} removed", highlight=False)
-    if wait:
-        _wait(admin, taken)
+    _change(_Admin(url, api_key), "DELETE", f"/models/{model_id}", "removed", wait)
 
 
 @app.command("set-price")
@@ -187,6 +177,16 @@ def _read(settings: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise fail("one model or tool is a mapping of its settings")
     return parsed
+
+
+def _change(
+    admin: _Admin, method: str, path: str, done: str, wait: bool, body: dict[str, Any] | None = None
+) -> None:
+    """Change one model, say that it is taken, and see it through if asked to."""
+    taken = admin.call(method, path, body)
+    console.print(f"{taken['model_id']} {done}", highlight=False)
+    if wait:
+        _wait(admin, taken)
 
 
 def _wait(admin: _Admin, taken: dict[str, Any]) -> None:

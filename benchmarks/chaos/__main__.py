@@ -247,12 +247,8 @@ def main() -> None:
         "soak": record.soaked,
         "streams_cut_with_their_writer": cut_streams(record.answers, actions)[0],
         "orphans": asdict(orphans),
-        "targets": [
-            {"name": t.name, "value": t.value, "target": f"{t.relation} {t.target:g}",
-             "holds": t.holds}
-            for t in held
-        ],
-    }  # fmt: skip
+        "targets": [target.as_json() for target in held],
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(written, indent=2) + "\n")
     console.print(f"wrote {args.out}")

@@ -14,12 +14,9 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.client import Connection, Load, build_request
-from benchmarks.swap_load import unchunked
+from benchmarks.client import Connection, KeptConnections, Load, build_request, unchunked
 
 _MAX_IN_FLIGHT = 1024
-_MAX_IDLE_S = 4.0
-"""A connection is not used again after so long, as HTTP clients do: the other side may close it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +108,7 @@ class _Client:
 
     def __init__(self, load: ChaosLoad) -> None:
         self._load = load
-        self._idle: list[tuple[float, Connection]] = []
-        """Connections, and since when (monotonic clock) they have had nothing to do."""
+        self._connections = KeptConnections(load.port)
 
     async def run(self, stop: asyncio.Event) -> None:
         running: set[asyncio.Task[None]] = set()
@@ -142,7 +138,7 @@ class _Client:
         began_unix_s, began_s = time.time(), time.perf_counter()
         connection: Connection | None = None
         try:
-            connection = await self._connection()
+            connection = await self._connections.take()
             status, answer = await connection.ask(build_request(load, number))
             ending, detail = read_answer(status, unchunked(answer), streamed=kind.streamed)
         except (OSError, TimeoutError) as error:
@@ -155,18 +151,8 @@ class _Client:
                 detail = f"{detail}; {said}"
         latency_ms = (time.perf_counter() - began_s) * 1e3
         _write(Answer(began_unix_s, latency_ms, kind.name, kind.streamed, ending, status, detail))
-        if connection is not None and connection.usable:
-            self._idle.append((time.monotonic(), connection))
-
-    async def _connection(self) -> Connection:
-        while self._idle:
-            since_s, connection = self._idle.pop()
-            if connection.usable and time.monotonic() - since_s < _MAX_IDLE_S:
-                return connection
-            connection.close()
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(Connection, "127.0.0.1", self._load.port)
-        return connection
+        if connection is not None:
+            self._connections.give_back(connection)
 
 
 def _unframed(body: bytes) -> bytes:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.client import unchunked
 from benchmarks.swap import Record, Swap, inconsistent, judge, ranked_snapshot
-from benchmarks.swap_load import Answer, extension_of, unchunked
+from benchmarks.swap_load import Answer, extension_of
 from serve_app.router.cold_start import PairCard
 from serve_app.router.learned import LearnedRule
 from serve_app.schemas import Limits, Pair
