@@ -53,7 +53,8 @@ def profile_command(
         ),
     ] = None,
     sample: Annotated[
-        float, typer.Option(help="Share of the pairs each question is given to.", min=0.001, max=1)
+        float,
+        typer.Option(help="Share of the pairs each training question gets.", min=0.001, max=1),
     ] = 1.0,
     max_cost_usd: Annotated[float | None, typer.Option(help="Stop before this is spent.")] = None,
     concurrency: Annotated[int, typer.Option(help="Questions under way at once.", min=1)] = 4,

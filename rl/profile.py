@@ -80,7 +80,8 @@ class ProfileSettings:
     """Model that thinks before the pairs run a second time; `None` takes the deployment's, and
     without one nobody thinks."""
     sample: float = 1.0
-    """Share in (0, 1] of the pairs that each question is given to; drawn anew per question."""
+    """Share in (0, 1] of the pairs that each training question is given to, drawn per question;
+    held-out ones get every pair, or no policy could be judged on them."""
     max_cost_usd: float | None = None
     """No run is started that is expected to exceed this."""
     concurrency: int = 4
@@ -269,7 +270,7 @@ async def profile(
     await _keep_questions(config, questions, store)
     marks = _marks(config, pairs, planner, again=settings.again)
     wanted = [
-        _task(question, _sampled(question, pairs, settings.sample), planner)
+        _task(question, sampled_pairs(question, pairs, settings.sample), planner)
         for question in questions
     ]
     progress = Progress(total=0)
@@ -424,9 +425,9 @@ def _count(found: _Measured, task: _Task, progress: Progress, costs: _Costs) -> 
             progress.judge_agreed += outcome.judge_agreed
 
 
-def _sampled(question: Question, pairs: tuple[Pair, ...], share: float) -> tuple[Pair, ...]:
+def sampled_pairs(question: Question, pairs: tuple[Pair, ...], share: float) -> tuple[Pair, ...]:
     """The pairs a question is given to; the same at every call."""
-    if share >= 1:
+    if share >= 1 or question.effective_split == "held_out":
         return pairs
     number = max(1, round(share * len(pairs)))
     drawn = set(random.Random(question.key).sample(pairs, number))

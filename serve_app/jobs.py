@@ -52,7 +52,7 @@ class ProfileJob(_Request):
     """Model that thinks once about each question; every pair runs a second time with its thought.
     The deployment's where none is named; training reads what that one thought."""
     sample: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the pairs that each question is given to."""
+    """Share of the pairs that each training question is given to; held-out ones get all."""
     max_cost_usd: Annotated[float, Field(ge=0)] | None = None
     concurrency: Annotated[int, Field(ge=1, le=256)] = 4
     """Questions under way at once."""

@@ -184,7 +184,7 @@ class DesiredPool:
 
         Args:
             tool: Its settings.
-            model_ids: Models that may work with it; `None` is all.
+            model_ids: Models that may work with it; `None` is all that answer.
 
         Returns:
             The revision of the pool that has it.
@@ -200,7 +200,8 @@ class DesiredPool:
             if tool_id in tools:
                 raise Conflict(f"tool {tool_id!r} is in the pool; remove it first")
             tools[tool_id] = tool.model_dump(mode="json")
-            for model_id in models if model_ids is None else model_ids:
+            answering = [name for name, of in models.items() if of["role"] == "chat"]
+            for model_id in answering if model_ids is None else model_ids:
                 settings = _find(models, "model", model_id)
                 if tool_id not in settings["tools"]:
                     models[model_id] = {**settings, "tools": [*settings["tools"], tool_id]}

@@ -162,6 +162,18 @@ def late(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
 
 
 @pytest.fixture(scope="module")
+def sleeper(graph: Graph) -> Iterator[str]:
+    """A model that may scale to zero, in the pool from early on: it falls asleep meanwhile."""
+    admin = Admin(graph)
+    scaling = {"min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 1.0}
+    card = {"examples": ["zzz sleeper zzz"]}
+    admin.call("POST", "/models", scripted("sleeper", autoscaling=scaling, card=card))
+    admin.until_ready("sleeper")
+    yield "sleeper"
+    admin.remove("sleeper")
+
+
+@pytest.fixture(scope="module")
 def newcomer(graph: Graph) -> Iterator[int]:
     """A model that takes its time, added and up; the pool's version before it."""
     admin = Admin(graph)
@@ -193,6 +205,7 @@ def test_a_model_that_cannot_start_is_failed_with_the_reason(late: Path, admin: 
     assert admin.ask("scripted-echo")["status"] == 200
 
 
+@pytest.mark.usefixtures("sleeper")
 def test_an_added_model_is_warmed_routed_to_and_answers(newcomer: int, admin: Admin) -> None:
     assert admin.listing()["pool_version"] > newcomer
     answer = admin.ask("atlas", "qqq newcomer qqq")
@@ -315,3 +328,23 @@ def test_a_model_that_failed_is_tried_again(late: Path, admin: Admin) -> None:
     admin.until_ready("late")
     assert admin.ask("late")["status"] == 200
     assert serve.status().applications[applications("late")[0]].status == "RUNNING"
+
+
+def test_a_model_that_sleeps_is_covered_for_and_woken(sleeper: str, admin: Admin) -> None:
+    def replicas_of_it() -> int:
+        row = admin.model(sleeper)
+        assert row is not None
+        assert row["state"] == "ready"
+        return int(row["replicas"])
+
+    admin.until(lambda: replicas_of_it() == 0, "it falls asleep")
+    covered = admin.ask("atlas", "zzz sleeper zzz")
+    assert covered["status"] == 200
+    assert covered["model"] != "sleeper@none"  # the next-best pair does not keep a caller waiting
+    admin.until(lambda: replicas_of_it() == 1, "it is woken all the same")
+    assert admin.ask("atlas", "zzz sleeper zzz")["model"] == "sleeper@none"
+
+
+def test_a_request_that_only_a_sleeping_model_may_answer_waits(sleeper: str, admin: Admin) -> None:
+    admin.until(lambda: (admin.model(sleeper) or {})["replicas"] == 0, "it falls asleep")
+    assert admin.ask(sleeper)["status"] == 200

@@ -172,6 +172,15 @@ async def test_a_tool_joins_the_models_it_is_given_to(store: Store) -> None:
         await pool.add_tool(CalculatorConfig(tool_id="other"), ("z",))
 
 
+async def test_a_tool_given_to_all_is_not_given_to_verifiers(store: Store) -> None:
+    with_judge = config(model("a"), model("judge", role="verifier"))
+    pool = DesiredPool(with_judge, store)
+    await pool.add_tool(CalculatorConfig(tool_id="calculator"), None)
+    wanted = await pool.current()
+    assert wanted.model("a").tools == ("none", "calculator")
+    assert wanted.model("judge").tools == ("none",)
+
+
 async def test_changes_at_once_all_land(store: Store, store_url: str) -> None:
     elsewhere = await Store.open(store_url)
     try:
