@@ -233,7 +233,10 @@ def promote_command(
 
     with console.status("evaluating …"):
         snapshot_id, version, report = _with_store(deployment, work)
-    show(report, console)
+    if report is None:
+        console.print("[yellow]too little was measured to evaluate it[/yellow]")
+    else:
+        show(report, console)
     console.print(
         f"[green]policy {version}[/green]: {snapshot_id or 'the cold-start rule'} "
         f"{_PROMOTED[mode].format(share=share)} within {deployment.router.refresh_interval_s:g} s",

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rl.outcomes import Outcomes
+from rl.outcomes import NotMeasured, Outcomes
 from rl.profile import fingerprint, thought_fingerprint
 from serve_app.config import AtlasConfig
-from serve_app.errors import ConfigError
 from serve_app.schemas import Pair
 from serve_app.store import (
     ProfileOutcome,
@@ -74,7 +73,7 @@ async def read_dataset(
         with_traffic: Whether rated requests count too, with the verdict as the score.
 
     Raises:
-        ConfigError: If there is none.
+        NotMeasured: If there is none.
         StoreError: If the store is away.
     """
     encoder, planner = config.embedder.model, config.router.planner
@@ -88,7 +87,7 @@ async def read_dataset(
     known = {row.pair for row in newest} | {verdict.pair for verdict in verdicts}
     pairs = tuple(pair for pair in config.all_pairs() if pair in known)
     if not newest:
-        raise ConfigError(
+        raise NotMeasured(
             f"there is no outcome of split {split!r} for this configuration: run `atlas profile`"
         )
     asked = {row.question_key for row in newest}

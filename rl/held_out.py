@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rl.outcomes import Outcomes
+from rl.outcomes import NotMeasured, Outcomes
 from serve_app.errors import ConfigError
 from serve_app.router.cold_start import normalised_cost
 from serve_app.schemas import Pair
@@ -76,7 +76,7 @@ def read_held_out(outcomes: Outcomes, domains: Sequence[str]) -> HeldOut:
         domains: (num_queries,) may be empty strings.
 
     Raises:
-        ConfigError: If fewer than `MIN_QUERIES` queries have every pair's outcome.
+        NotMeasured: If fewer than `MIN_QUERIES` queries have every pair's outcome.
     """
     if len(domains) != len(outcomes.embeddings):
         raise ConfigError(f"{len(domains)} domains do not fit {len(outcomes.embeddings)} queries")
@@ -85,7 +85,7 @@ def read_held_out(outcomes: Outcomes, domains: Sequence[str]) -> HeldOut:
     rows = np.flatnonzero((counts > 0).all(axis=1))
     if len(rows) < MIN_QUERIES:
         least = int(coverage.argmin())
-        raise ConfigError(
+        raise NotMeasured(
             f"the evaluation lacks overlap: {len(rows)} of {len(counts)} held-out queries have an "
             f"outcome of every pair, {MIN_QUERIES} are needed ({outcomes.pairs[least]} has "
             f"{coverage[least]:.0%}); run `atlas profile`"

@@ -73,7 +73,8 @@ async def run(config: AtlasConfig, store: Store, job_id: str, request: JobReques
         version, report = await promote_evaluated(
             config, store, candidate, force=request.force, mode=mode, share=share
         )
-        return {"policy_version": version, "snapshot_id": candidate, "report": report.to_json()}
+        evaluation = None if report is None else report.to_json()
+        return {"policy_version": version, "snapshot_id": candidate, "report": evaluation}
     version, before = await roll_back(store)
     return {"policy_version": version, "snapshot_id": before}
 

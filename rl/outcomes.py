@@ -14,6 +14,10 @@ from serve_app.errors import ConfigError
 from serve_app.schemas import Pair
 
 
+class NotMeasured(ConfigError):
+    """Too little was measured to judge a policy by."""
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """What pairs did on queries; one entry of the flat arrays per outcome.

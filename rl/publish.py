@@ -30,7 +30,7 @@ from rl.evaluate import SERVING as SERVING_POLICY
 from rl.figures import draw_pareto, draw_reliability
 from rl.fit import fit
 from rl.off_policy import LoggedDecisions, OneStep, SteppingRule, logged_trajectories
-from rl.outcomes import Outcomes
+from rl.outcomes import NotMeasured, Outcomes
 from rl.selection import FitSettings
 from serve_app.config import AtlasConfig
 from serve_app.embedder import TextEncoder
@@ -206,11 +206,11 @@ async def evaluate_snapshot(
         against: The same.
 
     Raises:
-        ConfigError: If too few held-out outcomes are there, or they do not fit the snapshots.
+        NotMeasured: If too few held-out outcomes are there.
+        ConfigError: If they do not fit the snapshots.
         SnapshotError: If a snapshot is damaged.
         StoreError: If the store is away.
     """
-    dataset = await read_dataset(config, store, "held_out")
     verdicts = await read_verdicts(store, await verdict_ids(store, 0.0, MAX_VERDICTS))
     knowledge = read_cards(config)
     rated = await rated_trajectories(store, MAX_TRAJECTORIES)
@@ -218,6 +218,7 @@ async def evaluate_snapshot(
         name: _rule(config, knowledge, snapshot_id, verdicts)
         for name, snapshot_id in ((CANDIDATE, candidate), (SERVING_POLICY, against))
     }
+    dataset = await read_dataset(config, store, "held_out")
     others: dict[str, Rule | MultiStep] = {"cold_start": knowledge.cold_start}
     policies: dict[str, Rule | MultiStep] = {}
     stepping: dict[str, SteppingRule] = {}
@@ -302,7 +303,7 @@ async def promote_evaluated(
     force: bool = False,
     mode: Mode = Mode.SERVING,
     share: float = 1.0,
-) -> tuple[int, EvaluationReport]:
+) -> tuple[int, EvaluationReport | None]:
     """Evaluate a snapshot against the serving one, and let it serve if it is not worse.
 
     Args:
@@ -315,14 +316,22 @@ async def promote_evaluated(
         share: Of the requests that a trial gets, in (0, 1].
 
     Returns:
-        The policy version it serves as, and the evaluation.
+        The policy version it serves as, and the evaluation; `None` where too little was measured
+        for one, and it serves all the same.
 
     Raises:
         PromotionRefused: If it is worse, or that cannot be said with confidence.
-        ConfigError, SnapshotError, StoreError: As `evaluate_snapshot`.
+        NotMeasured, ConfigError, SnapshotError, StoreError: As `evaluate_snapshot`.
     """
-    report = await evaluate_snapshot(config, store, candidate, await resolve(store, SERVING))
-    if not report.verdict.promote and not force and mode is not Mode.SHADOW:
+    excused = force or mode is Mode.SHADOW
+    try:
+        report = await evaluate_snapshot(config, store, candidate, await resolve(store, SERVING))
+    except NotMeasured as error:
+        if not excused:
+            raise
+        reason = f"forced: {error.message}"
+        return await promote(store, candidate, reason, mode=mode, share=share), None
+    if not report.verdict.promote and not excused:
         raise PromotionRefused(f"refused: {report.verdict.reason}")
     reason = ("forced: " if not report.verdict.promote else "") + report.verdict.reason
     version = await promote(store, candidate, reason, report.to_json(), mode=mode, share=share)

@@ -12,6 +12,7 @@ import pytest
 
 from rl.dataset import read_dataset
 from rl.evaluate import CANDIDATE, PATH_1, PATH_2
+from rl.outcomes import NotMeasured
 from rl.profile import fingerprint
 from rl.publish import (
     COLD_START,
@@ -261,9 +262,24 @@ async def test_a_policy_that_is_worse_is_refused_and_a_forced_one_is_recorded(
     with pytest.raises(PromotionRefused, match="refused: utility"):
         await promote_evaluated(config, store, second)
     version, report = await promote_evaluated(config, store, second, force=True)
+    assert report is not None
     assert not report.verdict.promote
     (serving, *_) = await serving_policies(store)
     assert (serving.policy_version, serving.snapshot_id) == (version, second)
+    assert serving.reason.startswith("forced: ")
+
+
+async def test_a_snapshot_that_cannot_be_judged_serves_only_if_forced(
+    config: AtlasConfig, store: Store
+) -> None:
+    await fill(config, store, 60)  # of which 14 are held out
+    snapshot_id, _ = await fit_snapshot(config, store, QUICK)
+    with pytest.raises(NotMeasured, match="14 of 14 held-out queries"):
+        await promote_evaluated(config, store, snapshot_id)
+    version, report = await promote_evaluated(config, store, snapshot_id, force=True)
+    assert report is None
+    (serving, *_) = await serving_policies(store)
+    assert (serving.policy_version, serving.snapshot_id) == (version, snapshot_id)
     assert serving.reason.startswith("forced: ")
 
 
