@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import time
 from typing import Annotated, Any
 
@@ -54,7 +55,7 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Bring the whole graph up and keep it up until Ctrl-C."""
+    """Bring the whole graph up and keep it up until Ctrl-C or SIGTERM."""
     settings = load(config)
     if settings.gateway.auth.mode == "open" and host not in _LOOPBACK:
         raise fail(
@@ -67,6 +68,8 @@ def serve(
     console.print(f"[bold]atlas-serve[/bold] {config}: starting {what} …")
     try:
         with running_graph(config, host=host, port=port, address=address) as graph:
+            # As Ctrl-C: Ray's own handler aborts, and leaves its processes to find out.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             if settings.gateway.auth.mode == "open":
                 console.print(
                     "no API key is asked for (gateway.auth.mode: open); listening on loopback only"

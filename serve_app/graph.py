@@ -34,6 +34,9 @@ class BuildArgs(BaseModel):
 
     config: str
     """Path of the configuration file."""
+    revision: str = ""
+    """Read by nobody: Serve builds an application anew only where its arguments change, so a new
+    value deploys what was edited of gateway, router and embedder in the same file."""
 
 
 def build_app(args: BuildArgs) -> Application:
