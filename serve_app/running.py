@@ -100,7 +100,8 @@ def running_graph(
         "object_store_memory": 256 << 20,
         "resources": {"cpu_node": 1},
     }
-    _join(address, **(own if address is None else {}))
+    # `local`: a cluster that happens to run here already is not ours to take.
+    _join(address or "local", **(own if address is None else {}))
     try:
         serve.start(http_options={"host": host, "port": port})
         _deploy(build_app(BuildArgs(config=str(config))))

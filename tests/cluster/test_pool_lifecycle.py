@@ -343,8 +343,3 @@ def test_a_model_that_sleeps_is_covered_for_and_woken(sleeper: str, admin: Admin
     assert covered["model"] != "sleeper@none"  # the next-best pair does not keep a caller waiting
     admin.until(lambda: replicas_of_it() == 1, "it is woken all the same")
     assert admin.ask("atlas", "zzz sleeper zzz")["model"] == "sleeper@none"
-
-
-def test_a_request_that_only_a_sleeping_model_may_answer_waits(sleeper: str, admin: Admin) -> None:
-    admin.until(lambda: (admin.model(sleeper) or {})["replicas"] == 0, "it falls asleep")
-    assert admin.ask(sleeper)["status"] == 200

@@ -112,7 +112,10 @@ def verifier(weights: Path) -> Iterator[Any]:
     try:
         # In a task: the engine's modules are not for a process that takes warnings for errors.
         ray.get(ray.remote(num_cpus=0)(_deploy).remote(config, name))
-        yield serve.get_app_handle(name)
+        handle = serve.get_app_handle(name)
+        if not handle.is_initialized:
+            handle._init(_run_router_in_separate_loop=True)  # here is no event loop
+        yield handle
     finally:
         serve.delete(name)
 
