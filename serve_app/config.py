@@ -60,6 +60,8 @@ class DeploymentConfig(BaseConfig):
     resources: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Custom Ray resources each replica needs, for example `{cpu_node: 0.001}`: only nodes that
     have them get replicas."""
+    max_replicas_per_node: int | None = Field(default=None, ge=1, le=100)
+    """With 1, no node takes two replicas down with it; there can be no more than nodes, then."""
     autoscaling: AutoscalingConfig = AutoscalingConfig()
 
     @model_validator(mode="after")

@@ -64,6 +64,7 @@ def _options(config: DeploymentConfig) -> dict[str, Any]:
     return {
         "ray_actor_options": {"num_cpus": config.num_cpus, "resources": config.resources},
         "max_ongoing_requests": config.max_ongoing_requests,
+        "max_replicas_per_node": config.max_replicas_per_node,
         "autoscaling_config": config.autoscaling.model_dump(),
         "logging_config": SERVE_LOGGING,
     }

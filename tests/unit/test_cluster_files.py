@@ -85,7 +85,9 @@ def test_serve_builds_the_graph_with_autoscaling_for_all_but_the_controller(path
         "Embedder": config.embedder.deployment,
     }
     assert set(scaling) == set(wanted)
+    per_node = {d.name: d._replica_config.max_replicas_per_node for d in built.deployments}
     for name, deployment in wanted.items():
+        assert per_node[name] == deployment.max_replicas_per_node
         assert scaling[name].min_replicas == deployment.autoscaling.min_replicas
         assert scaling[name].max_replicas == deployment.autoscaling.max_replicas
         assert scaling[name].target_ongoing_requests < deployment.max_ongoing_requests
@@ -98,13 +100,14 @@ def test_serve_accepts_how_every_model_scales(path: Path) -> None:
         assert accepted.target_ongoing_requests < model.max_ongoing_requests
 
 
-def test_on_a_cluster_everything_may_grow_and_what_callers_need_may_lose_a_replica() -> None:
+def test_on_a_cluster_everything_may_grow_and_what_callers_need_may_lose_a_node() -> None:
     config = load_config(ROOT / "configs/gpu-7b.yaml")
     parts = (config.gateway, config.router, config.embedder)
     scaling = [part.deployment.autoscaling for part in parts]
     scaling += [model.autoscaling for model in config.models]
     assert all(s.max_replicas > s.min_replicas for s in scaling)
     assert all(part.deployment.autoscaling.min_replicas >= 2 for part in parts[:2])
+    assert all(part.deployment.max_replicas_per_node == 1 for part in parts[:2])
 
 
 def test_on_a_laptop_there_is_one_of_everything() -> None:
