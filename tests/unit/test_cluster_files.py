@@ -106,8 +106,8 @@ def test_on_a_cluster_everything_may_grow_and_what_callers_need_may_lose_a_node(
     scaling = [part.deployment.autoscaling for part in parts]
     scaling += [model.autoscaling for model in config.models]
     assert all(s.max_replicas > s.min_replicas for s in scaling)
-    assert all(part.deployment.autoscaling.min_replicas >= 2 for part in parts[:2])
-    assert all(part.deployment.max_replicas_per_node == 1 for part in parts[:2])
+    assert all(part.deployment.autoscaling.min_replicas >= 2 for part in parts)
+    assert all(part.deployment.max_replicas_per_node == 1 for part in parts)
 
 
 def test_on_a_laptop_there_is_one_of_everything() -> None:
