@@ -101,7 +101,10 @@ def profile_command(
         with joined(address), bar:
             done = _with_store(deployment, work)
     except ConnectionError:
-        raise fail("no Ray cluster answers here; is `atlas serve` running?") from None
+        raise fail(
+            "nothing serves on a Ray cluster here; is `atlas serve` running? "
+            "(--address names another)"
+        ) from None
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from None

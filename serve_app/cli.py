@@ -238,7 +238,10 @@ def status(
     try:
         deployments, pool = cluster_status(address)
     except ConnectionError:
-        raise fail("no Ray cluster answers here; is `atlas serve` running?") from None
+        raise fail(
+            "nothing serves on a Ray cluster here; is `atlas serve` running? "
+            "(--address names another)"
+        ) from None
     table = Table(
         "application", "deployment", "status", "replicas", "ongoing requests", title="deployments"
     )

@@ -69,13 +69,15 @@ def _join(address: str | None, **options: Any) -> None:
 
 @contextmanager
 def joined(address: str) -> Iterator[None]:
-    """Be a client of a running cluster.
+    """Be a client of a cluster that serves.
 
     Raises:
-        ConnectionError: If there is no such cluster.
+        ConnectionError: If there is no such cluster, or nothing is served there.
     """
     _join(address, namespace="serve")
     try:
+        if APP_NAME not in serve.status().applications:
+            raise ConnectionError("nothing is served on that Ray cluster")
         yield
     finally:
         ray.shutdown()
