@@ -19,6 +19,7 @@ import pytest
 import ray
 
 from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
+from serve_app.tools import runner as runner_module
 from serve_app.tools.base import ToolResult
 from serve_app.tools.config import (
     BestOfConfig,
@@ -263,21 +264,28 @@ async def test_waiting_in_the_queue_counts_against_the_deadline() -> None:
     assert (await first).text == "slow"
 
 
-async def test_index_is_loaded_once_and_stays(tmp_path: Path) -> None:
+def call_twice_in_one_worker(
+    config_json: str, queries: tuple[str, str], between: Callable[[], None]
+) -> list[ToolResult]:
+    """Two calls of a tool in one process; which worker takes a task is for Ray to say."""
+    first = runner_module._run_tool(config_json, {"query": queries[0]}, START_S)
+    between()
+    return [first, runner_module._run_tool(config_json, {"query": queries[1]}, START_S)]
+
+
+async def test_worker_loads_an_index_once_and_keeps_it(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(json.dumps({"id": "a", "text": "Oslo is the capital of Norway."}))
-    runner = ToolRunner(
-        [
-            RetrievalConfig(
-                tool_id="retrieval", corpus=corpus, encoder=None, num_cpus=0, timeout_s=60
-            )
-        ],
-        cache_dir=tmp_path / "cache",
+    config = RetrievalConfig(
+        tool_id="retrieval", corpus=corpus, encoder=None, cache_dir=tmp_path / "cache"
     )
-    first = await call(runner, "retrieval", {"query": "Norway"})
+    first, second = (
+        await ray.remote(call_twice_in_one_worker)
+        .options(num_cpus=0)
+        .remote(config.model_dump_json(), ("Norway", "Oslo"), corpus.unlink)
+    )
     assert first.text == "[1] Oslo is the capital of Norway.\nQuery: Norway"
-    corpus.unlink()
-    assert (await call(runner, "retrieval", {"query": "Oslo"})).data["sources"][0]["id"] == "a#0"
+    assert second.data["sources"][0]["id"] == "a#0"
 
 
 async def test_start_warms_what_it_can_and_leaves_the_rest_to_its_calls(tmp_path: Path) -> None:
