@@ -100,11 +100,8 @@ def profile_command(
     try:
         with joined(address), bar:
             done = _with_store(deployment, work)
-    except ConnectionError:
-        raise fail(
-            "nothing serves on a Ray cluster here; is `atlas serve` running? "
-            "(--address names another)"
-        ) from None
+    except ConnectionError as error:
+        raise fail(str(error)) from None
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from None

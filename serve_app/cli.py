@@ -237,11 +237,8 @@ def status(
 
     try:
         deployments, pool = cluster_status(address)
-    except ConnectionError:
-        raise fail(
-            "nothing serves on a Ray cluster here; is `atlas serve` running? "
-            "(--address names another)"
-        ) from None
+    except ConnectionError as error:
+        raise fail(str(error)) from None
     table = Table(
         "application", "deployment", "status", "replicas", "ongoing requests", title="deployments"
     )

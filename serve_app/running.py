@@ -72,12 +72,18 @@ def joined(address: str) -> Iterator[None]:
     """Be a client of a cluster that serves.
 
     Raises:
-        ConnectionError: If there is no such cluster, or nothing is served there.
+        ConnectionError: If there is no such cluster, or nothing is served there; it says what to do.
     """
-    _join(address, namespace="serve")
+    nothing = ConnectionError(
+        "nothing serves on a Ray cluster here; is `atlas serve` running? (--address names another)"
+    )
+    try:
+        _join(address, namespace="serve")
+    except ConnectionError:
+        raise nothing from None
     try:
         if APP_NAME not in serve.status().applications:
-            raise ConnectionError("nothing is served on that Ray cluster")
+            raise nothing
         yield
     finally:
         ray.shutdown()

@@ -1,14 +1,16 @@
 """Does anybody notice when models, tools, processes and nodes come and go?
 
 How to run: `python -m benchmarks.chaos --out FILE.json [--seconds 600] [--calm-requests 10000]
-[--seed 0] [--rate N] [--soak MINUTES]`. It starts a Ray cluster of four nodes on this machine, a
-PostgreSQL server, and the graph of `configs/chaos.yaml` with two replicas of everything; sends one
-constant open-loop load, whole and streamed, routed and pinned, with and without a tool, never
-twice; and does one thing after another meanwhile. First what operators do (models and tools added,
-changed and removed, policies promoted, the configuration file edited) until `--calm-requests` were
-sent; then, for `--seconds`, that and faults: gateway, router, embedder, engine, tool worker and
-controller killed, a node removed, a node added, the store killed. With `--soak` nothing is done for
-so long, and memory, descriptors, tasks and objects of every process are watched.
+[--seed 0] [--rate N] [--vllm] [--soak MINUTES]`. It starts a Ray cluster of four nodes on this
+machine, a PostgreSQL server, and the graph of `configs/chaos.yaml` with two replicas of everything;
+sends one constant open-loop load, whole and streamed, routed and pinned, with and without a tool,
+never twice; and does one thing after another meanwhile. First what operators do (models and tools
+added, changed and removed, policies promoted, the configuration file edited) until
+`--calm-requests` were sent; then, for `--seconds`, that and faults: gateway, router, embedder,
+engine, tool worker and controller killed, Ray Serve's controller killed, a node removed, a node
+added, the store killed. With `--vllm` a real engine is in the pool too, and its process is killed
+while it is the first choice of every routed request. With `--soak` nothing is done for so long, and
+memory, descriptors, tasks and objects of every process are watched.
 
 Results to expect: without faults no request fails; with them 99.9% are answered, and only those
 fail that were in flight at a kill; everything is whole again within a minute. See
@@ -33,7 +35,7 @@ import httpx
 import psutil
 from rich.console import Console
 
-from benchmarks.chaos.actions import CHANGES, FAULTS, Script
+from benchmarks.chaos.actions import CHANGES, FAULTS, VLLM_FAULTS, Script
 from benchmarks.chaos.cluster import ChaosCluster, chaos_cluster
 from benchmarks.chaos.load import Answer, ChaosLoad, Kind
 from benchmarks.chaos.soak import soak, soak_targets
@@ -130,7 +132,8 @@ async def measure(running: ChaosCluster, args: argparse.Namespace) -> Record:
 
 async def _phases(script: Script, args: argparse.Namespace, record: Record) -> None:
     # One after another: a change between the faults.
-    mixed = [name for both in zip(FAULTS, (*CHANGES, *CHANGES), strict=False) for name in both]
+    faults = (*FAULTS, *VLLM_FAULTS) if args.vllm else FAULTS
+    mixed = [name for both in zip(faults, (*CHANGES, *CHANGES), strict=False) for name in both]
     calm_s = math.ceil(args.calm_requests / args.rate)
     plans = (("calm", calm_s, CHANGES), ("storm", args.seconds, args.actions or mixed))
     for name, seconds, actions in plans:
@@ -203,9 +206,10 @@ def _actions(text: str) -> list[str]:
         argparse.ArgumentTypeError: If there is no such action.
     """
     names = [name.strip() for name in text.split(",")]
-    unknown = sorted({*names} - {*FAULTS, *CHANGES})
+    known = (*FAULTS, *VLLM_FAULTS, *CHANGES)
+    unknown = sorted({*names} - {*known})
     if unknown:
-        raise argparse.ArgumentTypeError(f"no action {unknown[0]!r}; {[*FAULTS, *CHANGES]}")
+        raise argparse.ArgumentTypeError(f"no action {unknown[0]!r}; {known}")
     return names
 
 
@@ -222,10 +226,11 @@ def main() -> None:
                         help="of the part with faults, in this order [all]")  # fmt: skip
     parser.add_argument("--once", action="store_true", help="do each action once")
     parser.add_argument("--workers", type=int, default=3, help="nodes beside the head")
+    parser.add_argument("--vllm", action="store_true", help="a real engine in the pool too")
     parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES",
                         help="do nothing but watch for so long")  # fmt: skip
     args = parser.parse_args()
-    with chaos_cluster(args.workers) as running:
+    with chaos_cluster(args.workers, vllm=args.vllm) as running:
         about = machine()
         record = asyncio.run(measure(running, args))
     orphans = Orphans(record.orphans.applications, record.orphans.tasks, processes_left(running))
@@ -242,6 +247,7 @@ def main() -> None:
         "application": APP_NAME,
         "seed": args.seed,
         "rate": args.rate,
+        "vllm": args.vllm,
         "deadline_s": DEADLINE_S,
         "phases": list(parts.values()),
         "soak": record.soaked,

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.chaos.cluster import ChaosCluster, admin
+from benchmarks.chaos.cluster import VLLM_MODEL, ChaosCluster, admin
 from benchmarks.swap import ranked_snapshot
 from rl.publish import keep_snapshot, promote
 from serve_app.config import load_config
@@ -32,7 +32,10 @@ FAULTS = (
     "remove node",
     "add node",
     "kill store",
+    "kill Serve's controller",
 )
+VLLM_FAULTS = ("kill vLLM",)
+"""What can only be done where a vLLM engine runs."""
 CHANGES = (
     "add model",
     "update model",
@@ -77,7 +80,7 @@ class Done:
     @property
     def is_fault(self) -> bool:
         """Whether something was broken."""
-        return self.name in FAULTS
+        return self.name in (*FAULTS, *VLLM_FAULTS)
 
 
 class Script:
@@ -174,6 +177,8 @@ class Script:
             "kill engine": self._kill_engine,
             "kill tool worker": self._kill_tool_worker,
             "kill store": self._kill_store,
+            "kill Serve's controller": self._kill_serve_controller,
+            "kill vLLM": self._kill_vllm,
             "remove node": self._remove_node,
             "add node": self._add_node,
             "add model": self._add_model,
@@ -220,6 +225,19 @@ class Script:
             return "none was found"
         await asyncio.to_thread(self._running.kill, pid)
         return f"pid {pid}"
+
+    async def _kill_serve_controller(self) -> str:
+        pid = await asyncio.to_thread(self._running.serve_controller)
+        await asyncio.to_thread(self._running.kill, pid)
+        return f"pid {pid}"
+
+    async def _kill_vllm(self) -> str:
+        """The engine's own process, below the replica, while every routed request goes to it."""
+        policy = await self._promote(first=VLLM_MODEL)
+        await asyncio.sleep(SETTLE_S)
+        pid = await asyncio.to_thread(self._running.engine_core)
+        await asyncio.to_thread(self._running.kill, pid)
+        return f"pid {pid}, first choice of {policy}"
 
     async def _kill_store(self) -> str:
         await asyncio.to_thread(self._running.postgres.kill)
@@ -282,11 +300,16 @@ class Script:
         await self._change("DELETE", f"/tools/{tool_id}")
         return tool_id
 
-    async def _promote(self) -> str:
-        """A policy that takes the pairs in an order of its own."""
+    async def _promote(self, first: str = "") -> str:
+        """A policy that takes the pairs in an order of its own.
+
+        Args:
+            first: A model whose pairs it takes before all others.
+        """
         config = load_config(self._running.config)
         cards = pair_cards(config)
         order = self._random.sample(range(len(cards)), len(cards))
+        order.sort(key=lambda place: cards[place].pair.model_id != first)
         made = ranked_snapshot(cards, config.embedder.model, order)
         made = replace(made, policy={}, metadata={"kind": "chaos", "number": self._number})
         store = await Store.open(config.store_url())

@@ -30,7 +30,10 @@ from benchmarks.serving import free_port
 from serve_app.graph import APP_NAME, BuildArgs, build_app
 from serve_app.models.applications import serve_details
 
-CONFIG = Path(__file__).parent.parent.parent / "configs" / "chaos.yaml"
+_CONFIGS = Path(__file__).parent.parent.parent / "configs"
+CONFIG = _CONFIGS / "chaos.yaml"
+VLLM_MODEL = "nano-facts"
+"""The one of `configs/nano.yaml` that joins the pool where a vLLM engine is asked for."""
 _NODE = {"num_cpus": 6, "object_store_memory": 80 << 20, "include_dashboard": False}
 _POSTGRES_START_S = 30.0
 _TOOL_TASK = ("ray::tool:",)
@@ -229,6 +232,31 @@ class ChaosCluster:
             if time.monotonic() >= ends_s:
                 return None
 
+    def serve_controller(self) -> int:
+        """The process of Ray Serve's own controller.
+
+        Raises:
+            LookupError: If it does not run.
+        """
+        for node in self.cluster.list_all_nodes():
+            for process in _below(node):
+                if _title(process.pid).startswith("ray::ServeController"):
+                    return process.pid
+        raise LookupError("Ray Serve has no controller")
+
+    def engine_core(self) -> int:
+        """The process of vLLM below the replica of its model.
+
+        Raises:
+            LookupError: If there is none.
+        """
+        for replica in self.replicas():
+            if replica.application.startswith(f"model-{VLLM_MODEL}"):
+                for process in psutil.Process(replica.pid).children(recursive=True):
+                    if "EngineCore" in _title(process.pid):
+                        return process.pid
+        raise LookupError("no engine of vLLM runs")
+
     # What is done to it.
 
     def kill(self, pid: int) -> None:
@@ -288,12 +316,22 @@ def _below(node: Any) -> list[psutil.Process]:
     return found
 
 
+def vllm_model() -> Json:
+    """A real engine over the nano weights, as a member of the pool."""
+    path = _CONFIGS / "nano.yaml"
+    models = yaml.safe_load(path.read_text())["models"]
+    (model,) = (model for model in models if model["model_id"] == VLLM_MODEL)
+    source = (path.parent / model["model_source"]).resolve()
+    return {**model, "model_source": str(source), "tools": ["none"]}
+
+
 @contextmanager
-def chaos_cluster(num_workers: int) -> Iterator[ChaosCluster]:
+def chaos_cluster(num_workers: int, *, vllm: bool = False) -> Iterator[ChaosCluster]:
     """Start the cluster and deploy the graph; takes down on the way out what it started.
 
     Args:
         num_workers: Nodes beside the head.
+        vllm: Whether a real engine joins the scripted ones.
     """
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         folder = Path(name)
@@ -306,6 +344,8 @@ def chaos_cluster(num_workers: int) -> Iterator[ChaosCluster]:
         postgres = Postgres(folder / "postgres")
         config = folder / "config.yaml"
         settings = yaml.safe_load(CONFIG.read_text()) | {"store": {"url": postgres.url}}
+        if vllm:
+            settings["models"].append(vllm_model())
         config.write_text(yaml.safe_dump(settings))
         cluster = Cluster(initialize_head=True, head_node_args=_NODE)
         try:
