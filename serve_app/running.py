@@ -72,7 +72,7 @@ def joined(address: str) -> Iterator[None]:
     """Be a client of a cluster that serves.
 
     Raises:
-        ConnectionError: If there is no such cluster, or nothing is served there; it says what to do.
+        ConnectionError: If there is no such cluster, or nothing is served there.
     """
     nothing = ConnectionError(
         "nothing serves on a Ray cluster here; is `atlas serve` running? (--address names another)"

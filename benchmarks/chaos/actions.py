@@ -235,8 +235,9 @@ class Script:
         """The engine's own process, below the replica, while every routed request goes to it."""
         policy = await self._promote(first=VLLM_MODEL)
         await asyncio.sleep(SETTLE_S)
-        pid = await asyncio.to_thread(self._running.engine_core)
+        replica, pid = await asyncio.to_thread(self._running.engine_core)
         await asyncio.to_thread(self._running.kill, pid)
+        self._dead.add(replica.actor_name)  # without its engine it is of no use
         return f"pid {pid}, first choice of {policy}"
 
     async def _kill_store(self) -> str:

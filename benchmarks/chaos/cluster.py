@@ -244,8 +244,8 @@ class ChaosCluster:
                     return process.pid
         raise LookupError("Ray Serve has no controller")
 
-    def engine_core(self) -> int:
-        """The process of vLLM below the replica of its model.
+    def engine_core(self) -> tuple[Replica, int]:
+        """The replica of the model that runs on vLLM, and the engine's own process below it.
 
         Raises:
             LookupError: If there is none.
@@ -254,7 +254,7 @@ class ChaosCluster:
             if replica.application.startswith(f"model-{VLLM_MODEL}"):
                 for process in psutil.Process(replica.pid).children(recursive=True):
                     if "EngineCore" in _title(process.pid):
-                        return process.pid
+                        return replica, process.pid
         raise LookupError("no engine of vLLM runs")
 
     # What is done to it.

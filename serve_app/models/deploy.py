@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve.deployment import Application
 
 from serve_app.config import LocalModelConfig, ModelConfig, RemoteModelConfig
+from serve_app.models.boundary import guarded
 from serve_app.telemetry import SERVE_LOGGING
 
 
@@ -56,7 +57,7 @@ def build_model(config: ModelConfig) -> Application:
             config
         )
     module_name, _, class_name = config.import_path.partition(":")
-    custom: Any = getattr(importlib.import_module(module_name), class_name)
+    custom: Any = guarded(getattr(importlib.import_module(module_name), class_name))
     deployment = serve.deployment(
         custom, ray_actor_options={"num_cpus": config.num_cpus}, **options
     )

@@ -17,12 +17,14 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
 from serve_app.config import LocalModelConfig
 from serve_app.errors import EngineError, InvalidRequest
+from serve_app.models.boundary import guarded
 from serve_app.models.protocol import ChatBody
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """A model read from a folder needs no hub, and must not wait for one."""
 
 
+@guarded
 class JsonLLMServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
     """`LLMServer` for callers without vLLM: JSON bodies in place of request classes."""
 

@@ -16,6 +16,7 @@ import openai
 
 from serve_app.config import RemoteModelConfig
 from serve_app.errors import EngineError, InvalidRequest
+from serve_app.models.boundary import guarded
 from serve_app.models.protocol import ChatBody
 
 _T = TypeVar("_T")
@@ -24,6 +25,7 @@ _READ_TIMEOUT_S = 600.0
 """Upper bound of one answer; the gateway's deadline is the one that counts and cancels earlier."""
 
 
+@guarded
 class RemoteModel:
     """A model elsewhere."""
 

@@ -16,6 +16,7 @@ from ray.serve.llm.deployment import LLMServer
 
 from serve_app.config import ScoringConfig
 from serve_app.errors import EngineError, InvalidRequest
+from serve_app.models.boundary import guarded
 from serve_app.models.protocol import ChatBody
 from serve_app.models.verifier import score_completion
 
@@ -23,6 +24,7 @@ from serve_app.models.verifier import score_completion
 _ADDRESS = "http://engine"
 
 
+@guarded
 class ProcessRewardServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
     """`LLMServer` that answers a conversation with the score of its last message."""
 

@@ -1,0 +1,75 @@
+"""What may leave a model's process: errors that every other process can read at once.
+
+An exception crosses a process border by pickle, and whoever receives it imports what it is made of.
+One of vLLM's brings in vLLM and torch, on the event loop of the gateway that asked and of Ray
+Serve's controller that looked after it: measured here, nobody was answered for 15 to 20 s after an
+engine had died.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from serve_app.errors import AtlasError, EngineError
+
+logger = logging.getLogger(__name__)
+
+_METHODS = ("complete", "stream", "ready", "check_health")
+
+Server = TypeVar("Server", bound=type)
+
+
+def guarded(server: Server) -> Server:
+    """The same server, from which only errors of `serve_app.errors` come.
+
+    Any other is logged where it happened and leaves as an `EngineError` without its text, which may
+    hold a path or a part of a request.
+
+    Args:
+        server: A class with methods of `ModelServer`, and of a Serve deployment.
+
+    Returns:
+        A subclass of the same name.
+    """
+    methods = {name: _guarded(getattr(server, name)) for name in _METHODS if hasattr(server, name)}
+    names = {name: getattr(server, name) for name in ("__module__", "__qualname__", "__doc__")}
+    guard: Any = type(server.__name__, (server,), methods | names)
+    return guard  # type: ignore[no-any-return]
+
+
+def _guarded(method: Any) -> Any:
+    if inspect.isasyncgenfunction(method):
+
+        @functools.wraps(method)
+        async def pieces(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            try:
+                async with aclosing(method(*args, **kwargs)) as inner:
+                    async for piece in inner:
+                        yield piece
+            except Exception as error:
+                raise _ours(error) from None
+
+        return pieces
+
+    @functools.wraps(method)
+    async def whole(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = method(*args, **kwargs)
+            return await result if inspect.isawaitable(result) else result
+        except Exception as error:
+            raise _ours(error) from None
+
+    return whole
+
+
+def _ours(error: Exception) -> AtlasError:
+    """An error whose class is defined in `serve_app.errors`."""
+    if isinstance(error, AtlasError) and type(error).__module__ == AtlasError.__module__:
+        return error
+    logger.error("the engine failed", exc_info=error)
+    return EngineError("the engine failed")

@@ -1,0 +1,106 @@
+"""What leaves a model's process can be read by a process that has no engine."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+
+from serve_app.errors import AtlasError, EngineError, InvalidRequest
+from serve_app.models.boundary import guarded
+
+
+class EngineDead(Exception):
+    """An engine's own error."""
+
+
+class OwnInvalid(InvalidRequest):
+    """One of ours, by a class that only the engine's process has."""
+
+
+class Server:
+    """Fails as it is told."""
+
+    def __init__(self, failure: Exception | None) -> None:
+        self.failure = failure
+        self.closed = False
+
+    async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self.failure is not None:
+            raise self.failure
+        return body
+
+    async def stream(self, body: dict[str, Any]) -> AsyncGenerator[list[dict[str, Any]], None]:
+        try:
+            yield [body]
+            if self.failure is not None:
+                raise self.failure
+            yield [body]
+        finally:
+            self.closed = True
+
+    def check_health(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+async def left(server: Any, method: str) -> tuple[list[Any], AtlasError | None]:
+    """What a caller gets of a method: pieces, and the error that ends it."""
+    pieces: list[Any] = []
+    try:
+        if method == "stream":
+            async for piece in server.stream({}):
+                pieces.append(piece)
+        else:
+            pieces.append(await getattr(server, method)(*([{}] if method == "complete" else [])))
+    except AtlasError as error:
+        return pieces, error
+    return pieces, None
+
+
+@pytest.mark.parametrize("method", ["complete", "stream", "check_health"])
+@pytest.mark.parametrize(
+    "failure", [EngineDead("of /a/path"), OwnInvalid("of /a/path"), ValueError("of /a/path")]
+)
+async def test_foreign_error_leaves_as_an_engine_error(method: str, failure: Exception) -> None:
+    _, error = await left(guarded(Server)(failure), method)
+    assert type(error) is EngineError
+    assert error.args == ("the engine failed",)
+    assert b"EngineDead" not in pickle.dumps(error)
+
+
+@pytest.mark.parametrize("method", ["complete", "stream", "check_health"])
+async def test_own_error_leaves_as_it_is(method: str) -> None:
+    refusal = InvalidRequest("too long", "messages")
+    assert (await left(guarded(Server)(refusal), method))[1] is refusal
+
+
+async def test_pieces_before_the_failure_arrive() -> None:
+    pieces, error = await left(guarded(Server)(EngineDead()), "stream")
+    assert pieces == [[{}]]
+    assert error is not None
+
+
+async def test_answers_pass() -> None:
+    server = guarded(Server)(None)
+    assert await server.complete({"a": 1}) == {"a": 1}
+    assert await left(server, "stream") == ([[{}], [{}]], None)
+    assert await left(server, "check_health") == ([None], None)
+
+
+async def test_stream_that_is_left_is_closed_at_once() -> None:
+    server = guarded(Server)(None)
+    async with aclosing(server.stream({})) as pieces:
+        await anext(pieces)
+    assert server.closed
+
+
+async def test_guarded_class_keeps_its_name_and_is_guarded_in_other_processes_too() -> None:
+    guard = pickle.loads(cloudpickle.dumps(guarded(Server)))
+    assert (guard.__name__, guard.__doc__) == (Server.__name__, Server.__doc__)
+    _, error = await left(guard(EngineDead()), "complete")
+    assert type(error) is EngineError
