@@ -38,7 +38,7 @@ from rich.console import Console
 from benchmarks.chaos.actions import CHANGES, FAULTS, VLLM_FAULTS, Script
 from benchmarks.chaos.cluster import ChaosCluster, chaos_cluster
 from benchmarks.chaos.load import Answer, ChaosLoad, Kind
-from benchmarks.chaos.soak import soak, soak_targets
+from benchmarks.chaos.soak import soak, soak_targets, watched
 from benchmarks.chaos.verdict import Orphans, Phase, cut_streams, figures, targets
 from benchmarks.serving import machine, show_targets
 from benchmarks.swap import ROOT
@@ -119,7 +119,8 @@ async def measure(running: ChaosCluster, args: argparse.Namespace) -> Record:
         async with running_load(running, args.rate, record.answers):
             await asyncio.sleep(WARM_UP_S)
             if args.soak:
-                record.soaked = await soak(running, args.soak * 60.0)
+                names = await asyncio.to_thread(watched, running)
+                record.soaked = await soak(names, args.soak * 60.0)
             else:
                 await _phases(script, args, record)
             await asyncio.sleep(1.0)

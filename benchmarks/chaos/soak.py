@@ -85,22 +85,21 @@ def growths(samples: Sequence[Sample]) -> list[Growth]:
     return found
 
 
-async def soak(running: ChaosCluster, seconds: float) -> dict[str, Any]:
+async def soak(names: dict[int, str], seconds: float) -> dict[str, Any]:
     """Watch for a while.
 
     Args:
-        running: The cluster, under load.
+        names: Names of the processes by their ids; they are under load.
         seconds: How long.
 
     Returns:
         The samples' growth per process, and what is not flat.
     """
-    names = await asyncio.to_thread(_processes, running)
     samples: list[Sample] = []
     began_s = time.monotonic()
     while (since_s := time.monotonic() - began_s) < seconds:
         samples += await asyncio.to_thread(_look, names, since_s)
-        await asyncio.sleep(_EVERY_S)
+        await asyncio.sleep(min(_EVERY_S, seconds / 20))
     found = growths(samples)
     return {
         "seconds": seconds,
@@ -124,8 +123,8 @@ def soak_targets(soaked: dict[str, Any], answers: Sequence[Answer]) -> list[Targ
     ]
 
 
-def _processes(running: ChaosCluster) -> dict[int, str]:
-    """What to watch: every replica, Ray's own servers, the proxy."""
+def watched(running: ChaosCluster) -> dict[int, str]:
+    """What to watch of a cluster: every replica, Ray's own servers, the proxy."""
     names = {replica.pid: f"{replica.deployment} {replica.actor_name[-8:]}"
              for replica in running.replicas()}  # fmt: skip
     running.processes.look()
