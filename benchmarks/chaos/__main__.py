@@ -39,7 +39,14 @@ from benchmarks.chaos.actions import CHANGES, FAULTS, VLLM_FAULTS, Script
 from benchmarks.chaos.cluster import ChaosCluster, chaos_cluster
 from benchmarks.chaos.load import Answer, ChaosLoad, Kind
 from benchmarks.chaos.soak import soak, soak_targets, watched
-from benchmarks.chaos.verdict import Orphans, Phase, cut_streams, figures, targets
+from benchmarks.chaos.verdict import (
+    FAILURES_SHOWN,
+    Orphans,
+    Phase,
+    cut_streams,
+    figures,
+    targets,
+)
 from benchmarks.serving import machine, show_targets
 from benchmarks.swap import ROOT
 from serve_app.graph import APP_NAME
@@ -121,6 +128,8 @@ async def measure(running: ChaosCluster, args: argparse.Namespace) -> Record:
             if args.soak:
                 names = await asyncio.to_thread(watched, running)
                 record.soaked = await soak(names, args.soak * 60.0)
+                failed = [asdict(answer) for answer in record.answers if answer.failed]
+                record.soaked["failures"] = failed[:FAILURES_SHOWN]
             else:
                 await _phases(script, args, record)
             await asyncio.sleep(1.0)

@@ -16,7 +16,7 @@ GRACE_MS = 250.0
 """How long after its deadline a request may end."""
 WHOLE_S = 60.0
 MIN_SUCCESS = 0.999
-_SHOWN = 40
+FAILURES_SHOWN = 40
 
 _KILLS = frozenset(
     {
@@ -99,7 +99,7 @@ def figures(phase: Phase, answers: Sequence[Answer], deadline_s: float) -> dict[
                 "after_s": answer.began_unix_s - phase.began_unix_s,
                 "last_action": _last_action(answer, phase.actions),
             }
-            for answer in failed[:_SHOWN]
+            for answer in failed[:FAILURES_SHOWN]
         ],
         "actions": [
             asdict(action) | {"after_s": action.began_unix_s - phase.began_unix_s}

@@ -68,9 +68,14 @@ def serve_details() -> dict[str, Any]:
 
 
 def running_replicas(deployment: dict[str, Any]) -> list[str]:
-    """Actor names of a deployment's replicas that run."""
+    """Actor names of a deployment's replicas that run.
+
+    A controller of Serve that was started again first has to find them; they answer meanwhile.
+    """
     return [
-        replica["actor_name"] for replica in deployment["replicas"] if replica["state"] == "RUNNING"
+        replica["actor_name"]
+        for replica in deployment["replicas"]
+        if replica["state"] in ("RUNNING", "RECOVERING")
     ]
 
 

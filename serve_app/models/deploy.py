@@ -16,6 +16,7 @@ from ray.serve.deployment import Application
 
 from serve_app.config import LocalModelConfig, ModelConfig, RemoteModelConfig
 from serve_app.models.boundary import guarded
+from serve_app.models.protocol import HEALTH_CHECK_PERIOD_S
 from serve_app.telemetry import SERVE_LOGGING
 
 
@@ -48,6 +49,7 @@ def build_model(config: ModelConfig) -> Application:
         "autoscaling_config": config.autoscaling.model_dump(),
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_constructor_retry_count": 1,  # the controller tries again, with its pauses
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "logging_config": SERVE_LOGGING,
     }
     if isinstance(config, RemoteModelConfig):

@@ -18,14 +18,24 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from serve_app.config import LocalModelConfig
 from serve_app.errors import EngineError, InvalidRequest
 from serve_app.models.boundary import guarded
-from serve_app.models.protocol import ChatBody
+from serve_app.models.protocol import HEALTH_CHECK_PERIOD_S, ChatBody
+from serve_app.telemetry import log_files_kept
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """A model read from a folder needs no hub, and must not wait for one."""
 
 
+class EngineServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
+    """`LLMServer` that a new controller of Serve can take over."""
+
+    async def start(self) -> None:
+        """Start the engine."""
+        with log_files_kept():
+            await super().start()
+
+
 @guarded
-class JsonLLMServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
+class JsonLLMServer(EngineServer):
     """`LLMServer` for callers without vLLM: JSON bodies in place of request classes."""
 
     async def complete(self, body: ChatBody) -> dict[str, Any]:
@@ -99,6 +109,7 @@ def llm_config(config: LocalModelConfig) -> LLMConfig:
             "max_ongoing_requests": config.max_ongoing_requests,
             "ray_actor_options": {"num_cpus": config.num_cpus},
             "max_constructor_retry_count": 1,
+            "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         },
         experimental_configs={"stream_batching_interval_ms": 0},
         log_engine_metrics=False,

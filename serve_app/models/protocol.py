@@ -12,6 +12,10 @@ ChatBody = dict[str, Any]
 """A chat completion request: `messages`, sampling parameters, `tools`, `tool_choice`, `logprobs`;
 no `model`."""
 
+HEALTH_CHECK_PERIOD_S = 2.0
+"""Between Serve's looks at a model's replica. It replaces one that failed three of them, and an
+engine that died is of no use until then."""
+
 
 class ModelServer(Protocol):
     """The two methods of a model's ingress deployment."""

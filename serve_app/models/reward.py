@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx2
 from ray.serve.llm import LLMConfig
-from ray.serve.llm.deployment import LLMServer
 
 from serve_app.config import ScoringConfig
 from serve_app.errors import EngineError, InvalidRequest
 from serve_app.models.boundary import guarded
+from serve_app.models.local import EngineServer
 from serve_app.models.protocol import ChatBody
 from serve_app.models.verifier import score_completion
 
@@ -25,7 +25,7 @@ _ADDRESS = "http://engine"
 
 
 @guarded
-class ProcessRewardServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
+class ProcessRewardServer(EngineServer):
     """`LLMServer` that answers a conversation with the score of its last message."""
 
     async def __init__(self, llm_config: LLMConfig, scoring: ScoringConfig) -> None:  # type: ignore[misc]  # Serve awaits it

@@ -297,7 +297,11 @@ def _entry(config: ToolConfig) -> _Entry:
         places=asyncio.Semaphore(config.max_concurrency),
         call=ray.remote(_run_tool).options(name=f"tool:{config.tool_id}", **options),
         warm=ray.remote(_warm_tool).options(
-            name=f"warm:{config.tool_id}", num_cpus=0, max_retries=0, runtime_env=runtime_env
+            name=f"warm:{config.tool_id}",
+            num_cpus=0,
+            max_retries=0,
+            runtime_env=runtime_env,
+            enable_task_events=False,  # one each half second: Ray would remember them all
         ),
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 import yaml
 from ray import serve
 
@@ -286,6 +287,20 @@ def test_a_killed_controller_comes_back_to_the_same_pool(admin: Admin) -> None:
     assert after["revision"] == before["revision"]
     assert {answer["status"] for answer in answers} == {200}
     assert replicas() >= running - {row["actor_name"]}
+
+
+def test_engines_outlive_serves_own_controller(admin: Admin) -> None:
+    def engines() -> set[str]:
+        return {name for name in replicas() if "#nano-" in name}
+
+    before = engines()
+    assert before
+    with asking(admin, "nano-math@none") as answers:
+        ray.kill(serve.context._get_global_client()._controller, no_restart=False)
+        admin.until(lambda: engines() == before, "every engine is found again")
+        time.sleep(1.0)
+    assert {answer["status"] for answer in answers} == {200}
+    assert engines() == before
 
 
 def test_an_edited_file_changes_only_what_was_edited(admin: Admin) -> None:

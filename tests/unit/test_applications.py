@@ -8,7 +8,11 @@ import pytest
 from ray.serve.schema import ApplicationStatus
 
 from serve_app.models import applications
-from serve_app.models.applications import ModelApplication, model_applications
+from serve_app.models.applications import (
+    ModelApplication,
+    model_applications,
+    running_replicas,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +32,12 @@ def test_a_model_is_down_when_no_replica_is_left(
     names = tuple("ab"[:replicas])
     found = ModelApplication("model-m-00000000", "m", ApplicationStatus(status), "", names)
     assert (found.is_up, found.is_down) == (is_up, is_down)
+
+
+def test_replicas_that_a_new_controller_has_yet_to_find_still_run() -> None:
+    states = ("RUNNING", "RECOVERING", "STARTING", "STOPPING")
+    rows = [{"actor_name": state, "state": state} for state in states]
+    assert running_replicas({"replicas": rows}) == ["RUNNING", "RECOVERING"]
 
 
 def test_the_reason_is_the_deployments_own(monkeypatch: pytest.MonkeyPatch) -> None:
