@@ -34,6 +34,7 @@ from benchmarks.path2.parts import (
     growth,
     in_distribution,
     leave_one_domain_out,
+    lessons,
 )
 from benchmarks.path2.summary import as_text, growth_share, over_domains, section, targets
 from benchmarks.path2.tables import TASK_TABLES, open_tables
@@ -147,7 +148,7 @@ def _ablations(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     whole = {"nothing": (in_distribution(fewer), leave_one_domain_out(fewer))}
     return {
         name: {"in_distribution": section(inside), "unseen_domain": section(over_domains(unseen))}
-        for name, (inside, unseen) in (whole | ablations(fewer, encoders)).items()
+        for name, (inside, unseen) in (whole | ablations(fewer, lessons(fewer), encoders)).items()
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -210,18 +211,8 @@ def changes(run: Run) -> dict[str, list[Unit]]:
     }
 
 
-def ablations(
-    run: Run, encoders: Mapping[str, Bench]
-) -> dict[str, tuple[list[Unit], dict[str, list[Unit]]]]:
-    """What each part of the reward, the number of clusters, and the encoder is worth.
-
-    Args:
-        run: Of the seeds that are wanted.
-        encoders: Name of another encoder to the same profile seen with it.
-
-    Returns:
-        What is changed, to the units in distribution and those out of it.
-    """
+def lessons(run: Run) -> dict[str, dict[str, Any]]:
+    """How routers are learnt without one part of the reward, later steps, or other clusters."""
 
     def trained(env: EnvSettings) -> TrainConfig:
         return run.train.model_copy(update={"env": env})
@@ -229,17 +220,33 @@ def ablations(
     def rewarded(reward: RewardSettings) -> TrainConfig:
         return trained(replace(run.train.env, reward=reward))
 
-    lessons: dict[str, dict[str, object]] = {
+    changed: dict[str, dict[str, Any]] = {
         "no R_sel": {"train": rewarded(RewardSettings(selection_penalty=0.0))},
         "no R_fmt": {"train": rewarded(RewardSettings(format_penalty=0.0))},
         "no cost": {"train": rewarded(RewardSettings(cost_weight=0.0))},
         "one step": {"train": trained(replace(run.train.env, max_steps=1))},
     }
     for size in CLUSTERS:
-        lessons[f"K {size}"] = {"fit": replace(run.fit, clusterings=((size, 1),))}
+        changed[f"K {size}"] = {"fit": replace(run.fit, clusterings=((size, 1),))}
+    return changed
+
+
+def ablations(
+    run: Run, taught: Mapping[str, Mapping[str, Any]], encoders: Mapping[str, Bench]
+) -> dict[str, tuple[list[Unit], dict[str, list[Unit]]]]:
+    """What each part of the reward, the number of clusters, and the encoder is worth.
+
+    Args:
+        run: Of the seeds that are wanted.
+        taught: `lessons`, or some of them.
+        encoders: Name of another encoder to the same profile seen with it.
+
+    Returns:
+        What is changed, to the units in distribution and those out of it.
+    """
     units = {
         name: (in_distribution(run, name, **lesson), leave_one_domain_out(run, name, **lesson))
-        for name, lesson in lessons.items()
+        for name, lesson in taught.items()
     }
     for name, bench in encoders.items():
         other = replace(run, bench=bench)

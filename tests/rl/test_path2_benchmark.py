@@ -13,7 +13,7 @@ import pytest
 from benchmarks.path2.data import Bench, Learnt, part_of, read_bench
 from benchmarks.path2.encoders import TOKEN_MEAN, TokenMean
 from benchmarks.path2.figure import draw_frontiers
-from benchmarks.path2.parts import Run, ablations, changes, newcomers
+from benchmarks.path2.parts import Run, ablations, changes, lessons, newcomers
 from benchmarks.path2.summary import (
     Figure,
     Resamples,
@@ -259,14 +259,31 @@ def small_bench(turn: int = 0) -> Bench:
     )
 
 
+def test_a_lesson_changes_one_thing(tmp_path: Path) -> None:
+    run = Run(small_bench(), tmp_path, [0], TINY_FIT, TINY, lambda _: None)
+    plain = TINY.env.reward
+    rewards = {
+        "no R_sel": replace(plain, selection_penalty=0.0),
+        "no R_fmt": replace(plain, format_penalty=0.0),
+        "no cost": replace(plain, cost_weight=0.0),
+    }
+    assert plain not in rewards.values()
+    assert lessons(run) == {
+        **{name: {"train": TINY.model_copy(update={"env": replace(TINY.env, reward=reward)})}
+           for name, reward in rewards.items()},
+        "one step": {"train": TINY.model_copy(update={"env": replace(TINY.env, max_steps=1)})},
+        "K 4": {"fit": replace(TINY_FIT, clusterings=((4, 1),))},
+        "K 16": {"fit": replace(TINY_FIT, clusterings=((16, 1),))},
+    }  # fmt: skip
+
+
 @pytest.mark.usefixtures("cluster")
-def test_every_ablation_is_learnt_and_asked_in_and_out_of_distribution(tmp_path: Path) -> None:
+def test_an_ablation_is_learnt_and_asked_in_and_out_of_distribution(tmp_path: Path) -> None:
     learnt: list[str] = []
     run = Run(small_bench(), tmp_path, [0], TINY_FIT, TINY, learnt.append)
-    found = ablations(run, {"turned": small_bench(turn=3)})
-    assert set(found) == {
-        "no R_sel", "no R_fmt", "no cost", "one step", "K 4", "K 16", "encoder: turned",
-    }  # fmt: skip
+    taught = {"one step": lessons(run)["one step"]}
+    found = ablations(run, taught, {"turned": small_bench(turn=3)})
+    assert set(found) == {"one step", "encoder: turned"}
     for inside, unseen in found.values():
         assert section(inside)["num_questions"] == run.bench.test.num_queries
         assert set(unseen) == {"topic 0", "topic 1"}
@@ -274,7 +291,7 @@ def test_every_ablation_is_learnt_and_asked_in_and_out_of_distribution(tmp_path:
     (once,) = found["one step"][0]
     assert (once.reached[PATH_1]["steps"] == 1).all()
     said = len(learnt)
-    again = ablations(run, {"turned": small_bench(turn=3)})
+    again = ablations(run, taught, {"turned": small_bench(turn=3)})
     assert len(learnt) == said  # all of it was kept
     assert set(again) == set(found)
 
