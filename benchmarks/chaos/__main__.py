@@ -129,6 +129,7 @@ async def measure(running: ChaosCluster, args: argparse.Namespace) -> Record:
                 names = await asyncio.to_thread(watched, running)
                 record.soaked = await soak(names, args.soak * 60.0)
                 failed = [asdict(answer) for answer in record.answers if answer.failed]
+                record.soaked["requests"] = len(record.answers)
                 record.soaked["failures"] = failed[:FAILURES_SHOWN]
             else:
                 await _phases(script, args, record)

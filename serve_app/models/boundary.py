@@ -36,26 +36,30 @@ def guarded(server: Server) -> Server:
     Returns:
         A subclass of the same name.
     """
-    methods = {name: _guarded(getattr(server, name)) for name in _METHODS if hasattr(server, name)}
+    methods = {
+        name: (_guarded_pieces if name == "stream" else _guarded)(getattr(server, name))
+        for name in _METHODS
+        if hasattr(server, name)
+    }
     names = {name: getattr(server, name) for name in ("__module__", "__qualname__", "__doc__")}
     guard: Any = type(server.__name__, (server,), methods | names)
     return guard  # type: ignore[no-any-return]
 
 
+def _guarded_pieces(method: Any) -> Any:
+    @functools.wraps(method)
+    async def pieces(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        try:
+            async with aclosing(method(*args, **kwargs)) as inner:
+                async for piece in inner:
+                    yield piece
+        except Exception as error:
+            raise _ours(error) from None
+
+    return pieces
+
+
 def _guarded(method: Any) -> Any:
-    if inspect.isasyncgenfunction(method):
-
-        @functools.wraps(method)
-        async def pieces(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-            try:
-                async with aclosing(method(*args, **kwargs)) as inner:
-                    async for piece in inner:
-                        yield piece
-            except Exception as error:
-                raise _ours(error) from None
-
-        return pieces
-
     @functools.wraps(method)
     async def whole(*args: Any, **kwargs: Any) -> Any:
         try:

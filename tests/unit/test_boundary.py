@@ -79,6 +79,15 @@ async def test_own_error_leaves_as_it_is(method: str) -> None:
     assert (await left(guarded(Server)(refusal), method))[1] is refusal
 
 
+async def test_stream_that_only_hands_on_a_generator_is_guarded_too() -> None:
+    class HandsOn(Server):
+        def stream(self, body: dict[str, Any]) -> AsyncGenerator[list[dict[str, Any]], None]:
+            return super().stream(body)
+
+    _, error = await left(guarded(HandsOn)(EngineDead()), "stream")
+    assert type(error) is EngineError
+
+
 async def test_pieces_before_the_failure_arrive() -> None:
     pieces, error = await left(guarded(Server)(EngineDead()), "stream")
     assert pieces == [[{}]]
