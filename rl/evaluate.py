@@ -69,7 +69,7 @@ class EvaluationSettings:
     sweep_alphas: tuple[float, ...] = SWEEP_ALPHAS
     """Points of the frontiers, beside the reported ones. Every alpha costs one decision per policy
     and query."""
-    margin: float = 0.03
+    margin: float = 0.0
     """Utility that the candidate may be worse by without it mattering; 0 asks that it is better,
     see `judge`."""
     num_resamples: int = 2000
@@ -270,26 +270,23 @@ def evaluate(
 
 
 def judge(differences: Mapping[float, Interval], settings: EvaluationSettings) -> Verdict:
-    """Whether a candidate may serve: it is not worse with confidence.
+    """Whether a candidate may serve: on the configured objective it is better with confidence.
 
-    It may when, at the default alpha and at alpha 0, the 95% interval of its utility minus the
-    serving policy's begins no lower than `-margin`. So one that decides much alike may, and one
-    that few queries say little of may not. With a margin of 0 it has to be better with confidence:
-    at the default alpha the interval has to begin above 0.
+    At the default alpha the 95% interval of its utility minus the serving policy's has to begin
+    above `-margin`; above 0, so surely better, where there is no margin. At alpha 0, which any
+    caller may ask for, it must not end below `-margin`: surely worse answers are no gain.
 
     Args:
         differences: Alpha to the paired difference in utility; has 0 and the default alpha.
         settings: The margin and the default alpha.
     """
-    counted = list(dict.fromkeys((settings.default_alpha, 0.0)))
-    said = {alpha: f"utility {differences[alpha]} at alpha {alpha:g}" for alpha in counted}
+    default, bound = settings.default_alpha, 0.0 - settings.margin
+    said = {alpha: f"utility {differences[alpha]} at alpha {alpha:g}" for alpha in (default, 0.0)}
     faults = []
-    for alpha in counted:
-        difference = differences[alpha]
-        if difference.low < -settings.margin - _ROUNDING:
-            faults.append(f"{said[alpha]}, which reaches below -{settings.margin:g}")
-        elif not settings.margin and alpha == counted[0] and difference.low <= _ROUNDING:
-            faults.append(f"{said[alpha]}, which is not above 0")
+    if differences[default].low <= bound + _ROUNDING:
+        faults.append(f"{said[default]}, which does not begin above {bound:g}")
+    if differences[0.0].high < bound - _ROUNDING:
+        faults.append(f"{said[0.0]}, which ends below {bound:g}")
     return Verdict(not faults, "; ".join(faults or said.values()))
 
 

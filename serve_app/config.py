@@ -257,10 +257,10 @@ class RouterConfig(BaseConfig):
     """Model that thinks about a question where the learned policy asks for it; `None` never
     thinks."""
     rollback: RollbackConfig = RollbackConfig()
-    promotion_margin: float = Field(default=0.03, ge=0, le=1)
-    """A candidate may serve if its utility is surely no more than this below the serving
-    policy's, on the held-out questions. 0 asks for more: at `default_alpha` it has to be surely
-    above."""
+    promotion_margin: float = Field(default=0.0, ge=0, le=1)
+    """A candidate may serve if at `default_alpha` its utility on the held-out questions is surely
+    above the serving policy's less this. 0 asks that it is surely better; a little lets one follow
+    that was fitted on newer outcomes and decides much alike."""
     refresh_interval_s: float = Field(default=1.0, gt=0)
     """How often a replica asks the store for a new policy and new feedback."""
     deployment: DeploymentConfig = DeploymentConfig()

@@ -139,58 +139,46 @@ def test_a_worse_candidate_is_refused_with_the_interval_in_the_reason() -> None:
     assert f"{difference.low:+.3f}" in report.verdict.reason
 
 
-def test_an_equal_candidate_passes_with_a_difference_of_nothing() -> None:
+def test_the_same_policy_again_is_no_gain_and_passes_only_within_a_margin() -> None:
     held_out, topic = make_outcomes(100, seed=5)
-    report = evaluate(held_out, by_topic(topic), knowing_rule(), knowing_rule(), settings=FAST)
-    assert report.verdict.promote
-    for comparison in report.at_alpha:
-        assert comparison.difference.utility == Interval(0.0, 0.0, 0.0)
-        assert comparison.difference.cost_usd == Interval(0.0, 0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("at_default", "at_zero", "promote", "fault"),
-    [
-        (Interval(0.02, 0.01, 0.03), Interval(0.0, -0.009, 0.01), True, ""),
-        (Interval(0.02, 0.01, 0.03), Interval(0.0, -0.011, 0.01), False, "at alpha 0,"),
-        (Interval(0.01, -0.02, 0.04), Interval(0.0, 0.0, 0.0), False, "at alpha 0.1, which"),
-        (Interval(-0.002, -0.005, 0.001), Interval(0.0, 0.0, 0.0), True, "-0.002"),
-        (Interval(0.0, 0.0, 0.0), Interval(-0.002, -0.005, 0.001), True, ""),
-    ],
-)
-def test_the_verdict_asks_for_certainty_at_the_default_alpha_and_at_0(
-    at_default: Interval, at_zero: Interval, promote: bool, fault: str
-) -> None:
-    verdict = judge({0.0: at_zero, 0.1: at_default}, EvaluationSettings(margin=0.01))
-    assert verdict.promote is promote
-    assert fault in verdict.reason
-    assert ("reaches below" in verdict.reason) <= (not promote)
-
-
-@pytest.mark.parametrize(
-    ("at_default", "at_zero", "promote"),
-    [
-        (Interval(0.02, 0.001, 0.04), Interval(0.0, 0.0, 0.0), True),
-        (Interval(0.02, 0.001, 0.04), Interval(0.0, -0.001, 0.01), False),
-        (Interval(0.02, 0.0, 0.04), Interval(0.01, 0.005, 0.02), False),
-        (Interval(0.0, 0.0, 0.0), Interval(0.0, 0.0, 0.0), False),
-    ],
-)
-def test_without_a_margin_a_candidate_has_to_be_better(
-    at_default: Interval, at_zero: Interval, promote: bool
-) -> None:
-    verdict = judge({0.0: at_zero, 0.1: at_default}, EvaluationSettings(margin=0.0))
-    assert verdict.promote is promote
-    assert promote or "which" in verdict.reason
-
-
-def test_the_same_policy_again_is_refused_where_a_gain_is_asked_for() -> None:
-    held_out, topic = make_outcomes(60, seed=5)
     rules = [knowing_rule(), knowing_rule()]
-    settings = replace(FAST, margin=0.0)
-    report = evaluate(held_out, by_topic(topic), *rules, settings=settings)
-    assert not report.verdict.promote
-    assert "which is not above 0" in report.verdict.reason
+    for margin, promote in ((0.0, False), (0.01, True)):
+        settings = replace(FAST, margin=margin)
+        report = evaluate(held_out, by_topic(topic), *rules, settings=settings)
+        assert report.verdict.promote is promote
+        assert promote or "which does not begin above 0" in report.verdict.reason
+        for comparison in report.at_alpha:
+            assert comparison.difference.utility == Interval(0.0, 0.0, 0.0)
+            assert comparison.difference.cost_usd == Interval(0.0, 0.0, 0.0)
+
+
+LEVEL = Interval(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("margin", "at_default", "at_zero", "fault"),
+    [
+        (0.0, Interval(0.02, 0.001, 0.04), LEVEL, None),
+        (0.0, Interval(0.02, 0.0, 0.04), LEVEL, "at alpha 0.1, which does not"),
+        (0.0, Interval(0.02, 0.001, 0.04), Interval(-0.01, -0.02, 0.001), None),
+        (
+            0.0,
+            Interval(0.02, 0.001, 0.04),
+            Interval(-0.02, -0.03, -0.001),
+            "at alpha 0, which ends",
+        ),
+        (0.01, Interval(-0.002, -0.005, 0.001), LEVEL, None),
+        (0.01, Interval(0.01, -0.02, 0.04), LEVEL, "at alpha 0.1, which does not"),
+        (0.01, LEVEL, Interval(-0.01, -0.02, -0.009), None),
+        (0.01, LEVEL, Interval(-0.02, -0.03, -0.011), "at alpha 0, which ends"),
+    ],
+)
+def test_a_candidate_is_surely_better_on_the_objective_and_not_surely_worse_at_alpha_0(
+    margin: float, at_default: Interval, at_zero: Interval, fault: str | None
+) -> None:
+    verdict = judge({0.0: at_zero, 0.1: at_default}, EvaluationSettings(margin=margin))
+    assert verdict.promote is (fault is None)
+    assert (fault or str(at_default)) in verdict.reason
 
 
 def test_differences_are_paired() -> None:
