@@ -86,6 +86,7 @@ def made_up_table(num_queries: int = 720, num_pairs: int = 15, dim: int = 384) -
         quality=drawn(*shape[1:]),
         spread=0.1 * drawn(*shape[1:]),
         overall=drawn(*shape[1:]),
+        outside=drawn(*shape[1:]),
         distance_quantile=drawn(num_queries),
         confidence=drawn(num_queries),
         inside=np.ones(num_queries, np.bool_),

@@ -29,8 +29,7 @@ from serve_app.router.learned import LearnedRule
 from serve_app.router.policy_net import PolicyNet
 
 PATH_1_ALONE, PATH_2_ALONE = 0.0, 1.01
-"""Thresholds of the gate that leave every query inside the profiled distribution to path 1, and
-every query to path 2."""
+"""Thresholds of the gate that leave every query to path 1, and every query to path 2."""
 GATE_THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, PATH_2_ALONE)
 """Those that are tried. Few, because the finest choice is the luckiest one."""
 GATE_ALPHAS = (0.0, 0.02, 0.1, 0.3, POLICY_MAX_ALPHA)
@@ -191,7 +190,7 @@ def choose_gate(
     """
     gains = np.zeros(len(GATE_THRESHOLDS))
     for number, view in enumerate(table.views):
-        kept = [_keeps(view, threshold) for threshold in GATE_THRESHOLDS]
+        kept = [view.confidence >= threshold for threshold in GATE_THRESHOLDS]
         chosen = path_1_choices(view, table, caution, alphas)
         for alpha, choice in zip(alphas, chosen, strict=True):
             first = run_once(table, choice, view.confidence).utility(alpha)
@@ -204,15 +203,16 @@ def choose_gate(
 def path_1_choices(
     view: View, table: ReplayTable, caution: float, alphas: Sequence[float]
 ) -> NDArray[np.intp]:
-    """(num_alphas, num_queries) columns that path 1 would choose inside its distribution.
+    """(num_alphas, num_queries) columns that path 1 would choose.
 
-    As `ClusterRule.decide` does, from its beliefs: the best utility, where the pair that is best
-    overall has the benefit of the doubt.
+    As `ClusterRule.decide` does, from its beliefs: the best utility, where inside the profiled
+    distribution the pair that is best overall has the benefit of the doubt.
     """
-    quality = np.where(table.measured[0], view.quality, -1.0).astype(np.float32)
+    expected = np.where(view.inside[:, None], view.quality, view.outside)
+    quality = np.where(table.measured[0], expected, -1.0).astype(np.float32)
     overall = np.where(table.measured[0], view.overall, -1.0)
     usual, best = overall.argmax(axis=1), quality.argmax(axis=1)
-    for row in np.flatnonzero(usual != best):
+    for row in np.flatnonzero(view.inside & (usual != best)):
         quality[row] = settle(
             quality[row], view.spread[row], int(usual[row]), int(best[row]), caution
         )
@@ -280,7 +280,7 @@ class GatedPolicy:
             pair_costs_usd: As of `roll_out`.
         """
         (view,) = table.views
-        keeps = _keeps(view, self.threshold) | (alpha > self.max_alpha)
+        keeps = (view.confidence >= self.threshold) | (alpha > self.max_alpha)
         second = roll_out(
             self.net, table, alpha, max_steps=self.max_steps, pair_costs_usd=pair_costs_usd
         )
@@ -309,12 +309,6 @@ def gated_policy(rule: ClusterRule, table: ReplayTable, max_steps: int) -> Gated
     loaded = LearnedRule(rule.snapshot)
     table = table if loaded.thinks else table.without_thoughts()
     return GatedPolicy(loaded.net, rule, loaded.threshold, with_rule(table, rule), max_steps)
-
-
-def _keeps(view: View, threshold: float) -> NDArray[np.bool_]:
-    """(num_queries,) the gate, as `LearnedRule` has it."""
-    keeps: NDArray[np.bool_] = view.inside & (view.confidence >= threshold)
-    return keeps
 
 
 def _greedy(

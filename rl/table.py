@@ -43,6 +43,8 @@ class View:
     """(N, P) their standard deviations."""
     overall: Float
     """(N, P) expected scores over all queries in [0, 1]."""
+    outside: Float
+    """(N, P) those by which path 1 decides outside the profiled distribution, in [0, 1]."""
     distance_quantile: Float
     """(N,) in [0, 1]."""
     confidence: Float
@@ -56,6 +58,7 @@ class View:
             self.quality[queries][:, pairs],
             self.spread[queries][:, pairs],
             self.overall[queries][:, pairs],
+            self.outside[queries][:, pairs],
             self.distance_quantile[queries],
             self.confidence[queries],
             self.inside[queries],

@@ -106,11 +106,11 @@ def newcomer_view(
         pieces.append(view_of(rule, outcomes.embeddings, [outcomes.pairs[pair] for pair in new]))
         order.append(new)
     back = np.concatenate(order).argsort()
-    quality, spread, overall = (
-        np.concatenate([getattr(piece, name) for piece in pieces], axis=1)[:, back]
-        for name in ("quality", "spread", "overall")
-    )
-    return replace(pieces[-1], quality=quality, spread=spread, overall=overall)
+    of_pairs = {
+        name: np.concatenate([getattr(piece, name) for piece in pieces], axis=1)[:, back]
+        for name in ("quality", "spread", "overall", "outside")
+    }
+    return replace(pieces[-1], **of_pairs)
 
 
 def groups_of(domains: Sequence[str], embeddings: Float, seed: int = 0) -> NDArray[np.str_]:
@@ -144,7 +144,9 @@ def view_of(rule: ClusterRule, embeddings: Float, pairs: Sequence[Pair]) -> View
         ConfigError: If the rule does not know one of the pairs.
     """
     columns = columns_of(rule, pairs)
-    quality, spread, overall = (np.empty((len(embeddings), len(pairs)), np.float32) for _ in "qso")
+    quality, spread, overall, outside = (
+        np.empty((len(embeddings), len(pairs)), np.float32) for _ in range(4)
+    )
     quantile, confidence = (np.empty(len(embeddings), np.float32) for _ in "qc")
     inside = np.empty(len(embeddings), np.bool_)
     for row, embedding in enumerate(embeddings):
@@ -152,10 +154,11 @@ def view_of(rule: ClusterRule, embeddings: Float, pairs: Sequence[Pair]) -> View
         quality[row] = beliefs.quality[columns]
         spread[row] = beliefs.spread[columns]
         overall[row] = beliefs.overall[columns]
+        outside[row] = beliefs.outside[columns]
         verdict = beliefs.verdict
         quantile[row], confidence[row] = verdict.distance_quantile, verdict.confidence
         inside[row] = verdict.inside
-    return View(quality, spread, overall, quantile, confidence, inside)
+    return View(quality, spread, overall, outside, quantile, confidence, inside)
 
 
 def columns_of(rule: ClusterRule, pairs: Sequence[Pair]) -> Index:

@@ -83,6 +83,9 @@ class Beliefs:
     """(num_pairs,) their standard deviations."""
     overall: NDArray[np.float32]
     """(num_pairs,) expected scores over all queries."""
+    outside: NDArray[np.float32]
+    """(num_pairs,) the same with what the cards say; path 1 decides by it outside the profiled
+    distribution."""
     similarity: NDArray[np.float32]
     """(num_pairs,) of the query to the pairs' cards in [0, 1]; 0 for a pair without one."""
     verdict: Verdict
@@ -285,11 +288,8 @@ class ClusterRule:
         quality = self._qualities(place)
         everyone = np.arange(len(self._pairs))
         spread = self._spread(quality, everyone, place)
-        gated = (
-            self._settled(quality, spread, everyone)
-            if place.inside
-            else self._overall_qualities(place)
-        )
+        outside = self._overall_qualities(place)
+        gated = self._settled(quality, spread, everyone) if place.inside else outside
         best = float(gated.max())
         similarity = np.zeros(len(self._pairs), np.float32)
         if place.likeness is not None:
@@ -300,6 +300,7 @@ class ClusterRule:
             quality=quality,
             spread=spread,
             overall=self._overall.astype(np.float32),
+            outside=outside,
             similarity=similarity,
             verdict=self._gate.judge(best, best, place.kernel, place.distance),
         )

@@ -35,8 +35,7 @@ from serve_app.router.snapshot import RouterSnapshot
 from serve_app.schemas import Action, Candidate, Decision, Likeness, Limits, Pair, Path, Seen
 
 GATE_THRESHOLD = "gate.threshold"
-"""Among the policy's tensors: (1,) confidence from which path 1 keeps a request that lies inside
-the profiled distribution."""
+"""Among the policy's tensors: (1,) confidence from which path 1 keeps a request."""
 
 THINKS = "thinks"
 """Metadata of a snapshot: 1 where its policy was trained with a planner. Any other never thinks: it
@@ -72,9 +71,9 @@ class LearnedRule:
     """Chooses by a snapshot that holds a policy; learns from feedback as path 1 does.
 
     Invariants:
-        - A new request stays with path 1 where it is inside the profiled distribution and surely
-          decided, or its alpha is above `POLICY_MAX_ALPHA`; every other one is the policy's, and
-          so is every one under way.
+        - A new request stays with path 1 where it is surely decided (the confidence knows how far
+          it is from what was profiled), or its alpha is above `POLICY_MAX_ALPHA`; every other one
+          is the policy's, and so is every one under way.
         - Only what `features.legal_actions` admits is ever chosen.
         - One thread at a time.
     """
@@ -196,9 +195,7 @@ class LearnedRule:
             known: Beliefs | None = None
             if asked.history or asked.limits.alpha <= POLICY_MAX_ALPHA:
                 known = self._clusters.beliefs(asked.embedding)
-                verdict = known.verdict
-                is_sure = verdict.inside and verdict.confidence >= self._threshold
-                if asked.history or not is_sure:
+                if asked.history or known.verdict.confidence < self._threshold:
                     second.append(number)
                     beliefs.append(known)
                     continue

@@ -30,6 +30,7 @@ def flat_view(table: ReplayTable, quality: float = 0.5) -> View:
         quality=np.full(shape, quality, np.float32),
         spread=np.full(shape, 0.1, np.float32),
         overall=np.full(shape, quality, np.float32),
+        outside=np.full(shape, quality, np.float32),
         distance_quantile=np.full(shape[0], 0.4, np.float32),
         confidence=np.full(shape[0], 0.7, np.float32),
         inside=np.ones(shape[0], np.bool_),

@@ -176,6 +176,7 @@ def test_a_view_is_what_the_rule_believes_in_the_order_of_the_pairs() -> None:
         beliefs = rule.beliefs(embedding)
         np.testing.assert_array_equal(view.quality[row], beliefs.quality[[2, 0]])
         np.testing.assert_array_equal(view.spread[row], beliefs.spread[[2, 0]])
+        np.testing.assert_array_equal(view.outside[row], beliefs.outside[[2, 0]])
         assert view.confidence[row] == np.float32(beliefs.verdict.confidence)
         assert view.inside[row] == beliefs.verdict.inside
 

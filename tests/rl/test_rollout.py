@@ -46,6 +46,7 @@ from tests.rl.replay_data import encode, make_dataset, make_replay, one_query, w
 from tests.router_data import COSTS_USD, PAIRS, make_snapshot
 
 WIDE = np.linspace(0.0, 2.0, 9, dtype=np.float32)
+NARROW = np.linspace(0.0, 0.15, 9, dtype=np.float32)
 FAST = EvaluationSettings(alphas=(0.0, 0.1, 0.5), sweep_alphas=(0.0, 0.5, 1.0), num_resamples=200)
 NUM_QUERIES = 90
 
@@ -172,11 +173,14 @@ def test_an_unknown_view_is_refused() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5])
-def test_path_1_is_read_off_its_beliefs_as_it_decides(alpha: float) -> None:
-    rule = rule_of()
+@pytest.mark.parametrize(("quantiles", "inside"), [(WIDE, {True}), (NARROW, {True, False})])
+def test_path_1_is_read_off_its_beliefs_as_it_decides(
+    quantiles: NDArray[np.float32], inside: set[bool], alpha: float
+) -> None:
+    rule = ClusterRule(replace(make_snapshot(), distance_quantiles=quantiles))
     table = with_rule(held_out_table(), rule)
     (view,) = table.views
-    assert view.inside.all()
+    assert set(view.inside.tolist()) == inside
     (chosen,) = path_1_choices(view, table, rule.snapshot.caution, [alpha])
     limits = Limits(alpha=alpha, deadline_s=60.0)
     decided = [rule.decide(query, limits, PAIRS, 1).pair for query in table.embeddings]
@@ -267,16 +271,16 @@ def test_the_gate_alone_gives_path_1() -> None:
     assert report.at_default.contenders[CANDIDATE].steps == 1.0
 
 
-def test_queries_unlike_the_profile_go_to_path_2() -> None:
-    narrow = np.linspace(0.0, 0.15, 9, dtype=np.float32)
-    snapshot = replace(make_snapshot(), distance_quantiles=narrow)
-    rule = ClusterRule(with_policy(snapshot, threshold=PATH_1_ALONE))
+def test_queries_that_path_1_is_not_sure_of_go_to_path_2() -> None:
+    snapshot = replace(make_snapshot(), distance_quantiles=NARROW)
+    rule = ClusterRule(with_policy(snapshot, threshold=0.5))
     policy = gated_policy(rule, held_out_table(), max_steps=3)
     (view,) = policy.table.views
-    assert 0 < view.inside.sum() < NUM_QUERIES
+    sure = view.confidence >= 0.5
+    assert 0 < sure.sum() < NUM_QUERIES
     requests = policy.answer(policy.table, 0.0)
-    assert (requests.by_policy == ~view.inside).all()
-    assert (requests.steps == np.where(view.inside, 1, 3)).all()
+    assert (requests.by_policy == ~sure).all()
+    assert (requests.steps == np.where(sure, 1, 3)).all()
     assert policy.alone().answer(policy.table, 0.0).by_policy.all()
 
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate, SnapshotError
 from serve_app.router.clusters import Prior
-from serve_app.router.gate import POLICY_MAX_ALPHA
 from serve_app.router.learned import GATE_THRESHOLD, Asked, LearnedRule
 from serve_app.schemas import Action, Limits, Pair, Path, Seen
 from tests.policy_data import make_policy, with_policy
@@ -52,11 +51,12 @@ def test_what_path_1_keeps_it_decides_as_if_it_were_alone(alpha: float) -> None:
     weighed = replace(with_policy(threshold=0.0), card_weight=0.2, outside_card_weight=0.3)
     rule, limits = LearnedRule(weighed, prior), replace(STEPS, alpha=alpha)
     rule.update(MATHS, CHEAP, 1.0)
-    queries = [vector.astype(np.float32) for vector in topics()]
-    if alpha > POLICY_MAX_ALPHA:
-        queries.append(ELSEWHERE)
-    for query in queries:
-        assert rule.decide(query, limits, PAIRS, 1) == rule.clusters.decide(query, limits, PAIRS, 1)
+    paths = set()
+    for query in [*(vector.astype(np.float32) for vector in topics()), ELSEWHERE]:
+        decision = rule.decide(query, limits, PAIRS, 1)
+        assert decision == rule.clusters.decide(query, limits, PAIRS, 1)
+        paths.add(decision.path)
+    assert paths == {Path.CLUSTERS, Path.OUT_OF_DISTRIBUTION}
 
 
 def test_a_request_under_way_stays_with_the_policy() -> None:
