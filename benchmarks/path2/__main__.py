@@ -36,12 +36,13 @@ from benchmarks.path2.parts import (
     leave_one_domain_out,
     lessons,
 )
-from benchmarks.path2.summary import as_text, growth_share, over_domains, section, targets
+from benchmarks.path2.summary import as_text, changed, growth_share, over_domains, section, targets
 from benchmarks.path2.tables import TASK_TABLES, open_tables
 from benchmarks.path2.units import GATED, PATH_2
 from rl.config import TrainConfig
 from rl.selection import FitSettings
 from serve_app.config import load_config
+from serve_app.errors import ConfigError
 
 PARTS = ("in_distribution", "leave_one_domain_out", "growth", "changes", "ablations", "tables")
 
@@ -74,6 +75,7 @@ def main() -> None:
             progress.update(task, description=what)
 
         run = Run(read_bench(config), folder, range(options.seeds), FitSettings(), train, told)
+        _check_profile(folder, run.bench.mark)
         result: dict[str, Any] = {}
         for part in options.parts:
             if part == "tables" and options.data is None:
@@ -102,6 +104,18 @@ def main() -> None:
             options.out.with_suffix(".png"),
         )
     sys.stdout.write(as_text(result))
+
+
+def _check_profile(folder: Path, mark: str) -> None:
+    """Refuse to go on where another profile was learnt from: its routers would count as this one's.
+
+    Raises:
+        ConfigError: If it was.
+    """
+    file = folder / "profile.txt"
+    if file.is_file() and file.read_text() != mark:
+        raise ConfigError(f"{folder} holds routers of another profile; name another --out")
+    file.write_text(mark)
 
 
 def _in_distribution(run: Run, options: argparse.Namespace) -> dict[str, Any]:
@@ -145,10 +159,19 @@ def _ablations(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     config = run.bench.config
     assert config is not None  # it was read from a store
     encoders = {TOKEN_MEAN: read_bench(config, TokenMean(config.embedder))}
-    whole = {"nothing": (in_distribution(fewer), leave_one_domain_out(fewer))}
+    whole = in_distribution(fewer), over_domains(leave_one_domain_out(fewer))
+    units = {"nothing": whole} | {
+        name: (inside, over_domains(unseen))
+        for name, (inside, unseen) in ablations(fewer, lessons(fewer), encoders).items()
+    }
     return {
-        name: {"in_distribution": section(inside), "unseen_domain": section(over_domains(unseen))}
-        for name, (inside, unseen) in (whole | ablations(fewer, lessons(fewer), encoders)).items()
+        name: {
+            where: section(of) | {"less_the_whole": changed(of, of_whole)}
+            for where, of, of_whole in zip(
+                ("in_distribution", "unseen_domain"), both, whole, strict=True
+            )
+        }
+        for name, both in units.items()
     }
 
 

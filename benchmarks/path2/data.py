@@ -7,6 +7,7 @@ training questions and pairs; both paths then know nothing of the others but the
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,15 @@ class Bench:
     likeness: Float | None
     """(num_train, num_pairs) similarity of the training questions to the cards."""
     config: AtlasConfig | None = None
+
+    @property
+    def mark(self) -> str:
+        """Hash of the pairs, the questions, and what came of them."""
+        digest = hashlib.sha256(repr(self.test.pairs).encode())
+        for table in (self.train, self.test):
+            for array in (table.embeddings, table.score, table.costs_usd):
+                digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,26 @@ def section(units: Sequence[Unit]) -> dict[str, Any]:
     }
 
 
+def changed(units: Sequence[Unit], whole: Sequence[Unit]) -> dict[str, Any]:
+    """Score and utility of each path less what it has when nothing is changed.
+
+    Args:
+        units: One per seed.
+        whole: The same questions and seeds.
+    """
+    of = Resamples(units)
+    return {
+        name: {
+            f"alpha {alpha:g}": {
+                what.__name__: of.figure(what(units, name, alpha) - what(whole, name, alpha))
+                for what in (scores, utilities)
+            }
+            for alpha in REPORTED
+        }
+        for name in (GATED, PATH_1, PATH_2)
+    }
+
+
 def over_domains(by_domain: Mapping[str, Sequence[Unit]]) -> list[Unit]:
     """Per seed all domains' questions as one unit."""
     return [joined(units) for units in zip(*by_domain.values(), strict=True)]

@@ -18,6 +18,7 @@ from benchmarks.path2.summary import (
     Figure,
     Resamples,
     as_text,
+    changed,
     growth_share,
     held_against,
     over_domains,
@@ -155,6 +156,23 @@ def test_a_share_of_the_gain_is_of_the_gain() -> None:
     assert set(known) == set(ALPHAS)
     without, added, again = ([reaching(score)] for score in (0.2, 0.5, 0.6))
     assert growth_share(without, added, again, GATED).value == pytest.approx(0.75)
+
+
+def test_a_change_is_paired_with_the_whole(units: list[Unit]) -> None:
+    of_path_2 = units[0].reached[PATH_2]
+    worse = Unit({**units[0].reached, PATH_2: {**of_path_2, "score": of_path_2["score"] - 0.1}})
+    less = changed([worse], units[:1])
+    for alpha in (0.0, 0.1, 0.3):
+        figures = less[PATH_2][f"alpha {alpha:g}"]
+        assert list(figures["scores"].values()) == pytest.approx([-0.1] * 3)
+        assert figures["utilities"]["value"] == pytest.approx(-0.1 * (1 - alpha))
+        assert less[PATH_1][f"alpha {alpha:g}"]["scores"]["value"] == 0.0
+
+
+def test_a_run_goes_on_only_with_its_own_profile() -> None:
+    of = bench()
+    assert of.mark == bench().mark
+    assert of.mark != replace(of, test=of.test.select(pairs=np.arange(2))).mark
 
 
 def test_sections_and_targets_say_what_was_measured(units: list[Unit], tmp_path: Path) -> None:
