@@ -397,7 +397,8 @@ def main() -> None:
     which.add_argument("--deployment", type=Path, default=SCRIPTED, help="[configs/swap.yaml]")
     parser.add_argument("--requests", type=int,
                         help="in all [13200; of another deployment 2640]")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each of the 8 blocks")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of each of the 8 blocks")
+    parser.set_defaults(deployment=SCRIPTED)  # argparse would take that of the first of the two
     args = parser.parse_args()
     path: Path = args.deployment.resolve()
     requests, min_requests = _REQUESTS[path == SCRIPTED.resolve()]
