@@ -59,6 +59,9 @@ def profile_command(
     max_cost_usd: Annotated[float | None, typer.Option(help="Stop before this is spent.")] = None,
     concurrency: Annotated[int, typer.Option(help="Questions under way at once.", min=1)] = 4,
     again: Annotated[bool, typer.Option(help="Measure also what is measured already.")] = False,
+    errors_again: Annotated[
+        bool, typer.Option(help="Measure anew what ended in an error, as a tool's time-out.")
+    ] = False,
     address: AddressOption = "auto",
 ) -> None:
     """Measure every pair of the running pool on labelled questions; goes on where it stopped."""
@@ -74,6 +77,7 @@ def profile_command(
         max_cost_usd=max_cost_usd,
         concurrency=concurrency,
         again=again,
+        errors_again=errors_again,
     )
     deployment = load(config)
     try:
@@ -109,6 +113,12 @@ def profile_command(
         f"{done.done} outcomes measured, {done.skipped} were there, ${done.cost_usd:.6f}",
         highlight=False,
     )
+    if done.errors:
+        console.print(
+            f"{done.errors} of them ended in an error and count as wrong, the last in: "
+            f"{done.last_error}; --errors-again measures those anew",
+            highlight=False,
+        )
     if done.thoughts:
         console.print(f"{done.thoughts} of them are thoughts of the planner", highlight=False)
     if done.judged:
@@ -158,6 +168,12 @@ def fit_command(
         f"{about['cross_validated']:.4f}",
         highlight=False,
     )
+    if outdated := about["num_outdated"]:
+        console.print(
+            f"{outdated} outcomes were left out: their model or tool had other settings then; "
+            "`atlas profile` measures those anew",
+            highlight=False,
+        )
     if out is not None:
         try:
             save_snapshot(snapshot, out)

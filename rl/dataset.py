@@ -36,6 +36,8 @@ class Dataset:
     """(num_queries,) empty where unknown."""
     num_verdicts: int = 0
     """Outcomes that are users' verdicts on traffic, not measurements."""
+    num_outdated: int = 0
+    """Times that a configured pair was asked one of the questions with other settings only."""
     answers: tuple[str | None, ...] = ()
     """(num_outcomes,) what was answered; `None` where nothing was. Empty where not kept."""
     logprob: NDArray[np.float32] | None = None
@@ -86,13 +88,19 @@ async def read_dataset(
         verdicts = [verdict for verdict in rated if verdict.pair in marks]
     known = {row.pair for row in newest} | {verdict.pair for verdict in verdicts}
     pairs = tuple(pair for pair in config.all_pairs() if pair in known)
+    counted = {(row.question_key, row.pair) for row in newest}
+    outdated = {(row.question_key, row.pair) for row in rows if row.pair in marks} - counted
     if not newest:
+        others = f" ({len(outdated)} are of other settings of it)" if outdated else ""
         raise NotMeasured(
-            f"there is no outcome of split {split!r} for this configuration: run `atlas profile`"
+            f"there is no outcome of split {split!r} for this configuration{others}: "
+            "run `atlas profile`"
         )
     asked = {row.question_key for row in newest}
     questions = [question for question in questions if question.question_key in asked]
-    dataset = _laid_out(encoder, questions, verdicts, pairs, newest)
+    dataset = replace(
+        _laid_out(encoder, questions, verdicts, pairs, newest), num_outdated=len(outdated)
+    )
     if planner is None:
         return dataset
     marks = {pair: fingerprint(config, pair, planner) for pair in pairs}

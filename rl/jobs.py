@@ -88,6 +88,7 @@ async def _profile(config: AtlasConfig, store: Store, job_id: str, request: Prof
         max_cost_usd=request.max_cost_usd,
         concurrency=request.concurrency,
         again=request.again,
+        errors_again=request.errors_again,
     )
     async with _written(store, job_id) as on_progress:
         progress = await profile(config, request.read_questions(), store, settings, on_progress)

@@ -42,6 +42,7 @@ from serve_app.store import (
     add_outcomes,
     add_questions,
     add_thought,
+    forget_errors,
     measured,
     read_thoughts,
 )
@@ -91,6 +92,8 @@ class ProfileSettings:
     temperature: float = 0.0
     again: bool = False
     """Run also what is measured already; the newest outcome counts."""
+    errors_again: bool = False
+    """Forget the outcomes that ended in an error, and run them anew."""
     num_cpus: float = 0.05
     """CPUs that Ray reserves for each task; the work is the engines'."""
 
@@ -113,6 +116,10 @@ class Progress:
     """Runs measured earlier."""
     thoughts: int = 0
     """Of `done`: runs of the planner."""
+    errors: int = 0
+    """Of `done`: outcomes that ended in an error, as in a tool that did not finish in time. They
+    count as wrong answers: a pair that often fails so is a bad one, on a machine not overloaded."""
+    last_error: str | None = None
     cost_usd: float = 0.0
     judged: int = 0
     judge_agreed: int = 0
@@ -273,6 +280,13 @@ async def profile(
         _task(question, sampled_pairs(question, pairs, settings.sample), planner)
         for question in questions
     ]
+    if settings.errors_again:
+        known = _marks(config, pairs, planner, again=False)
+        await forget_errors(
+            store,
+            [question.key for question in questions],
+            [*known.alone.values(), *known.after.values()],
+        )
     progress = Progress(total=0)
     costs = _Costs({card.pair: card.cost_usd for card in pair_cards(config)})
     for number in range(_PASSES):
@@ -420,6 +434,9 @@ def _count(found: _Measured, task: _Task, progress: Progress, costs: _Costs) -> 
         progress.cost_usd += found.thought.cost_usd
     for outcome in outcomes:
         progress.cost_usd += outcome.cost_usd
+        if outcome.error is not None:
+            progress.errors += 1
+            progress.last_error = outcome.error
         if outcome.judge_agreed is not None:
             progress.judged += 1
             progress.judge_agreed += outcome.judge_agreed

@@ -143,6 +143,7 @@ async def fit_snapshot(
     )
     about = dict(snapshot.metadata) | {
         "num_verdicts": dataset.num_verdicts,
+        "num_outdated": dataset.num_outdated,
         "fitted_unix_s": began_unix_s,
         LEARNED_UNTIL: began_unix_s if with_traffic else 0.0,
         CARD_COSTS: {

@@ -58,6 +58,8 @@ class ProfileJob(_Request):
     """Questions under way at once."""
     again: bool = False
     """Measure also what is measured already."""
+    errors_again: bool = False
+    """Measure anew what ended in an error, for example in a tool that did not finish in time."""
 
     def read_questions(self) -> tuple[Question, ...]:
         """The questions, checked.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-from sqlalchemy import insert, select
+from sqlalchemy import delete, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from serve_app.schemas import Pair
@@ -154,6 +154,26 @@ async def measured(store: Store, question_keys: Sequence[str]) -> set[tuple[str,
             found = (await connection.execute(query)).all()
         done |= {(key, Pair(model_id, tool_id), mark) for key, model_id, tool_id, mark in found}
     return done
+
+
+async def forget_errors(
+    store: Store, question_keys: Sequence[str], fingerprints: Iterable[str]
+) -> None:
+    """Take back what ended in an error, so that it is missing; measured `again` or not.
+
+    Args:
+        store: Where the outcomes are.
+        question_keys: Questions whose outcomes are meant.
+        fingerprints: Settings that they were measured with.
+    """
+    row, marks = ProfileOutcomeRow, sorted(set(fingerprints))
+    for start in range(0, len(question_keys), _KEYS_AT_ONCE):
+        keys = question_keys[start : start + _KEYS_AT_ONCE]
+        chosen = (row.question_key.in_(keys), row.error.is_not(None))
+        async with store.begin() as connection:
+            for mark in marks:
+                of_mark = func.substr(row.fingerprint, 1, len(mark)) == mark
+                await connection.execute(delete(row).where(*chosen, of_mark))
 
 
 async def read_profile(

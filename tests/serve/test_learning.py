@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import httpx
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from rl.profile import ProfileSettings, Progress, fingerprint, profile
 from rl.publish import fit_snapshot, promote
@@ -178,6 +178,26 @@ def test_outcomes_hold_what_a_policy_may_see(loop: Loop, measured: Progress) -> 
         + one.completion_tokens * price.usd_per_1m_completion_tokens
     ) / 1e6 + tool.price_usd_per_call
     assert one.cost_usd == pytest.approx(expected)
+
+
+def test_what_ended_in_an_error_is_measured_anew_where_that_is_asked_for(
+    loop: Loop, measured: Progress
+) -> None:
+    row = ProfileOutcomeRow
+    chosen = (
+        row.question_key == loop.questions[0].key,
+        row.tool_id == "none",
+        row.model_id.in_(MODELS),
+    )
+
+    async def spoil(store: Store) -> None:
+        async with store.begin() as connection:
+            await connection.execute(update(row).where(*chosen).values(error="it was too slow"))
+
+    loop.run(spoil)
+    assert loop.measure().done == 0
+    again = loop.measure(errors_again=True)
+    assert (again.done, again.errors) == (len(MODELS), 0)
 
 
 def test_a_profile_stops_before_it_spends_too_much(loop: Loop, measured: Progress) -> None:

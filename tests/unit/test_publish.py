@@ -46,7 +46,10 @@ from serve_app.store import (
     Store,
     add_feedback,
     add_outcomes,
+    add_questions,
+    forget_errors,
     measured,
+    read_profile,
     serving_policies,
 )
 from tests.policy_data import make_policy
@@ -57,6 +60,7 @@ from tests.profile_data import (
     fill,
     make_config,
     make_outcome,
+    make_question,
     topic_vector,
 )
 from tests.router_data import QUICK
@@ -112,10 +116,44 @@ async def test_outcomes_of_other_settings_do_not_count_and_the_newest_does(
         created_unix_s=8e9,
     )
     await add_outcomes(store, [old, again])
-    outcomes = (await read_dataset(config, store, "train")).outcomes
+    dataset = await read_dataset(config, store, "train")
+    outcomes = dataset.outcomes
+    assert dataset.num_outdated == 0  # there is a newer one
     row = outcomes.queries.index("query 1")
     of_sums = outcomes.score[(outcomes.query_index == row) & (outcomes.pair_index == 0)]
     assert of_sums.tolist() == [0.5]
+
+
+async def test_how_many_outcomes_are_of_other_settings_is_told(
+    config: AtlasConfig, store: Store
+) -> None:
+    await add_questions(store, [make_question(config, number) for number in range(3)])
+    old = [make_outcome(config, n, SUMS, 1.0, fingerprint="0" * 16) for n in range(3)]
+    await add_outcomes(store, old)
+    with pytest.raises(ConfigError, match="3 are of other settings"):
+        await read_dataset(config, store, "train")
+    await add_outcomes(store, [make_outcome(config, 0, SUMS, 1.0)])
+    assert (await read_dataset(config, store, "train")).num_outdated == 2
+
+
+async def test_what_ended_in_an_error_can_be_taken_back(config: AtlasConfig, store: Store) -> None:
+    await add_questions(store, [make_question(config, number) for number in range(3)])
+    mark = fingerprint(config, SUMS)
+    kept = [
+        make_outcome(config, 0, SUMS, 1.0),
+        make_outcome(config, 0, POEMS, 0.0, error="of another pair"),
+        make_outcome(config, 2, SUMS, 0.0, error="of another question"),
+    ]
+    failed = [
+        make_outcome(config, 1, SUMS, 0.0, error="too slow"),
+        make_outcome(config, 1, SUMS, 0.0, error="too slow", fingerprint=f"{mark}-again"),
+    ]
+    await add_outcomes(store, kept + failed)
+    await forget_errors(store, ["q000", "q001"], [mark])
+    _, left = await read_profile(store, config.embedder.model)
+    assert {(row.question_key, row.pair) for row in left} == {
+        (row.question_key, row.pair) for row in kept
+    }
 
 
 async def test_rated_traffic_counts_and_is_not_learned_online_again(
