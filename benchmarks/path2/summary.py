@@ -197,20 +197,24 @@ def section(units: Sequence[Unit]) -> dict[str, Any]:
 def changed(units: Sequence[Unit], whole: Sequence[Unit]) -> dict[str, Any]:
     """Score and utility of each path less what it has when nothing is changed.
 
+    Path 2 held to one step is set against path 2 as it is, so that what was trained on one step is
+    also seen asked with one.
+
     Args:
         units: One per seed.
         whole: The same questions and seeds.
     """
     of = Resamples(units)
+    compared = {name: name for name in (GATED, PATH_1, PATH_2)} | {ONE_STEP: PATH_2}
     return {
         name: {
             f"alpha {alpha:g}": {
-                what.__name__: of.figure(what(units, name, alpha) - what(whole, name, alpha))
+                what.__name__: of.figure(what(units, name, alpha) - what(whole, against, alpha))
                 for what in (scores, utilities)
             }
             for alpha in REPORTED
         }
-        for name in (GATED, PATH_1, PATH_2)
+        for name, against in compared.items()
     }
 
 

@@ -169,6 +169,13 @@ def test_a_change_is_paired_with_the_whole(units: list[Unit]) -> None:
         assert less[PATH_1][f"alpha {alpha:g}"]["scores"]["value"] == 0.0
 
 
+def test_what_was_trained_on_one_step_is_also_seen_asked_with_one(units: list[Unit]) -> None:
+    many, once = units
+    held = changed([once], [many])[ONE_STEP]["alpha 0"]["scores"]["value"]
+    assert held == pytest.approx((once.score(ONE_STEP, 0.0) - many.score(PATH_2, 0.0)).mean())
+    assert abs(held) > 0.01
+
+
 def test_a_run_goes_on_only_with_its_own_profile() -> None:
     of = bench()
     assert of.mark == bench().mark
