@@ -102,7 +102,7 @@ class DesiredPool:
         """Take over what changed in the file since it was last applied, and nothing else.
 
         Returns:
-            The newest revision after it.
+            The revision that has it.
 
         Raises:
             StoreError: If the store is away.
@@ -258,7 +258,7 @@ class DesiredPool:
         change: str,
     ) -> PoolRevision | None:
         """The next revision, as written; `None` if somebody else was first."""
-        written = await add_pool(
+        return await add_pool(
             self._store,
             1 if newest is None else newest.revision + 1,
             models=tuple(models.values()),
@@ -266,7 +266,6 @@ class DesiredPool:
             from_file=from_file,
             change=change,
         )
-        return await newest_pool(self._store) if written else None
 
 
 def _members(revision: PoolRevision) -> tuple[Members, Members]:

@@ -7,7 +7,7 @@ one is made again on what the first left.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import delete, insert, select
@@ -61,29 +61,22 @@ async def add_pool(
     tools: tuple[Json, ...],
     from_file: Json,
     change: str,
-) -> bool:
+) -> PoolRevision | None:
     """Write a revision.
 
     Returns:
-        Whether it was written; not if there is one of that number.
+        The revision; `None` if there is one of that number.
 
     Raises:
         StoreError: If the store is away.
     """
-    row = {
-        "revision": revision,
-        "models": list(models),
-        "tools": list(tools),
-        "from_file": from_file,
-        "change": change,
-        "created_unix_s": time.time(),
-    }
+    row = PoolRevision(revision, models, tools, from_file, change, time.time())
     try:
         async with store.begin() as connection:
-            await connection.execute(insert(PoolRevisionRow).values(row))
+            await connection.execute(insert(PoolRevisionRow).values(asdict(row)))
             await connection.execute(
                 delete(PoolRevisionRow).where(PoolRevisionRow.revision <= revision - _KEPT)
             )
     except IntegrityError:
-        return False
-    return True
+        return None
+    return row

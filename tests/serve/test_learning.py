@@ -192,6 +192,7 @@ def test_what_ended_in_an_error_is_measured_anew_where_that_is_asked_for(
 
     async def spoil(store: Store) -> None:
         async with store.begin() as connection:
+            await connection.execute(update(row).values(error=None))
             await connection.execute(update(row).where(*chosen).values(error="it was too slow"))
 
     loop.run(spoil)

@@ -10,8 +10,9 @@ import pytest
 
 from serve_app.config import AtlasConfig, CustomModelConfig, PriceConfig
 from serve_app.errors import Conflict, InvalidRequest, NotFound
+from serve_app.models import desired
 from serve_app.models.desired import DesiredPool
-from serve_app.store import Store, newest_pool
+from serve_app.store import PoolRevision, Store, add_pool, newest_pool
 from serve_app.tools.config import BestOfConfig, CalculatorConfig, NoneConfig
 
 CALCULATOR = {"type": "calculator", "tool_id": "calculator"}
@@ -197,6 +198,24 @@ async def test_changes_at_once_all_land(store: Store, store_url: str) -> None:
     finally:
         await elsewhere.close()
     assert sorted(revisions) == list(range(2, 8))
+
+
+async def test_a_change_names_its_own_revision_where_another_follows_at_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = DesiredPool(FILE, store)
+    first = await pool.apply_file()
+
+    async def overtaken(*args: Any, **members: Any) -> PoolRevision | None:
+        written = await add_pool(*args, **members)
+        await add_pool(store, first.revision + 2, **members)
+        return written
+
+    monkeypatch.setattr(desired, "add_pool", overtaken)
+    added = await pool.add_model(CustomModelConfig(**model("c")))
+    newest = await newest_pool(store)
+    assert newest is not None
+    assert (added, newest.revision) == (first.revision + 1, first.revision + 2)
 
 
 async def test_every_revision_says_what_it_changed(store: Store) -> None:
