@@ -64,7 +64,9 @@ class Loop:
     def route(self, question: str = SUM) -> dict[str, Any]:
         body = {"model": "atlas", "messages": [{"role": "user", "content": question}]}
         decision: dict[str, Any] = httpx.post(
-            self.graph.url + "/v1/route", json=body | {"atlas": {"models": sorted(MODELS)}}
+            self.graph.url + "/v1/route",
+            json=body | {"atlas": {"models": sorted(MODELS)}},
+            timeout=60,
         ).json()
         return decision
 
@@ -73,12 +75,14 @@ class Loop:
                           else None)  # fmt: skip
 
     def job(self, **request: Any) -> str:
-        response = httpx.post(self.graph.url + "/v1/admin/jobs", json=request)
+        response = httpx.post(self.graph.url + "/v1/admin/jobs", json=request, timeout=60)
         assert response.status_code == 201, response.text
         return str(response.json()["job_id"])
 
     def look_up(self, job_id: str) -> dict[str, Any]:
-        found: dict[str, Any] = httpx.get(f"{self.graph.url}/v1/admin/jobs/{job_id}").json()
+        found: dict[str, Any] = httpx.get(
+            f"{self.graph.url}/v1/admin/jobs/{job_id}", timeout=60
+        ).json()
         return found
 
     def end_of(self, job_id: str) -> dict[str, Any]:
@@ -88,7 +92,7 @@ class Loop:
         )
 
 
-def eventually(look: Callable[[], T | None], within_s: float = 20) -> T:
+def eventually(look: Callable[[], T | None], within_s: float = 60) -> T:
     ends_s = time.monotonic() + within_s
     while (found := look()) is None:
         assert time.monotonic() < ends_s, "it did not happen in time"
@@ -192,13 +196,19 @@ def test_what_ended_in_an_error_is_measured_anew_where_that_is_asked_for(
 
     async def spoil(store: Store) -> None:
         async with store.begin() as connection:
-            await connection.execute(update(row).values(error=None))
             await connection.execute(update(row).where(*chosen).values(error="it was too slow"))
 
+    async def errors(store: Store, *those: Any) -> int:
+        query = select(func.count()).select_from(row).where(row.error.is_not(None), *those)
+        async with store.begin() as connection:
+            return await connection.scalar(query) or 0
+
     loop.run(spoil)
+    wrong = loop.run(errors)  # on a slow machine a tool's time-outs are among them
+    assert wrong >= len(MODELS)
     assert loop.measure().done == 0
-    again = loop.measure(errors_again=True)
-    assert (again.done, again.errors) == (len(MODELS), 0)
+    assert loop.measure(errors_again=True).done == wrong
+    assert loop.run(lambda store: errors(store, *chosen)) == 0
 
 
 def test_a_profile_stops_before_it_spends_too_much(loop: Loop, measured: Progress) -> None:
@@ -369,7 +379,7 @@ def test_a_profile_job_can_be_cancelled(loop: Loop, measured: Progress) -> None:
     questions = [question.model_dump(mode="json") for question in loop.questions]
     job_id = loop.job(kind="profile", questions=questions, models=sorted(MODELS), again=True)
     eventually(lambda: loop.look_up(job_id)["progress"].get("done") or None, 60)
-    cancelled = httpx.delete(f"{loop.graph.url}/v1/admin/jobs/{job_id}").json()
+    cancelled = httpx.delete(f"{loop.graph.url}/v1/admin/jobs/{job_id}", timeout=60).json()
     assert cancelled["state"] == "cancelled"
 
     async def count(store: Store) -> int:
