@@ -3,6 +3,9 @@
 AtlasError
 ├── RequestError                 the caller's fault; 4xx
 │   ├── InvalidRequest           400, a field is wrong
+│   │   └── UnfitForPair         400, this pair cannot take the request; another may
+│   │       ├── ContextTooLong   the model's context is shorter than the conversation
+│   │       └── BudgetExceeded   the next call may cost more than the request has left
 │   ├── Unauthorized             401, no or unknown API key
 │   ├── Forbidden                403, the key lacks the scope, or the thing is someone else's
 │   ├── NotFound                 404, unknown model, pair, request id, path
@@ -16,7 +19,8 @@ AtlasError
 ├── ServiceError                 ours; 5xx
 │   ├── NoCandidate              503, nothing in the pool can serve this request now
 │   ├── EngineError              502, a model application failed
-│   │   └── ReplicaDied          the process that worked on it is no more; it may be sent again
+│   │   ├── EngineBusy           the model asks for a pause
+│   │   └── ReplicaDied          the process that worked on it is no more
 │   └── DeadlineExceeded         504, the request's time is up
 ├── ToolError
 │   ├── ToolRetry                the model may try again: its arguments were wrong
@@ -65,6 +69,27 @@ class RequestError(AtlasError):
 
 class InvalidRequest(RequestError):
     """A field of the request is wrong. Arguments: message, field."""
+
+
+class UnfitForPair(InvalidRequest):
+    """This pair cannot take the request, and another one may."""
+
+
+class ContextTooLong(UnfitForPair):
+    """The conversation is longer than the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class BudgetExceeded(UnfitForPair):
+    """The next call may cost more than is left. Arguments: message, field, dollars needed."""
+
+    code = "max_cost_exceeded"
+
+    @property
+    def needed_usd(self) -> float:
+        """Dollars that would have been enough for the call."""
+        return float(self.args[2]) if len(self.args) > 2 else 0.0
 
 
 class Unauthorized(RequestError):
@@ -156,6 +181,12 @@ class EngineError(ServiceError):
 
     status_code = 502
     code = "engine_error"
+
+
+class EngineBusy(EngineError):
+    """The model asked for a pause that is too long to wait for."""
+
+    code = "engine_busy"
 
 
 class ReplicaDied(EngineError):

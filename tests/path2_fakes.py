@@ -4,7 +4,15 @@ front of an embedder that knows a few texts and engines that answer as they are 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig, StoreConfig
-from serve_app.errors import AtlasError, DeadlineExceeded, EngineError, InvalidRequest
+from serve_app.errors import DeadlineExceeded, EngineError, InvalidRequest
+from serve_app.models.engine_output import StreamChecker, checked_completion
 from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.engines import Deadline, ModelClients
 from serve_app.orchestrator.orchestrator import Orchestrator
@@ -118,10 +127,11 @@ class Controller:
 
 @dataclass
 class Engines(ModelClients):
-    """Engines that say what they are told to.
+    """Engines that say what they are told to, checked as those in processes of their own are.
 
     Attributes:
-        says: Model to what it answers: a text, an error, or a function of the request's body.
+        says: Model to what it answers: a text, a whole completion, an error, or a function of the
+            request's body.
         bodies: Every request, in the order it came.
     """
 
@@ -145,8 +155,10 @@ class Engines(ModelClients):
                     said = await said
             except TimeoutError:
                 raise DeadlineExceeded("too slow") from None
-        if isinstance(said, AtlasError):
+        if isinstance(said, Exception):
             raise said
+        if isinstance(said, dict):
+            return checked_completion(said, body)
         choice: dict[str, Any] = {
             "index": 0,
             "message": {"role": "assistant", "content": said},
@@ -161,13 +173,24 @@ class Engines(ModelClients):
         self, model_id: str, body: ChatBody, deadline: Deadline
     ) -> AsyncGenerator[dict[str, Any], None]:
         completion = await self.complete(model_id, body, deadline)
-        choice = completion["choices"][0]
-        text = choice["message"]["content"]
-        for piece in (text[:3], text[3:]):
-            part = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
-            yield {"choices": [part | {"logprobs": choice.get("logprobs")}]}
-        yield {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-        yield {"choices": [], "usage": completion["usage"]}
+        checker = StreamChecker(body)
+        for choice in completion["choices"]:
+            for chunk in _pieces(choice):
+                for checked in checker.checked([chunk]):
+                    yield checked
+        yield {"choices": [], "usage": completion.get("usage")}
+
+
+def _pieces(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The chunks of a choice."""
+    head, message = {"index": choice["index"]}, choice["message"]
+    text = message.get("content") or ""
+    for piece in (text[:3], text[3:]):
+        part = head | {"delta": {"content": piece}, "finish_reason": None}
+        yield {"choices": [part | {"logprobs": choice.get("logprobs")}]}
+    for number, call in enumerate(message.get("tool_calls") or ()):
+        yield {"choices": [head | {"delta": {"tool_calls": [{"index": number, **call}]}}]}
+    yield {"choices": [head | {"delta": {}, "finish_reason": choice.get("finish_reason")}]}
 
 
 def refuses_logprobs(body: ChatBody) -> Any:

@@ -1,4 +1,4 @@
-"""What may leave a model's process: errors that every other process can read at once.
+"""What may leave a model's process: checked answers, and errors that any process can read at once.
 
 An exception crosses a process border by pickle, and whoever receives it imports what it is made of.
 One of vLLM's brings in vLLM and torch, on the event loop of the gateway that asked and of Ray
@@ -16,6 +16,8 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from serve_app.errors import AtlasError, EngineError
+from serve_app.models.engine_output import StreamChecker, checked_completion
+from serve_app.models.protocol import ChatBody
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +27,11 @@ Server = TypeVar("Server", bound=type)
 
 
 def guarded(server: Server) -> Server:
-    """The same server, from which only errors of `serve_app.errors` come.
+    """The same server, from which only OpenAI completions and errors of `serve_app.errors` come.
 
-    Any other is logged where it happened and leaves as an `EngineError` without its text, which may
-    hold a path or a part of a request.
+    Any other error is logged where it happened and leaves as an `EngineError` without its text,
+    which may hold a path or a part of a request. An answer that is no completion, or is larger than
+    what was asked for, is an `EngineError` too (`engine_output`).
 
     Args:
         server: A class with methods of `ModelServer`, and of a Serve deployment.
@@ -37,7 +40,7 @@ def guarded(server: Server) -> Server:
         A subclass of the same name.
     """
     methods = {
-        name: (_guarded_pieces if name == "stream" else _guarded)(getattr(server, name))
+        name: _GUARDS.get(name, _guarded)(getattr(server, name))
         for name in _METHODS
         if hasattr(server, name)
     }
@@ -48,15 +51,28 @@ def guarded(server: Server) -> Server:
 
 def _guarded_pieces(method: Any) -> Any:
     @functools.wraps(method)
-    async def pieces(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    async def pieces(self: Any, body: ChatBody) -> AsyncIterator[Any]:
         try:
-            async with aclosing(method(*args, **kwargs)) as inner:
-                async for piece in inner:
-                    yield piece
+            checker = StreamChecker(body)
+            async with aclosing(method(self, body)) as inner:
+                async for batch in inner:
+                    yield checker.checked(batch)
+            checker.end()
         except Exception as error:
             raise _ours(error) from None
 
     return pieces
+
+
+def _guarded_answer(method: Any) -> Any:
+    @functools.wraps(method)
+    async def answer(self: Any, body: ChatBody) -> Any:
+        try:
+            return checked_completion(await method(self, body), body)
+        except Exception as error:
+            raise _ours(error) from None
+
+    return answer
 
 
 def _guarded(method: Any) -> Any:
@@ -69,6 +85,9 @@ def _guarded(method: Any) -> Any:
             raise _ours(error) from None
 
     return whole
+
+
+_GUARDS = {"complete": _guarded_answer, "stream": _guarded_pieces}
 
 
 def _ours(error: Exception) -> AtlasError:

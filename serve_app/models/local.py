@@ -18,7 +18,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from serve_app.config import LocalModelConfig
 from serve_app.errors import EngineError, InvalidRequest
 from serve_app.models.boundary import guarded
-from serve_app.models.protocol import HEALTH_CHECK_PERIOD_S, ChatBody
+from serve_app.models.protocol import HEALTH_CHECK_PERIOD_S, ChatBody, refusal
 from serve_app.telemetry import log_files_kept
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -86,9 +86,9 @@ def _raise_if_error(answer: dict[str, Any]) -> None:
     error = answer.get("error")
     if not error:
         return
-    code, message = error.get("code"), error.get("message") or "the engine refuses the request"
+    code = error.get("code")
     if isinstance(code, int) and 400 <= code < 500:
-        raise InvalidRequest(message.splitlines()[0])
+        raise refusal(str(error.get("message") or ""))
     raise EngineError("the engine failed")
 
 

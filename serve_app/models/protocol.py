@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
+from serve_app.errors import ContextTooLong, InvalidRequest
+
 ChatBody = dict[str, Any]
 """A chat completion request: `messages`, sampling parameters, `tools`, `tool_choice`, `logprobs`;
 no `model`."""
@@ -15,6 +17,23 @@ no `model`."""
 HEALTH_CHECK_PERIOD_S = 2.0
 """Between Serve's looks at a model's replica. It replaces one that failed three of them, and an
 engine that died is of no use until then."""
+
+
+_MAX_REFUSAL_CHARS = 300
+_TOO_LONG = ("context length", "context window", "maximum model length", "max_model_len")
+"""How vLLM, OpenAI and others say that a conversation is longer than the model's context."""
+
+
+def refusal(message: str, code: Any = None) -> InvalidRequest:
+    """An engine's 4xx as one of our errors.
+
+    Args:
+        message: What the engine says; its first line is kept, and cut.
+        code: The engine's `error.code`, where it has one.
+    """
+    line = next(iter(message.strip().splitlines()), "") or "the engine refuses the request"
+    is_too_long = code == ContextTooLong.code or any(said in line.lower() for said in _TOO_LONG)
+    return (ContextTooLong if is_too_long else InvalidRequest)(line[:_MAX_REFUSAL_CHARS])
 
 
 class ModelServer(Protocol):

@@ -1,7 +1,9 @@
 """Remote models: any OpenAI-compatible HTTP endpoint behind the same two methods as a local one.
 
-One owner of retries: `openai`'s own are off; connection errors, 408, 429 and 5xx are tried again
-with back-off and jitter, honouring `Retry-After`, and only before the first byte of an answer.
+One owner of retries: `openai`'s own are off. Connection errors, 408, 429 and 5xx are tried again
+with full jitter, only before the first byte of an answer, and only while a budget of retries lasts.
+`Retry-After` is a minimum, for every request to the endpoint. Requests wait for a pause of up to
+`_MAX_WAIT_S`; during a longer one they fail at once, so that other models take over.
 """
 
 from __future__ import annotations
@@ -9,20 +11,29 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
+import httpx2
 import openai
 
 from serve_app.config import RemoteModelConfig
-from serve_app.errors import EngineError, InvalidRequest
+from serve_app.errors import EngineBusy, EngineError, InvalidRequest
 from serve_app.models.boundary import guarded
-from serve_app.models.protocol import ChatBody
+from serve_app.models.engine_output import MAX_ANSWER_BYTES
+from serve_app.models.protocol import ChatBody, refusal
 
 _T = TypeVar("_T")
-_MAX_BACKOFF_S = 8.0
+_FIRST_BACKOFF_S = 0.25
+_MAX_WAIT_S = 4.0
+"""Longest pause that a request waits for, and longest back-off."""
+_COOLDOWN_S = 1.0
+"""Pause after a 429 that names none."""
 _READ_TIMEOUT_S = 600.0
 """Upper bound of one answer; the gateway's deadline is the one that counts and cancels earlier."""
+_RETRIES_PER_REQUEST = 0.1
+_MOST_RETRIES = 10.0
 
 
 @guarded
@@ -41,8 +52,19 @@ class RemoteModel:
         self._config = config
         timeout = openai.Timeout(_READ_TIMEOUT_S, connect=config.connect_timeout_s)
         self._client = openai.AsyncOpenAI(
-            api_key=key, base_url=config.base_url, max_retries=0, timeout=timeout
+            api_key=key,
+            base_url=config.base_url,
+            max_retries=0,
+            timeout=timeout,
+            # A redirect would carry the prompt to an address that nobody configured.
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False, timeout=timeout, event_hooks={"response": [_bound]}
+            ),
+            default_headers={"accept-encoding": "identity"},
         )
+        self._retries = RetryBudget(_RETRIES_PER_REQUEST, _MOST_RETRIES)
+        self._busy_until_s = 0.0
+        """Until when the endpoint asked to be left alone; monotonic clock."""
 
     async def check_health(self) -> None:
         """Always well: a restart here would not bring an endpoint back that is away."""
@@ -54,7 +76,9 @@ class RemoteModel:
                 model=self._config.remote_model, stream=False, **body
             )
         )
-        answer: dict[str, Any] = completion.model_dump(mode="json", exclude_none=True)
+        answer: dict[str, Any] = completion.model_dump(
+            mode="json", exclude_none=True, warnings=False
+        )
         return answer
 
     async def stream(self, body: ChatBody) -> AsyncIterator[list[dict[str, Any]]]:
@@ -69,8 +93,8 @@ class RemoteModel:
         )
         try:
             async for chunk in chunks:
-                yield [chunk.model_dump(mode="json", exclude_none=True)]
-        except openai.OpenAIError as error:
+                yield [chunk.model_dump(mode="json", exclude_none=True, warnings=False)]
+        except (openai.OpenAIError, httpx2.HTTPError) as error:
             raise EngineError("the remote model broke off its answer") from error
         finally:
             await chunks.close()
@@ -87,39 +111,119 @@ class RemoteModel:
             )
 
     async def _with_retries(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        self._retries.earn()
         for attempt in range(self._config.max_retries + 1):
+            await self._pause()
             try:
                 return await call()
             except openai.APIStatusError as error:
                 status = error.status_code
                 if status not in (408, 429) and status < 500:
                     raise _refusal(status, error) from None
-                failure, wait_s = (
-                    EngineError(f"the remote model answered {status}"),
-                    _retry_after_s(error),
-                )
-            except openai.APIConnectionError:
-                failure, wait_s = EngineError("the remote model cannot be reached"), None
+                failure = EngineError(f"the remote model answered {status}")
+                pause_s = _retry_after_s(error) or (_COOLDOWN_S if status == 429 else 0.0)
+                self._busy_until_s = max(self._busy_until_s, time.monotonic() + pause_s)
+            except openai.APIConnectionError as error:
+                if isinstance(error.__cause__, EngineError):  # `_bound` ended the answer
+                    raise error.__cause__ from None
+                failure = EngineError("the remote model cannot be reached")
             except openai.OpenAIError as error:
                 raise EngineError(
                     f"the remote model's answer is no chat completion: {type(error).__name__}"
                 ) from None
-            if attempt < self._config.max_retries:
-                backoff = min(_MAX_BACKOFF_S, 0.25 * 2**attempt) * (1 + random.random())
-                await asyncio.sleep(min(_MAX_BACKOFF_S, wait_s) if wait_s is not None else backoff)
+            if attempt == self._config.max_retries or not self._retries.spend():
+                break
+            await asyncio.sleep(random.uniform(0, min(_MAX_WAIT_S, _FIRST_BACKOFF_S * 2**attempt)))
         raise failure
 
+    async def _pause(self) -> None:
+        """Wait as long as the endpoint asked for.
 
-def _refusal(status: int, error: openai.APIStatusError) -> Exception:
+        Raises:
+            EngineBusy: If that is too long.
+        """
+        left_s = self._busy_until_s - time.monotonic()
+        if left_s > _MAX_WAIT_S:
+            raise EngineBusy(f"the remote model asks for a pause of {left_s:.0f} s more")
+        if left_s > 0:
+            # Not all that wait at once, when the pause is over.
+            await asyncio.sleep(left_s + random.uniform(0, _FIRST_BACKOFF_S))
+
+
+class RetryBudget:
+    """How often one replica may ask its endpoint again: a share of its requests.
+
+    With an endpoint that fails for everybody, retries would multiply the load that it cannot carry.
+    """
+
+    def __init__(self, per_request: float, most: float) -> None:
+        """Begin with all that can be saved up.
+
+        Args:
+            per_request: Retries that each request earns.
+            most: Retries that can be saved up.
+        """
+        self._per_request = per_request
+        self._most = most
+        self._saved = most
+
+    def earn(self) -> None:
+        """Count a request."""
+        self._saved = min(self._most, self._saved + self._per_request)
+
+    def spend(self) -> bool:
+        """Take one retry; whether there was one."""
+        if self._saved < 1:
+            return False
+        self._saved -= 1
+        return True
+
+
+async def _bound(response: httpx2.Response) -> None:
+    """Have an answer end that is longer than any that is taken; counted before it is parsed.
+
+    Raises:
+        EngineError: If the answer is compressed. No compression was asked for, and a short
+            compressed answer can be a long one.
+    """
+    if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise EngineError("the remote model's answer is compressed")
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
+    response.stream = _BoundedStream(response.stream)
+
+
+class _BoundedStream(httpx2.AsyncByteStream):
+    def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        taken = 0
+        async for part in self._stream:
+            taken += len(part)
+            if taken > MAX_ANSWER_BYTES:
+                raise EngineError("the remote model's answer is too large")
+            yield part
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def _refusal(status: int, error: openai.APIStatusError) -> EngineError | InvalidRequest:
     """A 4xx that trying again does not change: bad keys are ours, bad requests the caller's."""
-    if status in (401, 403, 404):
+    if status < 400 or status in (401, 403, 404):
         return EngineError(f"the remote model refuses our access ({status})")
-    message = error.body.get("message") if isinstance(error.body, dict) else None
-    return InvalidRequest(str(message or f"the remote model refuses the request ({status})"))
+    body: dict[str, Any] = error.body if isinstance(error.body, dict) else {}
+    message = body.get("message")
+    return refusal(
+        message if isinstance(message, str) else f"the remote model refuses the request ({status})",
+        body.get("code"),
+    )
 
 
 def _retry_after_s(error: openai.APIStatusError) -> float | None:
+    """Seconds that the endpoint asks to wait; `None` if it says none."""
     try:
-        return max(0.0, float(error.response.headers["retry-after"]))
+        seconds = float(error.response.headers["retry-after"])
     except (KeyError, ValueError):
         return None
+    return seconds if 0 < seconds < float("inf") else None

@@ -14,10 +14,10 @@ import httpx2
 from ray.serve.llm import LLMConfig
 
 from serve_app.config import ScoringConfig
-from serve_app.errors import EngineError, InvalidRequest
+from serve_app.errors import EngineError
 from serve_app.models.boundary import guarded
 from serve_app.models.local import EngineServer
-from serve_app.models.protocol import ChatBody
+from serve_app.models.protocol import ChatBody, refusal
 from serve_app.models.verifier import score_completion
 
 # In this process: there is no network between the client and the app.
@@ -56,11 +56,10 @@ class ProcessRewardServer(EngineServer):
         }
         response = await self._pooling.post("/pooling", json=request)
         answer = response.json()
-        if response.status_code >= 400:
-            said = str((answer.get("error") or {}).get("message") or "the engine refuses it")
-            if response.status_code < 500:
-                raise InvalidRequest(said.splitlines()[0])
+        if response.status_code >= 500:
             raise EngineError("the engine failed")
+        if response.status_code >= 400:
+            raise refusal(str((answer.get("error") or {}).get("message") or ""))
         labels = [step[self._scoring.positive_label] for step in answer["data"][0]["data"]]
         return score_completion(
             combined(labels, self._scoring), answer["usage"].get("prompt_tokens") or 0
@@ -92,7 +91,7 @@ def judged(messages: Sequence[dict[str, Any]], scoring: ScoringConfig) -> list[d
     said = messages[-1]["content"] or "" if messages[-1]["role"] == "assistant" else ""
     asked = next((m["content"] or "" for m in reversed(messages) if m["role"] == "user"), "")
     # A step token in the text would be a step of its own.
-    asked, said = (text.replace(scoring.step_token, "") for text in (asked, said))
+    asked, said = (without_token(text, scoring.step_token) for text in (asked, said))
     steps = [step.strip() for step in said.split(scoring.step_separator) if step.strip()]
     return [
         {"role": "system", "content": scoring.system},
@@ -102,6 +101,18 @@ def judged(messages: Sequence[dict[str, Any]], scoring: ScoringConfig) -> list[d
             "content": "".join(step + scoring.step_token for step in steps or [""]),
         },
     ]
+
+
+def without_token(text: str, token: str) -> str:
+    """A text in which a token is nowhere, not even one that is left when others are taken out."""
+    if token not in text:
+        return text
+    kept: list[str] = []
+    for char in text:
+        kept.append(char)
+        if char == token[-1] and "".join(kept[-len(token) :]) == token:
+            del kept[-len(token) :]
+    return "".join(kept)
 
 
 def combined(step_scores: Sequence[float], scoring: ScoringConfig) -> float:

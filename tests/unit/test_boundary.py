@@ -13,6 +13,10 @@ from ray import cloudpickle
 from serve_app.errors import AtlasError, EngineError, InvalidRequest
 from serve_app.models.boundary import guarded
 
+BODY: dict[str, Any] = {"messages": [], "max_tokens": 1}
+ANSWER = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}}]}
+CHUNK = {"choices": [{"index": 0, "delta": {"content": "yes"}}]}
+
 
 class EngineDead(Exception):
     """An engine's own error."""
@@ -32,14 +36,14 @@ class Server:
     async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         if self.failure is not None:
             raise self.failure
-        return body
+        return ANSWER
 
     async def stream(self, body: dict[str, Any]) -> AsyncGenerator[list[dict[str, Any]], None]:
         try:
-            yield [body]
+            yield [CHUNK]
             if self.failure is not None:
                 raise self.failure
-            yield [body]
+            yield [CHUNK]
         finally:
             self.closed = True
 
@@ -53,10 +57,10 @@ async def left(server: Any, method: str) -> tuple[list[Any], AtlasError | None]:
     pieces: list[Any] = []
     try:
         if method == "stream":
-            async for piece in server.stream({}):
+            async for piece in server.stream(BODY):
                 pieces.append(piece)
         else:
-            pieces.append(await getattr(server, method)(*([{}] if method == "complete" else [])))
+            pieces.append(await getattr(server, method)(*([BODY] if method == "complete" else [])))
     except AtlasError as error:
         return pieces, error
     return pieces, None
@@ -90,20 +94,34 @@ async def test_stream_that_only_hands_on_a_generator_is_guarded_too() -> None:
 
 async def test_pieces_before_the_failure_arrive() -> None:
     pieces, error = await left(guarded(Server)(EngineDead()), "stream")
-    assert pieces == [[{}]]
+    assert pieces == [[CHUNK]]
     assert error is not None
 
 
 async def test_answers_pass() -> None:
     server = guarded(Server)(None)
-    assert await server.complete({"a": 1}) == {"a": 1}
-    assert await left(server, "stream") == ([[{}], [{}]], None)
+    assert await server.complete(BODY) == ANSWER
+    assert await left(server, "stream") == ([[CHUNK], [CHUNK]], None)
     assert await left(server, "check_health") == ([None], None)
+
+
+@pytest.mark.parametrize("method", ["complete", "stream"])
+async def test_an_answer_that_is_none_leaves_as_an_engine_error(method: str) -> None:
+    class Confused(Server):
+        async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+            return {"choices": "none"}
+
+        async def stream(self, body: dict[str, Any]) -> AsyncGenerator[list[dict[str, Any]], None]:
+            yield [{"choices": "none"}]
+
+    _, error = await left(guarded(Confused)(None), method)
+    assert type(error) is EngineError
+    assert "no chat completion" in error.message
 
 
 async def test_stream_that_is_left_is_closed_at_once() -> None:
     server = guarded(Server)(None)
-    async with aclosing(server.stream({})) as pieces:
+    async with aclosing(server.stream(BODY)) as pieces:
         await anext(pieces)
     assert server.closed
 
