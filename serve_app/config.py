@@ -7,6 +7,7 @@ configuration file, and secrets are named by environment variable, never written
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -18,9 +19,30 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from serve_app.environment import MAX_REQUEST_S
 from serve_app.errors import ConfigError
 from serve_app.schemas import NO_TOOL, Pair
-from serve_app.tools.config import BestOfConfig, ToolConfig
+from serve_app.tools.config import MAX_DESCRIPTION_CHARS, BestOfConfig, Examples, ToolConfig
 
 MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+_COMMIT = re.compile(r"[0-9a-f]{40}|\$\{\w+\}")
+"""A hub's commit, or the environment variable that holds one."""
+SAFE_ENGINE_KWARGS = (
+    "block_size", "code_revision", "convert", "cpu_offload_gb", "data_parallel_size",
+    "disable_log_stats", "disable_sliding_window", "dtype", "enable_auto_tool_choice",
+    "enable_chunked_prefill", "enable_expert_parallel", "enable_prefix_caching", "enforce_eager",
+    "gpu_memory_utilization", "kv_cache_dtype", "kv_cache_memory_bytes",
+    "long_prefill_token_threshold", "max_logprobs", "max_model_len", "max_num_batched_tokens",
+    "max_num_seqs",
+    "num_gpu_blocks_override", "pipeline_parallel_size", "quantization", "reasoning_parser",
+    "revision", "runner", "seed", "tensor_parallel_size", "tokenizer_revision", "tool_call_parser",
+)  # fmt: skip
+"""Engine arguments that are numbers, switches or names out of vLLM's own lists: none of them names
+code, a file, an address or a secret."""
+_CODE_ENGINE_KWARGS = frozenset((
+    "distributed_executor_backend", "hf_overrides", "io_processor_plugin", "kv_transfer_config",
+    "load_format", "logits_processors", "model_class_overrides", "reasoning_parser_plugin",
+    "scheduler_cls", "tool_parser_plugin", "trust_remote_code", "worker_cls",
+    "worker_extension_cls",
+))  # fmt: skip
+"""Engine arguments that have an engine run code that somebody names."""
 
 
 class BaseConfig(BaseModel):
@@ -95,9 +117,9 @@ class PriceConfig(BaseConfig):
 class CardConfig(BaseConfig):
     """What something is good at, in words: the prior of the router before any outcome is known."""
 
-    description: str = ""
-    examples: tuple[str, ...] = ()
-    """Utterances it should get."""
+    description: str = Field(default="", max_length=MAX_DESCRIPTION_CHARS)
+    examples: Examples = ()
+    """Utterances it should get; all of them are embedded before a change of the pool counts."""
 
 
 class ModelBase(BaseConfig):
@@ -147,7 +169,8 @@ class LocalModelConfig(ModelBase):
     model_source: str
     """A folder (starting with `.` or `/`) or a hub id."""
     engine_kwargs: dict[str, Any] = {}
-    """vLLM engine arguments, vLLM's own names."""
+    """vLLM engine arguments, vLLM's own names. With `trust_remote_code` a model of the hub needs
+    `revision` and `code_revision`: a commit, or `${NAME}` for an environment variable with one."""
     bundle: dict[str, float] = {"CPU": 1.0}
     """Resources of each engine worker (Ray's names: CPU, GPU); one bundle per tensor- and
     pipeline-parallel rank."""
@@ -162,6 +185,19 @@ class LocalModelConfig(ModelBase):
     memory allows."""
     scoring: ScoringConfig = ScoringConfig()
     """Read where the role is `verifier`."""
+
+    @model_validator(mode="after")
+    def _remote_code_is_pinned(self) -> Self:
+        if not self.engine_kwargs.get("trust_remote_code") or self.model_source[:1] in ("/", "."):
+            return self
+        for name in ("revision", "code_revision"):
+            if not _COMMIT.fullmatch(str(self.engine_kwargs.get(name, ""))):
+                raise ValueError(
+                    f"trust_remote_code runs code out of {self.model_source!r}: set "
+                    f"engine_kwargs.{name} to a commit (40 hexadecimal digits) that you have read, "
+                    "or to ${NAME} for an environment variable that holds one"
+                )
+        return self
 
 
 class RemoteModelConfig(ModelBase):
@@ -178,7 +214,7 @@ class RemoteModelConfig(ModelBase):
     max_retries: int = Field(default=2, ge=0, le=5)
     """Tries after the first on connection errors, 408, 429 and 5xx, before any byte of an
     answer."""
-    health_path: str | None = "/models"
+    health_path: str | None = Field(default="/models", pattern=r"^/[A-Za-z0-9._~/-]{0,200}$")
     """Path under `base_url` asked before the model counts as ready; `None` skips the question."""
 
 
@@ -299,6 +335,8 @@ class LimitsConfig(BaseConfig):
     policy, its thoughts included."""
     feedback_per_minute: float = Field(default=600.0, gt=0)
     """Verdicts one caller may give on average, at each gateway replica; a tenth of it at once."""
+    max_jobs: int = Field(default=8, ge=1)
+    """Jobs of the learning loop under way at once in the whole deployment; more get 429."""
 
 
 class AuthConfig(BaseConfig):
@@ -364,6 +402,54 @@ class GatewayConfig(BaseConfig):
         return self
 
 
+class RemoteOriginConfig(BaseConfig):
+    """One place where models added over HTTP may be."""
+
+    origin: str = Field(pattern=r"^https?://[A-Za-z0-9.\[\]:-]+$")
+    """Scheme, host and, where it is not the scheme's own, port: `https://api.openai.com`. Naming it
+    allows it, whatever address it stands for, also a loopback or link-local one."""
+    api_key_env: str | None = None
+    """Environment variable whose key may be sent there; `None` allows models without a key. Several
+    entries of one origin allow several keys."""
+
+
+class AdminApiConfig(BaseConfig):
+    """What models and tools may name that come over HTTP, and not from this file.
+
+    It holds for what the store keeps of them, too: what is not allowed any more is left out of the
+    pool. A model or tool of this file keeps what the file gives it when an admin changes the rest.
+    """
+
+    engine_kwargs: tuple[str, ...] = SAFE_ENGINE_KWARGS
+    """Engine arguments of local models, each with a number, a truth value or a plain word."""
+    model_roots: tuple[Path, ...] = ()
+    """Folders below which a local model's weights may lie; beside them a hub id may be named."""
+    remotes: tuple[RemoteOriginConfig, ...] = ()
+    """Where remote models may be, and which key is sent there. Empty: no remote model over HTTP."""
+    corpora_root: Path | None = None
+    """Folder below which a retrieval tool's corpus may lie; `None` allows none."""
+    python_packages: tuple[str, ...] = ()
+    """Packages that a python tool may load."""
+    max_sandbox_mb: int = Field(default=1024, ge=16, le=65536)
+    """Largest `memory_mb` of a python tool, and largest `max_disk_bytes` in MiB."""
+
+    @model_validator(mode="after")
+    def _names_no_code(self) -> Self:
+        for name in self.engine_kwargs:
+            if name in _CODE_ENGINE_KWARGS:
+                raise ValueError(
+                    f"engine_kwargs: {name!r} has an engine run code that somebody names; give it "
+                    "to single models in the configuration file"
+                )
+        for folder in (*self.model_roots, *([self.corpora_root] if self.corpora_root else [])):
+            if not folder.is_absolute() or folder == Path(folder.root):
+                raise ValueError(
+                    f"{str(folder)!r} is no folder to allow: name one by its absolute path, or "
+                    "with ./ relative to this file"
+                )
+        return self
+
+
 class PoolConfig(BaseConfig):
     """How the pool is brought up."""
 
@@ -383,13 +469,14 @@ class PoolConfig(BaseConfig):
     """How often a pool at rest is looked at."""
     allow_custom_models: bool = False
     """Whether models of type `custom`, which name code to run, can be added over HTTP."""
+    admin_api: AdminApiConfig = AdminApiConfig()
 
 
 class AtlasConfig(BaseConfig):
     """A whole deployment."""
 
-    models: tuple[ModelConfig, ...] = Field(min_length=1)
-    tools: tuple[ToolConfig, ...] = ()
+    models: tuple[ModelConfig, ...] = Field(min_length=1, max_length=256)
+    tools: tuple[ToolConfig, ...] = Field(default=(), max_length=256)
     pairs: tuple[PairCardConfig, ...] = ()
     """Cards of single pairs."""
     embedder: EmbedderConfig = EmbedderConfig()

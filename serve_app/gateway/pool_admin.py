@@ -1,7 +1,8 @@
 """The pool over HTTP: admins add, change and remove models and tools.
 
 A handler only writes what is wanted to the store; the controller brings it about. So a change is
-taken in milliseconds, and how far it is stands at `GET /v1/admin/models`.
+taken in milliseconds, and how far it is stands at `GET /v1/admin/models`. What a model or tool may
+name here is up to the configuration file (`serve_app.models.allow_list`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.config import (
-    AtlasConfig,
-    CustomModelConfig,
-    LocalModelConfig,
-    ModelConfig,
-    PriceConfig,
-    RemoteModelConfig,
-)
+from serve_app.config import AtlasConfig, ModelConfig, PriceConfig
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.errors import JsonResponse
 from serve_app.gateway.parsing import parse_json, validate
@@ -29,8 +23,6 @@ from serve_app.models.desired import DesiredPool
 from serve_app.store import Store
 
 Json = dict[str, Any]
-
-_KEY_SUFFIX = "_API_KEY"
 
 
 class PoolAdmin:
@@ -46,7 +38,6 @@ class PoolAdmin:
         """
         self._pool = DesiredPool(config, store)
         self._max_depth = config.gateway.limits.max_json_depth
-        self._allows_custom = config.pool.allow_custom_models
         self._view = view
 
     async def models(self, request: Request) -> Response:
@@ -105,33 +96,7 @@ class PoolAdmin:
         return parse_json(request.scope["atlas"].body, self._max_depth)
 
     def _model(self, request: Request) -> ModelConfig:
-        """The model in the body, if HTTP may bring it.
-
-        Raises:
-            InvalidRequest: If a setting is wrong, or only a configuration file may have it.
-        """
-        model = validate(ModelSubmission, self._body(request), strict=True).root
-        if isinstance(model, CustomModelConfig) and not self._allows_custom:
-            raise InvalidRequest(
-                "a custom model runs code: it is added in the configuration file, or where "
-                "pool.allow_custom_models is set",
-                "type",
-            )
-        if isinstance(model, LocalModelConfig) and model.model_source.startswith("."):
-            raise InvalidRequest(
-                "model_source: a folder is named by its absolute path here", "model_source"
-            )
-        if (
-            isinstance(model, RemoteModelConfig)
-            and model.api_key_env is not None
-            and not model.api_key_env.endswith(_KEY_SUFFIX)
-        ):
-            # What the variable holds is sent to an address of the sender's choice.
-            raise InvalidRequest(
-                f"api_key_env: only variables that end in {_KEY_SUFFIX} can be named here",
-                "api_key_env",
-            )
-        return model
+        return validate(ModelSubmission, self._body(request), strict=True).root
 
 
 def _listed(view: PoolView, rows: list[Json]) -> JsonResponse:

@@ -3,26 +3,33 @@
 The store holds it, one revision after another (`serve_app.store.pool`); the controller brings the
 cluster there. A member that an admin changed stays as the admin left it until the file's own text
 of that member changes: the later word counts. Every revision is a configuration that can work.
+What a member may name is up to the file (`AllowList`), when it is added and when it is read again.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from serve_app.config import AtlasConfig, ModelConfig, PriceConfig
 from serve_app.errors import Conflict, InvalidRequest, NotFound, StoreError
+from serve_app.models.allow_list import AllowList
 from serve_app.schemas import NO_TOOL, Pair
 from serve_app.store import PoolRevision, Store, add_pool, newest_pool
 from serve_app.tools.config import ToolConfig
+
+logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 Members = dict[str, Json]
 """Id to settings, in the pool's order."""
 
 _TRIES = 20
+_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+_TOOL: TypeAdapter[ToolConfig] = TypeAdapter(ToolConfig)
 
 
 def members_of(config: AtlasConfig) -> tuple[Members, Members]:
@@ -73,6 +80,7 @@ class DesiredPool:
     Invariants:
         - A change is made on top of the newest revision, or made again.
         - What the store holds is a configuration that can work.
+        - What is read of it names nothing that the file does not allow.
     """
 
     def __init__(self, config: AtlasConfig, store: Store) -> None:
@@ -84,6 +92,7 @@ class DesiredPool:
         """
         self._config = config
         self._store = store
+        self._allowed = AllowList(config)
 
     async def current(self) -> AtlasConfig:
         """The configuration with the pool that is wanted now.
@@ -91,12 +100,11 @@ class DesiredPool:
         Raises:
             StoreError: If the store is away.
         """
-        return with_pool(self._config, *self._wanted(await newest_pool(self._store)))
+        return self._as_allowed(*self._wanted(await newest_pool(self._store)))
 
     def of(self, revision: PoolRevision) -> AtlasConfig:
-        """The configuration with the pool of a revision."""
-        models, tools = _members(revision)
-        return with_pool(self._config, models, tools)
+        """The configuration with the pool of a revision, without what the file does not allow."""
+        return self._as_allowed(*_members(revision))
 
     async def apply_file(self) -> PoolRevision:
         """Take over what changed in the file since it was last applied, and nothing else.
@@ -126,9 +134,10 @@ class DesiredPool:
 
         Raises:
             Conflict: If there is one of that id.
-            InvalidRequest: If the pool cannot work with it.
+            InvalidRequest: If the pool cannot work with it, or the file does not allow it.
             StoreError: If the store is away.
         """
+        self._allowed.check_model(model)
 
         def change(models: Members, tools: Members) -> None:
             if model.model_id in models:
@@ -140,6 +149,7 @@ class DesiredPool:
 
     async def update_model(self, model: ModelConfig) -> int:
         """Give a model other settings; as `add_model`, and `NotFound` without it."""
+        self._allowed.check_model(model)
 
         def change(models: Members, tools: Members) -> None:
             _find(models, "model", model.model_id)
@@ -191,9 +201,11 @@ class DesiredPool:
 
         Raises:
             Conflict: If there is one of that id.
+            InvalidRequest: If the file does not allow it.
             NotFound: If there is no such model.
             StoreError: If the store is away.
         """
+        self._allowed.check_tool(tool)
         tool_id = tool.tool_id
 
         def change(models: Members, tools: Members) -> None:
@@ -224,6 +236,20 @@ class DesiredPool:
                 models[model_id] = {**settings, "tools": kept or [NO_TOOL]}
 
         return await self._change(f"removed tool {tool_id}", change)
+
+    def _as_allowed(self, models: Members, tools: Members) -> AtlasConfig:
+        """The configuration with these, less what the file does not allow.
+
+        If the rest cannot work, the file's own pool is used.
+        """
+        check_model, check_tool = self._allowed.check_model, self._allowed.check_tool
+        models = _kept(models, "model", lambda of: check_model(_MODEL.validate_python(of)))
+        tools = _kept(tools, "tool", lambda of: check_tool(_TOOL.validate_python(of)))
+        try:
+            return with_pool(self._config, models, tools)
+        except InvalidRequest as error:
+            logger.error("the file's own pool is used: %s", error.message)
+            return self._config
 
     def _wanted(self, newest: PoolRevision | None) -> tuple[Members, Members]:
         """A revision's models and tools, with what changed in the file since."""
@@ -283,6 +309,20 @@ def _merged(held: Members, before: Members, file: Members) -> Members:
     return merged | {
         name: settings for name, settings in file.items() if before.get(name) != settings
     }
+
+
+def _kept(members: Members, kind: str, check: Callable[[Json], None]) -> Members:
+    """Those that pass a check; the others are logged."""
+    kept = {}
+    for name, settings in members.items():
+        try:
+            check(settings)
+        except (InvalidRequest, ValidationError) as error:
+            reason = error.message if isinstance(error, InvalidRequest) else "settings out of range"
+            logger.error("%s %r is left out of the pool: %s", kind, name, reason)
+        else:
+            kept[name] = settings
+    return kept
 
 
 def _find(members: Members, kind: str, name: str) -> Json:

@@ -6,6 +6,8 @@ Imported only where an engine runs or is deployed: it pulls in vLLM.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,13 +18,15 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
 from serve_app.config import LocalModelConfig
-from serve_app.errors import EngineError, InvalidRequest
+from serve_app.errors import ConfigError, EngineError, InvalidRequest
 from serve_app.models.boundary import guarded
 from serve_app.models.protocol import HEALTH_CHECK_PERIOD_S, ChatBody, refusal
 from serve_app.telemetry import log_files_kept
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """A model read from a folder needs no hub, and must not wait for one."""
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class EngineServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
@@ -93,14 +97,18 @@ def _raise_if_error(answer: dict[str, Any]) -> None:
 
 
 def llm_config(config: LocalModelConfig) -> LLMConfig:
-    """Ray's settings for a local model; the place where our names meet Ray's and vLLM's."""
+    """Ray's settings for a local model; the place where our names meet Ray's and vLLM's.
+
+    Raises:
+        ConfigError: If an environment variable that names a revision holds no commit.
+    """
     ranks = int(config.engine_kwargs.get("tensor_parallel_size", 1)) * int(
         config.engine_kwargs.get("pipeline_parallel_size", 1)
     )
     from_folder = config.model_source.startswith("/")
     return LLMConfig(
         model_loading_config={"model_id": config.model_id, "model_source": config.model_source},
-        engine_kwargs=dict(config.engine_kwargs),
+        engine_kwargs=_with_revisions(config),
         accelerator_type=config.accelerator_type,
         placement_group_config={"bundles": [dict(config.bundle)] * ranks},
         runtime_env={"env_vars": {**(_OFFLINE if from_folder else {}), **config.env}},
@@ -114,6 +122,22 @@ def llm_config(config: LocalModelConfig) -> LLMConfig:
         experimental_configs={"stream_batching_interval_ms": 0},
         log_engine_metrics=False,
     )
+
+
+def _with_revisions(config: LocalModelConfig) -> dict[str, Any]:
+    """The engine's arguments, with each revision that stands in the environment filled in."""
+    filled = dict(config.engine_kwargs)
+    for name in ("revision", "code_revision"):
+        variable = _VARIABLE.fullmatch(str(filled.get(name, "")))
+        if variable is None:
+            continue
+        filled[name] = os.environ.get(variable[1], "")
+        if not _COMMIT.fullmatch(filled[name]):
+            raise ConfigError(
+                f"environment variable {variable[1]!r} has to hold the commit (40 hexadecimal "
+                f"digits) of {config.model_source!r} that is to be run"
+            )
+    return filled
 
 
 def build_local(config: LocalModelConfig, deployment_name: str) -> Application:

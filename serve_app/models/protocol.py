@@ -28,10 +28,11 @@ def refusal(message: str, code: Any = None) -> InvalidRequest:
     """An engine's 4xx as one of our errors.
 
     Args:
-        message: What the engine says; its first line is kept, and cut.
+        message: What the engine says; the printable part of its first line is kept, and cut.
         code: The engine's `error.code`, where it has one.
     """
-    line = next(iter(message.strip().splitlines()), "") or "the engine refuses the request"
+    first = next(iter(message.strip().splitlines()), "")
+    line = "".join(c for c in first if c.isprintable()) or "the engine refuses the request"
     is_too_long = code == ContextTooLong.code or any(said in line.lower() for said in _TOO_LONG)
     return (ContextTooLong if is_too_long else InvalidRequest)(line[:_MAX_REFUSAL_CHARS])
 

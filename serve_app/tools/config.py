@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from serve_app.schemas import ToolKind
 
 TOOL_ID_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,62}$"
+MAX_DESCRIPTION_CHARS = 4000
+Examples = Annotated[tuple[Annotated[str, Field(max_length=2000)], ...], Field(max_length=256)]
+"""Utterances of a card; each is embedded when the pool changes, beside the live queries."""
 
 
 class ToolSettings(BaseModel):
@@ -32,10 +35,10 @@ class ToolSettings(BaseModel):
     tool_id: str = Field(pattern=TOOL_ID_PATTERN)
     """Name used by clients, models, the router and the metrics; unique in the pool."""
 
-    description: str = ""
+    description: str = Field(default="", max_length=MAX_DESCRIPTION_CHARS)
     """What the tool does, in words; shown to models and read by the router."""
 
-    examples: tuple[str, ...] = ()
+    examples: Examples = ()
     """Utterances that should reach this tool."""
 
     price_usd_per_call: float = Field(default=0.0, ge=0, le=1000)
@@ -50,13 +53,13 @@ class ToolSettings(BaseModel):
     memory_bytes: int | None = Field(default=None, gt=0)
     """Memory each running call reserves in Ray; `None` reserves nothing."""
 
-    max_concurrency: int = Field(default=4, ge=1)
+    max_concurrency: int = Field(default=4, ge=1, le=256)
     """Calls running at once for one gateway replica."""
 
-    max_queued: int = Field(default=64, ge=0)
+    max_queued: int = Field(default=64, ge=0, le=10_000)
     """Calls that may wait for a free place; more are refused as busy."""
 
-    max_result_chars: int = Field(default=8192, ge=64)
+    max_result_chars: int = Field(default=8192, ge=64, le=1 << 20)
     """Longest text a model gets back; the rest is cut and said to be."""
 
 
@@ -72,7 +75,10 @@ class CalculatorConfig(ToolSettings):
 
     type: Literal["calculator"] = "calculator"
     kind: Literal["function"] = "function"
-    description: str = "Evaluate an arithmetic expression, or solve simple algebra, exactly."
+    description: str = Field(
+        default="Evaluate an arithmetic expression, or solve simple algebra, exactly.",
+        max_length=MAX_DESCRIPTION_CHARS,
+    )
     algebra: bool = True
     """Whether equations, derivatives and the like are passed to sympy in the sandbox."""
 
@@ -87,7 +93,10 @@ class PythonConfig(ToolSettings):
 
     type: Literal["python"] = "python"
     kind: Literal["function"] = "function"
-    description: str = "Run Python code and return what it prints."
+    description: str = Field(
+        default="Run Python code and return what it prints.",
+        max_length=MAX_DESCRIPTION_CHARS,
+    )
     timeout_s: float = Field(default=5.0, gt=0, le=600)
     """Longest run of one call, in seconds; a caller's shorter deadline wins."""
 
@@ -118,7 +127,7 @@ class PythonConfig(ToolSettings):
     max_open_files: int = Field(default=64, ge=16, le=1024)
     """File descriptors it may have open."""
 
-    packages: tuple[str, ...] = ()
+    packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]{0,99}$")], ...] = ()
     """Importable packages beyond the standard library; loaded once per sandbox server."""
 
 
@@ -133,10 +142,10 @@ class EncoderConfig(BaseModel):
     backend: Literal["onnx", "torch"] = "onnx"
     """What runs it."""
 
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=1024)
     """Sentences encoded at once while the index is built."""
 
-    num_threads: int = Field(default=1, ge=1)
+    num_threads: int = Field(default=1, ge=1, le=64)
     """Threads of one encoding process."""
 
 
@@ -146,7 +155,10 @@ class RetrievalConfig(ToolSettings):
     dedicated_worker: ClassVar[bool] = True
 
     type: Literal["retrieval"] = "retrieval"
-    description: str = "Search the document collection and return the most relevant sentences."
+    description: str = Field(
+        default="Search the document collection and return the most relevant sentences.",
+        max_length=MAX_DESCRIPTION_CHARS,
+    )
     kind: Literal["function", "context"] = "context"
     """`function` offers the search to the model; `context` searches before it generates."""
 
@@ -186,7 +198,10 @@ class BestOfConfig(ToolSettings):
 
     type: Literal["best_of"] = "best_of"
     kind: Literal["sampling"] = "sampling"
-    description: str = "Sample several answers and return the one most of them agree on."
+    description: str = Field(
+        default="Sample several answers and return the one most of them agree on.",
+        max_length=MAX_DESCRIPTION_CHARS,
+    )
     num_samples: int = Field(default=5, ge=2, le=32)
     """Answers sampled."""
 

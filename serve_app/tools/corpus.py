@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ _ABBREVIATION_END = re.compile(rf"(?:^|[\s(])(?:{_ABBREVIATIONS})\.$", re.IGNORE
 _INITIAL_END = re.compile(r"(?:^|[\s(.])[A-Z]\.$")
 _LIST_ITEM = re.compile(r"\s*(?:[-*+•]|\d{1,3}[.)])\s")
 _WORD = re.compile(r"\w+")
+_MAX_ENTRIES = 100_000
+"""Files and folders of a corpus; one with more is a mistake, such as `/`."""
 # fmt: off
 _STOP_WORDS = frozenset((
     "a", "an", "and", "are", "as", "at", "be", "but", "by", "did", "do", "does", "for", "from",
@@ -103,12 +106,13 @@ def read_corpus(config: RetrievalConfig) -> list[Sentence]:
     """
     path = config.corpus
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md") and f.is_file())
+        files = _text_files(path)
     elif path.is_file():
         files = [path]
     else:
         raise ToolFailed("the corpus does not exist")
-    size = sum(f.stat().st_size for f in files)
+    # The files of a kernel's own file system say that they have no bytes, and have some.
+    size = sum(max(f.stat().st_size, 1) for f in files)
     if size > config.max_corpus_bytes:
         raise ToolFailed(f"the corpus has {size} bytes, more than {config.max_corpus_bytes}")
     sentences = []
@@ -118,6 +122,33 @@ def read_corpus(config: RetrievalConfig) -> list[Sentence]:
     if not sentences:
         raise ToolFailed("the corpus holds no sentences")
     return sentences
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """The `.txt` and `.md` files below a folder, in a fixed order.
+
+    Raises:
+        ToolFailed: If the folder leads out of itself, by a link or into another file system (as
+            `/` does into `/proc`), or holds too much to be a corpus.
+    """
+    inside, device = folder.resolve(), folder.stat().st_dev
+    files, entries = [], 0
+    for parent, folders, names in os.walk(folder):
+        entries += len(folders) + len(names)
+        if entries > _MAX_ENTRIES:
+            raise ToolFailed(f"the corpus has more than {_MAX_ENTRIES} files and folders")
+        if os.stat(parent).st_dev != device:
+            name = Path(parent).relative_to(folder).as_posix()
+            raise ToolFailed(f"the folder {name!r} of the corpus lies in another file system")
+        for name in names:
+            file = Path(parent, name)
+            if file.suffix not in (".txt", ".md") or not file.is_file():
+                continue
+            if file.is_symlink() and not file.resolve().is_relative_to(inside):
+                shown = file.relative_to(folder).as_posix()
+                raise ToolFailed(f"the link {shown!r} of the corpus leads out of it")
+            files.append(file)
+    return sorted(files)
 
 
 def _documents(path: Path, files: list[Path]) -> Iterator[tuple[str, str, str]]:

@@ -23,6 +23,7 @@ def model(model_id: str, **settings: Any) -> dict[str, Any]:
 
 
 def config(*models: dict[str, Any], tools: tuple[dict[str, Any], ...] = (), **rest: Any) -> Any:
+    rest = {"pool": {"allow_custom_models": True}} | rest
     return AtlasConfig.model_validate({"models": list(models), "tools": list(tools), **rest})
 
 

@@ -11,6 +11,7 @@ import pytest
 from ray.serve.config import AutoscalingConfig
 
 from serve_app.config import LocalModelConfig, PriceConfig, load_config
+from serve_app.errors import ConfigError
 from serve_app.models.deploy import build_model, deployment_name
 
 with warnings.catch_warnings():
@@ -37,6 +38,21 @@ PUBLISHED = {
 }
 """What the models' own config.json say that vLLM checks settings against: architecture, positions
 and shape."""
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERNLM3_COMMIT", COMMIT)
+
+
+def filled(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: COMMIT if value == "${INTERNLM3_COMMIT}" else value
+        for name, value in settings.items()
+    }
 
 
 def engine_config(model: LocalModelConfig) -> Any:
@@ -96,7 +112,7 @@ def test_the_gpu_graph_is_wired_with_nano_weights_in_each_place(model: LocalMode
     assert deployment.name.startswith(f"{model.model_id}-")
     # Serve's own part of the replica and the engine's worker, in one placement group.
     assert sum(b.get("CPU", 0) for b in deployment._replica_config.placement_group_bundles) == 1.2
-    assert given.engine_kwargs == model.engine_kwargs
+    assert given.engine_kwargs == filled(model.engine_kwargs)
     assert given.model_loading_config.model_source == stand_in.model_source
     assert deployment.func_or_class is not None
     served_by = ProcessRewardServer if model.role == "verifier" else JsonLLMServer
@@ -121,6 +137,18 @@ def test_a_model_with_function_tools_has_a_parser_that_vllm_knows(model: LocalMo
         assert ToolParserManager.get_tool_parser(settings["tool_call_parser"])
     else:
         assert "tool_call_parser" not in settings
+
+
+def test_remote_code_runs_at_the_commit_in_the_environment_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (model,) = (m for m in GPU_MODELS if m.engine_kwargs.get("trust_remote_code"))
+    given = llm_config(model).engine_kwargs
+    assert (given["revision"], given["code_revision"]) == (COMMIT, COMMIT)
+    for value in ("", "main", COMMIT[:-1]):
+        monkeypatch.setenv("INTERNLM3_COMMIT", value)
+        with pytest.raises(ConfigError, match="'INTERNLM3_COMMIT' has to hold the commit"):
+            llm_config(model)
 
 
 def test_two_settings_of_a_model_are_two_applications() -> None:

@@ -162,6 +162,11 @@ async def test_what_the_caller_did_wrong_is_said_short_and_not_tried_again() -> 
         assert len(endpoint.arrived_s) == 1
 
 
+async def test_a_refusal_has_no_control_characters() -> None:
+    async with model(error(400, "no\x1b[31m\x00 such\x7f thing")) as (served, _):
+        assert (await refused(served)).message == "no[31m such thing"
+
+
 @pytest.mark.parametrize(
     "said",
     [

@@ -292,3 +292,23 @@ def test_model_that_is_not_there_fails_for_good(corpus: Path) -> None:
     tool = Retrieval(make_config(corpus, encoder={"model": "./absent"}))
     with pytest.raises(ToolFailed, match="cannot be loaded"):
         tool.warm()
+
+
+def test_a_corpus_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "corpus", tmp_path / "outside"
+    (folder / "inner").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "secret.txt").write_text("The secret is out.")
+    (folder / "inner" / "a.txt").write_text("This is inside.")
+    (folder / "same.txt").symlink_to(folder / "inner" / "a.txt")
+    (folder / "folder").symlink_to(outside)
+    config = RetrievalConfig(tool_id="docs", corpus=folder)
+    assert {s.text for s in read_corpus(config)} == {"This is inside."}
+    (folder / "leak.txt").symlink_to(outside / "secret.txt")
+    with pytest.raises(ToolFailed, match=r"the link 'leak\.txt' of the corpus leads out of it"):
+        read_corpus(config)
+
+
+def test_the_whole_disk_is_no_corpus() -> None:
+    with pytest.raises(ToolFailed, match=r"another file system|more than 100000 files"):
+        read_corpus(RetrievalConfig(tool_id="docs", corpus=Path("/")))
