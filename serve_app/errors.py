@@ -20,6 +20,7 @@ AtlasError
 │   ├── NoCandidate              503, nothing in the pool can serve this request now
 │   ├── EngineError              502, a model application failed
 │   │   ├── EngineBusy           the model asks for a pause
+│   │   ├── UnreadableCall       the model wrote a tool call that cannot be read
 │   │   └── ReplicaDied          the process that worked on it is no more
 │   └── DeadlineExceeded         504, the request's time is up
 ├── ToolError
@@ -187,6 +188,10 @@ class EngineBusy(EngineError):
     """The model asked for a pause that is too long to wait for."""
 
     code = "engine_busy"
+
+
+class UnreadableCall(EngineError):
+    """What the model wrote is a tool call that cannot be read, and so no answer."""
 
 
 class ReplicaDied(EngineError):

@@ -9,6 +9,8 @@ takes over when it is warm. Gateways and routers follow by long poll (`PoolWatch
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
 import re
 import time
@@ -21,8 +23,15 @@ import psutil
 import ray
 from ray.serve.schema import ApplicationStatus
 
+from serve_app.budget import Budget, Deadline
 from serve_app.config import AtlasConfig, LocalModelConfig, ModelConfig, load_config
-from serve_app.errors import AtlasError, ConfigError, ReplicaDied
+from serve_app.errors import (
+    AtlasError,
+    ConfigError,
+    InvalidRequest,
+    ReplicaDied,
+    UnreadableCall,
+)
 from serve_app.models.applications import (
     ModelApplication,
     delete_application,
@@ -31,8 +40,10 @@ from serve_app.models.applications import (
 )
 from serve_app.models.deploy import application_name, deploy_model
 from serve_app.models.desired import DesiredPool
-from serve_app.orchestrator.engines import SEND_AGAIN_S, Deadline, ModelClients
-from serve_app.orchestrator.executor import PairExecutor, StepResult
+from serve_app.models.protocol import ChatBody
+from serve_app.orchestrator.engines import ModelClients, pause_after_death
+from serve_app.orchestrator.executor import PairExecutor
+from serve_app.orchestrator.result import StepResult
 from serve_app.schemas import ChatCall, Limits, MemberState, ModelMember, Pair, PoolState
 from serve_app.store import Store
 
@@ -356,8 +367,11 @@ class PoolController:
         if config.autoscaling.min_replicas == 0:
             timeout_s = self._config.pool.start_timeout_s
         model.suspected = False
+        deadline = Deadline.after(timeout_s)
         try:
-            await _greet(clients, config.model_id, Deadline.after(timeout_s))
+            await _greet(clients, config.model_id, deadline)
+            if not model.serves and config.role == "chat":
+                await _compile_logprobs(clients, config.model_id, deadline)
         except AtlasError as error:
             logger.warning("model %s: it does not answer: %s", config.model_id, error.message)
             self._failed(model, failure_reason(error.message), delete=False)
@@ -501,12 +515,23 @@ async def _greet(clients: ModelClients, model_id: str, deadline: Deadline) -> No
     Raises:
         AtlasError: If it does not.
     """
-    while True:
+    for deaths in itertools.count(1):
         try:
             await clients.complete(model_id, {"messages": [_GREETING], "max_tokens": 1}, deadline)
             return
         except ReplicaDied:
-            await asyncio.sleep(SEND_AGAIN_S)
+            await pause_after_death(min(deaths, 3))
+
+
+async def _compile_logprobs(clients: ModelClients, model_id: str, deadline: Deadline) -> None:
+    """Ask once for log-probabilities: the first such request takes vLLM up to 12 s to compile.
+
+    Raises:
+        AtlasError: If the model fails; one that has no log-probabilities does not.
+    """
+    body: ChatBody = {"messages": [_GREETING], "max_tokens": 1, "logprobs": True}
+    with contextlib.suppress(InvalidRequest, ReplicaDied):
+        await clients.complete(model_id, body, deadline)
 
 
 async def _answers(executor: PairExecutor, pair: Pair) -> str | None:
@@ -518,10 +543,12 @@ async def _answers(executor: PairExecutor, pair: Pair) -> str | None:
         sampling={"max_tokens": 1},
         limits=Limits(alpha=0.0, deadline_s=_WARM_UP_TIMEOUT_S),
     )
-    deadline, result = Deadline.after(_WARM_UP_TIMEOUT_S), StepResult()
+    budget, result = Budget(Deadline.after(_WARM_UP_TIMEOUT_S)), StepResult()
     try:
-        async for _ in executor.run(pair, call, deadline, result, stream=False):
+        async for _ in executor.run(pair, call, budget, result, stream=False):
             pass
+    except UnreadableCall:
+        pass  # it answers; one token is too short for a call
     except AtlasError as error:
         logger.warning("pair %s does not answer: %s", pair, error.message)
         return error.message

@@ -16,13 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest
-from serve_app.orchestrator.engines import Deadline, call_again
+from serve_app.budget import Deadline
+from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, ReplicaDied
+from serve_app.orchestrator.engines import call_again, pause_after_death
 from serve_app.schemas import Decision, Limits, Seen
 
 _BATCH_SIZE = 32
 _MAX_IN_FLIGHT = 2
 """Batches under way at once, one embedding and one deciding; full ones do not wait for this."""
+
+_MAX_DEATHS = 3
+"""Replicas of the embedder or the router that may die over one request before it fails."""
 
 _Vector = NDArray[np.float32]
 
@@ -170,22 +174,33 @@ class Decider:
         self._in_flight.discard(task)
         self._send()
 
-    async def _run(self, batch: list[_Waiting]) -> None:
+    async def _run(self, batch: list[_Waiting], deaths: int = 0) -> None:
+        """Settle every request of a batch.
+
+        Args:
+            batch: The requests.
+            deaths: Replicas that died over them before.
+        """
+        is_alone = len(batch) == 1
         try:
-            await self._ask(batch)
-        except InvalidRequest as error:
-            if len(batch) == 1:
+            await self._ask(batch, max_deaths=_MAX_DEATHS - deaths if is_alone else 1)
+        except (InvalidRequest, ReplicaDied) as error:
+            if is_alone:
                 batch[0].settle(error)
                 return
+            # One of them is at fault, perhaps: each by itself shows which.
+            died = isinstance(error, ReplicaDied)
+            if died:
+                await pause_after_death(1)
             for request in batch:
-                await self._run([request])
+                await self._run([request], deaths + died)
         except Exception as error:  # nobody awaits this task: whoever waits must hear of it
             for request in batch:
                 request.settle(error)
 
-    async def _ask(self, batch: list[_Waiting]) -> None:
+    async def _ask(self, batch: list[_Waiting], max_deaths: int) -> None:
         deadline = max((request.deadline for request in batch), key=lambda d: d.at_s)
-        vectors = await self._embed(batch, deadline)
+        vectors = await self._embed(batch, deadline, max_deaths)
         known = [
             request.under_way.embedding if request.under_way else vector
             for request, vector in zip(batch, vectors, strict=True)
@@ -200,16 +215,20 @@ class Decider:
         elif any(request_ids):
             asked += (None, None, request_ids)
         decisions: list[Decision | AtlasError] = await call_again(
-            lambda: self._router.decide.remote(*asked), deadline
+            lambda: self._router.decide.remote(*asked), deadline, max_deaths
         )
         for request, vector, decision in zip(batch, vectors, decisions, strict=True):
             request.settle(decision if isinstance(decision, AtlasError) else (vector, decision))
 
-    async def _embed(self, batch: Sequence[_Waiting], deadline: Deadline) -> list[_Vector | None]:
+    async def _embed(
+        self, batch: Sequence[_Waiting], deadline: Deadline, max_deaths: int
+    ) -> list[_Vector | None]:
         """Per request the embedding of its query, or of its last answer where there is one."""
         texts = [request.text for request in batch if request.text is not None]
         embedded = iter(
-            await call_again(lambda: self._embedder.embed.remote(texts), deadline) if texts else ()
+            await call_again(lambda: self._embedder.embed.remote(texts), deadline, max_deaths)
+            if texts
+            else ()
         )
         return [
             next(embedded)

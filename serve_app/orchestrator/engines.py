@@ -4,50 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
+import random
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from serve_app.errors import AtlasError, DeadlineExceeded, EngineError, ReplicaDied
+from serve_app.budget import Deadline
+from serve_app.errors import (
+    AtlasError,
+    DeadlineExceeded,
+    EngineBusy,
+    EngineError,
+    ReplicaDied,
+)
 from serve_app.models.protocol import ChatBody
 
 logger = logging.getLogger(__name__)
 
-SEND_AGAIN_S = 0.05
-"""From the death of a replica until what it worked on is sent to another."""
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """A point in time by which something must be done."""
-
-    at_s: float
-    """Monotonic clock."""
-
-    @classmethod
-    def after(cls, seconds: float) -> Deadline:
-        """The deadline that many seconds from now."""
-        return cls(time.monotonic() + seconds)
-
-    def remaining_s(self) -> float:
-        """Seconds left.
-
-        Raises:
-            DeadlineExceeded: If none are.
-        """
-        left = self.at_s - time.monotonic()
-        if left <= 0:
-            raise DeadlineExceeded("the request's deadline has passed")
-        return left
-
-    def sooner(self, seconds: float) -> Deadline:
-        """This deadline, or the one that many seconds from now if that comes first."""
-        return Deadline(min(self.at_s, time.monotonic() + seconds))
+MAX_DEATHS = 2
+"""Replicas of models that may die over one request before it fails. More than one, because a node
+that goes takes innocent requests with it; few, because the request may be what kills them."""
+_SEND_AGAIN_S = 0.1
+"""From the first death of a replica until what it worked on is sent to another, at most."""
+_FIND_TIMEOUT_S = 10.0
+"""How long the Serve controller may take to name a model's application."""
 
 
 def translated(error: BaseException) -> AtlasError:
@@ -82,19 +65,39 @@ async def call(response: Any, deadline: Deadline) -> Any:
         raise translated(error) from error
 
 
-async def call_again(send: Callable[[], Any], deadline: Deadline) -> Any:
-    """As `call`, sent again as often as the replica that works on it dies.
+async def pause_after_death(deaths: int) -> None:
+    """Wait before work is sent again whose replica died; longer each time, and never in step.
+
+    Args:
+        deaths: How many replicas died over it; at least 1.
+    """
+    await asyncio.sleep(_SEND_AGAIN_S * 4 ** (deaths - 1) * random.uniform(0.5, 1.0))
+
+
+async def call_again(
+    send: Callable[[], Any], deadline: Deadline, max_deaths: int = MAX_DEATHS
+) -> Any:
+    """As `call`, sent again where the replica that works on it dies; not for ever.
 
     Args:
         send: Makes the call; what it asks for has no effect, so that twice is as good as once.
         deadline: When the answer must be there.
+        max_deaths: Replicas that may die over it: the work itself may be what kills them.
+
+    Raises:
+        ReplicaDied: If that many did.
+        AtlasError: As `call`.
     """
+    deaths = 0
     while True:
         try:
             return await call(send(), deadline)
         except ReplicaDied:
+            deaths += 1
+            if deaths >= max_deaths:
+                raise
             logger.warning("a replica died over a call; sending it again")
-            await asyncio.sleep(SEND_AGAIN_S)
+            await pause_after_death(deaths)
 
 
 class ModelClients:
@@ -109,6 +112,8 @@ class ModelClients:
         self._applications: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
         """By application."""
+        self._searches: dict[str, asyncio.Task[Any]] = {}
+        """By application; one at a time, because each holds a thread."""
         self._on_failure = on_failure
 
     def use(self, applications: Mapping[str, str]) -> None:
@@ -125,11 +130,11 @@ class ModelClients:
             EngineError: If the application is away or fails.
             DeadlineExceeded: If the answer comes too late.
         """
-        handle = await self._handle(model_id)
+        handle = await self._handle(model_id, deadline)
         try:
             answer: dict[str, Any] = await call(handle.complete.remote(body), deadline)
-        except EngineError:
-            self._tell(model_id)
+        except EngineError as failure:
+            self._tell(model_id, failure)
             raise
         return answer
 
@@ -137,7 +142,8 @@ class ModelClients:
         self, model_id: str, body: ChatBody, deadline: Deadline
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of one completion; errors as `complete`, at any point."""
-        response = (await self._handle(model_id)).options(stream=True).stream.remote(body)
+        handle = await self._handle(model_id, deadline)
+        response = handle.options(stream=True).stream.remote(body)
         chunks = aiter(response)
         try:
             while True:
@@ -151,27 +157,40 @@ class ModelClients:
             response.cancel()
             failure = translated(error)
             if isinstance(failure, EngineError):
-                self._tell(model_id)
+                self._tell(model_id, failure)
             raise failure from error
         except (asyncio.CancelledError, GeneratorExit):
             response.cancel()
             raise
 
-    def _tell(self, model_id: str) -> None:
-        if self._on_failure is not None:
+    def _tell(self, model_id: str, failure: EngineError) -> None:
+        # One that is busy answers again by itself, and a probe would only be one more request.
+        if self._on_failure is not None and not isinstance(failure, EngineBusy):
             self._on_failure(model_id)
 
-    async def _handle(self, model_id: str) -> Any:
+    async def _handle(self, model_id: str, deadline: Deadline) -> Any:
         name = self._applications.get(model_id)
         if name is None:
             raise EngineError("the model application is away")
-        handle = self._handles.get(name)
-        if handle is None:
-            try:
-                # Blocking calls to the Serve controller; once per application and process.
-                handle = await asyncio.to_thread(serve.get_app_handle, name)
-            except (RayError, RayServeException) as error:
-                self._tell(model_id)
-                raise EngineError("the model application is away") from error
-            self._handles[name] = handle
-        return handle
+        if name in self._handles:
+            return self._handles[name]
+        search = self._searches.get(name)
+        if search is None:
+            # Blocking calls to the Serve controller; once per application and process.
+            search = asyncio.ensure_future(asyncio.to_thread(serve.get_app_handle, name))
+            self._searches[name] = search
+            search.add_done_callback(lambda done: self._found(name, done))
+        try:
+            async with asyncio.timeout(min(_FIND_TIMEOUT_S, deadline.remaining_s())):
+                return await asyncio.shield(search)
+        except TimeoutError:
+            raise EngineError("Serve's controller does not say where the model runs") from None
+        except (RayError, RayServeException) as error:
+            failure = EngineError("the model application is away")
+            self._tell(model_id, failure)
+            raise failure from error
+
+    def _found(self, name: str, search: asyncio.Task[Any]) -> None:
+        del self._searches[name]
+        if not search.cancelled() and search.exception() is None:
+            self._handles[name] = search.result()

@@ -15,13 +15,22 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+from serve_app.budget import Deadline
 from serve_app.config import AtlasConfig
-from serve_app.errors import AtlasError, InvalidRequest, ModelNotFound, NoCandidate, ServiceError
+from serve_app.errors import (
+    AtlasError,
+    BudgetExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    NoCandidate,
+    ServiceError,
+)
 from serve_app.models.watcher import PoolWatcher
 from serve_app.orchestrator.deciding import Decider
-from serve_app.orchestrator.engines import Deadline, ModelClients
-from serve_app.orchestrator.executor import Delta, PairExecutor
-from serve_app.orchestrator.steps import Run, Stepper
+from serve_app.orchestrator.engines import ModelClients
+from serve_app.orchestrator.executor import PairExecutor
+from serve_app.orchestrator.result import Delta
+from serve_app.orchestrator.steps import Run, Stepper, why_it_ended
 from serve_app.orchestrator.waking import Waker, awake_only, sleepers_last
 from serve_app.schemas import (
     NO_TOOL,
@@ -226,7 +235,7 @@ class Orchestrator:
         wanted = await self._decide(run)
         assert run.decision is not None
         follows = run.decision.path is Path.POLICY and not run.is_plain
-        error: str | None = "the caller went away"
+        error: str | None = None
         try:
             if wanted is not None:
                 self._waker.wake(wanted)
@@ -237,10 +246,15 @@ class Orchestrator:
             async with aclosing(steps(run, run.decision, stream=stream)) as deltas:
                 async for delta in deltas:
                     yield delta
-            error = None
         except AtlasError as failure:
             error = failure.message
             raise _as_service_error(failure) from failure
+        except Exception:
+            error = "an unforeseen error"
+            raise
+        except BaseException:
+            error = why_it_ended(run.deadline)
+            raise
         finally:
             if run.is_traffic:
                 self._record(run.report(error), run.call.limits.alpha)
@@ -271,7 +285,7 @@ class Orchestrator:
             if run.decision.pair.model_id in asleep:
                 wanted = run.decision.pair.model_id
                 # Asked anew, because the choice among fewer has another propensity.
-                with contextlib.suppress(NoCandidate):
+                with contextlib.suppress(NoCandidate, BudgetExceeded):
                     await self._route(run, awake)
             if run.decision.pair.model_id not in asleep:
                 run.limits = awake
@@ -281,14 +295,34 @@ class Orchestrator:
         return wanted
 
     async def _route(self, run: Run, limits: Limits) -> None:
-        """Ask the router."""
-        run.embedding, run.decision = await self._decider.decide(
-            run.call.query,
-            limits,
-            run.deadline,
-            explain=run.call.explain,
-            request_id=run.call.request_id,
-        )
+        """Ask the router.
+
+        Raises:
+            BudgetExceeded: If every pair that answers now costs more than the caller allows.
+            NoCandidate: If no pair that answers now is within the other limits.
+        """
+        call = run.call
+        try:
+            run.embedding, run.decision = await self._decider.decide(
+                call.query,
+                limits,
+                run.deadline,
+                explain=call.explain,
+                request_id=call.request_id,
+            )
+        except NoCandidate:
+            if limits.max_cost_usd is None:
+                raise
+            # Raises again unless the cost is what leaves no pair.
+            anything = replace(limits, max_cost_usd=None)
+            _, dear = await self._decider.decide(call.query, anything, run.deadline, explain=True)
+            least_usd = min((candidate.cost_usd for candidate in dear.candidates), default=0.0)
+            raise BudgetExceeded(
+                f"atlas.max_cost_usd: {limits.max_cost_usd:g} USD is below the price of every "
+                f"pair; the cheapest costs about {least_usd:.2g} USD",
+                "atlas.max_cost_usd",
+                least_usd,
+            ) from None
 
     def _pinned(self, model: str) -> Decision:
         """The decision the caller made.

@@ -6,7 +6,6 @@ the order they were run, and the one whose answer was given.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -17,18 +16,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.budget import Budget, Deadline
 from serve_app.errors import (
     AtlasError,
-    DeadlineExceeded,
+    BudgetExceeded,
     InvalidRequest,
     NoCandidate,
     ReplicaDied,
+    ServiceError,
+    UnfitForPair,
 )
 from serve_app.orchestrator.deciding import Decider, UnderWay
-from serve_app.orchestrator.engines import SEND_AGAIN_S, Deadline
-from serve_app.orchestrator.executor import Delta, PairExecutor, StepResult, whole_delta
+from serve_app.orchestrator.engines import MAX_DEATHS, pause_after_death
+from serve_app.orchestrator.executor import PairExecutor
 from serve_app.orchestrator.history import answer_numbers, best_step, has_answer, seen
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages
+from serve_app.orchestrator.result import Delta, StepResult, whole_delta
 from serve_app.router.features import MAX_STEPS
 from serve_app.schemas import (
     NO_TOOL,
@@ -84,6 +87,12 @@ class Run:
     path: Path = Path.PINNED
     is_traffic: bool = True
     """Whether it goes into the outcome log."""
+    deaths: int = 0
+    """Replicas of models that died over it."""
+
+    def __post_init__(self) -> None:
+        """Its budget is what the caller allows."""
+        self.budget = Budget(self.deadline, self.call.limits.max_cost_usd)
 
     @property
     def is_plain(self) -> bool:
@@ -95,13 +104,14 @@ class Run:
         """Runs of a pair or of the planner, at most."""
         return min(self.call.limits.max_steps, MAX_STEPS)
 
-    def left(self) -> ChatCall:
-        """The call with the dollars that are left."""
-        limits = self.call.limits
-        if limits.max_cost_usd is None or not self.steps:
-            return self.call
-        left_usd = max(limits.max_cost_usd - self.usage.cost_usd, 0.0)
-        return replace(self.call, limits=replace(limits, max_cost_usd=left_usd))
+    def may_go_on(self, failure: AtlasError) -> bool:
+        """Whether another pair may be tried after a failure.
+
+        What the caller did wrong is wrong for every pair, unless it only does not fit this one. And
+        a request over which replicas died is sent to no other: it may be what kills them.
+        """
+        is_callers = isinstance(failure, InvalidRequest) and not isinstance(failure, UnfitForPair)
+        return not (is_callers or self.deaths >= MAX_DEATHS or self.deadline.is_over())
 
     def report(self, error: str | None = None) -> Report:
         """What happened so far.
@@ -179,9 +189,11 @@ class Stepper:
         """Try the candidates in order until one answers.
 
         Raises:
+            BudgetExceeded: If the budget covers none of them; names the least that one needs.
             AtlasError: What the last one tried failed with.
         """
         candidates = decision.candidates[: run.call.limits.max_steps]
+        failures: list[AtlasError] = []
         for number, candidate in enumerate(candidates):
             is_last = number == len(candidates) - 1
             sent = False
@@ -191,7 +203,7 @@ class Stepper:
                 path=decision.path if is_chosen else Path.FALLBACK,
                 propensity=decision.propensity if is_chosen else 1.0,
                 policy_version=decision.policy_version,
-                call=run.left(),
+                call=run.call,
                 deadline=run.deadline if is_last else _part(run.deadline, _FIRST_TRY_SHARE),
                 insists=is_last,
             )
@@ -201,8 +213,11 @@ class Stepper:
                         sent = True
                         yield delta
             except AtlasError as failure:
-                if sent or is_last or _is_over(run.deadline):
+                failures.append(failure)
+                if sent or not run.may_go_on(failure):
                     raise
+                if is_last:
+                    raise _worth_telling(failures) from failure
                 logger.warning(
                     "request %s: %s failed (%s); falling back",
                     run.call.request_id,
@@ -225,7 +240,7 @@ class Stepper:
             AtlasError: What the last step failed with, where none gave an answer.
         """
         failure: AtlasError = NoCandidate("no pair is left within the request's limits")
-        while decision.action is not Action.ANSWER and not _is_over(run.deadline):
+        while decision.action is not Action.ANSWER and not run.deadline.is_over():
             is_last = len(run.steps) + 1 >= run.max_steps
             plan = self._plan(run, decision, is_last=is_last)
             streams = stream and is_last and not has_answer(run.steps)
@@ -242,10 +257,12 @@ class Stepper:
                 logger.warning(
                     "request %s: %s failed (%s)", run.call.request_id, plan.pair, error.message
                 )
+                if plan.action is Action.ROUTE and not run.may_go_on(error):
+                    break
             if streams and sent:
                 run.answer_step = len(run.steps) - 1
                 return
-            if is_last:
+            if is_last or run.deaths >= MAX_DEATHS:
                 break
             decision = await self._decide_next(run, decision)
         run.answer_step = best_step(run.steps)
@@ -261,7 +278,7 @@ class Stepper:
         answered = has_answer(run.steps)
         share = 1.0 if not answered else _LAST_TRY_SHARE
         deadline = _part(run.deadline, share if is_last else _FIRST_TRY_SHARE)
-        call = run.left()
+        call = run.call
         if decision.action is Action.ROUTE:
             notes = [s.answer for s in run.steps if s.action is Action.THINK and s.answer]
             call = replace(call, note="\n\n".join(notes) or None)
@@ -326,17 +343,24 @@ class Stepper:
         """Run one pair, or the planner, and put what it did on record."""
         result = StepResult()
         began_s = time.monotonic()
-        error: str | None = "the caller went away"
+        error: str | None = None
         if plan.action is Action.ROUTE:
             run.pair, run.path = plan.pair, plan.path
         try:
-            async with aclosing(self._run_pair(plan, result, stream=stream)) as deltas:
+            async with aclosing(self._run_pair(run, plan, result, stream=stream)) as deltas:
                 async for delta in deltas:
                     yield delta
             run.choices[len(run.steps)] = result.choices
-            error = None
         except AtlasError as failure:
             error = failure.message
+            raise
+        except Exception as failure:
+            # A fault of ours, in what one pair does; another pair may well answer.
+            logger.exception("request %s: %s failed", run.call.request_id, plan.pair)
+            error = "an unforeseen error"
+            raise ServiceError(f"the pair {plan.pair} failed") from failure
+        except BaseException:
+            error = why_it_ended(run.deadline)
             raise
         finally:
             run.usage.add(result.usage)
@@ -357,26 +381,30 @@ class Stepper:
             )
 
     async def _run_pair(
-        self, plan: Plan, result: StepResult, *, stream: bool
+        self, run: Run, plan: Plan, result: StepResult, *, stream: bool
     ) -> AsyncGenerator[Delta, None]:
         """Run a pair; again where its replica died before a piece of its answer was out."""
+        budget = run.budget.child(plan.deadline)
         while True:
             sent = False
             try:
-                async with aclosing(self._run_once(plan, result, stream=stream)) as deltas:
+                runs = self._run_once(plan, budget, result, stream=stream)
+                async with aclosing(runs) as deltas:
                     async for delta in deltas:
                         sent = True
                         yield delta
                 return
             except ReplicaDied:
-                if sent or not plan.insists or _is_over(plan.deadline):
+                run.deaths += 1
+                is_over = run.deaths >= MAX_DEATHS or plan.deadline.is_over()
+                if sent or not plan.insists or is_over:
                     raise
                 logger.warning("a replica of %s died; running it again", plan.pair)
                 result.choices, result.tool_calls = [], []
-                await asyncio.sleep(SEND_AGAIN_S)
+                await pause_after_death(run.deaths)
 
     async def _run_once(
-        self, plan: Plan, result: StepResult, *, stream: bool
+        self, plan: Plan, budget: Budget, result: StepResult, *, stream: bool
     ) -> AsyncGenerator[Delta, None]:
         """Run a pair; with log-probabilities where they are wanted and the engine gives them."""
         pair, call = plan.pair, plan.call
@@ -389,18 +417,20 @@ class Stepper:
             with_them = replace(call, sampling=call.sampling | {"logprobs": True})
             sent = False
             try:
-                runs = self._executor.run(pair, with_them, plan.deadline, result, stream=stream)
+                runs = self._executor.run(pair, with_them, budget, result, stream=stream)
                 async with aclosing(runs) as deltas:
                     async for delta in deltas:
                         sent = True
                         yield delta
                 return
+            except UnfitForPair:
+                raise
             except InvalidRequest:
                 if sent:
                     raise
                 is_second = True
                 result.choices, result.tool_calls = [], []
-        runs = self._executor.run(pair, call, plan.deadline, result, stream=stream)
+        runs = self._executor.run(pair, call, budget, result, stream=stream)
         async with aclosing(runs) as deltas:
             async for delta in deltas:
                 yield delta
@@ -422,9 +452,13 @@ def _without_router(steps: list[Step], last: Decision) -> Decision:
     return replace(last, action=action, candidates=left, path=Path.FALLBACK, propensity=1.0)
 
 
-def _is_over(deadline: Deadline) -> bool:
-    try:
-        deadline.remaining_s()
-    except DeadlineExceeded:
-        return True
-    return False
+def _worth_telling(failures: list[AtlasError]) -> AtlasError:
+    """Of the failures of all candidates the one that the caller can act on."""
+    if all(isinstance(failure, BudgetExceeded) for failure in failures):
+        return min(failures, key=lambda failure: getattr(failure, "needed_usd", 0.0))
+    return failures[-1]
+
+
+def why_it_ended(deadline: Deadline) -> str:
+    """Why a request ended without an answer or an error of its own, for the log."""
+    return "the deadline passed" if deadline.is_over() else "the caller went away"

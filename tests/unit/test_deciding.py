@@ -11,9 +11,15 @@ import pytest
 from numpy.typing import NDArray
 from ray.exceptions import ActorUnavailableError
 
-from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, NoCandidate
+from serve_app.budget import Deadline
+from serve_app.errors import (
+    AtlasError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NoCandidate,
+    ReplicaDied,
+)
 from serve_app.orchestrator.deciding import Decider, UnderWay
-from serve_app.orchestrator.engines import Deadline
 from serve_app.schemas import Candidate, Decision, Limits, Pair, Path, Seen
 from tests.path2_fakes import Method
 
@@ -82,7 +88,7 @@ async def test_a_lone_query_goes_at_once() -> None:
     assert deployments.batches == [["four"]]
 
 
-@pytest.mark.parametrize("deaths", [1, 3])
+@pytest.mark.parametrize("deaths", [1, 2])
 async def test_a_query_whose_replica_dies_is_sent_to_another(deaths: int) -> None:
     deployments = Deployments()
     deployments.deaths = deaths
@@ -90,11 +96,41 @@ async def test_a_query_whose_replica_dies_is_sent_to_another(deaths: int) -> Non
     assert len(deployments.batches) == deaths + 1
 
 
+async def test_a_query_that_kills_replicas_stops_after_the_third() -> None:
+    deployments = Deployments()
+    deployments.deaths = 1000
+    with pytest.raises(ReplicaDied):
+        await ask(Decider(deployments, deployments), "four")
+    assert 1000 - deployments.deaths == 3
+
+
+async def test_a_query_that_kills_replicas_does_not_fail_those_of_its_batch() -> None:
+    class Deadly(Deployments):
+        async def _embed(self, texts: list[str]) -> NDArray[np.float32]:
+            if "deadly" in texts:
+                self.deaths = 1
+            return await super()._embed(texts)
+
+    deployments = Deadly()
+    decider = Decider(deployments, deployments)
+    deployments.open.clear()
+    first = [asyncio.create_task(ask(decider, "x" * n)) for n in (1, 2)]  # two batches under way
+    await asyncio.sleep(0)
+    batch = [asyncio.create_task(ask(decider, query)) for query in ("four", "deadly", "fives")]
+    await asyncio.sleep(0)
+    deployments.open.set()
+    results = await asyncio.gather(*first, *batch, return_exceptions=True)
+    assert results[:3] == [1, 2, 4]
+    assert isinstance(results[3], ReplicaDied)
+    assert results[4] == 5
+    assert sum("deadly" in texts for texts in deployments.batches) == 3
+
+
 async def test_replicas_that_go_on_dying_end_with_the_deadline() -> None:
     deployments = Deployments()
     deployments.deaths = 1000
-    with pytest.raises(DeadlineExceeded):
-        await Decider(deployments, deployments).decide("four", LIMITS, Deadline.after(0.2))
+    with pytest.raises((DeadlineExceeded, ReplicaDied)):
+        await Decider(deployments, deployments).decide("four", LIMITS, Deadline.after(0.05))
 
 
 async def test_queries_that_arrive_while_two_batches_run_share_the_next() -> None:

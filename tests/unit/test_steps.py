@@ -14,18 +14,30 @@ import pytest
 from sqlalchemy import select
 
 from serve_app.errors import (
+    BudgetExceeded,
+    ContextTooLong,
     DeadlineExceeded,
     EngineError,
     InvalidRequest,
     NoCandidate,
     ReplicaDied,
+    ServiceError,
 )
 from serve_app.gateway.extension import completion_extension
 from serve_app.schemas import Action, Report
 from serve_app.schemas import Path as DecidedBy
 from serve_app.store import add_feedback, read_verdicts
 from serve_app.store.tables import Base, OutcomeRow, RequestRow, TrajectoryRow
-from tests.path2_fakes import CHEAP, MATH, STRONG, Path2, path2, plain_snapshot, refuses_logprobs
+from tests.path2_fakes import (
+    CHEAP,
+    MATH,
+    PAIRS,
+    STRONG,
+    Path2,
+    path2,
+    plain_snapshot,
+    refuses_logprobs,
+)
 from tests.policy_data import with_policy
 
 
@@ -76,10 +88,76 @@ async def test_the_answer_that_most_agree_on_is_given_unchanged(graph: Path2) ->
 
 
 async def test_the_last_pair_that_is_left_runs_again_where_its_replica_died(graph: Path2) -> None:
-    said: list[Any] = [ReplicaDied("gone"), ReplicaDied("gone"), "still here"]
+    said: list[Any] = [ReplicaDied("gone"), "still here"]
     graph.engines.says = {"math": lambda _: said.pop(0)}
     text, report = await graph.ask(model="math@none")
     assert (text, pairs(report)) == ("still here", ["math@none"])
+
+
+@pytest.mark.parametrize("asked", ["math@none", "atlas"])
+@pytest.mark.parametrize("is_policy", [False, True])
+async def test_a_request_that_kills_engines_stops_after_the_second(
+    graph: Path2, asked: str, is_policy: bool
+) -> None:
+    await graph.promote(policy() if is_policy else plain_snapshot())
+    graph.engines.says = {pair.model_id: ReplicaDied("gone") for pair in PAIRS}
+    with pytest.raises(ReplicaDied):
+        await graph.ask("topic 1", model=asked)
+    assert len(graph.engines.bodies) == 2
+    graph.engines.says = {}
+    text, _ = await graph.ask("topic 1", model=asked)  # the next one is not the one at fault
+    assert text
+
+
+@pytest.mark.parametrize("is_policy", [False, True])
+async def test_what_the_caller_did_wrong_is_tried_on_no_other_engine(
+    graph: Path2, is_policy: bool
+) -> None:
+    await graph.promote(policy() if is_policy else plain_snapshot())
+    graph.engines.says = {"math": InvalidRequest("no such parameter")}
+    with pytest.raises(InvalidRequest, match="no such parameter"):
+        await graph.ask("topic 1")
+    assert {model for model, _ in graph.engines.bodies} == {"math"}
+
+
+@pytest.mark.parametrize("is_policy", [False, True])
+async def test_a_conversation_too_long_for_one_model_is_tried_on_another(
+    graph: Path2, is_policy: bool
+) -> None:
+    await graph.promote(policy(answer=0.95) if is_policy else plain_snapshot())
+    graph.engines.says = {"math": ContextTooLong("at most 4096 tokens")}
+    text, _ = await graph.ask("topic 1")
+    assert text == "strong says hello"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_unforeseen_error_is_not_the_callers_leaving_and_another_pair_answers(
+    graph: Path2, stream: bool
+) -> None:
+    await graph.promote(plain_snapshot())
+    graph.engines.says = {"math": ValueError("with /a/path in it")}
+    if stream:
+        *_, report = await graph.stream("topic 1")
+    else:
+        _, report = await graph.ask("topic 1")
+    assert [step.error for step in report.steps] == ["an unforeseen error", None]
+    with pytest.raises(ServiceError) as caught:
+        await graph.ask("topic 1", model="math")
+    assert caught.value.message == "the pair math@none failed"
+    assert graph.reports[-1].error == "the pair math@none failed"
+
+
+async def test_a_caller_that_leaves_is_logged_as_that(graph: Path2) -> None:
+    await graph.promote(plain_snapshot())
+    graph.engines.says = {"math": lambda body: asyncio.sleep(60)}
+    under_way = asyncio.create_task(graph.ask("topic 1"))
+    while not graph.engines.bodies:
+        await asyncio.sleep(0.01)
+    under_way.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await under_way
+    assert graph.reports[-1].error == "the caller went away"
+    assert graph.reports[-1].steps[-1].error == "the caller went away"
 
 
 async def test_another_pair_takes_over_where_a_replica_died(graph: Path2) -> None:
@@ -154,9 +232,10 @@ async def test_the_callers_limits_bound_the_steps(graph: Path2) -> None:
     await graph.promote(policy())
     _, report = await graph.ask("topic 1", limits={"max_steps": 2})
     assert pairs(report) == ["math@none", "strong@none"]
-    _, report = await graph.ask("topic 1", limits={"max_cost_usd": 4e-4})
+    _, report = await graph.ask("topic 1", limits={"max_cost_usd": 8e-4})
     assert pairs(report) == ["math@none", "cheap@none"]
-    assert report.usage.cost_usd <= 4e-4
+    assert [step.error for step in report.steps] == [None, None]
+    assert report.usage.cost_usd <= 8e-4
 
 
 async def test_a_failed_step_is_history_without_an_answer(graph: Path2) -> None:
@@ -343,6 +422,28 @@ async def test_a_policy_with_wrong_tensors_is_refused_and_the_old_one_goes_on(
 
 
 async def test_a_request_that_no_pair_admits_is_refused(graph: Path2) -> None:
-    await graph.promote(policy())
+    await graph.promote(plain_snapshot())
     with pytest.raises(NoCandidate):
+        await graph.ask("topic 1", limits={"models": frozenset()})
+    with pytest.raises(NoCandidate):
+        await graph.ask("topic 1", limits={"models": frozenset(), "max_cost_usd": 1e-9})
+
+
+@pytest.mark.parametrize("is_policy", [False, True])
+async def test_a_cost_limit_below_every_price_is_the_callers_fault_and_names_the_cheapest(
+    graph: Path2, is_policy: bool
+) -> None:
+    await graph.promote(policy() if is_policy else plain_snapshot())
+    with pytest.raises(BudgetExceeded, match="the cheapest costs about") as caught:
         await graph.ask("topic 1", limits={"max_cost_usd": 1e-9})
+    assert (caught.value.status_code, caught.value.param) == (400, "atlas.max_cost_usd")
+    assert 1e-9 < caught.value.needed_usd < 1e-3
+
+
+async def test_a_cost_limit_below_every_call_names_the_least_that_is_needed(graph: Path2) -> None:
+    await graph.promote(plain_snapshot())
+    long = "topic 1 " + "word " * 2000  # a dear prompt, which the router does not count
+    with pytest.raises(BudgetExceeded, match="'cheap'") as caught:
+        await graph.ask(long, limits={"max_cost_usd": 5e-3})
+    assert 5e-3 < caught.value.needed_usd < 0.02
+    assert not graph.engines.bodies

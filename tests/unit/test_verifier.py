@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from serve_app.budget import Budget, Deadline
 from serve_app.config import AtlasConfig, ScoringConfig
 from serve_app.errors import EngineError
 from serve_app.models.protocol import ChatBody
 from serve_app.models.verifier import read_score, score_completion, scoring_body
-from serve_app.orchestrator.engines import Deadline
-from serve_app.orchestrator.executor import PairExecutor, StepResult
+from serve_app.orchestrator.executor import PairExecutor
+from serve_app.orchestrator.result import StepResult
 from serve_app.schemas import ChatCall, Limits, Pair
 from serve_app.tools.config import BestOfConfig
 from tests.path2_fakes import Engines
@@ -80,7 +81,7 @@ async def best(tmp_path: Path, judge: Any) -> tuple[StepResult, Sampler]:
     result = StepResult()
     pair = Pair("small", "best_of")
     executor = PairExecutor(config, engines)
-    async for _ in executor.run(pair, call, Deadline.after(30), result, stream=False):
+    async for _ in executor.run(pair, call, Budget(Deadline.after(30)), result, stream=False):
         pass
     return result, engines
 

@@ -1,0 +1,132 @@
+"""The real executor in front of engines and tools that do as they are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from serve_app.budget import Budget, Deadline
+from serve_app.config import AtlasConfig
+from serve_app.orchestrator.executor import PairExecutor
+from serve_app.orchestrator.result import StepResult
+from serve_app.schemas import ChatCall, Limits, Pair
+from serve_app.tools.base import ToolResult
+from serve_app.tools.runner import ToolRunner
+from tests.path2_fakes import Engines
+
+USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+
+
+def reply(
+    content: str | None = None,
+    calls: tuple[str, ...] = (),
+    usage: Any = USAGE,
+    **message: Any,
+) -> dict[str, Any]:
+    """A whole completion that calls the calculator with each of these arguments, or answers."""
+    if calls:
+        message["tool_calls"] = [
+            {
+                "id": f"call_{number}",
+                "type": "function",
+                "function": {"name": "calculator", "arguments": arguments},
+            }
+            for number, arguments in enumerate(calls)
+        ]
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": content, **message},
+        "finish_reason": "tool_calls" if calls else "stop",
+    }
+    return {"choices": [choice], "usage": usage}
+
+
+class Tools(ToolRunner):
+    """Tools whose results are told, at the prices that are configured.
+
+    Attributes:
+        says: A text, or an error.
+        arguments: Of every call.
+    """
+
+    def __init__(self, config: AtlasConfig) -> None:
+        super().__init__(config.tools)
+        self.says: Any = "100"
+        self.arguments: list[Any] = []
+
+    async def run(self, tool_id: str, arguments: Any, *, deadline_s: float) -> ToolResult:
+        self.arguments.append(arguments)
+        if isinstance(self.says, Exception):
+            raise self.says
+        price_usd = self.tool(tool_id).config.price_usd_per_call
+        return ToolResult(self.says, cost_usd=price_usd)
+
+
+class Bench:
+    """One model with every kind of tool, and a judge."""
+
+    def __init__(self, folder: Path, *replies: Any, **tools: Any) -> None:
+        remote = {"type": "remote", "base_url": "http://127.0.0.1:1/v1", "remote_model": "x"}
+        price = {"usd_per_1m_prompt_tokens": 1e3, "usd_per_1m_completion_tokens": 1e4}
+        judge = {"role": "verifier", "max_completion_tokens": 100}
+        pair_tools = ["none", "calculator", "lookup", "best_of", "judged"]
+        corpus = {
+            "type": "retrieval",
+            "tool_id": "lookup",
+            "corpus": str(folder),
+            "kind": "context",
+        }
+        judged = {"vote": "verifier", "verifier": "judge", "num_samples": 3}
+        self.config = AtlasConfig.model_validate(
+            {
+                "models": [
+                    remote | {"model_id": "m", "tools": pair_tools, "price": price},
+                    remote | {"model_id": "judge", "price": price} | judge,
+                ],
+                "tools": [
+                    {"type": "calculator", "tool_id": "calculator"} | tools,
+                    corpus | tools,
+                    {"type": "best_of", "tool_id": "best_of", "num_samples": 4} | tools,
+                    {"type": "best_of", "tool_id": "judged"} | judged | tools,
+                ],
+                "data_dir": str(folder),
+            }
+        )
+        self.replies = list(replies)
+        self.engines = Engines(says={"m": lambda body: self._next(), "judge": "0.5"})
+        self.tools = Tools(self.config)
+        self.executor = PairExecutor(self.config, self.engines, self.tools)
+        self.result = StepResult()
+
+    def _next(self) -> Any:
+        return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+
+    async def run(
+        self,
+        tool: str = "calculator",
+        *,
+        stream: bool = False,
+        budget: Budget | None = None,
+        query: str = "What is 20 * 5?",
+        **call: Any,
+    ) -> tuple[str, list[Any]]:
+        """Run the model with a tool.
+
+        Returns:
+            The text, as the pieces of the stream say it or the result, and all pieces.
+        """
+        chat = ChatCall(
+            request_id="req_1",
+            model=f"m@{tool}",
+            messages=({"role": "user", "content": query},),
+            limits=Limits(alpha=0.0, deadline_s=30),
+            **({"sampling": {}} | call),
+        )
+        pieces = []
+        budget = budget or Budget(Deadline.after(30))
+        runs = self.executor.run(Pair("m", tool), chat, budget, self.result, stream=stream)
+        async for delta in runs:
+            pieces += delta.choices
+        if not stream:
+            return self.result.answer or "", pieces
+        return "".join(piece["delta"].get("content") or "" for piece in pieces), pieces
