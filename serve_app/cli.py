@@ -27,6 +27,7 @@ from serve_app.console import (
     load,
 )
 from serve_app.errors import AtlasError
+from serve_app.gateway.hosts import is_loopback
 from serve_app.nano.cli import app as nano_app
 from serve_app.pool_cli import app as pool_app
 
@@ -39,8 +40,6 @@ keys_app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(nano_app, name="nano")
 app.add_typer(pool_app, name="pool")
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @app.command()
@@ -57,11 +56,13 @@ def serve(
 ) -> None:
     """Bring the whole graph up and keep it up until Ctrl-C or SIGTERM."""
     settings = load(config)
-    if settings.gateway.auth.mode == "open" and host not in _LOOPBACK:
+    auth_mode = settings.gateway.auth.mode
+    if auth_mode == "open" and not is_loopback(host):
         raise fail(
             f"auth.mode is 'open', which is served on loopback only, and --host is {host!r}; set "
             "gateway.auth.mode to 'required' and make a key with `atlas keys create`"
         )
+    from serve_app.gateway.deployment import http_address
     from serve_app.running import running_graph
 
     what = f"Ray, the graph and {len(settings.models)} models"
@@ -70,12 +71,16 @@ def serve(
         with running_graph(config, host=host, port=port, address=address) as graph:
             # As Ctrl-C: Ray's own handler aborts, and leaves its processes to find out.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-            if settings.gateway.auth.mode == "open":
+            # Where Serve runs already it keeps its address, whatever was asked for here.
+            bound_host, bound_port = http_address()
+            if auth_mode == "open":
+                # The gateway would not have started otherwise.
                 console.print(
                     "no API key is asked for (gateway.auth.mode: open); listening on loopback only"
                 )
             _watch_pool(graph.wait_for_pool())
-            console.print(f"[green]ready[/green] at http://{host}:{port}/v1   (Ctrl-C stops it)")
+            url = f"http://{bound_host}:{bound_port}/v1"
+            console.print(f"[green]ready[/green] at {url}   (Ctrl-C stops it)")
             console.print('try: atlas ask "What is 15% of 240?"', highlight=False)
             graph.wait()
     except KeyboardInterrupt:

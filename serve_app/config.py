@@ -43,6 +43,8 @@ _CODE_ENGINE_KWARGS = frozenset((
     "worker_extension_cls",
 ))  # fmt: skip
 """Engine arguments that have an engine run code that somebody names."""
+_HOST_PATTERN = r"^(\*\.)?[a-z0-9]([a-z0-9._-]*[a-z0-9])?$|^[0-9a-f.]*:[0-9a-f:.]*$"
+"""A name or an address in lower case, without port or brackets."""
 
 
 class BaseConfig(BaseModel):
@@ -337,14 +339,33 @@ class LimitsConfig(BaseConfig):
     """Verdicts one caller may give on average, at each gateway replica; a tenth of it at once."""
     max_jobs: int = Field(default=8, ge=1)
     """Jobs of the learning loop under way at once in the whole deployment; more get 429."""
+    requests_per_minute_per_key: float | None = Field(default=None, gt=0)
+    """Chats and decisions that one API key may ask for on average, at each gateway replica; a tenth
+    of it, and at least one, at once. `None`: unlimited."""
+    ongoing_requests_per_key: int | None = Field(default=None, ge=1)
+    """Requests of one API key that each gateway replica works on at once, admin calls aside.
+    `None`: unlimited while no other key calls. Whatever is set: within a minute of another key's
+    request a key gets at most three quarters of the places, of all and of those for chats."""
+    max_bodies_bytes: int = Field(default=128 << 20, ge=1024)
+    """Bytes of the request bodies that each gateway replica holds at once, from their arrival to
+    the end of their requests, admin calls aside; what is more gets 429."""
+
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> Self:
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_bodies_bytes ({self.max_bodies_bytes}) is below max_body_bytes "
+                f"({self.max_body_bytes}): no body of that size could ever be read"
+            )
+        return self
 
 
 class AuthConfig(BaseConfig):
     """Who may call."""
 
     mode: Literal["open", "required"] = "open"
-    """`open` needs no key and is only served on loopback; `required` asks for a key from the
-    store."""
+    """`open` needs no key: it is served on a loopback address only, to callers on the same machine
+    that name a loopback host. `required` asks for a key from the store."""
 
 
 class SnapshotsPlace(NamedTuple):
@@ -390,7 +411,20 @@ class GatewayConfig(BaseConfig):
 
     limits: LimitsConfig = LimitsConfig()
     auth: AuthConfig = AuthConfig()
+    allowed_hosts: tuple[Annotated[str, Field(pattern=_HOST_PATTERN)], ...] = ()
+    """Names or addresses, without port, that a request may have in its `Host` header where keys are
+    required; `*.example.com` stands for every subdomain. Empty: any. Probes are answered under
+    any."""
     deployment: GatewayDeploymentConfig = GatewayDeploymentConfig()
+
+    @model_validator(mode="after")
+    def _hosts_are_for_keys(self) -> Self:
+        if self.allowed_hosts and self.auth.mode == "open":
+            raise ValueError(
+                "allowed_hosts has no effect while auth.mode is 'open', which answers loopback "
+                "names only; leave it out, or set auth.mode to 'required'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_refuse(self) -> Self:

@@ -10,6 +10,7 @@ AtlasError
 │   ├── Forbidden                403, the key lacks the scope, or the thing is someone else's
 │   ├── NotFound                 404, unknown model, pair, request id, path
 │   ├── MethodNotAllowed         405, the path does not know this method
+│   ├── Misdirected              421, the `Host` is none that is served here
 │   ├── UnsupportedMediaType     415, the body is not plain JSON
 │   ├── RequestTooLarge          413, the body is over a limit
 │   │   └── HeadersTooLarge      431, the headers are
@@ -122,10 +123,22 @@ class ModelNotFound(NotFound):
 
 
 class MethodNotAllowed(RequestError):
-    """The path exists, but not for this method."""
+    """The path exists, but not for this method. Arguments: message, `None`, allowed methods."""
 
     status_code = 405
     code = "method_not_allowed"
+
+    @property
+    def allow(self) -> str:
+        """The methods that the path takes, as the header `Allow` has them."""
+        return self.args[2] if len(self.args) > 2 else ""
+
+
+class Misdirected(RequestError):
+    """The `Host` of the request is none that is served here."""
+
+    status_code = 421
+    code = "host_not_served"
 
 
 class UnsupportedMediaType(RequestError):
@@ -159,11 +172,19 @@ class HeadersTooLarge(RequestTooLarge):
 
 
 class RateLimited(RequestError):
-    """Too many requests, from this caller or in all."""
+    """Too many requests, from this caller or in all.
+
+    Arguments: message, `None`, seconds after which trying again may help (1 if not given).
+    """
 
     status_code = 429
     error_type = "rate_limit_error"
     code = "rate_limit_exceeded"
+
+    @property
+    def retry_after_s(self) -> float:
+        """Seconds after which trying again may help."""
+        return self.args[2] if len(self.args) > 2 else 1.0
 
 
 class ServiceError(AtlasError):

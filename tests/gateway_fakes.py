@@ -211,7 +211,9 @@ class Loopback:
         self._started = threading.Event()
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        # asyncio switches Nagle's algorithm off (40 ms per small answer) only where TCP is named.
+        self._listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        self._listener.bind(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self._server: uvicorn.Server

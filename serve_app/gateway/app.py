@@ -9,42 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from serve_app.config import AtlasConfig
-from serve_app.errors import (
-    AtlasError,
-    DeadlineExceeded,
-    MethodNotAllowed,
-    NotFound,
-)
+from serve_app.errors import DeadlineExceeded, NotFound
 from serve_app.gateway.auth import Authenticator
 from serve_app.gateway.calls import to_chat_call
-from serve_app.gateway.edge import (
-    UNKNOWN_ROUTE,
-    Edge,
-    Exchange,
-    RouteRule,
-    looks_like_request_id,
-)
-from serve_app.gateway.errors import JsonResponse, error_response
+from serve_app.gateway.edge import Edge
+from serve_app.gateway.errors import JsonResponse
+from serve_app.gateway.exchange import Exchange, looks_like_request_id
 from serve_app.gateway.extension import completion_extension, decision_object
+from serve_app.gateway.hosts import HostCheck
 from serve_app.gateway.job_events import JobEvents
 from serve_app.gateway.openapi import openapi_document
 from serve_app.gateway.parsing import parse_json, validate
 from serve_app.gateway.pool_admin import PoolAdmin
 from serve_app.gateway.pool_view import PoolView
 from serve_app.gateway.rate import RateLimiter
+from serve_app.gateway.routes import PUBLIC, Endpoint, RouteTable
 from serve_app.gateway.streaming import ChunkShaper, EventStream
 from serve_app.gateway.wire import ChatRequest, FeedbackRequest
 from serve_app.jobs import Jobs, JobSubmission
@@ -65,14 +55,10 @@ Json = dict[str, Any]
 DEADLINE_GRACE_S = 0.25
 """The orchestrator keeps the deadline too and knows more to say: how long it may take for that."""
 
-PROBES = ("/healthz", "/readyz")
-"""Asked every few seconds by whoever watches; answered however busy the gateway is."""
-
 FEEDBACK_PATIENCE_S = 1.0
 """Outcomes are written behind the response: how long feedback waits for its request to appear."""
 
 _FEEDBACK_POLL_S = 0.05
-_WITH_BODY = ("POST", "PUT", "PATCH")
 
 
 class Orchestrator(Protocol):
@@ -118,14 +104,6 @@ class Orchestrator(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Endpoint:
-    method: str
-    path: str
-    handler: Callable[[Request], Awaitable[Response]]
-    rule: RouteRule
-
-
 def build_api(
     orchestrator: Orchestrator,
     store: Store,
@@ -147,80 +125,43 @@ def build_api(
     metrics = metrics or NoMetrics()
     api = _Api(orchestrator, store, outcomes, jobs, config, metrics)
     pool = PoolAdmin(config, store, api.pool_view)
-    endpoints = [
-        _Endpoint(
-            method,
-            path,
-            handler,
-            RouteRule(path, scope, reads_body=method in _WITH_BODY, is_probe=path in PROBES),
-        )
-        for method, path, handler, scope in (
-            ("POST", "/v1/chat/completions", api.chat_completions, Scope.CHAT),
-            ("POST", "/v1/route", api.route, Scope.CHAT),
-            ("POST", "/v1/feedback", api.feedback, Scope.FEEDBACK),
-            ("GET", "/v1/models", api.models, Scope.CHAT),
-            ("GET", "/v1/models/{model_id:path}", api.model, Scope.CHAT),
-            ("GET", "/v1/admin/models", pool.models, Scope.ADMIN),
-            ("POST", "/v1/admin/models", pool.add_model, Scope.ADMIN),
-            ("PUT", "/v1/admin/models/{model_id}", pool.update_model, Scope.ADMIN),
-            ("PATCH", "/v1/admin/models/{model_id}", pool.set_price, Scope.ADMIN),
-            ("DELETE", "/v1/admin/models/{model_id}", pool.remove_model, Scope.ADMIN),
-            ("GET", "/v1/admin/tools", pool.tools, Scope.ADMIN),
-            ("POST", "/v1/admin/tools", pool.add_tool, Scope.ADMIN),
-            ("DELETE", "/v1/admin/tools/{tool_id}", pool.remove_tool, Scope.ADMIN),
-            ("GET", "/v1/admin/snapshots", api.admin_snapshots, Scope.ADMIN),
-            ("POST", "/v1/admin/jobs", api.submit_job, Scope.ADMIN),
-            ("GET", "/v1/admin/jobs", api.list_jobs, Scope.ADMIN),
-            ("GET", "/v1/admin/jobs/{job_id}", api.get_job, Scope.ADMIN),
-            ("DELETE", "/v1/admin/jobs/{job_id}", api.cancel_job, Scope.ADMIN),
-            ("GET", "/healthz", api.healthz, None),
-            ("GET", "/readyz", api.readyz, None),
-            ("GET", "/openapi.json", api.openapi, None),
-        )
-    ]
+    routes = RouteTable(
+        [
+            Endpoint("POST", "/v1/chat/completions", api.chat_completions, Scope.CHAT),
+            Endpoint("POST", "/v1/route", api.route, Scope.CHAT),
+            Endpoint("POST", "/v1/feedback", api.feedback, Scope.FEEDBACK),
+            Endpoint("GET", "/v1/models", api.models, Scope.CHAT),
+            Endpoint("GET", "/v1/models/{model_id:path}", api.model, Scope.CHAT),
+            Endpoint("GET", "/v1/admin/models", pool.models, Scope.ADMIN),
+            Endpoint("POST", "/v1/admin/models", pool.add_model, Scope.ADMIN),
+            Endpoint("PUT", "/v1/admin/models/{model_id}", pool.update_model, Scope.ADMIN),
+            Endpoint("PATCH", "/v1/admin/models/{model_id}", pool.set_price, Scope.ADMIN),
+            Endpoint("DELETE", "/v1/admin/models/{model_id}", pool.remove_model, Scope.ADMIN),
+            Endpoint("GET", "/v1/admin/tools", pool.tools, Scope.ADMIN),
+            Endpoint("POST", "/v1/admin/tools", pool.add_tool, Scope.ADMIN),
+            Endpoint("DELETE", "/v1/admin/tools/{tool_id}", pool.remove_tool, Scope.ADMIN),
+            Endpoint("GET", "/v1/admin/snapshots", api.admin_snapshots, Scope.ADMIN),
+            Endpoint("POST", "/v1/admin/jobs", api.submit_job, Scope.ADMIN),
+            Endpoint("GET", "/v1/admin/jobs", api.list_jobs, Scope.ADMIN),
+            Endpoint("GET", "/v1/admin/jobs/{job_id}", api.get_job, Scope.ADMIN),
+            Endpoint("DELETE", "/v1/admin/jobs/{job_id}", api.cancel_job, Scope.ADMIN),
+            Endpoint("GET", "/healthz", api.healthz, PUBLIC, is_probe=True),
+            Endpoint("GET", "/readyz", api.readyz, PUBLIC, is_probe=True),
+            Endpoint("GET", "/openapi.json", api.openapi, PUBLIC),
+        ]
+    )
     edge = Middleware(
         Edge,
+        routes=routes,
+        hosts=HostCheck(config.gateway.auth.mode, config.gateway.allowed_hosts),
         limits=config.gateway.limits,
         authenticator=Authenticator(config.gateway.auth.mode, store),
-        find_rule=_rule_finder(endpoints),
         metrics=metrics,
     )
-    app = Starlette(
-        routes=[Route(e.path, e.handler, methods=[e.method]) for e in endpoints],
-        middleware=[edge],
-        exception_handlers={HTTPException: _http_exception},
-    )
+    # The edge calls the handlers itself; Serve reads the routes for the names in its metrics.
+    app = Starlette(routes=routes.endpoints, middleware=[edge])
     app.router.redirect_slashes = False
     return app
-
-
-def _rule_finder(endpoints: list[_Endpoint]) -> Callable[[str, str], RouteRule]:
-    exact = {(e.method, e.path): e.rule for e in endpoints}
-    prefixes = [(e.method, e.path.partition("{")[0], e.rule) for e in endpoints if "{" in e.path]
-
-    def find(method: str, path: str) -> RouteRule:
-        method = "GET" if method == "HEAD" else method
-        rule = exact.get((method, path))
-        if rule is not None:
-            return rule
-        for prefix_method, prefix, rule in prefixes:
-            if method == prefix_method and path.startswith(prefix) and len(path) > len(prefix):
-                return rule
-        return UNKNOWN_ROUTE
-
-    return find
-
-
-async def _http_exception(request: Request, error: Exception) -> Response:
-    """What the router raises where no route fits."""
-    assert isinstance(error, HTTPException)
-    exchange: Exchange = request.scope["atlas"]
-    if error.status_code == 405:
-        refusal: AtlasError = MethodNotAllowed(f"this path does not take {request.method[:16]}")
-    else:
-        refusal = NotFound("there is nothing at this path; see /openapi.json")
-    exchange.line.error = type(refusal).__name__
-    return error_response(refusal, dict(error.headers or {}))
 
 
 class _Api:

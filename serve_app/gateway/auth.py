@@ -6,11 +6,12 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from serve_app.errors import Forbidden, StoreError, Unauthorized
+from serve_app.errors import Forbidden, RateLimited, StoreError, Unauthorized
 from serve_app.store.database import Store
 from serve_app.store.keys import ApiKey, Scope, find_key, hash_key
 
@@ -22,6 +23,10 @@ LOCAL_OWNER = "local"
 _BEARER = re.compile(rb"bearer +(atlas_[A-Za-z0-9_-]{43})", re.IGNORECASE)
 _MAX_UNKNOWN = 1024
 _LOOKUP_TIMEOUT_S = 2.0
+_MAX_LOOKUPS = 2
+"""Unknown keys that the store is asked for at once; fewer than its connections."""
+_MAX_WAITING = 64
+"""Requests with unknown keys that wait for their turn."""
 
 
 @dataclass(slots=True)
@@ -41,7 +46,9 @@ class Authenticator:
           `grace_s` of the last time that it said the key is good.
         - Only requests that find the store away wait for it, 2 s at most: later ones are answered
           from what is remembered, while it is asked again beside them.
-        - Unknown keys, however many are tried, take bounded memory and push no known key out.
+        - Unknown keys, however many are tried, take bounded memory and push no known key out. The
+          store is asked for two of them at once, and 64 requests wait; more are refused. Requests
+          with known keys do not wait for them.
     """
 
     def __init__(
@@ -74,6 +81,8 @@ class Authenticator:
         self._away_until_s = clock()
         """Until then nobody waits for the store: it was away a moment ago."""
         self._asking: asyncio.Task[None] | None = None
+        self._lookups = asyncio.Semaphore(_MAX_LOOKUPS)
+        self._waiting = 0
 
     async def owner(self, authorization: bytes | None, scope: Scope) -> str:
         """The id of the calling key.
@@ -85,6 +94,7 @@ class Authenticator:
         Raises:
             Unauthorized: If there is no key, or it is unknown or revoked.
             Forbidden: If it lacks the scope.
+            RateLimited: If it is unknown, and too many unknown keys are being looked up.
             StoreError: If the store is away.
         """
         if self._mode == "open":
@@ -101,12 +111,47 @@ class Authenticator:
 
     async def _find(self, key: str) -> ApiKey | None:
         key_hash = hash_key(key)
+        if self._is_remembered(key_hash) or key_hash in self._known:
+            return await self._current(key_hash)
+        async with self._turn():
+            return await self._current(key_hash)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Wait until an unknown key may be looked up.
+
+        Raises:
+            RateLimited: If too many wait already, or its turn does not come in time.
+        """
+        busy = "too many unknown API keys are being looked up; try again"
+        if self._waiting >= _MAX_WAITING:
+            raise RateLimited(busy)
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(_LOOKUP_TIMEOUT_S):
+                await self._lookups.acquire()
+        except TimeoutError:
+            raise RateLimited(busy) from None
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._lookups.release()
+
+    def _is_remembered(self, key_hash: str) -> bool:
+        """Whether the store need not be asked about a key now."""
         now_s = self._clock()
         known = self._known.get(key_hash)
-        if known is not None and now_s < known.asked_s + self._ttl_s:
-            return known.key
-        if now_s < self._unknown.get(key_hash, now_s):
-            return None
+        is_fresh = known is not None and now_s < known.asked_s + self._ttl_s
+        return is_fresh or now_s < self._unknown.get(key_hash, now_s)
+
+    async def _current(self, key_hash: str) -> ApiKey | None:
+        """A key as it is now: as remembered, or as the store says."""
+        known = self._known.get(key_hash)
+        if self._is_remembered(key_hash):
+            return None if known is None else known.key
+        now_s = self._clock()
         if now_s >= self._away_until_s:
             try:
                 return await self._ask(key_hash)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.types import ASGIApp
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError
 from serve_app.gateway.app import build_api
+from serve_app.gateway.hosts import require_loopback
 from serve_app.jobs import Jobs, RayLauncher
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.schemas import ChatCall, Report
@@ -18,6 +20,15 @@ from serve_app.store import Journal, OutcomeLog, Store
 from serve_app.telemetry import RayMetrics
 
 logger = logging.getLogger(__name__)
+
+
+def http_address() -> tuple[str | None, int]:
+    """Host and port that Serve's HTTP servers listen on; asks Serve's controller, blocking.
+
+    They are set by whoever starts Serve first on a cluster; what later ones ask for is ignored.
+    """
+    options = serve.context._get_global_client().http_config
+    return options.host, options.port
 
 
 @serve.ingress()
@@ -29,12 +40,19 @@ class Gateway:
         - Writing outcomes never delays or fails an answer; those of answered requests outlive this
           process.
         - A store that is away stops neither its start nor its answers.
+        - Where no key is asked for, it does not start unless Serve listens on loopback only.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: AtlasConfig, embedder: Any, router: Any, controller: Any
     ) -> None:
-        """Open the store and join the parts."""
+        """Open the store and join the parts.
+
+        Raises:
+            ConfigError: If no key is asked for and Serve listens beyond this machine.
+        """
+        host, _ = await asyncio.to_thread(http_address)
+        require_loopback(config.gateway.auth.mode, host)
         self._config = config
         self._metrics = RayMetrics()
         self._store = await Store.open(config.store_url(), must_answer=False)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import orjson
 from starlette.responses import Response
 
-from serve_app.errors import AtlasError, NoCandidate, RateLimited, Unauthorized
+from serve_app.errors import (
+    AtlasError,
+    MethodNotAllowed,
+    NoCandidate,
+    RateLimited,
+    Unauthorized,
+)
 
-_RETRY_AFTER_S = {RateLimited: "1", NoCandidate: "5"}
+_NO_CANDIDATE_RETRY_AFTER_S = 5
 
 
 def json_bytes(value: Any) -> bytes:
@@ -55,12 +62,16 @@ def error_status(error: BaseException) -> int:
     return error.status_code if isinstance(error, AtlasError) else 500
 
 
-def error_response(error: BaseException, headers: dict[str, str] | None = None) -> JsonResponse:
+def error_response(error: BaseException) -> JsonResponse:
     """The response for an exception, with the headers its status asks for."""
-    headers = dict(headers or {})
-    if isinstance(error, Unauthorized):
-        headers["www-authenticate"] = "Bearer"
-    for kind, seconds in _RETRY_AFTER_S.items():
-        if isinstance(error, kind):
-            headers["retry-after"] = seconds
+    headers: dict[str, str] = {}
+    match error:
+        case Unauthorized():
+            headers["www-authenticate"] = "Bearer"
+        case MethodNotAllowed():
+            headers["allow"] = error.allow
+        case RateLimited():
+            headers["retry-after"] = str(math.ceil(error.retry_after_s))
+        case NoCandidate():
+            headers["retry-after"] = str(_NO_CANDIDATE_RETRY_AFTER_S)
     return JsonResponse(error_body(error), error_status(error), headers)

@@ -284,13 +284,14 @@ _CHANGE_ERRORS = (400, 404, 408, 409, 413, 415, 429, 431, 500, 503)
 _REASONS = {
     400: "A field is wrong.",
     401: "No API key, or an unknown one.",
-    403: "The key lacks the scope.",
+    403: "The key lacks the scope; without keys, the caller is on another machine.",
     404: "No such model, tool, pair, request or job.",
     408: "The body did not arrive in time.",
     409: "Said already, or over.",
     413: "The body is too large.",
     415: "The body is not plain JSON.",
-    429: "Too many requests at once; see Retry-After.",
+    421: "The `Host` is none that is served here.",
+    429: "Too many requests, of this key or in all; see Retry-After.",
     431: "The headers are too large.",
     500: "The server's fault.",
     502: "The model failed.",
@@ -309,7 +310,7 @@ def _operation(
     parameters: list[Json] | None = None,
     needs_key: bool = True,
 ) -> Json:
-    statuses = (*errors, 401, 403, 503) if needs_key else errors
+    statuses = (*errors, 421, 401, 403, 503) if needs_key else (*errors, 421, 403)
     operation: Json = {
         "operationId": operation_id,
         "summary": summary,

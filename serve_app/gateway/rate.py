@@ -29,7 +29,7 @@ class RateLimiter:
         """Count one.
 
         Raises:
-            RateLimited: If the caller did too many.
+            RateLimited: If the caller did too many; it says when there is room for one more.
         """
         now_s = time.monotonic()
         left, since_s = self._buckets.pop(caller, (self._capacity, now_s))
@@ -39,4 +39,8 @@ class RateLimiter:
         if len(self._buckets) > _MAX_CALLERS:
             self._buckets.popitem(last=False)
         if not allowed:
-            raise RateLimited(f"at most {self._per_s * 60:g} of these a minute; try again later")
+            raise RateLimited(
+                f"at most {self._per_s * 60:g} of these a minute; try again later",
+                None,
+                (1 - left) / self._per_s,
+            )

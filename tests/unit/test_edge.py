@@ -45,7 +45,9 @@ backend gateway
     server one 127.0.0.1:{gateway_port}
 """
 """What matters here of the configuration that Ray writes."""
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +223,7 @@ def test_behind_haproxy_a_client_that_leaves_before_the_answer_is_forgotten(
 
 def test_headers_over_the_limit_are_a_431(gateway: Loopback) -> None:
     response = gateway.raw(
-        b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-a: " + b"a" * 3000 + b"\r\n\r\n", 1
+        b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx-a: " + b"a" * 3000 + b"\r\n\r\n", 1
     )
     assert status_of(response) == 431
     assert "at most 2048" in str(error_of(response)["message"])
@@ -230,13 +232,17 @@ def test_headers_over_the_limit_are_a_431(gateway: Loopback) -> None:
 def test_many_small_headers_are_a_431(gateway: Loopback) -> None:
     headers = b"".join(b"x-%d: 1\r\n" % index for index in range(500))
     assert (
-        status_of(gateway.raw(b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + headers + b"\r\n", 1))
+        status_of(
+            gateway.raw(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n" + headers + b"\r\n", 1)
+        )
         == 431
     )
 
 
 def test_a_long_address_is_a_431(gateway: Loopback) -> None:
-    response = gateway.raw(b"GET /healthz?" + b"a" * 3000 + b" HTTP/1.1\r\nhost: x\r\n\r\n", 1)
+    response = gateway.raw(
+        b"GET /healthz?" + b"a" * 3000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n", 1
+    )
     assert status_of(response) == 431
 
 
@@ -277,13 +283,13 @@ def test_a_body_that_is_no_json_object_is_a_400(gateway: Loopback, body: bytes) 
 
 
 def test_a_body_on_a_get_is_not_waited_for(gateway: Loopback) -> None:
-    response = gateway.raw(b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + length(1000) + b"x")
+    response = gateway.raw(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n" + length(1000) + b"x")
     assert status_of(response) == 200
     assert b"connection: close" in response
 
 
 def test_a_body_on_an_unknown_path_is_not_waited_for(gateway: Loopback) -> None:
-    response = gateway.raw(b"POST /nowhere HTTP/1.1\r\nhost: x\r\n" + length(1000) + b"x")
+    response = gateway.raw(b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\n" + length(1000) + b"x")
     assert status_of(response) == 404
 
 
@@ -348,7 +354,8 @@ def test_a_reader_who_stops_reading_is_given_up_at_the_deadline(gateway: Loopbac
 
 def test_a_websocket_is_turned_away(gateway: Loopback) -> None:
     response = gateway.raw(
-        b"GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+        b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n"
+        b"connection: upgrade\r\nupgrade: websocket\r\n"
         b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
         1,
     )

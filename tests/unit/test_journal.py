@@ -546,13 +546,14 @@ async def test_a_gateway_that_starts_while_the_store_is_away_serves(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATLAS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("serve_app.gateway.deployment.http_address", lambda: ("127.0.0.1", 8000))
     config = path2_config(tmp_path, AWAY_URL)
     embedder, controller = Handle(WordEmbedder()), Handle(Controller(config))
     gateway = Gateway.__new__(Gateway)
     await gateway.__init__(config, embedder, Handle(None), controller)  # type: ignore[misc]
     await gateway._orchestrator._watcher.first()
     transport = httpx2.ASGITransport(gateway.__serve_build_asgi_app__())
-    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         answers = [await client.get(path) for path in ("/readyz", "/v1/models")]
         verdict = {"request_id": "req_" + "0" * 32, "score": 1.0}
         refused = await client.post("/v1/feedback", json=verdict)

@@ -1,0 +1,116 @@
+"""The table of routes: who may call each of them, and the handler it leads to.
+
+There is one table and one pattern per route: the route whose rule the edge checks is the route
+whose handler it calls. A path or a method that the table does not have is refused before any
+handler sees it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
+from starlette.types import Scope
+
+from serve_app.errors import MethodNotAllowed, NotFound
+from serve_app.store.keys import Scope as KeyScope
+
+Public = Literal["public"]
+PUBLIC: Final[Public] = "public"
+"""Access to a route that asks for no key."""
+
+_WITH_BODY = ("POST", "PUT", "PATCH")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRule:
+    """What the edge must know of a route."""
+
+    name: str
+    """The path as declared; the tag of its metrics."""
+    access: KeyScope | Public
+    """Scope that a key needs, or `public`."""
+    reads_body: bool = False
+    is_probe: bool = False
+    """Answers however busy the gateway is, and is not worth a line in the log."""
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether it is let in however busy the gateway is: who mends things must get in."""
+        return self.is_probe or self.access is KeyScope.ADMIN
+
+    @property
+    def is_work(self) -> bool:
+        """Whether models or the router work for it: what load is measured by."""
+        return self.access is KeyScope.CHAT and self.reads_body
+
+
+UNKNOWN_ROUTE = RouteRule("other", PUBLIC)
+"""Of a request that no route was found for; nothing runs under it."""
+
+
+class Endpoint(Route):
+    """One row of the table: a method and a path, who may call them, and the handler."""
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        handler: Callable[[Request], Awaitable[Response]],
+        access: KeyScope | Public,
+        *,
+        is_probe: bool = False,
+    ) -> None:
+        """Declare a route.
+
+        Args:
+            method: HTTP method; `GET` includes `HEAD`.
+            path: Starlette's pattern of the path.
+            handler: Answers the request.
+            access: Scope that a key needs, or `PUBLIC`.
+            is_probe: Whether it is asked every few seconds by whoever watches.
+        """
+        super().__init__(path, handler, methods=[method])
+        # Starlette's pattern ends in `$`, which also matches before a line feed at the end.
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
+        self.rule = RouteRule(path, access, reads_body=method in _WITH_BODY, is_probe=is_probe)
+
+
+class RouteTable:
+    """Finds the one route of a request."""
+
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        """Search these, in order."""
+        self.endpoints = tuple(endpoints)
+
+    def find(self, scope: Scope) -> tuple[Endpoint, Scope]:
+        """The route of a request.
+
+        Returns:
+            The route, and what Starlette's `Request` reads in the scope: the path's parameters.
+
+        Raises:
+            NotFound: If no route has the path, or the path has control characters.
+            MethodNotAllowed: If routes have the path, and none of them the method.
+        """
+        allowed: set[str] = set()
+        if not _CONTROL.search(scope["path"]):
+            for endpoint in self.endpoints:
+                match, found = endpoint.matches(scope)
+                if match is Match.FULL:
+                    return endpoint, found
+                if match is Match.PARTIAL:
+                    allowed |= endpoint.methods or set()
+        if allowed:
+            raise MethodNotAllowed(
+                f"this path does not take {scope['method'][:16]!r}",
+                None,
+                ", ".join(sorted(allowed)),
+            )
+        raise NotFound("there is nothing at this path; see /openapi.json")
