@@ -9,7 +9,6 @@ takes over when it is warm. Gateways and routers follow by long poll (`PoolWatch
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import re
@@ -28,7 +27,6 @@ from serve_app.config import AtlasConfig, LocalModelConfig, ModelConfig, load_co
 from serve_app.errors import (
     AtlasError,
     ConfigError,
-    InvalidRequest,
     ReplicaDied,
     UnreadableCall,
 )
@@ -367,11 +365,10 @@ class PoolController:
         if config.autoscaling.min_replicas == 0:
             timeout_s = self._config.pool.start_timeout_s
         model.suspected = False
-        deadline = Deadline.after(timeout_s)
         try:
-            await _greet(clients, config.model_id, deadline)
+            await _greet(clients, config.model_id, Deadline.after(timeout_s))
             if not model.serves and config.role == "chat":
-                await _compile_logprobs(clients, config.model_id, deadline)
+                await _compile_logprobs(clients, config.model_id)
         except AtlasError as error:
             logger.warning("model %s: it does not answer: %s", config.model_id, error.message)
             self._failed(model, failure_reason(error.message), delete=False)
@@ -523,15 +520,16 @@ async def _greet(clients: ModelClients, model_id: str, deadline: Deadline) -> No
             await pause_after_death(min(deaths, 3))
 
 
-async def _compile_logprobs(clients: ModelClients, model_id: str, deadline: Deadline) -> None:
+async def _compile_logprobs(clients: ModelClients, model_id: str) -> None:
     """Ask once for log-probabilities: the first such request takes vLLM up to 12 s to compile.
 
-    Raises:
-        AtlasError: If the model fails; one that has no log-probabilities does not.
+    A model that has none, or is slow, is no worse for it.
     """
     body: ChatBody = {"messages": [_GREETING], "max_tokens": 1, "logprobs": True}
-    with contextlib.suppress(InvalidRequest, ReplicaDied):
-        await clients.complete(model_id, body, deadline)
+    try:
+        await clients.complete(model_id, body, Deadline.after(_WARM_UP_TIMEOUT_S))
+    except AtlasError as error:
+        logger.info("model %s: no log-probabilities: %s", model_id, error.message)
 
 
 async def _answers(executor: PairExecutor, pair: Pair) -> str | None:

@@ -30,6 +30,8 @@ _NUM_CANDIDATES = 16
 """Named in a decision that is not explained: more than any request may try."""
 
 _RETRY_S = 1.0
+_EMBED_TIMEOUT_S = 300.0
+"""How long the embedder may take for the texts of all cards; it may be starting itself."""
 
 _Answer = Decision | AtlasError
 
@@ -88,7 +90,8 @@ class Router:
         texts = {text for card in cards for text in card.texts}
         new = sorted(texts - self._vectors.keys())
         if new:
-            vectors = await self._embedder.embed.remote(new)
+            async with asyncio.timeout(_EMBED_TIMEOUT_S):
+                vectors = await self._embedder.embed.remote(new)
             self._vectors |= dict(zip(new, vectors, strict=True))
         self._vectors = {text: self._vectors[text] for text in sorted(texts)}
         known = self._vectors

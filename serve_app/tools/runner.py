@@ -37,6 +37,9 @@ KEEP_WARM_S = 0.6
 """Ray ends a worker that idles for a second while there are more than it likes; asked more often,
 it stays."""
 
+START_TIMEOUT_S = 60.0
+"""How long `start` waits for a tool; a slow one goes on getting ready behind the first calls."""
+
 _CONFIG: TypeAdapter[ToolConfig] = TypeAdapter(ToolConfig)
 _built: dict[str, Tool] = {}
 """Tools of this worker process by their settings: the second call finds the index loaded."""
@@ -79,6 +82,8 @@ class _Entry:
     warm: Any
     waiting: int = 0
     running: int = 0
+    warming: asyncio.Task[None] | None = None
+    """The warm-up under way; there is never a second one beside it."""
 
     def leave(self) -> None:
         """Give a place back."""
@@ -152,12 +157,20 @@ class ToolRunner:
     async def start(self, *, keep_warm: bool = True) -> None:
         """Load what first calls would wait for, and keep one worker of each such tool alive.
 
-        A tool that cannot be warmed is logged and left cold: its calls say what is wrong.
+        A tool that cannot be warmed is logged and left cold: its calls say what is wrong. One that
+        takes longer than `START_TIMEOUT_S` is logged too, and gets ready in the background.
 
         Args:
             keep_warm: Whether to go on asking, so that Ray does not end idle workers.
         """
         await self._warm_all()
+        for tool_id, entry in self._entries.items():
+            if entry.warming is not None:
+                logger.warning(
+                    "tool %s: not warm after %.0f s; its first calls wait for it",
+                    tool_id,
+                    START_TIMEOUT_S,
+                )
         if keep_warm and self._keep_warm is None:
             self._keep_warm = asyncio.create_task(self._warm_forever())
 
@@ -166,6 +179,9 @@ class ToolRunner:
         task, self._keep_warm = self._keep_warm, None
         if task is not None:
             task.cancel()
+        for entry in self._entries.values():
+            if entry.warming is not None:
+                entry.warming.cancel()
 
     async def run(self, tool_id: str, arguments: Any, *, deadline_s: float) -> ToolResult:
         """Run one call.
@@ -260,15 +276,20 @@ class ToolRunner:
             for tool_id in sorted(self._kept_warm)
             if self._entries[tool_id].tool.kind != "none"
         ]
-        await asyncio.gather(*(self._warm(entry) for entry in entries if entry.running == 0))
+        for entry in entries:
+            if entry.running == 0 and entry.warming is None and entry.tool.kind != "sampling":
+                entry.warming = asyncio.create_task(self._warm(entry))
+        under_way = [entry.warming for entry in entries if entry.warming is not None]
+        if under_way:
+            await asyncio.wait(under_way, timeout=START_TIMEOUT_S)
 
     async def _warm(self, entry: _Entry) -> None:
-        if entry.tool.kind == "sampling":
-            return
         try:
             await entry.warm.remote(entry.config_json)
         except (ray.exceptions.RayError, ToolFailed, ToolRetry) as error:
             logger.warning("tool %s: not warm: %s", entry.tool.tool_id, type(error).__name__)
+        finally:
+            entry.warming = None
 
 
 def _with_cache_dir(config: ToolConfig, cache_dir: Path | None) -> ToolConfig:

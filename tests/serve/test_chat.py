@@ -142,7 +142,7 @@ def httpx_json(text: str) -> dict[str, object]:
     return parsed
 
 
-@pytest.mark.parametrize("first", ["scripted-fail", "scripted-loop", "scripted-refuse"])
+@pytest.mark.parametrize("first", ["scripted-fail", "scripted-loop"])
 def test_a_failing_pair_is_replaced_by_the_next_best(graph: Graph, first: str) -> None:
     behaviour = first.removeprefix("scripted-")
     answer, extension = ask(
@@ -230,9 +230,31 @@ def test_a_cost_limit_leaves_out_the_dear_pairs(graph: Graph) -> None:
 
 def test_a_cost_limit_caps_the_tokens_of_a_pinned_pair(graph: Graph) -> None:
     answer, _ = ask(graph.client(), "hi", "scripted-echo", max_cost_usd=0.1)
-    assert (
-        httpx_json(answer)["max_tokens"] == 100 - 12
-    )  # 0.1 USD at 1000 USD per million, less the prompt
+    # 0.1 USD at 1000 USD per million, less a token for each byte of the prompt
+    assert httpx_json(answer)["max_tokens"] == 100 - len(
+        '[[{"role": "user", "content": "hi"}], []]'
+    )
+
+
+@pytest.mark.parametrize("model", ["atlas", "nano-math@calculator"])
+def test_a_cost_limit_that_covers_nothing_is_refused_and_says_what_would(
+    graph: Graph, model: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="max_cost_usd") as caught:
+        ask(graph.client(), "What is 15% of 240?", model, max_cost_usd=1e-12)
+    assert caught.value.code == "max_cost_exceeded"
+
+
+def test_the_first_request_for_logprobs_waits_for_no_compilation(graph: Graph) -> None:
+    began_s = time.monotonic()
+    completion = graph.client().chat.completions.create(
+        model="nano-facts",
+        messages=[{"role": "user", "content": "What is the capital of Italy?"}],
+        logprobs=True,
+        max_tokens=4,
+    )
+    assert completion.choices[0].logprobs is not None
+    assert time.monotonic() - began_s < 8
 
 
 def settled(graph: Graph) -> dict[str, dict[str, str]]:
