@@ -11,7 +11,7 @@ from typing import Any
 from serve_app.budget import Budget
 from serve_app.errors import BudgetExceeded, EngineError, ToolRetry, UnreadableCall
 from serve_app.orchestrator.paying import PaidEngines, PaidTools
-from serve_app.orchestrator.result import Delta, StepResult, finish, text_only
+from serve_app.orchestrator.result import Delta, StepResult, finish, text_only, whole_delta
 from serve_app.orchestrator.tool_calls import (
     UNREADABLE,
     ReplyGate,
@@ -149,6 +149,9 @@ class FunctionRunner:
     ) -> AsyncGenerator[Delta, None]:
         """One reply that is an answer or a call; a model that gives neither is told so, once.
 
+        Where the caller's own `max_tokens` cut a call short, asking again is of no use: the reply
+        has no text, and ends for the reason `length`.
+
         Raises:
             UnreadableCall: If the second try is neither, or if pieces went on before that was
                 known.
@@ -166,6 +169,11 @@ class FunctionRunner:
                 if offer.passes_calls or not result.choices[0]["message"].get("tool_calls"):
                     for held in gate.rest():
                         yield held
+                return
+            if _is_cut(call, result.choices) and not gate.is_open:
+                result.choices = [_withheld(c) if offer.fault(c) else c for c in result.choices]
+                if stream and offer.passes_calls:
+                    yield whole_delta(result.choices)
                 return
             text = result.choices[0]["message"].get("content") or ""
             result.choices = []
@@ -201,3 +209,14 @@ class FunctionRunner:
         seconds = time.monotonic() - began_s
         result.tool_calls.append(ToolCall(pair.tool_id, arguments, False, refusal, seconds))
         return f"Error: {refusal}"
+
+
+def _is_cut(call: ChatCall, choices: list[dict[str, Any]]) -> bool:
+    """Whether the caller's limit on tokens ended a reply."""
+    is_limited = call.sampling.get("max_tokens") is not None
+    return is_limited and any(choice.get("finish_reason") == "length" for choice in choices)
+
+
+def _withheld(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice without its text."""
+    return {**choice, "message": {**choice["message"], "content": ""}, "logprobs": None}

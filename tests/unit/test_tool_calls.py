@@ -81,6 +81,28 @@ async def test_a_call_that_cannot_be_read_twice_is_never_the_answer(
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", ["<tool_call>", ""])
+@pytest.mark.parametrize("tools", [(), (WEATHER,)])
+async def test_a_call_that_the_callers_limit_cut_short_is_an_empty_answer_cut_short(
+    tmp_path: Path, tools: tuple[Any, ...], text: str, stream: bool
+) -> None:
+    said = reply(text)
+    said["choices"][0]["finish_reason"] = "length"
+    bench = Bench(tmp_path, said)
+    tool = "none" if tools else "calculator"
+    answer, pieces = await bench.run(tool, stream=stream, tools=tools, sampling={"max_tokens": 1})
+    assert answer == ""
+    assert bench.result.choices[0]["finish_reason"] == "length"
+    assert len(bench.engines.bodies) == 1
+    if stream:
+        assert pieces[-1]["finish_reason"] == "length"
+    bench = Bench(tmp_path, said)
+    if text:  # the model's own limit is no excuse
+        with pytest.raises(UnreadableCall):
+            await bench.run(tool, stream=stream, tools=tools)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_a_model_is_repaired_once_in_all_its_rounds(tmp_path: Path, stream: bool) -> None:
     bench = Bench(tmp_path, reply(RESIDUES[0]), reply(calls=(CALL,)), reply(RESIDUES[0]))
     with pytest.raises(UnreadableCall):
