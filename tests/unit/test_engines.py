@@ -43,7 +43,7 @@ class Controller:
 @pytest.fixture
 async def controller(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Controller]:
     scripted = Controller()
-    monkeypatch.setattr(engines.serve, "get_app_handle", scripted.handle)
+    monkeypatch.setattr("ray.serve.get_app_handle", scripted.handle)
     yield scripted
     scripted.answers.set()  # no thread is left for the loop's end to wait for
 
