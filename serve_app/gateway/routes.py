@@ -7,6 +7,8 @@ handler sees it.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -17,12 +19,15 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from serve_app.errors import MethodNotAllowed, NotFound
+from serve_app.errors import DeadlineExceeded, MethodNotAllowed, NotFound
 from serve_app.store.keys import Scope as KeyScope
 
 Public = Literal["public"]
 PUBLIC: Final[Public] = "public"
 """Access to a route that asks for no key."""
+
+ADMIN_TIMEOUT_S = 30.0
+"""How long an admin's request may take: it reads or writes a few rows of the store."""
 
 _WITH_BODY = ("POST", "PUT", "PATCH")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -76,10 +81,32 @@ class Endpoint(Route):
             access: Scope that a key needs, or `PUBLIC`.
             is_probe: Whether it is asked every few seconds by whoever watches.
         """
+        if access is KeyScope.ADMIN:
+            handler = _in_time(handler)
         super().__init__(path, handler, methods=[method])
         # Starlette's pattern ends in `$`, which also matches before a line feed at the end.
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
         self.rule = RouteRule(path, access, reads_body=method in _WITH_BODY, is_probe=is_probe)
+
+
+def _in_time(
+    handler: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """The same handler, with `ADMIN_TIMEOUT_S` for its response; sending that may take longer."""
+
+    @functools.wraps(handler)
+    async def limited(request: Request) -> Response:
+        try:
+            async with asyncio.timeout(ADMIN_TIMEOUT_S) as timeout:
+                return await handler(request)
+        except TimeoutError:
+            if not timeout.expired():
+                raise
+            raise DeadlineExceeded(
+                f"this did not end within {ADMIN_TIMEOUT_S:g} s; a GET says whether it was done"
+            ) from None
+
+    return limited
 
 
 class RouteTable:
