@@ -230,6 +230,9 @@ def promote_command(
         float | None, typer.Option(help="Share of the requests that it gets, for example 0.05.")
     ] = None,
     shadow: Annotated[bool, typer.Option(help="Log what it would do, and do not do it.")] = False,
+    expect_version: Annotated[
+        int | None, typer.Option(help="Refuse it unless this policy serves; 0 for none.", min=0)
+    ] = None,
 ) -> None:
     """Evaluate a snapshot against the serving one, and let it serve if it is not worse."""
     from rl.evaluate import show
@@ -243,7 +246,13 @@ def promote_command(
     async def work(deployment: AtlasConfig, store: Store) -> Any:
         snapshot_id = await resolve(store, candidate)
         promoted = await promote_evaluated(
-            deployment, store, snapshot_id, force=force, mode=mode, share=share
+            deployment,
+            store,
+            snapshot_id,
+            force=force,
+            mode=mode,
+            share=share,
+            expect_version=expect_version,
         )
         return snapshot_id, *promoted
 
@@ -261,11 +270,21 @@ def promote_command(
 
 
 @app.command("rollback")
-def rollback_command(config: ConfigOption) -> None:
+def rollback_command(
+    config: ConfigOption,
+    expect_version: Annotated[
+        int | None,
+        typer.Option(
+            help="Policy to take back; needed to go back further after a rollback.", min=1
+        ),
+    ] = None,
+) -> None:
     """Let what served before serve again, under a new version."""
     from rl.publish import roll_back
 
-    version, snapshot_id = _with_store(load(config), lambda _, store: roll_back(store))
+    version, snapshot_id = _with_store(
+        load(config), lambda _, store: roll_back(store, expect_version)
+    )
     console.print(
         f"[green]policy {version}[/green]: {snapshot_id or 'the cold-start rule'} serves again",
         highlight=False,

@@ -71,11 +71,17 @@ async def run(config: AtlasConfig, store: Store, job_id: str, request: JobReques
         candidate = await resolve(store, request.candidate)
         mode, share = trial_of(request.canary, shadow=request.shadow)
         version, report = await promote_evaluated(
-            config, store, candidate, force=request.force, mode=mode, share=share
+            config,
+            store,
+            candidate,
+            force=request.force,
+            mode=mode,
+            share=share,
+            expect_version=request.expect_version,
         )
         evaluation = None if report is None else report.to_json()
         return {"policy_version": version, "snapshot_id": candidate, "report": evaluation}
-    version, before = await roll_back(store)
+    version, before = await roll_back(store, request.expect_version)
     return {"policy_version": version, "snapshot_id": before}
 
 

@@ -34,7 +34,7 @@ from rl.outcomes import NotMeasured, Outcomes
 from rl.selection import FitSettings
 from serve_app.config import AtlasConfig
 from serve_app.embedder import TextEncoder
-from serve_app.errors import ConfigError, NotFound, PromotionRefused
+from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused
 from serve_app.router.clusters import ClusterRule, Prior
 from serve_app.router.cold_start import ColdStartRule, pair_cards, pair_descriptors
 from serve_app.router.following import CARD_COSTS, LEARNED_UNTIL
@@ -43,9 +43,11 @@ from serve_app.router.snapshot import RouterSnapshot
 from serve_app.schemas import Pair
 from serve_app.store import (
     Mode,
+    Policy,
     Store,
     Verdict,
     add_snapshot,
+    list_policies,
     list_snapshots,
     publish,
     rated_trajectories,
@@ -304,6 +306,7 @@ async def promote_evaluated(
     force: bool = False,
     mode: Mode = Mode.SERVING,
     share: float = 1.0,
+    expect_version: int | None = None,
 ) -> tuple[int, EvaluationReport | None]:
     """Evaluate a snapshot against the serving one, and let it serve if it is not worse.
 
@@ -315,28 +318,53 @@ async def promote_evaluated(
         mode: Whether it serves, or goes on trial; into the shadow, where it does no harm, it may
             go whatever the evaluation says.
         share: Of the requests that a trial gets, in (0, 1].
+        expect_version: The serving policy that it takes the place of; `None` takes whichever serves
+            when this begins.
 
     Returns:
         The policy version it serves as, and the evaluation; `None` where too little was measured
         for one, and it serves all the same.
 
     Raises:
+        Conflict: If another policy serves than the expected one, this snapshot serves already, or
+            a policy was published while this one was judged.
         PromotionRefused: If it is worse, or that cannot be said with confidence.
         NotMeasured, ConfigError, SnapshotError, StoreError: As `evaluate_snapshot`.
     """
+    newest = await _newest_version(store)
+    serving = next(iter(await serving_policies(store, limit=1)), None)
+    serving_version = 0 if serving is None else serving.policy_version
+    if expect_version is not None and expect_version != serving_version:
+        raise Conflict(f"policy {serving_version} serves, and not {expect_version}; look again")
+    is_served = serving is not None and serving.snapshot_id == candidate
+    if is_served and mode is Mode.SERVING and newest == serving_version:
+        raise Conflict(f"this snapshot serves already, as policy {serving_version}")
     excused = force or mode is Mode.SHADOW
+    report = None
     try:
-        report = await evaluate_snapshot(config, store, candidate, await resolve(store, SERVING))
+        against = None if serving is None else serving.snapshot_id
+        report = await evaluate_snapshot(config, store, candidate, against)
     except NotMeasured as error:
         if not excused:
             raise
         reason = f"forced: {error.message}"
-        return await promote(store, candidate, reason, mode=mode, share=share), None
-    if not report.verdict.promote and not excused:
-        raise PromotionRefused(f"refused: {report.verdict.reason}")
-    reason = ("forced: " if not report.verdict.promote else "") + report.verdict.reason
-    version = await promote(store, candidate, reason, report.to_json(), mode=mode, share=share)
+    else:
+        if not report.verdict.promote and not excused:
+            raise PromotionRefused(f"refused: {report.verdict.reason}")
+        reason = ("forced: " if not report.verdict.promote else "") + report.verdict.reason
+    described = None if report is None else report.to_json()
+    version = await publish(
+        store, candidate, reason, described, mode=mode, share=share, if_newest=newest
+    )
+    if version is None:
+        raise Conflict("another policy was published while this one was judged; evaluate it again")
     return version, report
+
+
+async def _newest_version(store: Store) -> int:
+    """The newest publication of any kind; 0 before the first."""
+    newest = await list_policies(store, limit=1)
+    return newest[0].policy_version if newest else 0
 
 
 def trial_of(canary: float | None, *, shadow: bool) -> tuple[Mode, float]:
@@ -378,28 +406,68 @@ async def promote(
     return version
 
 
-async def roll_back(store: Store) -> tuple[int, str | None]:
+async def roll_back(store: Store, expect_version: int | None = None) -> tuple[int, str | None]:
     """Publish again what served before the serving policy, under a new version.
 
-    While a canary is out, that is what serves beside it: the canary ends.
+    While a canary is out, that is what serves beside it: the canary ends. What was rolled back
+    itself is not gone back to.
+
+    Args:
+        store: Where policies are.
+        expect_version: The policy to take back. `None` takes back whichever serves, but for one
+            that a rollback published: the same request sent twice must not go back twice.
 
     Returns:
         The new version, and the snapshot that serves; `None` is the cold-start rule.
 
     Raises:
         ConfigError: If nothing was ever published.
+        Conflict: If that policy is not the one that would be taken back, a rollback has just been
+            made, or a policy was published meanwhile.
     """
+    newest = await _newest_version(store)
     policies = await serving_policies(store, limit=1000)
     if not policies:
         raise ConfigError("nothing was ever promoted")
     serving = policies[0]
-    before = next((p.snapshot_id for p in policies if p.snapshot_id != serving.snapshot_id), None)
+    before = _before(policies)
     trials = await trial_policies(store)
     canary = next((policy for policy in trials if policy.mode is Mode.CANARY), None)
     if canary is not None:
         serving, before = canary, serving.snapshot_id
     taken_back = serving.policy_version
+    if expect_version is None and serving.taken_back is not None:
+        raise Conflict(
+            f"policy {serving.taken_back} has been rolled back already, by policy {taken_back}; "
+            f"to go back further, say expect_version {taken_back}"
+        )
+    if expect_version is not None and expect_version != taken_back:
+        raise Conflict(
+            f"policy {expect_version} is not the one to take back: policy {taken_back} is"
+        )
     reason = f"rolled back from policy {taken_back}"
-    version = await publish(store, before, reason, take_back=taken_back)
-    assert version is not None
+    version = await publish(store, before, reason, take_back=taken_back, if_newest=newest)
+    if version is None:
+        raise Conflict("another policy was published meanwhile; look which one serves")
     return version, before
+
+
+def _before(policies: Sequence[Policy]) -> str | None:
+    """The snapshot that served before the one that serves; `None` is the cold-start rule.
+
+    A rollback takes a publication out and stands for the one below it, so a later rollback goes
+    further back.
+
+    Args:
+        policies: Publications that serve or served, the newest first; at least one.
+    """
+    standing: list[tuple[set[int], str | None]] = []
+    for policy in reversed(policies):
+        if policy.taken_back is not None:
+            standing = [entry for entry in standing if policy.taken_back not in entry[0]]
+            if standing and standing[-1][1] == policy.snapshot_id:
+                standing[-1][0].add(policy.policy_version)
+                continue
+        standing.append(({policy.policy_version}, policy.snapshot_id))
+    serving = standing[-1][1]
+    return next((name for _, name in reversed(standing) if name != serving), None)

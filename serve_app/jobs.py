@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import time
 import uuid
 from typing import Annotated, Any, Literal, Protocol, Self
 
@@ -17,16 +18,26 @@ import ray
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 
 from serve_app.config import AtlasConfig
-from serve_app.errors import AtlasError, ConfigError, Conflict, InvalidRequest
+from serve_app.errors import AtlasError, ConfigError, Conflict, InvalidRequest, RateLimited
 from serve_app.models.controller import failure_reason
 from serve_app.questions import Question
-from serve_app.store import Job, Store, add_job, get_job, list_jobs, update_job
+from serve_app.store import (
+    Job,
+    Store,
+    add_job,
+    get_job,
+    jobs_under_way,
+    list_jobs,
+    update_job,
+)
 
 logger = logging.getLogger(__name__)
 
 _WORK_MODULE = "rl.jobs"
 _SETTINGS_MODULE = "rl.config"
 _NAMESPACE = "atlas-jobs"
+_START_S = 60.0
+"""Age from which a queued job without a process counts as never started."""
 
 PairName = Annotated[str, Field(pattern=r"^[^@\s]{1,64}@[^@\s]{1,64}$")]
 SnapshotName = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
@@ -157,6 +168,9 @@ class PromoteJob(_Request):
     """Share of the requests that it gets, by their ids, beside what serves; `null` gives it all."""
     shadow: bool = False
     """Have its decisions logged, and not acted on."""
+    expect_version: Annotated[int, Field(ge=0)] | None = None
+    """The serving policy that it takes the place of, 0 for none; refused if another serves. `null`
+    takes whichever serves when the job begins."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
@@ -169,6 +183,9 @@ class RollbackJob(_Request):
     """Let what served before the serving policy serve again."""
 
     kind: Literal["rollback"]
+    expect_version: Annotated[int, Field(ge=1)] | None = None
+    """The policy to take back; refused if another would be. `null` takes back whichever serves, but
+    not what a rollback published: the same request sent twice goes back once."""
 
 
 JobRequest = ProfileJob | FitJob | TrainJob | EvaluateJob | PromoteJob | RollbackJob
@@ -199,28 +216,41 @@ class JobRunner:
 
     async def run(self, config: AtlasConfig, job_id: str) -> None:
         """Do the work and put its end on record."""
-        store = await Store.open(config.store_url())
         try:
-            job = await get_job(store, job_id)
-            if await update_job(store, job_id, state="running"):
-                await self._work(config, store, job)
+            await do_job(config, job_id)
         finally:
-            await store.close()
+            # Whatever happened, or a detached actor stays for ever.
             ray.actor.exit_actor()
 
-    async def _work(self, config: AtlasConfig, store: Store, job: Job) -> None:
-        try:
-            work: Any = importlib.import_module(_WORK_MODULE)
-            request = JobSubmission.model_validate(job.settings).root
-            result = await work.run(config, store, job.job_id, request)
-        except AtlasError as error:
-            await update_job(store, job.job_id, state="failed", error=error.message)
-        except Exception as error:
-            logger.exception("job %s failed", job.job_id)
-            reason = failure_reason(f"{type(error).__name__}: {error}")
-            await update_job(store, job.job_id, state="failed", error=reason)
-        else:
-            await update_job(store, job.job_id, state="succeeded", result=result)
+
+async def do_job(config: AtlasConfig, job_id: str) -> None:
+    """Do a job and put its end on record.
+
+    Raises:
+        StoreError: If the store is away; `Jobs` sees that the process is gone.
+    """
+    store = await Store.open(config.store_url())
+    try:
+        job = await get_job(store, job_id)
+        if await update_job(store, job_id, state="running"):
+            await _work(config, store, job)
+    finally:
+        await store.close()
+
+
+async def _work(config: AtlasConfig, store: Store, job: Job) -> None:
+    try:
+        work: Any = importlib.import_module(_WORK_MODULE)
+        request = JobSubmission.model_validate(job.settings).root
+        result = await work.run(config, store, job.job_id, request)
+    except AtlasError as error:
+        await update_job(store, job.job_id, state="failed", error=error.message)
+    except Exception as error:
+        logger.exception("job %s failed", job.job_id)
+        reason = failure_reason(f"{type(error).__name__}: {error}")
+        await update_job(store, job.job_id, state="failed", error=reason)
+    else:
+        await update_job(store, job.job_id, state="succeeded", result=result)
 
 
 class RayLauncher:
@@ -265,12 +295,15 @@ class Jobs:
         self._config = config
         self._store = store
         self._launcher = launcher
+        self._max_jobs = config.gateway.limits.max_jobs
+        self._taking = asyncio.Lock()
 
     async def submit(self, request: JobRequest, owner: str) -> Job:
         """Start a job.
 
         Raises:
             InvalidRequest: If a setting cannot work.
+            RateLimited: If as many jobs are under way as there may be.
             StoreError: If the store is away.
         """
         if isinstance(request, ProfileJob):
@@ -279,7 +312,9 @@ class Jobs:
             await asyncio.to_thread(request.check_settings)
         settings = request.model_dump(mode="json")
         job_id = f"job_{uuid.uuid4().hex[:16]}"
-        job = await add_job(self._store, job_id, request.kind, settings, owner)
+        async with self._taking:
+            await self._leave_room()
+            job = await add_job(self._store, job_id, request.kind, settings, owner)
         try:
             await asyncio.to_thread(self._launcher.start, self._config, job_id)
         except Exception:
@@ -289,8 +324,8 @@ class Jobs:
         return job
 
     async def list(self) -> list[Job]:
-        """The last jobs, the newest first."""
-        return await list_jobs(self._store)
+        """The last jobs as they are, the newest first."""
+        return [await self._as_it_is(job) for job in await list_jobs(self._store)]
 
     async def get(self, job_id: str) -> Job:
         """A job as it is; one whose process is gone has failed.
@@ -298,15 +333,7 @@ class Jobs:
         Raises:
             NotFound: If there is none of that id.
         """
-        job = await get_job(self._store, job_id)
-        # A queued one may be seen before its process is there.
-        if job.state == "running" and not await asyncio.to_thread(
-            self._launcher.is_running, job_id
-        ):
-            # It may have ended between the two looks; then this changes nothing.
-            await update_job(self._store, job_id, state="failed", error="its process ended")
-            job = await get_job(self._store, job_id)
-        return job
+        return await self._as_it_is(await get_job(self._store, job_id))
 
     async def cancel(self, job_id: str) -> Job:
         """End a job and free what it holds.
@@ -320,3 +347,30 @@ class Jobs:
             raise Conflict(f"job {job_id!r} is over", "job_id")
         await asyncio.to_thread(self._launcher.stop, job_id)
         return await get_job(self._store, job_id)
+
+    async def _leave_room(self) -> None:
+        """See that one more may be under way.
+
+        Raises:
+            RateLimited: If not.
+        """
+        known = await jobs_under_way(self._store)
+        if len(known) < self._max_jobs:
+            return
+        under_way = [job for job in known if not (await self._as_it_is(job)).is_over]
+        if len(under_way) >= self._max_jobs:
+            raise RateLimited(
+                f"{len(under_way)} jobs are under way, and gateway.limits.max_jobs is "
+                f"{self._max_jobs}; wait for one to end, or cancel one"
+            )
+
+    async def _as_it_is(self, job: Job) -> Job:
+        """A job; one whose process is gone has failed."""
+        # A new one may be seen before its process is there.
+        is_new = job.state == "queued" and time.time() - job.created_unix_s < _START_S
+        if job.is_over or is_new or await asyncio.to_thread(self._launcher.is_running, job.job_id):
+            return job
+        reason = "its process ended" if job.state == "running" else "it was never started"
+        # It may have ended between the two looks; then this changes nothing.
+        await update_job(self._store, job.job_id, state="failed", error=reason)
+        return await get_job(self._store, job.job_id)

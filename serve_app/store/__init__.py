@@ -11,7 +11,7 @@ from serve_app.store.feedback import (
     read_verdicts,
     verdict_ids,
 )
-from serve_app.store.jobs import Job, add_job, get_job, list_jobs, update_job
+from serve_app.store.jobs import Job, add_job, get_job, jobs_under_way, list_jobs, update_job
 from serve_app.store.journal import Journal
 from serve_app.store.keys import (
     ApiKey,
@@ -79,6 +79,7 @@ __all__ = [
     "forget_errors",
     "get_job",
     "hash_key",
+    "jobs_under_way",
     "list_jobs",
     "list_keys",
     "list_policies",

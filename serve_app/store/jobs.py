@@ -77,6 +77,18 @@ async def list_jobs(store: Store, limit: int = 100) -> list[Job]:
         return [Job(**row) for row in (await connection.execute(query)).mappings()]
 
 
+async def jobs_under_way(store: Store, limit: int = 1000) -> list[Job]:
+    """Every job that is not over, the newest first."""
+    query = (
+        select(JobRow.__table__)
+        .where(JobRow.state.not_in(OVER))
+        .order_by(JobRow.created_unix_s.desc())
+        .limit(limit)
+    )
+    async with store.begin() as connection:
+        return [Job(**row) for row in (await connection.execute(query)).mappings()]
+
+
 async def update_job(
     store: Store,
     job_id: str,

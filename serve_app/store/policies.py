@@ -104,7 +104,7 @@ async def publish(
         share: Of the requests, in (0, 1]; 1 unless it is on trial.
         take_back: Version of the publication that this one takes back.
         if_newest: Do nothing unless this is the newest version of all, so that of several who want
-            the same only one gets it.
+            the same only one gets it; 0 is that there is none.
 
     Returns:
         The new policy version, above every earlier one; `None` if nothing was done.
@@ -130,7 +130,7 @@ async def publish(
                 if once and await connection.scalar(served.limit(1)) is not None:
                     return None
                 last = await connection.scalar(select(func.max(PolicyRow.policy_version)))
-                if if_newest is not None and last != if_newest:
+                if if_newest is not None and (last or 0) != if_newest:
                     return None
                 version = (last or 0) + 1
                 await connection.execute(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from sqlalchemy import update
 
 from serve_app.store import add_snapshot, create_key, publish, update_job
+from serve_app.store.tables import JobRow
 from tests.gateway_fakes import Loopback, running_gateway
 
 QUESTION = {"id": "1", "query": "What is 1 + 1?", "gold": 2, "metric": "numeric"}
@@ -18,7 +22,10 @@ QUESTION = {"id": "1", "query": "What is 1 + 1?", "gold": 2, "metric": "numeric"
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory, module_store_url: str) -> Iterator[Loopback]:
-    with running_gateway(tmp_path_factory.mktemp("jobs"), module_store_url) as loopback:
+    limits = {"max_jobs": 100}
+    with running_gateway(
+        tmp_path_factory.mktemp("jobs"), module_store_url, limits=limits
+    ) as loopback:
         yield loopback
 
 
@@ -46,6 +53,8 @@ def test_a_job_is_taken_started_and_listed(gateway: Loopback) -> None:
         "seed": 3,
         "with_traffic": True,
     }
+    named = submit(gateway, kind="rollback", expect_version=7).json()
+    assert named["settings"]["expect_version"] == 7
 
 
 def test_a_profile_job_keeps_its_questions_to_itself(gateway: Loopback) -> None:
@@ -67,6 +76,8 @@ def test_a_profile_job_keeps_its_questions_to_itself(gateway: Loopback) -> None:
         ({"kind": "train", "settings": {"deployment": "x.yaml"}}, "deployment"),
         ({"kind": "train", "settings": {"env": {"max_steps": 99}}}, "max_steps"),
         ({"kind": "promote", "candidate": "../../etc"}, "candidate"),
+        ({"kind": "rollback", "expect_version": 0}, "expect_version"),
+        ({"kind": "promote", "expect_version": "3"}, "expect_version"),
         ({"kind": "dance"}, ""),
     ],
 )
@@ -96,6 +107,60 @@ def test_a_running_job_whose_process_is_gone_has_failed(gateway: Loopback) -> No
     gateway.launcher.stop(job_id)
     gone = look_up(gateway, job_id)
     assert (gone["state"], gone["error"]) == ("failed", "its process ended")
+
+
+def test_the_list_shows_what_died_as_failed(gateway: Loopback) -> None:
+    alive, died, never = (submit(gateway, kind="fit").json()["job_id"] for _ in range(3))
+    for job_id in (alive, died):
+        gateway.run(lambda job_id=job_id: update_job(gateway.store, job_id, state="running"))
+    for job_id in (died, never):
+        gateway.launcher.stop(job_id)
+
+    def listed() -> dict[str, tuple[str, str | None]]:
+        rows = httpx2.get(gateway.url + "/v1/admin/jobs").json()["data"]
+        return {row["job_id"]: (row["state"], row["error"]) for row in rows}
+
+    assert listed()[alive] == ("running", None)
+    assert listed()[died] == ("failed", "its process ended")
+    assert listed()[never] == ("queued", None)  # its process may be on its way
+
+    async def make_old() -> None:
+        async with gateway.store.begin() as connection:
+            old = update(JobRow).where(JobRow.job_id == never)
+            await connection.execute(old.values(created_unix_s=time.time() - 3600))
+
+    gateway.run(make_old)
+    assert look_up(gateway, never)["error"] == "it was never started"
+
+
+def test_more_jobs_than_there_may_be_get_a_429_until_one_is_over(
+    tmp_path: Path, store_url: str
+) -> None:
+    with running_gateway(tmp_path, store_url, limits={"max_jobs": 2}) as small:
+        first, second = (submit(small, kind="fit").json()["job_id"] for _ in range(2))
+        refused = submit(small, kind="fit")
+        assert refused.status_code == 429
+        assert "2 jobs are under way" in refused.json()["error"]["message"]
+        assert "retry-after" in refused.headers
+        assert small.launcher.running == {first, second}
+        small.run(lambda: update_job(small.store, first, state="succeeded"))
+        third = submit(small, kind="fit")
+        assert third.status_code == 201
+        # One that died makes room too, though nobody looked at it.
+        small.run(lambda: update_job(small.store, second, state="running"))
+        small.launcher.stop(second)
+        assert submit(small, kind="fit").status_code == 201
+        assert submit(small, kind="fit").status_code == 429
+
+
+def test_of_many_jobs_at_once_no_more_are_taken_than_there_may_be(
+    tmp_path: Path, store_url: str
+) -> None:
+    with running_gateway(tmp_path, store_url, limits={"max_jobs": 3}) as small:
+        with ThreadPoolExecutor(12) as callers:
+            answers = list(callers.map(lambda _: submit(small, kind="fit").status_code, range(12)))
+        assert sorted(answers) == [201] * 3 + [429] * 9
+        assert len(small.launcher.running) == 3
 
 
 def test_a_training_job_is_taken_with_the_settings_it_names(gateway: Loopback) -> None:

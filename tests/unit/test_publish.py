@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from rl import publish as publishing
 from rl.dataset import read_dataset
 from rl.evaluate import CANDIDATE, PATH_1, PATH_2
 from rl.outcomes import NotMeasured
@@ -27,7 +30,7 @@ from rl.publish import (
     roll_back,
 )
 from serve_app.config import AtlasConfig
-from serve_app.errors import ConfigError, NotFound, PromotionRefused
+from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused
 from serve_app.router.following import LEARNED_UNTIL
 from serve_app.router.library import SnapshotLibrary
 from serve_app.schemas import (
@@ -47,6 +50,7 @@ from serve_app.store import (
     add_feedback,
     add_outcomes,
     add_questions,
+    add_snapshot,
     forget_errors,
     measured,
     read_profile,
@@ -344,6 +348,63 @@ async def test_a_rollback_publishes_what_served_before_under_a_new_version(
     await promote(store, second, "a test")
     assert await roll_back(store) == (3, first)
     assert await resolve(store, SERVING) == first
+
+
+async def test_the_same_rollback_twice_goes_back_once(config: AtlasConfig, store: Store) -> None:
+    """A double click, or a request that was sent again on the way."""
+    for name in ("a", "b", "c"):
+        await add_snapshot(store, name, {})
+        await promote(store, name, "a test")
+    results = await asyncio.gather(*(roll_back(store) for _ in range(5)), return_exceptions=True)
+    assert [result for result in results if isinstance(result, tuple)] == [(4, "b")]
+    assert all(isinstance(result, Conflict) for result in results if result != (4, "b"))
+    with pytest.raises(Conflict, match="policy 3 has been rolled back already, by policy 4"):
+        await roll_back(store)
+    assert await resolve(store, SERVING) == "b"
+
+
+async def test_a_rollback_goes_further_back_only_where_it_names_the_policy(
+    config: AtlasConfig, store: Store
+) -> None:
+    for name in ("a", "b", "c"):
+        await add_snapshot(store, name, {})
+        await promote(store, name, "a test")
+    with pytest.raises(Conflict, match="policy 2 is not the one to take back: policy 3 is"):
+        await roll_back(store, expect_version=2)
+    assert await roll_back(store, expect_version=3) == (4, "b")
+    with pytest.raises(Conflict, match="policy 3 is not the one"):
+        await roll_back(store, expect_version=3)
+    # Never to what was rolled back itself.
+    assert await roll_back(store, expect_version=4) == (5, "a")
+    assert await roll_back(store, expect_version=5) == (6, None)
+    # What is promoted anew counts anew.
+    await promote(store, "c", "a test")
+    await promote(store, "a", "a test")
+    assert await roll_back(store) == (9, "c")
+
+
+async def test_a_promotion_counts_only_on_top_of_the_policy_it_was_judged_against(
+    config: AtlasConfig, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(config, store, 60)
+    first, _ = await fit_snapshot(config, store, QUICK)
+    second, _ = await fit_snapshot(config, store, replace(QUICK, seed=1))
+    with pytest.raises(Conflict, match="policy 0 serves, and not 3"):
+        await promote_evaluated(config, store, first, force=True, expect_version=3)
+    assert (await promote_evaluated(config, store, first, force=True, expect_version=0))[0] == 1
+    with pytest.raises(Conflict, match="serves already, as policy 1"):
+        await promote_evaluated(config, store, first, force=True)
+    judge = publishing.evaluate_snapshot
+
+    async def judged_while_another_is_published(*args: Any) -> Any:
+        await promote(store, None, "by somebody else")
+        return await judge(*args)
+
+    monkeypatch.setattr(publishing, "evaluate_snapshot", judged_while_another_is_published)
+    with pytest.raises(Conflict, match="published while this one was judged"):
+        await promote_evaluated(config, store, second, force=True)
+    assert await resolve(store, SERVING) is None
+    assert [policy.policy_version for policy in await serving_policies(store)] == [2, 1]
 
 
 async def test_the_first_policy_rolls_back_to_the_cold_start_rule(
