@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import COMPONENT_METRICS_LOGGER
 
 from rl.algorithm import make_algorithm
+from rl.algorithm_state import load_state, save_state
 from rl.backend import Backend, ReplayBackend
 from rl.config import TrainConfig, ValidationConfig
 from rl.figures import draw_training
@@ -352,7 +354,10 @@ class _Loop:
     def _save(self) -> None:
         """Write a checkpoint, once there is something to go on from."""
         if self._state.iteration:
-            self._run.save(self._state.to_checkpoint(), self._algorithm.save_to_path)
+            self._run.save(
+                self._state.to_checkpoint(),
+                lambda folder: save_state(self._algorithm.get_state(), folder),
+            )
 
     def _is_over(self) -> bool:
         """Whether all iterations are done, or the last ones brought nothing new."""
@@ -424,7 +429,10 @@ def _resumed(run: RunFolder, algorithm: Algorithm) -> _State:
     if found is None:
         return _State()
     checkpoint, algorithm_path = found
-    algorithm.restore_from_path(algorithm_path)
+    held = load_state(algorithm_path)
+    # The counts first: RLlib hands them on to the sampling with the rest.
+    algorithm.set_state({COMPONENT_METRICS_LOGGER: held[COMPONENT_METRICS_LOGGER]})
+    algorithm.set_state(held)
     logger.info("going on after iteration %d", checkpoint.iteration)
     return _State.of(checkpoint)
 

@@ -102,6 +102,8 @@ def test_a_run_leaves_its_settings_curve_events_and_figure(
     assert (result.folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((result.folder / "tensorboard").glob("events.*"))
     assert len(list((result.folder / "checkpoints").iterdir())) == 2
+    kinds = {p.suffix for p in (result.folder / "checkpoints").rglob("*") if p.is_file()}
+    assert kinds == {".json", ".safetensors"}  # nothing that runs when it is read
 
 
 class _Killed(Exception):
