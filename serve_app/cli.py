@@ -12,7 +12,7 @@ import time
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from serve_app import environment
 from serve_app.config import AtlasConfig
@@ -304,17 +304,25 @@ def keys_list(config: ConfigOption) -> None:
     """List the keys, never their secrets."""
     from serve_app.store import list_keys
 
-    table = Table("id", "name", "scopes", "created", "revoked")
-    for key in asyncio.run(_with_store(load(config), list_keys)):
-        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created_unix_s))
+    try:
+        keys = asyncio.run(_with_store(load(config), list_keys))
+    except AtlasError as error:
+        raise fail(error.message) from None
+    # Never cut: it is what `atlas keys revoke` takes.
+    table = Table(Column("id", no_wrap=True), "name", "scopes", "created", "revoked")
+    for key in keys:
         table.add_row(
             key.key_id,
             key.name,
             ", ".join(sorted(key.scopes)),
-            created,
-            "yes" if key.revoked else "",
+            _minute(key.created_unix_s),
+            _minute(key.revoked_unix_s),
         )
     console.print(table)
+
+
+def _minute(unix_s: float | None) -> str:
+    return "" if unix_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
 
 
 @keys_app.command("revoke")
