@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from typing import Any
 from serve_app.errors import ConfigError
 from serve_app.questions import NumericMetric, Question, UnitTestsMetric
 from serve_app.schemas import ToolCall
-from serve_app.tools.sandbox import SandboxLimits, run_python
+from serve_app.tools.sandbox import SandboxLimits, sandbox_server
 
 Judge = Callable[[str], Awaitable[str]]
 """Asks a model: prompt in, text out. It keeps its own time limit."""
@@ -261,22 +260,24 @@ def extract_code(answer: str) -> str:
 
 
 def passes_tests(code: str, tests: Sequence[str]) -> bool:
-    """Run code and the assertions on it in the sandbox.
+    """Run assertions on code in the sandbox.
+
+    The tests run in a process of their own and call the code's functions with plain data, so code
+    can pass them only by returning what they expect (`serve_app.tools.sandbox_calls`).
 
     Args:
         code: Python that defines `solution`.
-        tests: Assertions; all must hold within `TESTS_TIMEOUT_S`.
+        tests: Assertions; all must hold within `TESTS_TIMEOUT_S`. Starting the sandbox has its own
+            limit, so this ends after `START_TIMEOUT_S + TESTS_TIMEOUT_S + GRACE_S` at the latest.
 
     Raises:
-        ToolFailed: If it could not be run confined. It was then not run at all.
+        ToolFailed: If it could not be run confined, or the sandbox gave no answer in time.
     """
     if len(code) > MAX_CODE_CHARS:
         return False
-    # Said after the last test: code may also end the program before it, with status 0.
-    passed = secrets.token_hex(8)
-    program = "\n".join([code, *tests, f"print({passed!r})"])
-    result = run_python(program, TESTS_LIMITS, TESTS_TIMEOUT_S)
-    return result.ok and result.stdout.rstrip().endswith(passed)
+    server = sandbox_server()
+    server.start()
+    return server.passes(code, tests, TESTS_LIMITS, TESTS_TIMEOUT_S)
 
 
 # Tool calls.

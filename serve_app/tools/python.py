@@ -16,6 +16,7 @@ _STOPPED = {
     "files": "the code made more files than it may",
     "disk": "the code wrote more to disk than it may",
     "threads": "the code started more threads than it may",
+    "uncounted": "the code made files or folders that cannot be counted",
 }
 
 
@@ -103,7 +104,10 @@ def failure(result: SandboxResult) -> str:
         The line of the traceback that names the error, with the line of code it came from.
     """
     if result.exit_code < 0:
-        name = signal.Signals(-result.exit_code).name
+        try:
+            name = signal.Signals(-result.exit_code).name
+        except ValueError:  # a real-time signal
+            name = f"signal {-result.exit_code}"
         return f"the code crashed ({name}); it may have used too much memory or disk"
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     if not lines:

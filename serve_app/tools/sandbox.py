@@ -8,40 +8,24 @@ sandlock is missing, or the server's own probe gets out, every call fails with `
 from __future__ import annotations
 
 import atexit
-import contextlib
-import fcntl
-import importlib.util
-import json
 import logging
 import os
-import select
-import shutil
-import struct
-import subprocess
-import sys
-import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from serve_app.errors import ToolFailed
+from serve_app.tools.sandbox_process import START_TIMEOUT_S, ServerProcess
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 30.0
-"""Longest start of a sandbox server; packages may be slow to import."""
 GRACE_S = 1.0
 """How long after the deadline the server may take to answer before it is killed with its child."""
-CANCEL_POLL_S = 0.05
-"""How often a wait for the server looks up, so that a cancelled call ends soon."""
-MAX_REPLY_BYTES = 64 << 20
-BASE_PREFIX = "atlas-sandbox-"
-STALE_AFTER_S = 60.0
-"""Age from which a folder that nobody holds is taken for left over, not for just made."""
 
-Verdict = Literal["", "deadline", "output", "files", "disk", "threads", "unconfined", "abandoned"]
+Verdict = Literal["", "deadline", "output", "files", "disk", "threads", "uncounted"]
 
 
 @dataclass(frozen=True)
@@ -114,8 +98,7 @@ class SandboxServer:
         """
         self._packages = packages
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._base = ""
+        self._process: ServerProcess | None = None
 
     @property
     def pid(self) -> int | None:
@@ -125,16 +108,23 @@ class SandboxServer:
     @property
     def base(self) -> str:
         """The server's folder, which holds the folders of its runs; empty before the start."""
-        return self._base
+        return self._process.base if self._process is not None else ""
+
+    @property
+    def private_root(self) -> bool:
+        """Whether runs have a root folder of their own; else their files are counted."""
+        return self._process is not None and self._process.private_root
 
     def start(self) -> None:
-        """Start the server unless it runs.
+        """Start the server unless it runs; takes at most `START_TIMEOUT_S`, other runs included.
 
         Raises:
-            ToolFailed: If confinement is not available here.
+            ToolFailed: If confinement is not available here, or the time was not enough.
         """
-        with self._lock:
-            self._ensure_started()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        with self._turn(deadline):
+            if self._ensure_started(deadline) is None:
+                raise ToolFailed("the sandbox is still starting")
 
     def run(self, code: str, limits: SandboxLimits, deadline_s: float) -> SandboxResult:
         """Run code in a fresh confined child.
@@ -142,30 +132,20 @@ class SandboxServer:
         Args:
             code: Python source.
             limits: What it may use.
-            deadline_s: Seconds until it is killed; waiting for this server's other runs counts.
+            deadline_s: Seconds until it is killed, all together: waiting for this server's other
+                runs, the server's start if it does not run, and the code. The answer comes at most
+                `GRACE_S` later.
 
         Returns:
             How it ended.
 
         Raises:
-            ToolFailed: If it could not be run confined. It was then not run at all.
+            ToolFailed: If it could not be run confined, or not in time. It was then not run at all,
+                or its server stopped.
         """
         begin = time.monotonic()
-        if not self._lock.acquire(timeout=max(0.0, deadline_s)):
-            raise ToolFailed("the sandbox is busy")
-        try:
-            self._ensure_started()
-            request = {"code": code, "limits": asdict(limits), "deadline_s": deadline_s}
-            reply = self._exchange(request, deadline_s + GRACE_S)
-        except BaseException:
-            # Also on an interrupt from outside: a half-read reply would answer the next run.
-            self._stop()
-            raise
-        finally:
-            self._lock.release()
-        if reply["verdict"] in ("unconfined", "abandoned"):
-            logger.error("sandbox: %s", reply["detail"])
-            raise ToolFailed("the sandbox is not available: the code could not be confined")
+        request = {"code": code, "has_tests": False, "limits": asdict(limits)}
+        reply = self._ask(request, [], begin + deadline_s)
         return SandboxResult(
             stdout=reply["stdout"],
             stderr=reply["stderr"],
@@ -174,140 +154,78 @@ class SandboxServer:
             seconds=time.monotonic() - begin,
         )
 
+    def passes(
+        self, code: str, tests: Sequence[str], limits: SandboxLimits, deadline_s: float
+    ) -> bool:
+        """Run tests on code, each in a fresh confined child; the code cannot see the tests.
+
+        Args:
+            code: Python source that defines functions.
+            tests: Python source that calls these by name, with plain data (`sandbox_calls`).
+            limits: What each child may use.
+            deadline_s: As for `run`.
+
+        Returns:
+            Whether all tests ran to their end and neither child broke a limit.
+
+        Raises:
+            ToolFailed: As for `run`.
+        """
+        request = {"code": code, "has_tests": True, "limits": asdict(limits)}
+        deadline = time.monotonic() + deadline_s
+        reply = self._ask(request, [{"tests": list(tests)}], deadline)
+        return bool(reply["passed"]) and not reply["verdict"]
+
     def close(self) -> None:
         """Stop the server and whatever it runs; a later run starts a new one."""
         with self._lock:
             self._stop()
 
-    def _ensure_started(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            return
-        self._stop()
-        self._base, lock = _make_base()
-        # Where this interpreter finds its shared libraries, if somebody had to tell it.
-        loader = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-B",
-                "-P",
-                "-s",
-                "-S",
-                str(Path(__file__).with_name("sandbox_server.py")),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=self._base,
-            # Hashes are fixed so that the same code prints the same; nothing of ours is passed on.
-            env={"HOME": self._base, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", **loader},
-            start_new_session=True,
-            pass_fds=(lock,),
-        )
-        os.close(lock)
-        hello = {
-            "site": _site_folders(("sandlock", *self._packages)),
-            "packages": self._packages,
-            "base": self._base,
-            "limits": asdict(SandboxLimits()),
-        }
+    @contextmanager
+    def _turn(self, deadline: float) -> Iterator[None]:
+        """Wait for this thread's turn."""
+        if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise ToolFailed("the sandbox is busy")
         try:
-            reply = self._exchange(hello, START_TIMEOUT_S)
+            yield
+        finally:
+            self._lock.release()
+
+    def _ask(
+        self, request: dict[str, Any], more: list[dict[str, Any]], deadline: float
+    ) -> dict[str, Any]:
+        with self._turn(deadline):
+            process = self._ensure_started(deadline)
+            left_s = deadline - time.monotonic()
+            if process is None or left_s <= 0:
+                raise ToolFailed("the sandbox is still starting")
+            try:
+                messages = [request | {"deadline_s": left_s}, *more]
+                reply = process.exchange(messages, deadline + GRACE_S)
+            except BaseException:
+                # Also on an interrupt from outside: a half-read reply would answer the next run.
+                self._stop()
+                raise
+        if reply["verdict"] == "unconfined":
+            logger.error("sandbox: %s", reply["detail"])
+            raise ToolFailed("the sandbox is not available: the code could not be confined")
+        return reply
+
+    def _ensure_started(self, deadline: float) -> ServerProcess | None:
+        """The running server; `None` if it is still starting at the deadline, and goes on to."""
+        try:
+            if self._process is None or not self._process.alive:
+                self._stop()
+                self._process = ServerProcess(self._packages, asdict(SandboxLimits()))
+            return self._process if self._process.wait_ready(deadline) else None
         except BaseException:
             self._stop()
             raise
-        if not reply["ready"]:
-            self._stop()
-            logger.error("sandbox: %s", reply["reason"])
-            raise ToolFailed(
-                "the sandbox is not available on this machine; code is not run without it"
-            )
-
-    def _exchange(self, message: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            raise ToolFailed("the sandbox has stopped")
-        body = json.dumps(message).encode()
-        try:
-            process.stdin.write(struct.pack("!I", len(body)) + body)
-            process.stdin.flush()
-        except OSError:
-            raise ToolFailed("the sandbox has stopped") from None
-        deadline = time.monotonic() + timeout_s
-        descriptor = process.stdout.fileno()
-        size = struct.unpack("!I", _read(descriptor, 4, deadline))[0]
-        if size > MAX_REPLY_BYTES:
-            raise ToolFailed("the sandbox gave no valid answer")
-        return dict(json.loads(_read(descriptor, size, deadline)))
 
     def _stop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            # The child dies with its parent: the kernel sends it the same signal.
-            process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    with contextlib.suppress(OSError):
-                        stream.close()
-        if self._base:
-            shutil.rmtree(self._base, ignore_errors=True)
-            self._base = ""
-
-
-def _make_base() -> tuple[str, int]:
-    """A new folder for a server, and a locked descriptor of it that the server inherits.
-
-    Folders whose lock nobody holds are left over from servers that were killed; they are removed.
-    """
-    for folder in Path(tempfile.gettempdir()).glob(f"{BASE_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if folder.stat().st_uid == os.geteuid() and _age_s(folder) > STALE_AFTER_S:
-                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
-                finally:
-                    os.close(descriptor)
-    base = tempfile.mkdtemp(prefix=BASE_PREFIX)
-    lock = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return base, lock
-
-
-def _age_s(folder: Path) -> float:
-    return time.time() - folder.stat().st_mtime
-
-
-def _read(descriptor: int, size: int, deadline: float) -> bytes:
-    data = b""
-    poller = select.poll()
-    poller.register(descriptor, select.POLLIN)
-    while len(data) < size:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise ToolFailed("the sandbox did not answer in time")
-        # In slices: a cancelled Ray task learns of it between two system calls, not in one.
-        if not poller.poll(min(left_s, CANCEL_POLL_S) * 1000):
-            continue
-        part = os.read(descriptor, size - len(data))
-        if not part:
-            raise ToolFailed("the sandbox has stopped")
-        data += part
-    return data
-
-
-def _site_folders(packages: tuple[str, ...]) -> list[str]:
-    """The folders that hold these packages, found without importing them."""
-    folders = []
-    for name in packages:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise ToolFailed(f"the sandbox is not available: package {name!r} is not installed")
-        origin = Path(spec.origin)
-        is_package = spec.submodule_search_locations is not None
-        folders.append(str(origin.parent.parent if is_package else origin.parent))
-    return list(dict.fromkeys(folders))
+            process.stop()
 
 
 _servers: dict[tuple[int, tuple[str, ...]], SandboxServer] = {}

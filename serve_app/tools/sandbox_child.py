@@ -1,7 +1,8 @@
 """What happens in the forked process of one run: confinement first, then the code that was sent.
 
 Standard library and sandlock only; `sandbox_server` loads this file by its path. In this order the
-process loses: inherited descriptors, unbounded resources, the root user (where the server has it),
+process loses: inherited descriptors, unbounded resources, the rest of the file system (by a root of
+its own, where the server has one), the root user (where the server is it) and every capability,
 files (Landlock, by sandlock), system calls (seccomp). It can start no other process.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import ctypes
+import fcntl
 import io
 import linecache
 import os
@@ -22,20 +24,29 @@ import traceback
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from serve_app.tools import sandbox_calls as calls
     from serve_app.tools import sandbox_policy as policy
+    from serve_app.tools import sandbox_root as private_root
 else:
-    # Put there by the server: importing it as part of the package would import the package.
+    # Put there by the server: importing them as parts of the package would import the package.
+    import sandbox_calls as calls
     import sandbox_policy as policy
+    import sandbox_root as private_root
 
 SOURCE_NAME = "<python>"
 CONFINED = b"confined"
 """What the child says on its status pipe before it runs anything."""
+PASSED = b", passed"
+"""What the child that runs tests says after the last one."""
 
-_CAP_DAC_READ_SEARCH = 2
-_PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS = 1, 8
+Role = Literal["probe", "program", "candidate", "tests"]
+"""What a child is for: proving the walls, one program, code under test, or the tests of it."""
+
+_STATUS, _READS, _WRITES = 3, 4, 5
+_PR_SET_PDEATHSIG = 1
 _CAPABILITY_VERSION_3 = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -54,7 +65,14 @@ class Plan:
     readable: tuple[str, ...]
     """Folders and files a child may read."""
     run_uid: int | None
-    """User id a child changes to; `None` keeps the server's, without its capabilities."""
+    """User id a child changes to; `None` keeps the server's."""
+    has_private_root: bool
+    """Whether `base` is a root folder for children; else each gets a folder in it."""
+
+    @property
+    def uid(self) -> int:
+        """The user a child runs as."""
+        return os.geteuid() if self.run_uid is None else self.run_uid
 
 
 def _set_limits(limits: dict[str, Any], run_uid: int | None) -> None:
@@ -90,20 +108,13 @@ def die_with(parent_pid: int) -> None:
 
 
 def _drop_privileges(run_uid: int | None) -> None:
-    """Become `run_uid`, keeping only the capability to read what Landlock lets through."""
-    keep = 0
+    """Become `run_uid`, without any capability."""
     if run_uid is not None:
-        keep = 1 << _CAP_DAC_READ_SEARCH
-        _libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
         os.setgroups([])
         os.setresgid(run_uid, run_uid, run_uid)
         os.setresuid(run_uid, run_uid, run_uid)
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
-    current = ctypes.create_string_buffer(24)
-    if _libc.capget(header, current) != 0:
-        raise ConfinementError("capabilities cannot be read")
-    keep &= struct.unpack("=6I", current.raw)[1]
-    if _libc.capset(header, struct.pack("=6I", keep, keep, 0, 0, 0, 0)) != 0:
+    if _libc.capset(header, bytes(24)) != 0:
         raise ConfinementError("capabilities cannot be dropped")
 
 
@@ -113,8 +124,11 @@ def _confine(plan: Plan, workdir: str, limits: dict[str, Any], parent_pid: int) 
 
     os.setsid()
     os.umask(0o077)
-    os.chdir(workdir)
     _set_limits(limits, plan.run_uid)
+    if plan.has_private_root:
+        private_root.enter(plan.base, limits, plan.uid)
+    else:
+        os.chdir(workdir)
     _drop_privileges(plan.run_uid)
     # After the change of user, which resets it.
     die_with(parent_pid)
@@ -167,7 +181,7 @@ def _exit_code(stop: SystemExit) -> int:
     return 1
 
 
-def _execute(code: str, stdout: _CountingFile) -> int:
+def _execute(code: str, stdout: _CountingFile, *, serves_calls: bool) -> int:
     """Run code as a fresh `__main__`; like a shell, show a last expression if nothing was shown."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
@@ -183,6 +197,8 @@ def _execute(code: str, stdout: _CountingFile) -> int:
             sys.stdout.flush()
             if value is not None and stdout.written == 0:
                 sys.stdout.write(f"{value!r}\n")
+        if serves_calls:
+            calls.serve(module.__dict__, _READS, _WRITES)
         for thread in threading.enumerate():
             if thread is not threading.main_thread() and not thread.daemon:
                 thread.join()
@@ -194,14 +210,49 @@ def _execute(code: str, stdout: _CountingFile) -> int:
     return 0
 
 
-def run_child(
-    plan: Plan, workdir: str, request: dict[str, Any], pipes: list[int], server: int
-) -> int:
-    """Everything that happens in the forked process; returns its exit code."""
-    null = os.open("/dev/null", os.O_RDONLY)
-    for target, source in enumerate((null, *pipes)):
+def _examine(tests: list[str]) -> int:
+    """Run tests on the functions of the process at the other end of the two pipes."""
+    try:
+        if calls.examine(tests, _READS, _WRITES):
+            os.write(_STATUS, PASSED)
+    except BaseException as error:
+        _report(error)
+        return 1
+    return 0
+
+
+def _keep_only(descriptors: list[int]) -> None:
+    """Make these the descriptors 0, 1, 2 and so on, and close all others."""
+    # Out of the way first: one of them may have a number that another one gets.
+    high = [fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 100) for source in descriptors]
+    for target, source in enumerate(high):
         os.dup2(source, target, inheritable=False)
-    os.closerange(4, 1 << 20)
+    os.closerange(len(descriptors), 1 << 20)
+
+
+def run_child(
+    plan: Plan,
+    workdir: str,
+    role: Role,
+    request: dict[str, Any],
+    pipes: list[int],
+    server: int,
+) -> int:
+    """Everything that happens in the forked process.
+
+    Args:
+        plan: How it is confined.
+        workdir: Its folder.
+        role: What it is for.
+        request: `limits`, and `code` or `tests`.
+        pipes: Descriptors of stdout, stderr and status; for code under test and its tests, also of
+            the calls or results that it reads and those that it writes.
+        server: The parent's process id.
+
+    Returns:
+        Its exit code.
+    """
+    _keep_only([os.open("/dev/null", os.O_RDONLY), *pipes])
     os.environ.clear()
     os.environ.update(HOME=workdir, TMPDIR=workdir, LANG="C.UTF-8", PATH="")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
@@ -209,13 +260,14 @@ def run_child(
     try:
         _confine(plan, workdir, request["limits"], server)
     except Exception as error:
-        os.write(3, f"{type(error).__name__}: {error}".encode(errors="replace")[:500])
+        os.write(_STATUS, f"{type(error).__name__}: {error}".encode(errors="replace")[:500])
         return 1
-    if request.get("probe"):
-        os.write(3, _probe(plan).encode() or CONFINED)
-        return 0
-    os.write(3, CONFINED)
-    os.close(3)
+    if role == "probe":
+        os.write(_STATUS, _probe(plan).encode() or CONFINED)
+        signal.pause()  # its parent still has to see that it can be counted, then kills it
+    os.write(_STATUS, CONFINED)
+    if role != "tests":
+        os.close(_STATUS)
     raw = _CountingFile(1, "w")
     sys.stdin = io.TextIOWrapper(io.FileIO(0), encoding="utf-8")
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace")
@@ -227,7 +279,10 @@ def run_child(
     )
     sys.argv = [SOURCE_NAME]
     sys.orig_argv[:] = ["python"]
-    code = _execute(request["code"], raw)
+    if role == "tests":
+        code = _examine(request["tests"])
+    else:
+        code = _execute(request["code"], raw, serves_calls=role == "candidate")
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BaseException):
             stream.flush()
@@ -242,9 +297,16 @@ def _probe(plan: Plan) -> str:
         if os.fork() == 0:
             os._exit(0)
 
+    def look_outside() -> None:
+        if plan.has_private_root:
+            os.stat("/etc/passwd")
+        else:
+            raise OSError
+
     outside = os.path.join(plan.base, "probe")
     doors: dict[str, Callable[[], object]] = {
         "a foreign file was read": lambda: os.open("/etc/passwd", os.O_RDONLY),
+        "a foreign file's size was read": look_outside,
         "the process table was read": lambda: os.open("/proc/self/environ", os.O_RDONLY),
         "a foreign file was written": lambda: os.open(outside, os.O_WRONLY | os.O_CREAT),
         "a TCP socket was made": lambda: socket.socket(socket.AF_INET),

@@ -80,7 +80,7 @@ PRETENDED = frozenset(
 UNSUPPORTED = frozenset(name for name in SYSCALLS if name.endswith("xattr"))
 """Answered as a file system without extended attributes does, which copying a file puts up with."""
 
-CLONE_THREAD = 0x00010000
+CLONE_THREAD, CLONE_FILES = 0x00010000, 0x00000400
 CLONE_NAMESPACES = 0x7E020080
 """CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET."""
 AF_UNIX = 1
@@ -134,16 +134,22 @@ def _allow_if_null(argument: int) -> list[bytes]:
 def _conditions(pid: int) -> dict[str, list[bytes]]:
     """What each conditional system call must look like; every list ends with a verdict."""
     return {
-        # A new thread of this process; never a new process. `clone3` hides its flags behind a
-        # pointer, and the C library falls back to `clone` when told it does not exist.
+        # A new thread of this process that shares its descriptors; never a new process. `clone3`
+        # hides its flags behind a pointer, and the C library falls back to `clone` when told it
+        # does not exist.
         "clone": [
             _statement(_LOAD, _low(0)),
-            _jump(_JUMP_SET, CLONE_NAMESPACES, 2, 0),
-            _jump(_JUMP_SET, CLONE_THREAD, 0, 1),
+            _jump(_JUMP_SET, CLONE_NAMESPACES, 3, 0),
+            _jump(_JUMP_SET, CLONE_THREAD, 0, 2),
+            _jump(_JUMP_SET, CLONE_FILES, 0, 1),
             _statement(_RETURN, ALLOW),
             _statement(_RETURN, ERRNO | EPERM),
         ],
         "clone3": [_statement(_RETURN, ERRNO | ENOSYS)],
+        # CLOSE_RANGE_UNSHARE would give a thread descriptors of its own.
+        "close_range": _allow_if_in(2, (0,)),
+        # Only mode 0 heeds the limit on the size of a file.
+        "fallocate": _allow_if_in(1, (0,)),
         "kill": _allow_if_in(0, (pid,)),
         "tgkill": _allow_if_in(0, (pid,)),
         "prctl": _allow_if_in(0, (PR_SET_NAME, PR_GET_NAME)),

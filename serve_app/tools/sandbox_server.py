@@ -17,27 +17,32 @@ import importlib
 import importlib.util
 import json
 import os
+import resource
 import select
-import signal
-import stat
 import struct
 import sys
 import sysconfig
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from serve_app.tools.sandbox_child import CONFINED, ConfinementError, Plan, die_with, run_child
+    from serve_app.tools import sandbox_root as private_root
+    from serve_app.tools.sandbox_child import CONFINED, PASSED, ConfinementError, Plan, die_with
+    from serve_app.tools.sandbox_files import remove_tree
+    from serve_app.tools.sandbox_run import Run, started, watch
 else:
     # By file: importing them as parts of the package would import the package.
-    for _name in ("sandbox_policy", "sandbox_child"):
+    for _name in ("policy", "files", "root", "calls", "child", "run"):
+        _name = f"sandbox_{_name}"
         _spec = importlib.util.spec_from_file_location(
             _name, os.path.join(os.path.dirname(__file__), f"{_name}.py")
         )
         sys.modules[_name] = importlib.util.module_from_spec(_spec)
         _spec.loader.exec_module(sys.modules[_name])
-    from sandbox_child import CONFINED, ConfinementError, Plan, die_with, run_child
+    import sandbox_root as private_root
+    from sandbox_child import CONFINED, PASSED, ConfinementError, Plan, die_with
+    from sandbox_files import remove_tree
+    from sandbox_run import Run, started, watch
 
 PRELOADED = (
     *("bisect", "collections", "copy", "csv", "dataclasses", "datetime", "decimal", "enum"),
@@ -46,90 +51,11 @@ PRELOADED = (
 )
 SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
 READABLE_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero")
-POLL_S = 0.02
-"""How often a running child's threads and files are counted."""
 RUN_UID_BASE = 2_000_000_000
-
-
-@dataclass
-class Run:
-    """One child and what is known about it."""
-
-    pid: int
-    pidfd: int
-    workdir: str
-    streams: dict[int, bytearray]
-    """What was read from each of the child's pipes: stdout, stderr, status."""
-    verdict: str = ""
-    """Why the child was killed; empty while it was not."""
-    open_pipes: set[int] = field(default_factory=set)
-
-
-def _remove_tree(root: str) -> None:
-    """Delete a folder whatever is in it: read-only, very deep, links to elsewhere.
-
-    Nested folders are moved up to the root before they are emptied, so no path gets long and
-    nothing recurses; links are removed, never followed.
-    """
-    counter = 0
-    while True:
-        try:
-            names = os.listdir(root)
-        except OSError:
-            return
-        if not names:
-            break
-        for name in names:
-            path = os.path.join(root, name)
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                os.unlink(path)
-                continue
-            os.chmod(path, 0o700)
-            for inner in os.listdir(path):
-                source = os.path.join(path, inner)
-                if stat.S_ISDIR(os.lstat(source).st_mode):
-                    os.chmod(source, 0o700)
-                    counter += 1
-                    os.rename(source, os.path.join(root, f".{os.getpid()}-{counter}"))
-                else:
-                    os.unlink(source)
-            os.rmdir(path)
-    os.rmdir(root)
-
-
-def _disk_use(root: str, max_files: int) -> tuple[int, int]:
-    """Bytes and entries below a folder; stops counting once there are too many entries."""
-    total, entries, pending = 0, 0, [root]
-    while pending and entries <= max_files:
-        with contextlib.suppress(OSError), os.scandir(pending.pop()) as scan:
-            for entry in scan:
-                entries += 1
-                if entries > max_files:
-                    break
-                with contextlib.suppress(OSError):
-                    info = entry.stat(follow_symlinks=False)
-                    total += info.st_blocks * 512
-                    if stat.S_ISDIR(info.st_mode):
-                        pending.append(entry.path)
-    return total, entries
-
-
-def _unlinked_bytes(pid: int) -> int:
-    """Bytes of files the process holds open after deleting them."""
-    total, folder = 0, f"/proc/{pid}/fd"
-    with contextlib.suppress(OSError):
-        for name in os.listdir(folder):
-            with contextlib.suppress(OSError):
-                info = os.stat(os.path.join(folder, name))
-                if stat.S_ISREG(info.st_mode) and info.st_nlink == 0:
-                    total += info.st_blocks * 512
-    return total
-
-
-def _threads(pid: int) -> int:
-    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/stat", "rb") as f:
-        return int(f.read().rpartition(b")")[2].split()[17])
-    return 0
+PROBE_S = 10.0
+CLEAR_UP_MS = 50
+MAX_FOLDERS_LEFT = 4
+"""Folders of ended runs that may still be there when the next run begins."""
 
 
 class Server:
@@ -149,7 +75,8 @@ class Server:
         """
         self._requests = requests
         self._replies = replies
-        self._plan = Plan("", (), None)
+        self._plan = Plan("", (), None, has_private_root=False)
+        self._remover: int | None = None
 
     def receive(self) -> dict[str, Any] | None:
         """The next message, or `None` when the owner is gone."""
@@ -173,11 +100,14 @@ class Server:
         while data:
             data = data[os.write(self._replies, data) :]
 
-    def start(self, hello: dict[str, Any]) -> None:
+    def start(self, hello: dict[str, Any]) -> bool:
         """Load what children need, then prove that confinement works before promising it.
 
         Args:
             hello: `site` folders, `packages` to load and the `base` folder.
+
+        Returns:
+            Whether children get a root folder of their own.
 
         Raises:
             ConfinementError: If no way of confining a child passes the probe.
@@ -195,28 +125,56 @@ class Server:
         gc.freeze()
         base, readable = hello["base"], _readable(roots)
         os.chmod(base, 0o711)
+        # Counting a child's files may take many descriptors; children get their own limit.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        shown = (*readable, "/dev/null")
+        private = private_root.is_possible(base, shown)
+        if private:
+            private_root.build(base, shown)
         uids = [RUN_UID_BASE + os.getpid(), None] if os.geteuid() == 0 else [None]
         failures = []
         for uid in uids:
-            self._plan = Plan(base, readable, uid)
-            probe = {"code": "", "probe": True, "limits": hello["limits"]}
+            self._plan = Plan(base, readable, uid, private)
             try:
-                result = self.run(probe, deadline_s=10)
+                self._probe(hello["limits"])
             except OSError as error:  # a root that may not give files away, as in some containers
                 failures.append(str(error))
-                continue
-            if result["verdict"] == "":
-                return
-            failures.append(str(result["detail"]))
+            except ConfinementError as error:
+                failures.append(str(error))
+            else:
+                return private
+            finally:
+                self._remove(self._left())
         raise ConfinementError(failures[-1])
+
+    def _probe(self, limits: dict[str, Any]) -> None:
+        """Have a child try to get out, and count it.
+
+        Raises:
+            ConfinementError: If it got out, or could not be counted.
+        """
+        with started(self._plan, "probe", {"limits": limits}) as run:
+            status = run.descriptors[2]
+            poller = select.poll()
+            poller.register(status, select.POLLIN)
+            if poller.poll(PROBE_S * 1000):
+                run.take(status)
+            if run.status != CONFINED:
+                raise ConfinementError(run.status.decode(errors="replace") or "no answer")
+            run.count()
+            if run.verdict:
+                raise ConfinementError("what a child uses cannot be counted")
 
     def serve(self) -> None:
         """Answer requests until the owner is gone."""
         poller = select.poll()
         poller.register(self._requests, select.POLLIN)
+        server = os.getpid()
         while True:
-            poller.poll()
-            server = os.getpid()
+            if not poller.poll(None if self._remover is None else CLEAR_UP_MS):
+                self._clear_up(server)
+                continue
             pid = os.fork()
             if pid == 0:
                 code = 1
@@ -226,6 +184,34 @@ class Server:
             # Anything but a complete answer leaves the connection in an unknown state: stop.
             if os.waitpid(pid, 0)[1] != 0:
                 return
+            self._clear_up(server)
+
+    def _clear_up(self, server_pid: int) -> None:
+        """Have the folders of ended runs deleted, in a process of its own: no answer waits for it.
+
+        One such process at a time; while too much is left for it, the next run waits.
+        """
+        left = self._left()
+        if self._remover is not None:
+            options = 0 if len(left) > MAX_FOLDERS_LEFT else os.WNOHANG
+            if os.waitpid(self._remover, options)[0] == 0:
+                return
+            self._remover = None
+        if left:
+            self._remover = os.fork()
+            if self._remover == 0:
+                with contextlib.suppress(BaseException):
+                    die_with(server_pid)
+                    self._remove(left)
+                os._exit(0)
+
+    def _left(self) -> list[str]:
+        """The folders of ended runs."""
+        return [] if self._plan.has_private_root else os.listdir(self._plan.base)
+
+    def _remove(self, names: list[str]) -> None:
+        for name in names:
+            remove_tree(os.path.join(self._plan.base, name))
 
     def _supervise(self, server_pid: int) -> int:
         """Read one request and answer it; 0 if another may follow."""
@@ -233,128 +219,55 @@ class Server:
         request = self.receive()
         if request is None:
             return 1
-        result = self.run(request, request["deadline_s"])
+        deadline = time.monotonic() + request["deadline_s"]
+        examine = request["has_tests"]
+        result = (self._examine if examine else self._run)(request, deadline)
         if result["verdict"] == "abandoned":
             return 1
         self.reply(result)
         return 0
 
-    def run(self, request: dict[str, Any], deadline_s: float) -> dict[str, Any]:
-        """Fork a confined child, watch it, and say how it ended.
-
-        Args:
-            request: `code` and `limits`.
-            deadline_s: Seconds until the child is killed.
-
-        Returns:
-            The reply: output, exit code, and the verdict when the child did not end by itself.
-        """
-        deadline = time.monotonic() + deadline_s
-        workdir = os.path.join(self._plan.base, str(os.getpid()))
-        os.mkdir(workdir, 0o700)
-        try:
-            if self._plan.run_uid is not None:
-                os.chown(workdir, self._plan.run_uid, self._plan.run_uid)
-            run = self._fork(workdir, request)
-            try:
-                self._watch(run, request["limits"], deadline)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(run.pidfd, signal.SIGKILL)
-                status = os.waitpid(run.pid, 0)[1]
-                os.close(run.pidfd)
-                self._drain(run, request["limits"])
-        finally:
-            _remove_tree(workdir)
-        stdout, stderr, confined = (bytes(data) for data in run.streams.values())
-        if confined != CONFINED and not run.verdict:
-            run.verdict = "unconfined"
+    def _run(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+        """Run one program, and say how it ended."""
+        with started(self._plan, "program", request) as run:
+            watch([run], deadline, self._requests)
         return {
-            "stdout": stdout.decode(errors="replace"),
-            "stderr": stderr.decode(errors="replace"),
-            "exit_code": os.waitstatus_to_exitcode(status),
-            "verdict": run.verdict,
-            "detail": confined.decode(errors="replace") if run.verdict == "unconfined" else "",
+            "stdout": run.streams[0].decode(errors="replace"),
+            "stderr": run.streams[1].decode(errors="replace"),
+            "exit_code": run.exit_code,
+            **_verdict([run]),
         }
 
-    def _fork(self, workdir: str, request: dict[str, Any]) -> Run:
-        pipes = [os.pipe() for _ in range(3)]
-        server = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            with contextlib.suppress(BaseException):
-                code = run_child(
-                    self._plan, workdir, request, [write for _, write in pipes], server
-                )
-            os._exit(code)
-        for read, write in pipes:
-            os.close(write)
-            os.set_blocking(read, False)
-        streams = {read: bytearray() for read, _ in pipes}
-        return Run(pid, os.pidfd_open(pid), workdir, streams, open_pipes=set(streams))
+    def _examine(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+        """Run code and the tests of it, each in a child of its own; say whether they passed.
 
-    def _watch(self, run: Run, limits: dict[str, Any], deadline: float) -> None:
-        """Read the child's output until it ends or breaks a limit; sets the verdict if it did."""
-        poller = select.poll()
-        for descriptor in (run.pidfd, *run.open_pipes):
-            poller.register(descriptor, select.POLLIN)
-        poller.register(self._requests, select.POLLHUP | select.POLLRDHUP)
-        next_count = time.monotonic() + POLL_S
-        while not run.verdict:
-            now = time.monotonic()
-            if now >= deadline:
-                run.verdict = "deadline"
-                return
-            if now >= next_count:
-                run.verdict = self._over_limit(run, limits)
-                # Counting many files must not take all of a core.
-                next_count = time.monotonic() + max(POLL_S, 5 * (time.monotonic() - now))
-                continue
-            wait_s = min(deadline, next_count) - now
-            ready = {descriptor for descriptor, _ in poller.poll(wait_s * 1000 + 1)}
-            if self._requests in ready:
-                run.verdict = "abandoned"
-            for descriptor in ready & run.open_pipes:
-                if not self._take(run, descriptor, limits["max_output_bytes"]):
-                    poller.unregister(descriptor)
-                    run.open_pipes.discard(descriptor)
-            if run.pidfd in ready:
-                return
+        The child with the code is forked before the tests are read, so they and the values that
+        they expect were never in its memory.
+        """
+        channel = [*os.pipe(), *os.pipe()]
+        calls_read, calls_write, results_read, results_write = channel
+        with started(self._plan, "candidate", request, (calls_read, results_write)) as candidate:
+            tests = self.receive()
+            if tests is None:
+                return {"verdict": "abandoned"}
+            tests["limits"] = request["limits"]
+            with started(self._plan, "tests", tests, (results_read, calls_write)) as examiner:
+                for descriptor in channel:
+                    os.close(descriptor)
+                watch([candidate, examiner], deadline, self._requests)
+        passed = examiner.status == CONFINED + PASSED and examiner.exit_code == 0
+        return {"passed": passed, **_verdict([candidate, examiner])}
 
-    def _take(self, run: Run, descriptor: int, limit: int) -> bool:
-        """Read once from a pipe, keeping at most `limit` bytes; False at its end."""
-        try:
-            data = os.read(descriptor, 1 << 16)
-        except BlockingIOError:
-            return True
-        kept = run.streams[descriptor]
-        if len(kept) + len(data) > limit:
-            run.verdict = run.verdict or "output"
-        kept += data[: limit - len(kept)]
-        return bool(data)
 
-    def _drain(self, run: Run, limits: dict[str, Any]) -> None:
-        """Take what the ended child left in its pipes, then close them."""
-        for descriptor in run.streams:
-            if descriptor in run.open_pipes:
-                with contextlib.suppress(OSError):
-                    for _ in range(64):
-                        before = len(run.streams[descriptor])
-                        self._take(run, descriptor, limits["max_output_bytes"])
-                        if len(run.streams[descriptor]) == before:
-                            break
-            os.close(descriptor)
-
-    def _over_limit(self, run: Run, limits: dict[str, Any]) -> str:
-        used, entries = _disk_use(run.workdir, limits["max_files"])
-        if entries > limits["max_files"]:
-            return "files"
-        if used + _unlinked_bytes(run.pid) > limits["max_disk_bytes"]:
-            return "disk"
-        if _threads(run.pid) > limits["max_threads"]:
-            return "threads"
-        return ""
+def _verdict(runs: list[Run]) -> dict[str, str]:
+    """The first verdict on any of the children, and what one that was not confined said."""
+    # One child that broke a limit may have had another killed before that one was confined.
+    judged = sorted(
+        (run for run in runs if run.verdict), key=lambda run: run.verdict == "unconfined"
+    )
+    if not judged:
+        return {"verdict": "", "detail": ""}
+    return {"verdict": judged[0].verdict, "detail": judged[0].status.decode(errors="replace")}
 
 
 def _readable(packages: list[str]) -> tuple[str, ...]:
@@ -375,7 +288,8 @@ def _readable(packages: list[str]) -> tuple[str, ...]:
         if fill is not None:
             fill()
             finder._path_mtime = os.stat(folder).st_mtime  # type: ignore[union-attr]
-    return tuple(dict.fromkeys(os.path.realpath(path) for path in (*paths, *packages)))
+    found = [os.path.abspath(path) for path in (*paths, *packages)]
+    return tuple(dict.fromkeys((*found, *map(os.path.realpath, found))))
 
 
 def main() -> None:
@@ -389,15 +303,15 @@ def main() -> None:
         return
     try:
         try:
-            server.start(hello)
+            private = server.start(hello)
         except Exception as error:
             server.reply({"ready": False, "reason": f"{type(error).__name__}: {error}"})
             return
-        server.reply({"ready": True})
+        server.reply({"ready": True, "private_root": private})
         server.serve()
     finally:
-        with contextlib.suppress(OSError):
-            _remove_tree(hello["base"])
+        private_root.leave(hello["base"])
+        remove_tree(hello["base"])
 
 
 if __name__ == "__main__":

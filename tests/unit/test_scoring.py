@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from typing import Any
 
@@ -11,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app import scoring
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, ToolFailed
 from serve_app.questions import Question
 from serve_app.schemas import ToolCall
 from serve_app.scoring import Answer, Scored, measure, score
+from serve_app.tools.sandbox import GRACE_S, sandbox_server
 
 CODE = "Here it is:\n\n```python\ndef solution(x):\n    return x + 1\n```\n\nIt adds one."
 TESTS = ["assert solution(1) == 2", "assert solution(-1) == 0"]
@@ -182,6 +185,20 @@ async def test_hung_code_ends_at_the_time_limit_and_leaves_the_loop_free(
     assert time.monotonic() - begin < 0.9
     assert await hung == Scored(0.0)
     assert time.monotonic() - begin < 5
+
+
+def test_sandbox_that_hangs_fails_the_scoring_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure(unit_tests(), Answer(CODE))  # starts the sandbox
+    monkeypatch.setattr(scoring, "TESTS_TIMEOUT_S", 0.5)
+    pid = sandbox_server().pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(ToolFailed, match="in time"):
+        measure(unit_tests(), Answer(CODE))
+    assert time.monotonic() - begin < 0.5 + GRACE_S + 3
+    monkeypatch.setattr(scoring, "TESTS_TIMEOUT_S", 10.0)
+    assert measure(unit_tests(), Answer(CODE)) == 1.0
 
 
 async def test_programs_scored_together_do_not_use_up_each_others_time(
