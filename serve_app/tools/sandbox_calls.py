@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, MappingView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -179,7 +179,7 @@ class Channel:
         for name in ("list", "tuple", "set", "frozenset"):
             if isinstance(value, getattr(builtins, name)):
                 return [name, [self.encode(item) for item in value]]
-        if isinstance(value, Iterator | MappingView):
+        if isinstance(value, Iterator | KeysView | ValuesView | ItemsView):
             return ["iterator", [self.encode(i) for i in itertools.islice(value, MAX_ITEMS)]]
         if callable(value):
             name = f" {next(self._number)}"  # no name that code can give

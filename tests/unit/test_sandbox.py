@@ -209,7 +209,7 @@ def test_server_that_does_not_answer_is_replaced_in_time(size: int) -> None:
 def test_failed_start_is_followed_by_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     server = SandboxServer()
     with monkeypatch.context() as patch:
-        patch.setattr(sandbox_process.sys, "executable", "/does/not/exist")
+        patch.setattr(sys, "executable", "/does/not/exist")
         with pytest.raises(ToolFailed, match="cannot be started"):
             server.run("1", LIMITS, 10)
     assert server.run("1", LIMITS, 30).stdout == "1\n"
