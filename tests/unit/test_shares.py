@@ -303,11 +303,11 @@ def test_bodies_have_a_budget_that_is_given_back(tmp_path: Path) -> None:
         head = HEAD.format(key=key, length=60_000).encode()
         with socket.create_connection(("127.0.0.1", gateway.port), timeout=20) as holder:
             holder.sendall(head + b" " * 59_999)
-            refused = []
+            refused: list[httpx2.Response] = []
 
             def is_refused() -> bool:
                 refused[:] = [chat(gateway, key, "x" * 50_000)]
-                return refused[0].status_code == 429
+                return bool(refused[0].status_code == 429)
 
             assert eventually(is_refused, 20)
             assert refused[0].headers["retry-after"] == "1"
