@@ -119,7 +119,8 @@ class PythonConfig(ToolSettings):
     """Size of one file the code writes."""
 
     max_disk_bytes: int = Field(default=32 << 20, ge=0, le=1 << 32)
-    """Size of all its files together."""
+    """Size of all its files together. They are in memory where a run has a root folder of its own,
+    beside `memory_mb`."""
 
     max_files: int = Field(default=256, ge=1, le=65536)
     """Files and folders it may have at once."""

@@ -3,6 +3,13 @@
 Each process that runs tools keeps one warm sandbox server per set of packages (`sandbox_server`),
 which forks a confined child per run. There is no unconfined way: where Landlock, seccomp or
 sandlock is missing, or the server's own probe gets out, every call fails with `ToolFailed`.
+
+Where the kernel lets the server mount (as root with CAP_SYS_ADMIN, or in a user namespace), a run
+has a root folder of its own (`sandbox_root`): the kernel bounds its files, and nothing else can be
+looked at but the runtime's files, the size of the disk they are on, and what `uname` and `sysinfo`
+say. Elsewhere its files are counted, not exactly (`sandbox_run`), and it can ask whether a file is
+there, its size and its times, and where a link leads, as far as its user may, but open nothing:
+Landlock does not cover these questions, and seccomp cannot see which file they are about.
 """
 
 from __future__ import annotations
