@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -40,7 +41,7 @@ def profile_command(
     questions: Annotated[Path, typer.Option(help="JSONL or Parquet: id, query, gold, metric.")],
     config: ConfigOption,
     model: Annotated[
-        list[str] | None, typer.Option(help="Models to measure; may be repeated. [all ready]")
+        list[str] | None, typer.Option(help="Models to measure; may be repeated. [all]")
     ] = None,
     judge: Annotated[
         str | None, typer.Option(help="model@tool that judges answers of the metric 'judge'.")
@@ -62,6 +63,9 @@ def profile_command(
     errors_again: Annotated[
         bool, typer.Option(help="Measure anew what ended in an error, as a tool's time-out.")
     ] = False,
+    wait_s: Annotated[
+        float, typer.Option(help="Longest wait for models that are not ready.", min=0)
+    ] = 300.0,
     address: AddressOption = "auto",
 ) -> None:
     """Measure every pair of the running pool on labelled questions; goes on where it stopped."""
@@ -78,6 +82,7 @@ def profile_command(
         concurrency=concurrency,
         again=again,
         errors_again=errors_again,
+        wait_s=wait_s,
     )
     deployment = load(config)
     try:
@@ -95,7 +100,13 @@ def profile_command(
     )
     task = bar.add_task("profile", total=None, cost=0.0)
 
+    said: set[tuple[str, ...]] = {()}
+
     def show(progress: Progress) -> None:
+        if progress.waiting_for not in said:
+            said.add(progress.waiting_for)
+            waited_for = "; ".join(progress.waiting_for)
+            bar.console.print(f"waiting: {waited_for}", highlight=False, markup=False)
         bar.update(task, total=progress.total, completed=progress.done, cost=progress.cost_usd)
 
     async def work(deployment: AtlasConfig, store: Store) -> Progress:
@@ -126,6 +137,13 @@ def profile_command(
         console.print(f"the judge said the same in both orders in {share:.0%} of {done.judged}")
     if done.stopped:
         console.print(f"stopped early: {done.stopped}")
+    if done.left_out:
+        why = "; ".join(done.left_out_because)
+        raise fail(
+            f"{len(done.left_out)} pairs are left out, because they did not answer: "
+            f"{', '.join(done.left_out)} ({escape(why)}). Run it again when they do, or name the "
+            "models to measure with --model"
+        )
     if done.failed:
         raise fail(f"{done.failed} are missing, because their engine was away; run it again")
 

@@ -25,6 +25,7 @@ import numpy as np
 import ray
 
 from rl.measuring import RunSettings, measure_pair, measure_thought
+from rl.ready_pool import ready_pool
 from serve_app.config import AtlasConfig
 from serve_app.embedder import Embedder
 from serve_app.errors import ConfigError
@@ -74,7 +75,7 @@ class ProfileSettings:
     """How a profile is taken."""
 
     models: frozenset[str] | None = None
-    """Models whose pairs are measured; `None` takes all that are ready."""
+    """Models whose pairs are measured; `None` takes all of the pool."""
     judge: Pair | None = None
     """Judges answers to questions of the metric `judge`."""
     planner: str | None = None
@@ -94,6 +95,9 @@ class ProfileSettings:
     """Run also what is measured already; the newest outcome counts."""
     errors_again: bool = False
     """Forget the outcomes that ended in an error, and run them anew."""
+    wait_s: float = 300.0
+    """Longest wait for models that are wanted and not ready yet. What is not ready then, or can not
+    be by then, is left out and named in `Progress.left_out`."""
     num_cpus: float = 0.05
     """CPUs that Ray reserves for each task; the work is the engines'."""
 
@@ -126,6 +130,12 @@ class Progress:
     """Of `judged`: the judge said the same in both orders."""
     stopped: str | None = None
     """Why it ended early."""
+    waiting_for: tuple[str, ...] = ()
+    """Models that are not ready yet, and why; it has not begun before there is none."""
+    left_out: tuple[str, ...] = ()
+    """Wanted pairs that are not measured, because they did not answer in time."""
+    left_out_because: tuple[str, ...] = ()
+    """Why not, one reason per model."""
 
     def to_json(self) -> dict[str, Any]:
         """For the job's row."""
@@ -264,15 +274,31 @@ async def profile(
     needs_judge = any(question.metric.name == "judge" for question in questions)
     if needs_judge and settings.judge is None:
         raise ConfigError("some questions have the metric 'judge': name a judge")
-    pool = await _pool()
-    pairs = pool.ready_pairs()
-    if settings.judge is not None and settings.judge not in pairs:
+    progress = Progress(total=0)
+
+    def on_wait(reasons: tuple[str, ...]) -> None:
+        progress.waiting_for = reasons
+        on_progress(progress)
+
+    planner_id = settings.planner or config.router.planner
+    helpers = {settings.judge.model_id if settings.judge else None, planner_id}
+    pool = await ready_pool(
+        _read_pool,
+        models=settings.models,
+        others=frozenset(name for name in helpers if name is not None),
+        wait_s=settings.wait_s,
+        on_wait=on_wait,
+    )
+    if settings.judge is not None and settings.judge not in pool.state.ready_pairs():
         raise ConfigError(f"the judge {settings.judge} is not among the pool's ready pairs")
-    planner = _ready_planner(pool, settings.planner or config.router.planner)
-    if settings.models is not None:
-        pairs = tuple(pair for pair in pairs if pair.model_id in settings.models)
+    planner = _ready_planner(pool.state, planner_id)
+    pairs = pool.pairs
     if not pairs:
-        raise ConfigError("none of the models is ready")
+        raise ConfigError("; ".join(("none of the models is ready", *pool.reasons)))
+    progress.waiting_for, progress.left_out_because = (), pool.reasons
+    progress.left_out = tuple(map(str, pool.left_out))
+    if pool.left_out:
+        logger.warning("left out: %s (%s)", pool.left_out, "; ".join(pool.reasons))
     questions = list({question.key: question for question in questions}.values())
     await _keep_questions(config, questions, store)
     marks = _marks(config, pairs, planner, again=settings.again)
@@ -287,7 +313,6 @@ async def profile(
             [question.key for question in questions],
             [*known.alone.values(), *known.after.values()],
         )
-    progress = Progress(total=0)
     costs = _Costs({card.pair: card.cost_usd for card in pair_cards(config)})
     for number in range(_PASSES):
         missing = await _missing(wanted, marks, store)
@@ -451,9 +476,9 @@ def sampled_pairs(question: Question, pairs: tuple[Pair, ...], share: float) -> 
     return tuple(pair for pair in pairs if pair in drawn)
 
 
-async def _pool() -> PoolState:
-    response = deployment_handle(PoolController.__name__).state.remote()
-    pool: PoolState = await asyncio.to_thread(response.result, timeout_s=_POOL_TIMEOUT_S)
+async def _read_pool(known_version: int, timeout_s: float) -> PoolState:
+    response = deployment_handle(PoolController.__name__).state.remote(known_version)
+    pool: PoolState = await asyncio.to_thread(response.result, timeout_s=timeout_s)
     return pool
 
 

@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import shlex
-import signal
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Column, Table
 
 from serve_app import environment
@@ -25,11 +26,13 @@ from serve_app.console import (
     console,
     fail,
     load,
+    next_try,
 )
 from serve_app.errors import AtlasError
 from serve_app.gateway.hosts import is_loopback
 from serve_app.nano.cli import app as nano_app
 from serve_app.pool_cli import app as pool_app
+from serve_app.schemas import MemberState, ModelMember, PoolState
 
 app = typer.Typer(
     help="Route every request to the right model and tool.",
@@ -69,8 +72,6 @@ def serve(
     console.print(f"[bold]atlas-serve[/bold] {config}: starting {what} …")
     try:
         with running_graph(config, host=host, port=port, address=address) as graph:
-            # As Ctrl-C: Ray's own handler aborts, and leaves its processes to find out.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
             # Where Serve runs already it keeps its address, whatever was asked for here.
             bound_host, bound_port = http_address()
             if auth_mode == "open":
@@ -78,31 +79,65 @@ def serve(
                 console.print(
                     "no API key is asked for (gateway.auth.mode: open); listening on loopback only"
                 )
-            _watch_pool(graph.wait_for_pool())
-            url = f"http://{bound_host}:{bound_port}/v1"
-            console.print(f"[green]ready[/green] at {url}   (Ctrl-C stops it)")
-            console.print('try: atlas ask "What is 15% of 240?"', highlight=False)
-            graph.wait()
+            _follow_pool(graph.states(), f"http://{bound_host}:{bound_port}/v1")
     except KeyboardInterrupt:
         console.print("stopped")
     except AtlasError as error:
         raise fail(error.message) from None
 
 
-def _watch_pool(states: Any) -> None:
-    """Print each change of the pool while it starts."""
-    known: dict[str, str] = {}
+def _follow_pool(states: Iterator[PoolState], url: str) -> None:
+    """Print each change of the pool while it starts, what is missing then, and what changes later.
+
+    Returns only by an exception, as on Ctrl-C.
+    """
+    known: dict[str, ModelMember] = {}
     began_s = time.monotonic()
+
+    def show(state: PoolState) -> None:
+        for member in state.models:
+            if _said(known.get(member.model_id)) != _said(member):
+                known[member.model_id] = member
+                seconds = time.monotonic() - began_s
+                _print(f"  {seconds:5.0f} s  {member.model_id} {_state_text(member)}")
+
     with console.status("models starting (usually 1 to 3 minutes) …"):
         for state in states:
-            for member in state.models:
-                if known.get(member.model_id) != member.state.value:
-                    known[member.model_id] = member.state.value
-                    colour = {"ready": "green", "failed": "red"}.get(member.state.value, "yellow")
-                    why = f": {member.reason}" if member.reason else ""
-                    state_text = f"[{colour}]{member.state.value}[/{colour}]{why}"
-                    seconds = time.monotonic() - began_s
-                    console.print(f"  {seconds:5.0f} s  {member.model_id} {state_text}")
+            show(state)
+            if all(member.state is not MemberState.STARTING for member in state.models):
+                break
+    missing = state.missing()
+    if missing:
+        _print(f"[yellow]ready[/yellow] at {url}, but without {', '.join(missing)}:")
+        for member in state.models:
+            if member.reason:
+                _print(f"  {member.model_id} {_state_text(member)}")
+    else:
+        _print(f"[green]ready[/green] at {url}   (Ctrl-C stops it)")
+    _print('try: atlas ask "What is 15% of 240?"')
+    for state in states:
+        show(state)
+        if missing and not state.missing():
+            _print("[green]everything is ready[/green]")
+        missing = state.missing()
+
+
+def _print(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _said(member: ModelMember | None) -> tuple[object, ...]:
+    """What is printed of a model."""
+    return () if member is None else (member.state, member.reason, member.retry_unix_s)
+
+
+def _state_text(member: ModelMember) -> str:
+    """A model's state, what failed of it, and when that is tried again."""
+    colour = {"ready": "green", "failed": "red"}.get(member.state.value, "yellow")
+    why = ""
+    if member.reason:
+        why = f": {escape(member.reason)}; {next_try(member.retry_unix_s)}"
+    return f"[{colour}]{member.state.value}[/{colour}]{why}"
 
 
 @app.command()
@@ -262,7 +297,8 @@ def status(
     table = Table("model", "state", "reason", "pairs", title=f"pool, version {pool.pool_version}")
     for member in pool.models:
         pairs = ", ".join(p.tool_id for p in pool.pairs if p.model_id == member.model_id)
-        table.add_row(member.model_id, member.state.value, member.reason or "", pairs)
+        reason = f"{member.reason}; {next_try(member.retry_unix_s)}" if member.reason else ""
+        table.add_row(member.model_id, member.state.value, reason, pairs)
     console.print(table)
 
 

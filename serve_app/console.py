@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,12 @@ def fail(message: str) -> typer.Exit:
     """Print why, and give what to raise."""
     console.print(f"[red]error:[/red] {message}", highlight=False)
     return typer.Exit(1)
+
+
+def next_try(retry_unix_s: float | None) -> str:
+    """When what failed is tried again, in words."""
+    left_s = 0.0 if retry_unix_s is None else retry_unix_s - time.time()
+    return "being tried again" if left_s < 1 else f"tried again in {left_s:.0f} s"
 
 
 def load(path: Path) -> AtlasConfig:

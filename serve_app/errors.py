@@ -29,6 +29,7 @@ AtlasError
 │   └── ToolFailed               final for this step
 │       └── ToolTimeout          the tool ran past its time
 ├── ConfigError                  a configuration that cannot work
+├── ClusterDied                  Ray's own processes have ended beneath the graph
 ├── SnapshotError                a router snapshot that is damaged, foreign or does not fit
 ├── TrainingStopped              told to stop before its end
 ├── PromotionRefused             409, a candidate policy that is not surely as good
@@ -241,6 +242,10 @@ class ToolFailed(ToolError):
 
 class ToolTimeout(ToolFailed):
     """The tool ran past its time."""
+
+
+class ClusterDied(AtlasError):
+    """Ray's own processes have ended beneath the graph; it has to be started again."""
 
 
 class ConfigError(AtlasError, ValueError):

@@ -12,7 +12,7 @@ import yaml
 from rich.live import Live
 from rich.table import Table
 
-from serve_app.console import DEFAULT_URL, KeyOption, UrlOption, api_errors, console, fail
+from serve_app.console import DEFAULT_URL, KeyOption, UrlOption, api_errors, console, fail, next_try
 
 app = typer.Typer(help="Change the pool while it serves.", no_args_is_help=True)
 _POLL_S = 0.5
@@ -225,6 +225,6 @@ def _models_table(answer: dict[str, Any]) -> Table:
             if price
             else "",
             ", ".join(pair.partition("@")[2] for pair in row["pairs"]),
-            row["reason"] or "",
+            f"{row['reason']}; {next_try(row.get('retry_unix_s'))}" if row["reason"] else "",
         )
     return table

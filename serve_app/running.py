@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,21 @@ import ray
 from ray import serve
 from ray.serve.deployment import Application
 
-from serve_app.errors import ConfigError
+from serve_app.errors import ClusterDied, ConfigError
 from serve_app.graph import APP_NAME, BuildArgs, build_app
 from serve_app.models.applications import ongoing_requests, running_replicas, serve_details
 from serve_app.models.controller import PoolController, failure_reason
 from serve_app.schemas import MemberState, PoolState
+from serve_app.watchdog import watched
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+"""How often the cluster's processes are looked at."""
+_VITAL = ("raylet", "gcs_server")
+_TAKE_DOWN_S = 12.0
+"""How long Serve and Ray may take to end in order; then the watchdog ends their processes."""
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -35,21 +47,52 @@ class DeploymentRow:
 class RunningGraph:
     """The graph while it runs."""
 
+    def states(self) -> Iterator[PoolState]:
+        """The pool's states, each as it comes, for as long as the graph runs.
+
+        Raises:
+            ClusterDied: If Ray's processes have ended.
+        """
+        controller = deployment_handle(PoolController.__name__)
+        version, response = -1, None
+        while True:
+            check_cluster()
+            try:
+                response = response or controller.state.remote(version)
+                state: PoolState = response.result(timeout_s=_LOOK_S)
+            except TimeoutError:
+                continue
+            except Exception as error:  # Serve may be starting the controller again
+                logger.warning("the pool controller does not answer: %s", error)
+                response = None
+                time.sleep(_LOOK_S)
+                continue
+            response = None
+            if state.pool_version != version:
+                version = state.pool_version
+                yield state
+
     def wait_for_pool(self) -> Iterator[PoolState]:
         """The pool's states, until no model is starting any more."""
-        controller = deployment_handle(PoolController.__name__)
-        version = -1
-        while True:
-            state: PoolState = controller.state.remote(version).result(timeout_s=60)
-            version = state.pool_version
+        for state in self.states():
             yield state
             if all(member.state is not MemberState.STARTING for member in state.models):
                 return
 
-    def wait(self) -> None:
-        """Return when interrupted."""
-        while True:
-            time.sleep(3600)
+
+def check_cluster() -> None:
+    """Check that the processes of a Ray cluster that this process started are alive.
+
+    Raises:
+        ClusterDied: If one has ended without which nothing works.
+    """
+    node = ray._private.worker._global_node
+    dead = {kind for kind, _ in node.dead_processes()} if node is not None else set()
+    for kind in _VITAL:
+        if kind in dead:
+            raise ClusterDied(
+                f"Ray's process {kind!r} has ended, and with it the graph; start anew"
+            )
 
 
 def deployment_handle(name: str) -> Any:
@@ -108,15 +151,61 @@ def running_graph(
         "object_store_memory": 256 << 20,
         "resources": {"cpu_node": 1},
     }
-    # `local`: a cluster that happens to run here already is not ours to take.
-    _join(address or "local", **(own if address is None else {}))
-    try:
+    with ExitStack() as stack:
+        if address is None:  # on another cluster nothing is ours to end
+            stack.enter_context(watched())
+        stack.enter_context(_signals_interrupt())
+        # `local`: a cluster that happens to run here already is not ours to take.
+        _join(address or "local", **(own if address is None else {}))
+        stack.callback(_take_down)
+        _set_signals()  # Ray has set its own handler, which aborts
         serve.start(http_options={"host": host, "port": port})
         _deploy(build_app(BuildArgs(config=str(config))))
         yield RunningGraph()
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Have what ends a process by default interrupt it in this block, as Ctrl-C does."""
+    before = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
+    _set_signals()
+    try:
+        yield
     finally:
-        serve.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _set_signals() -> None:
+    for number in _ENDING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, signal.default_int_handler)
+
+
+def _take_down() -> None:
+    """End Serve and leave the cluster; gives up where their processes do not answer any more."""
+
+    def end() -> None:
+        try:
+            serve.shutdown()
+        except Exception as error:
+            logger.warning("Serve did not end in order: %s", error)
         ray.shutdown()
+
+    ends_s = time.monotonic() + _TAKE_DOWN_S
+    try:
+        check_cluster()
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        while ending.is_alive():
+            # A signal to the whole process group ends Ray's processes too.
+            check_cluster()
+            if time.monotonic() > ends_s:
+                logger.warning("Ray did not end in order within %g s", _TAKE_DOWN_S)
+                return
+            ending.join(_LOOK_S / 4)
+    except ClusterDied as error:
+        logger.info("nothing is left to end in order: %s", error.message)
 
 
 def _deploy(application: Application) -> None:

@@ -97,6 +97,8 @@ class ModelMember:
     """Tools whose pair with it has not answered a warm-up request yet."""
     updating: bool = False
     """Whether an application with newer settings is to take over."""
+    retry_unix_s: float | None = None
+    """When what failed of it is tried again; `None`: nothing failed, or it is being tried now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,16 @@ class PoolState:
             for pair in self.pairs
             if pair.model_id in ready and pair.tool_id not in ready[pair.model_id]
         )
+
+    def missing(self) -> tuple[str, ...]:
+        """What is configured and does not answer now: model ids, and pairs of models that do."""
+        names = []
+        for member in self.models:
+            if member.state in (MemberState.STARTING, MemberState.FAILED):
+                names.append(member.model_id)
+            elif member.state is MemberState.READY:
+                names += [f"{member.model_id}@{tool}" for tool in sorted(member.cold_tools)]
+        return tuple(names)
 
 
 @dataclass(frozen=True, slots=True)

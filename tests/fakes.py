@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -74,6 +76,15 @@ class NeedsFile(ScriptedModel):
     def __init__(self, path: str) -> None:
         if not os.path.exists(path):
             raise RuntimeError(f"it needs what is not there: {path}")
+        super().__init__("echo")
+
+
+class WithHelper(ScriptedModel):
+    """An engine with a process of its own, as vLLM's, that outlives it and heeds no SIGTERM."""
+
+    def __init__(self) -> None:
+        program = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"
+        self._helper = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
         super().__init__("echo")
 
 

@@ -36,7 +36,7 @@ from serve_app.models.applications import (
     model_applications,
     ongoing_requests,
 )
-from serve_app.models.deploy import application_name, deploy_model
+from serve_app.models.deploy import application_name, deploy_model, register_connectors
 from serve_app.models.desired import DesiredPool
 from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.engines import ModelClients, pause_after_death
@@ -73,6 +73,8 @@ class _Model:
     """When its start began, by the monotonic clock; `None` while none is under way."""
     failures: int = 0
     retry_at_s: float = 0.0
+    retry_unix_s: float | None = None
+    """As `retry_at_s`, for people; `None` while nothing that failed waits for its next try."""
     suspected: bool = False
     """Whether somebody saw it fail since it was last probed."""
     warm: set[str] = field(default_factory=set)
@@ -290,12 +292,13 @@ class PoolController:
             pass
         elif application is None:
             if now_s >= model.retry_at_s and self._may_start(model):
-                model.began_s = now_s
+                model.began_s, model.retry_unix_s = now_s, None
                 self._do(model, self._start(model))
         elif status is ApplicationStatus.RUNNING:
             model.began_s = None
             cold = not model.serves or not model.warm >= set(model.config.tools)
             if model.suspected or (cold and now_s >= model.retry_at_s):
+                model.retry_unix_s = None
                 self._do(model, self._warm_up(model))
         elif status is ApplicationStatus.DEPLOY_FAILED:
             self._failed(model, failure_reason(application.message), delete=True)
@@ -347,6 +350,8 @@ class PoolController:
         """Hand the application to Serve."""
         logger.info("model %s: starting", model.config.model_id)
         try:
+            if isinstance(model.config, LocalModelConfig):
+                await asyncio.to_thread(register_connectors)
             await ray.remote(num_cpus=0, max_calls=1)(deploy_model).remote(model.config)
         except Exception as error:
             logger.exception("model %s: cannot be deployed", model.config.model_id)
@@ -373,7 +378,7 @@ class PoolController:
             logger.warning("model %s: it does not answer: %s", config.model_id, error.message)
             self._failed(model, failure_reason(error.message), delete=False)
             # It needs no new start, so it is asked again soon.
-            model.failures = 0
+            model.failures, model.retry_unix_s = 0, None
             model.retry_at_s = time.monotonic() + self._config.pool.health_interval_s
             return
         executor = PairExecutor(self._config, clients)
@@ -410,6 +415,7 @@ class PoolController:
         pause_s = min(pool.retry_initial_s * 2**model.failures, pool.retry_max_s)
         model.failures += 1
         model.retry_at_s = time.monotonic() + pause_s
+        model.retry_unix_s = time.time() + pause_s
 
     def _set(
         self, model: _Model, state: MemberState, reason: str | None, application: str | None
@@ -437,6 +443,7 @@ class PoolController:
                     num_replicas=len(serving.replicas) if serving else None,
                     cold_tools=frozenset(model.config.tools) - model.warm,
                     updating=model.member.application not in (None, model.application),
+                    retry_unix_s=model.retry_unix_s,
                 )
             )
         known = {member.model_id for member in members}

@@ -66,6 +66,17 @@ def build_model(config: ModelConfig) -> Application:
     return deployment.bind(**config.settings)
 
 
+def register_connectors() -> None:
+    """Enter Ray's connectors for vLLM's key-value cache in the cluster's registry.
+
+    Importing `ray.serve.llm` does so where they are missing: it looks, and enters. Of two processes
+    that do so at once, the second one's import fails ("already registered"). So the controller,
+    which is one process, enters them before any process that imports `ray.serve.llm` is started.
+    Costs milliseconds: vLLM is not imported.
+    """
+    importlib.import_module("ray.llm._internal.serve.engines.vllm.kv_transfer.factory")
+
+
 def deploy_model(config: ModelConfig) -> None:
     """Hand a model's application to Serve and return at once; Serve brings it up."""
     target = serve.RunTarget(build_model(config), name=application_name(config), route_prefix=None)

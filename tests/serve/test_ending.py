@@ -1,0 +1,172 @@
+"""`atlas serve` leaves no process behind, however it ends; on whole graphs of their own.
+
+Every case listens on the same ports, so each also shows that a start after the case before works.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from tests.haproxy import free_port, own_haproxy
+
+pytestmark = pytest.mark.serve
+
+START_S = 240
+GONE_S = 60
+"""Longer than the 30 s that it may take: other work may keep this machine busy."""
+Json = dict[str, Any]
+
+SCRIPTED: Json = {"type": "custom", "import_path": "tests.fakes:WithHelper", "num_cpus": 0}
+ENGINE: Json = {
+    "type": "local",
+    "model_source": str(Path("serve_app/nano/weights/nano-math").absolute()),
+    "bundle": {"CPU": 0.2},
+    "num_cpus": 0.05,
+    "engine_kwargs": {
+        "enforce_eager": True,
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "max_num_seqs": 4,
+        "kv_cache_memory_bytes": 64 << 20,
+        "distributed_executor_backend": "mp",
+    },
+    "env": {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    },
+}
+
+
+class Served:
+    """An `atlas serve` and every process that it started."""
+
+    def __init__(self, config: Path, environment: dict[str, str], port: int, output: Path) -> None:
+        self._output = output
+        command = [sys.executable, "-c", "from rl.cli import main; main()", "serve"]
+        with output.open("w") as file:
+            self.process = psutil.Popen(
+                [*command, "--config", str(config), "--port", str(port)],
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.started: list[psutil.Process] = []
+        try:
+            self._wait_until(lambda: "ready at" in self.said(), START_S)
+            self.started = self.process.children(recursive=True)
+            body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+            answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+        except BaseException:
+            self.end()
+            raise
+
+    def said(self) -> str:
+        return self._output.read_text()
+
+    def child(self, name: str) -> psutil.Process:
+        (found,) = [process for process in self.started if process.name() == name]
+        return found
+
+    def left(self) -> list[psutil.Process]:
+        return [p for p in self.started if _is_alive(p)]
+
+    def wait_until_gone(self) -> int:
+        """Returns the exit code."""
+        code: int = self.process.wait(GONE_S)
+        self._wait_until(lambda: not self.left(), GONE_S)
+        return code
+
+    def end(self) -> None:
+        """After a failure: leave nothing for the next test."""
+        for process in (self.process, *self.started):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _wait_until(self, claim: Callable[[], bool], within_s: float) -> None:
+        ends_s = time.monotonic() + within_s
+        while not claim():
+            assert time.monotonic() < ends_s, f"{self.left()}\n{self.said()}"
+            time.sleep(0.1)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(scope="module")
+def serve_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Json], Served]:
+    """Starts `atlas serve` with one model `m`; the same ports and folders each time."""
+    folder = tmp_path_factory.mktemp("ending")
+    port = free_port()
+    environment = {**os.environ, **own_haproxy(), "ATLAS_DATA_DIR": str(folder / "data")}
+
+    def run(model: Json) -> Served:
+        config = folder / "config.yaml"
+        pool = {"models": [{"model_id": "m", **model}]}
+        config.write_text(yaml.safe_dump(pool))
+        return Served(config, environment, port, folder / "output")
+
+    return run
+
+
+def to_the_process(number: signal.Signals) -> Callable[[Served], None]:
+    return lambda served: served.process.send_signal(number)
+
+
+def to_the_group(number: signal.Signals) -> Callable[[Served], None]:
+    return lambda served: os.killpg(served.process.pid, number)
+
+
+def kill_raylet(served: Served) -> None:
+    served.child("raylet").kill()
+
+
+@pytest.mark.parametrize(
+    ("model", "end", "code", "says"),
+    [
+        pytest.param(ENGINE, to_the_process(signal.SIGKILL), -9, "ready at", id="engine-kill"),
+        pytest.param(SCRIPTED, to_the_process(signal.SIGINT), 0, "stopped", id="int"),
+        pytest.param(SCRIPTED, to_the_process(signal.SIGTERM), 0, "stopped", id="term"),
+        pytest.param(SCRIPTED, to_the_process(signal.SIGHUP), 0, "stopped", id="hup"),
+        pytest.param(SCRIPTED, to_the_group(signal.SIGINT), 0, "stopped", id="group-int"),
+        pytest.param(SCRIPTED, to_the_group(signal.SIGTERM), 0, "stopped", id="group-term"),
+        pytest.param(SCRIPTED, to_the_group(signal.SIGHUP), 0, "stopped", id="group-hup"),
+        pytest.param(SCRIPTED, to_the_group(signal.SIGKILL), -9, "ready at", id="group-kill"),
+        pytest.param(SCRIPTED, kill_raylet, 1, "'raylet' has ended", id="raylet"),
+    ],
+)
+def test_nothing_is_left(
+    serve_once: Callable[[Json], Served],
+    model: Json,
+    end: Callable[[Served], None],
+    code: int,
+    says: str,
+) -> None:
+    served = serve_once(model)
+    try:
+        assert {"gcs_server", "raylet", "haproxy"} <= {p.name() for p in served.started}
+        end(served)
+        assert served.wait_until_gone() == code
+        assert says in served.said()
+        assert "Traceback" not in served.said()
+    finally:
+        served.end()
