@@ -32,6 +32,7 @@ from serve_app.config import AtlasConfig
 from serve_app.embedder import TextEncoder, find_model
 from serve_app.errors import ConfigError
 from serve_app.onnx_export import source_key
+from serve_app.private_files import make_private_folder
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.features import DESCRIPTOR_DIM, NO_ANSWER, project
 from serve_app.router.snapshot import RouterSnapshot
@@ -126,7 +127,7 @@ def answer_encoder(config: AtlasConfig) -> Encode:
         for start in range(0, len(order), _ENCODE_AT_ONCE):
             batch = order[start : start + _ENCODE_AT_ONCE]
             vectors[batch] = encoder.encode([texts[number] for number in batch])
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             np.save(file, vectors)
         # Under its name only when it is whole: another job may read it at any time.

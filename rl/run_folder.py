@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from serve_app.errors import ConfigError
+from serve_app.private_files import make_private_folder
 
 CONFIG_FILE, RESULT_FILE, CURVE_FILE = "config.json", "result.json", "curve.png"
 _LOCK_FILE = "lock"
@@ -61,8 +62,8 @@ class RunFolder:
         Raises:
             ConfigError: If another process has it, or it holds another run.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
+        make_private_folder(self.path)
+        self._lock = os.open(self.path / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -21,6 +21,8 @@ from serve_app.errors import ConfigError
 from serve_app.schemas import NO_TOOL, Pair
 from serve_app.tools.config import MAX_DESCRIPTION_CHARS, BestOfConfig, Examples, ToolConfig
 
+DATA_FOLDER = ".atlas-serve"
+"""Name of the folder for the deployment's data, in the user's home, if no other is configured."""
 MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 _COMMIT = re.compile(r"[0-9a-f]{40}|\$\{\w+\}")
 """A hub's commit, or the environment variable that holds one."""
@@ -518,7 +520,7 @@ class AtlasConfig(BaseConfig):
     gateway: GatewayConfig = GatewayConfig()
     store: StoreConfig = StoreConfig()
     pool: PoolConfig = PoolConfig()
-    data_dir: str = "~/.atlas-serve"
+    data_dir: str = f"~/{DATA_FOLDER}"
     """Folder of the store and the caches. `ATLAS_DATA_DIR` in the environment wins."""
 
     @model_validator(mode="after")

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from serve_app.config import AtlasConfig, EmbedderConfig
 from serve_app.errors import ConfigError, InvalidRequest
 from serve_app.onnx_export import GRAPH_FILE, export_encoder, is_intact, read_spec, source_key
+from serve_app.private_files import make_private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +285,7 @@ def cached_graph(folder: Path, cache_dir: Path) -> Path:
     export = cache_dir / f"encoder-{source_key(folder)}"
     if is_intact(export):
         return export
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    make_private_folder(cache_dir)
     with (cache_dir / "encoder.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if is_intact(export):

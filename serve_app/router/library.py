@@ -20,6 +20,7 @@ import fsspec
 
 from serve_app.config import SnapshotsPlace
 from serve_app.errors import SnapshotError
+from serve_app.private_files import make_private_folder, tighten
 from serve_app.router.snapshot import (
     DOCUMENT_FILE,
     TENSORS_FILE,
@@ -43,9 +44,10 @@ class SnapshotLibrary:
     """
 
     def __init__(self, place: SnapshotsPlace) -> None:
-        """Use a place; its folder is made with the first snapshot."""
+        """Use a place; its folder is made with the first snapshot, and is for this user only."""
         self._folder = place.folder
         self._url = place.url
+        tighten(self._folder)
 
     def folder(self, snapshot_id: str) -> Path:
         """Where a snapshot lies on this machine; fetched, if it is elsewhere.
@@ -98,7 +100,7 @@ class SnapshotLibrary:
     def _draft(self) -> Iterator[Path]:
         """The name of a folder beside the snapshots; gone with the block if it is there still."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(self._folder)
             parent = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._folder))
         except OSError as error:
             raise SnapshotError(f"cannot keep the snapshot: {error.strerror}") from error
@@ -126,7 +128,7 @@ class SnapshotLibrary:
 
     def _fetch(self, snapshot_id: str, folder: Path) -> None:
         with self._draft() as draft, self._object_store(snapshot_id) as (files, path):
-            draft.mkdir()
+            draft.mkdir(mode=0o700)
             for name in (DOCUMENT_FILE, TENSORS_FILE):
                 (draft / name).write_bytes(files.cat_file(f"{path}/{name}"))
             self._take(draft, folder)

@@ -26,7 +26,9 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from serve_app.config import DATA_FOLDER
 from serve_app.errors import ConfigError, StoreAway, StoreError
+from serve_app.private_files import make_private_file, make_private_folder, tighten
 from serve_app.store.migrations import migrate
 
 logger = logging.getLogger(__name__)
@@ -50,11 +52,11 @@ class Store:
         - What a finished `begin()` block wrote survives the death of this process.
     """
 
-    def __init__(self, engine: AsyncEngine, folder: Path | None) -> None:
+    def __init__(self, engine: AsyncEngine, file: Path | None) -> None:
         """Wrap an engine; use `Store.open`, which also makes the schema."""
         self._engine = engine
-        self._folder = folder
-        """Of an SQLite file; made where it is missing."""
+        self._file = file
+        """Of an SQLite database; made where it is missing, for this user only."""
         self._has_schema = False
         self._opening = asyncio.Lock()
         self._next_try_s = 0.0
@@ -89,8 +91,8 @@ class Store:
         """Take the steps that the database lacks; several processes may try at once."""
         for attempt in range(1, tries + 1):
             try:
-                if self._folder is not None:
-                    self._folder.mkdir(parents=True, exist_ok=True)
+                if self._file is not None:
+                    _make_private(self._file)
                 async with self._connect() as connection, connection.begin():
                     await connection.run_sync(migrate)
                 self._has_schema = True
@@ -166,16 +168,30 @@ def is_transient(error: BaseException) -> bool:
     )
 
 
+def _make_private(file: Path) -> None:
+    """Have an SQLite database, what it has beside it, and its folder for this user only.
+
+    SQLite gives what it makes beside a database the database's mode. A folder that is there already
+    may be for other things too, so that only one with the default name is tightened.
+    """
+    make_private_folder(file.parent)
+    if file.parent.name == DATA_FOLDER:
+        tighten(file.parent)
+    make_private_file(file)
+    for suffix in ("-wal", "-shm", "-journal"):
+        tighten(file.with_name(file.name + suffix))
+
+
 def _make_engine(url: str) -> tuple[AsyncEngine, Path | None]:
-    """The engine, and the folder of an SQLite file."""
-    folder = None
+    """The engine, and the file of an SQLite database."""
+    file = None
     options: dict[str, Any] = {}
     try:
         parsed = make_url(url)
         if parsed.get_backend_name() != "sqlite":
             options["pool_pre_ping"] = True
         elif parsed.database not in (None, "", ":memory:"):
-            folder = Path(str(parsed.database)).parent
+            file = Path(str(parsed.database))
         if parsed.drivername == "postgresql+asyncpg":
             options["connect_args"] = {
                 "timeout": _CONNECT_TIMEOUT_S,
@@ -188,7 +204,7 @@ def _make_engine(url: str) -> tuple[AsyncEngine, Path | None]:
         ) from error
     if parsed.get_backend_name() == "sqlite":
         event.listen(engine.sync_engine, "connect", _connect_sqlite)
-    return engine, folder
+    return engine, file
 
 
 def _connect_sqlite(connection: Any, _record: Any) -> None:

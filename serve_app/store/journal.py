@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve_app.private_files import make_private_folder
+
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".jsonl"
@@ -211,7 +213,7 @@ class Journal:
         if last is not None and last.is_own and last.in_memory == in_memory and not last.is_full:
             return last
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_folder(self._folder)
         except OSError as error:
             logger.warning("the journal's folder cannot be made: %s", error)
             return None

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import ConfigError, InvalidRequest, ToolFailed, ToolRetry
+from serve_app.private_files import make_private_folder
 from serve_app.tools.base import Tool, ToolResult
 from serve_app.tools.config import EncoderConfig, RetrievalConfig
 from serve_app.tools.corpus import Sentence, read_corpus, words
@@ -208,7 +209,7 @@ def cached_embeddings(
 
 def _write_whole(file: Path, vectors: NDArray[np.float32]) -> None:
     """Write beside the target and rename: a reader sees all of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(file.parent)
     descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as out:
