@@ -264,8 +264,8 @@ def explain(
 @app.command("environment")
 def environment_command() -> None:
     """Print what to export before `ray start` on the nodes of a cluster."""
-    for name in environment.settings():
-        print(f"export {name}={shlex.quote(os.environ[name])}")
+    for name, value in environment.node_settings().items():
+        print(f"export {name}={shlex.quote(value)}")
 
 
 @app.command()

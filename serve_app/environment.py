@@ -4,12 +4,17 @@ Both read it once, when `ray.serve` is first imported and when a node's processe
 package sets it on import, for the clusters it starts itself; on nodes of other clusters
 `eval "$(atlas environment)"` does it before `ray start`. What is set already is left
 alone.
+
+On such nodes Ray also asks for a token (`RAY_AUTH_MODE`), which each node has to have: the same
+content of `~/.ray/auth_token` (`ray get-auth-token --generate` makes it), mode 0600, or
+`RAY_AUTH_TOKEN`. Without one `ray start` refuses to start.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 MAX_REQUEST_S = 600
@@ -55,6 +60,37 @@ def settings() -> dict[str, str]:
     places = {"ATLAS_HAPROXY_BINARY": str(binary)} if binary.is_file() else {}
     places["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(Path(__file__).with_name("haproxy.sh"))
     return _ALWAYS | _WITH_HAPROXY | places
+
+
+def make_haproxy_folder() -> Path:
+    """Make a folder for HAProxy that only this user may enter.
+
+    Its path is short: Ray adds 70 characters, and that of a Unix socket has at most 107.
+    """
+    return Path(tempfile.mkdtemp(prefix="atlas-haproxy-", dir="/tmp"))
+
+
+def haproxy_places(folder: Path) -> dict[str, str]:
+    """Have Ray keep HAProxy's configuration, state and sockets in a folder of its own.
+
+    Ray's default is one fixed folder for all users, which another user can make first.
+    """
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+    }
+
+
+def node_settings() -> dict[str, str]:
+    """Every variable for a node of a cluster, as this process has them; makes HAProxy's folder."""
+    wanted = settings()
+    if "RAY_SERVE_ENABLE_HA_PROXY" in wanted:
+        wanted |= haproxy_places(make_haproxy_folder())
+    wanted["RAY_AUTH_MODE"] = "token"
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
 def apply() -> None:

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from serve_app.schemas import PoolState
-from tests.haproxy import free_port, own_haproxy
+from tests.haproxy import free_port, own_ports
 
-os.environ.update(own_haproxy())
+os.environ.update(own_ports())
 
 BEHAVIOURS = ("echo", "fail", "refuse", "hang", "break", "drip", "loop", "bad_call")
 
@@ -89,8 +89,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(graph_config(port)))
     os.environ["ATLAS_DATA_DIR"] = str(folder / "data")
-    for port_of in ("METRICS", "STATS"):  # another graph may run on this machine
-        os.environ[f"RAY_SERVE_HAPROXY_{port_of}_PORT"] = str(free_port())
+    os.environ.update(own_ports())  # another graph may run on this machine
     try:
         with running_graph(path, port=port) as running:
             *_, pool = running.wait_for_pool()

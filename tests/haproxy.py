@@ -1,9 +1,14 @@
-"""A HAProxy that shares neither a port nor a file with another Serve graph on this machine."""
+"""HAProxy as Ray Serve starts it, and one that shares nothing with another graph's here."""
 
 from __future__ import annotations
 
 import socket
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from serve_app import environment
 
 
 def free_port() -> int:
@@ -12,15 +17,52 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def own_haproxy() -> dict[str, str]:
-    """Environment of a process that starts such a graph; Ray reads it when it is imported."""
-    folder = tempfile.mkdtemp(prefix="haproxy-")  # short: it holds Unix sockets
+def own_ports() -> dict[str, str]:
     return {
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
     }
+
+
+def own_haproxy() -> dict[str, str]:
+    """Environment of a process that starts such a graph; Ray reads it when it is imported."""
+    return own_ports() | environment.haproxy_places(environment.make_haproxy_folder())
+
+
+@asynccontextmanager
+async def started_haproxy(gateway_port: int, **settings: Any) -> AsyncIterator[Any]:
+    """Ray's own manager of HAProxy, with HAProxy running before one gateway.
+
+    Args:
+        gateway_port: Where the gateway listens on 127.0.0.1; it is up where it can be connected to.
+        settings: Of Ray's `HAProxyConfig`.
+    """
+    from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+    from ray.serve.config import HTTPOptions
+
+    with tempfile.TemporaryDirectory(prefix="haproxy-") as folder:
+        config = HAProxyConfig(
+            http_options=HTTPOptions(host="127.0.0.1", port=free_port()),
+            metrics_port=free_port(),
+            stats_port=free_port(),
+            socket_path=f"{folder}/admin.sock",
+            metrics_socket_path=f"{folder}/metrics.sock",
+            server_state_base=folder,
+            server_state_file=f"{folder}/server-state",
+            **settings,
+        )
+        api = HAProxyApi(config, config_file_path=f"{folder}/haproxy.cfg")
+        gateway = ServerConfig(name="gateway", host="127.0.0.1", port=gateway_port)
+        backend = BackendConfig(
+            name="atlas",
+            path_prefix="/",
+            app_name="atlas",
+            servers=[gateway],
+            http_health_check_path="",
+        )
+        api.set_backend_configs({"atlas": backend})
+        await api.start()
+        try:
+            yield api
+        finally:
+            await api.stop()

