@@ -36,6 +36,7 @@ from rl.training import TrainProgress, TrainResult, table_digest, train_policy
 from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError, NotFound, SnapshotError
 from serve_app.questions import Question
+from serve_app.ray_cluster import connect
 from serve_app.router.learned import GATE_THRESHOLD, THINKS
 from serve_app.router.library import SnapshotLibrary
 from serve_app.router.snapshot import RouterSnapshot
@@ -224,13 +225,11 @@ def ray_for_training(address: str, *, live: bool = False) -> Iterator[None]:
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
-        ray.init(address=address, **quiet)
+        connect(address, **quiet)
     except ConnectionError:
         if live or address != "auto":
             raise
-        ray.init(
-            address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet
-        )
+        connect("local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         yield

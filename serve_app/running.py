@@ -20,6 +20,7 @@ from serve_app.errors import ClusterDied, ConfigError
 from serve_app.graph import APP_NAME, BuildArgs, build_app
 from serve_app.models.applications import ongoing_requests, running_replicas, serve_details
 from serve_app.models.controller import PoolController, failure_reason
+from serve_app.ray_cluster import ClusterRefused, connect
 from serve_app.schemas import MemberState, PoolState
 from serve_app.watchdog import watched
 
@@ -104,9 +105,9 @@ def deployment_handle(name: str) -> Any:
     return handle
 
 
-def _join(address: str | None, **options: Any) -> None:
+def _join(address: str, **options: Any) -> None:
     """Start or join a cluster, without the lines it would print for its own developers."""
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
+    connect(address, log_to_driver=False, logging_level=logging.WARNING, **options)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
@@ -122,6 +123,8 @@ def joined(address: str) -> Iterator[None]:
     )
     try:
         _join(address, namespace="serve")
+    except ClusterRefused:
+        raise
     except ConnectionError:
         raise nothing from None
     try:

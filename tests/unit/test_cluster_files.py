@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +168,39 @@ def test_every_pod_has_the_variables_that_ray_reads(group: dict[str, Any]) -> No
     assert given | wanted == given
 
 
+def test_every_node_asks_for_the_token_that_the_launcher_copies_there() -> None:
+    starts = CLUSTER["head_start_ray_commands"] + CLUSTER["worker_start_ray_commands"]
+    starts = [command for command in starts if "ray start" in command]
+    assert len(starts) == 2
+    assert all(command.startswith('eval "$(atlas environment)"; ') for command in starts)
+    assert CLUSTER["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "chmod 700 ~/.ray && chmod 600 ~/.ray/auth_token" in CLUSTER["setup_commands"]
+    assert any("RAY_AUTH_MODE=token" in command for command in CLUSTER["setup_commands"])
+
+
+def test_the_launcher_s_dashboard_listens_on_loopback() -> None:
+    (head,) = [c for c in CLUSTER["head_start_ray_commands"] if "ray start" in c]
+    assert "--dashboard-host=127.0.0.1 " in head
+
+
+def test_the_ray_service_asks_for_a_token() -> None:
+    assert RAY_CLUSTER["authOptions"] == {"mode": "token"}
+
+
+def test_the_network_policy_selects_every_pod_and_opens_ray_s_ports_to_them_alone() -> None:
+    policy = read("configs/kuberay/networkpolicy.yaml")["spec"]
+    labels = policy["podSelector"]["matchLabels"]
+    assert all(group["template"]["metadata"]["labels"] == labels for group in GROUPS)
+    assert policy["policyTypes"] == ["Ingress"]
+    every_port = [rule for rule in policy["ingress"] if "ports" not in rule]
+    assert every_port == [{"from": [{"podSelector": {"matchLabels": labels}}]}]
+    others = [rule for rule in policy["ingress"] if "ports" in rule]
+    opened = {entry["port"] for rule in others for entry in rule["ports"]}
+    assert opened == {8000, 8265, 52365, 8080}
+    for rule in others:
+        assert all(peer.get("podSelector") or peer["namespaceSelector"] for peer in rule["from"])
+
+
 def test_the_ray_service_keeps_the_head_s_state_and_puts_nothing_on_it() -> None:
     assert RAY_CLUSTER["gcsFaultToleranceOptions"]["redisAddress"]
     assert RAY_CLUSTER["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -173,8 +208,22 @@ def test_the_ray_service_keeps_the_head_s_state_and_puts_nothing_on_it() -> None
 
 def test_the_variables_can_be_evaluated_by_a_shell() -> None:
     atlas = Path(sys.executable).with_name("atlas")
-    script = f'eval "$({atlas} environment)" && echo $RAY_SERVE_THROUGHPUT_OPTIMIZED'
+    shown = "echo $RAY_SERVE_THROUGHPUT_OPTIMIZED $RAY_AUTH_MODE $RAY_SERVE_HAPROXY_SOCKET_PATH"
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "RAY_AUTH_MODE" and not name.startswith("RAY_SERVE_HAPROXY_")
+    }
     said = subprocess.run(
-        ["sh", "-c", script], capture_output=True, text=True, check=True, timeout=60
+        ["sh", "-c", f'eval "$({atlas} environment)" && {shown}'],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
-    assert said.stdout == "1\n"
+    optimized, auth_mode, socket_path = said.stdout.split()
+    assert (optimized, auth_mode) == ("1", "token")
+    folder = Path(socket_path).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.rmdir()
