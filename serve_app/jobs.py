@@ -15,7 +15,14 @@ import uuid
 from typing import Annotated, Any, Literal, Protocol, Self
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    RootModel,
+    ValidationError,
+    model_validator,
+)
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, ConfigError, Conflict, InvalidRequest, RateLimited
@@ -53,9 +60,9 @@ class ProfileJob(_Request):
     """Measure every ready pair on labelled questions."""
 
     kind: Literal["profile"]
-    questions: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    questions: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
     """Objects with `id`, `query`, `gold`, `metric` and, if wanted, `domain` and `split`."""
-    models: Annotated[list[str], Field(min_length=1)] | None = None
+    models: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
     """Models whose pairs are measured; all that are ready where none is named."""
     judge: PairName | None = None
     """`model_id@tool_id` that judges answers to questions of the metric `judge`."""
@@ -117,7 +124,7 @@ class TrainJob(_Request):
     settings: dict[str, Any] = {}
     """As in configs/rl/*.yaml, without `deployment` and `questions`; what is not named is the
     default."""
-    questions: list[dict[str, Any]] = []
+    questions: Annotated[list[dict[str, Any]], Field(fail_fast=True)] = []
     """What is right, for training with `live`: objects as of a profile job. Those that were not
     profiled are left out."""
 

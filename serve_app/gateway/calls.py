@@ -10,7 +10,7 @@ from typing import Any
 
 from serve_app.config import LimitsConfig
 from serve_app.errors import DeadlineExceeded, InvalidRequest
-from serve_app.gateway.schema_check import check_json_schema
+from serve_app.gateway.schema_check import SchemaBudget
 from serve_app.gateway.wire import (
     AssistantMessage,
     AtlasOptions,
@@ -107,9 +107,10 @@ def _check_tools(request: ChatRequest) -> None:
         raise InvalidRequest(
             f"tool_choice: no tool is named {choice.function.name!r}", "tool_choice"
         )
+    schemas = SchemaBudget()
     for index, tool in enumerate(request.tools or ()):
         if tool.function.parameters is not None:
-            check_json_schema(
+            schemas.check(
                 tool.function.parameters, f"tools[{index}].function.parameters", is_object=True
             )
     chosen = request.response_format
@@ -117,7 +118,7 @@ def _check_tools(request: ChatRequest) -> None:
         if chosen.json_schema.schema_ is None:
             field = "response_format.json_schema.schema"
             raise InvalidRequest(f"{field}: this field is required", field)
-        check_json_schema(chosen.json_schema.schema_, "response_format.json_schema.schema")
+        schemas.check(chosen.json_schema.schema_, "response_format.json_schema.schema")
 
 
 def _messages(request: ChatRequest, limits: LimitsConfig) -> tuple[dict[str, Any], ...]:

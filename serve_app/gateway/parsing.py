@@ -12,7 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 from serve_app.errors import InvalidRequest
 
+MAX_JSON_VALUES = 50_000
+"""In a body: parsed, an empty list of two bytes takes 25 times as many."""
+MAX_OBJECT_KEYS = 1_024
+
 _MAX_ERROR_VALUE_CHARS = 80
+_NOT_STRUCTURE = bytes(set(range(256)) - set(b'",:[{'))
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -24,8 +29,11 @@ def parse_json(body: bytes, max_depth: int) -> dict[str, Any]:
     surrogates and invalid UTF-8 are no JSON.
 
     Raises:
-        InvalidRequest: If it is none, or nests deeper than `max_depth`.
+        InvalidRequest: If it is none, nests deeper than `max_depth`, or has too many values.
     """
+    # Before it is parsed: half a million lists take a tenth of a second, and 25 MiB.
+    if _most_values(body) > MAX_JSON_VALUES and _count_values(body) > MAX_JSON_VALUES:
+        raise InvalidRequest(f"the body has more than {MAX_JSON_VALUES} values")
     try:
         parsed = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -33,15 +41,32 @@ def parse_json(body: bytes, max_depth: int) -> dict[str, Any]:
         raise InvalidRequest(f"the body is not valid JSON: {reason} at byte {error.pos}") from error
     if not isinstance(parsed, dict):
         raise InvalidRequest(f"the body must be a JSON object, got {_json_type(parsed)}")
-    # A body with few brackets cannot be deep: the walk is for the others.
-    if body.count(b"{") + body.count(b"[") > max_depth and _deeper_than(parsed, max_depth):
-        raise InvalidRequest(f"the body nests deeper than {max_depth} levels")
+    problem = _problem(parsed, max_depth)
+    if problem is not None:
+        raise InvalidRequest(f"the body {problem}")
     return parsed
 
 
-def _deeper_than(value: Any, max_depth: int) -> bool:
+def _most_values(body: bytes) -> int:
+    """A bound on the values in a body, found at once: what stands in strings counts too."""
+    return body.count(b",") + body.count(b"[") + body.count(b"{") + 1
+
+
+def _count_values(body: bytes) -> int:
+    """The same without what stands in strings; right as far as the body is JSON.
+
+    Linear, and all in C: some 10 ms for 1 MiB of whatever bytes.
+    """
+    bare = body.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NOT_STRUCTURE)
+    return _most_values(b"".join(bare.replace(b'""', b"").split(b'"')[::2]))
+
+
+def _problem(value: Any, max_depth: int) -> str | None:
+    """Whether parsed JSON is too deep, or an object in it too large."""
     level = [value]
     for _ in range(max_depth):
+        if any(len(item) > MAX_OBJECT_KEYS for item in level if isinstance(item, dict)):
+            return f"has an object with more than {MAX_OBJECT_KEYS} keys"
         level = [
             item
             for container in level
@@ -49,8 +74,8 @@ def _deeper_than(value: Any, max_depth: int) -> bool:
             if isinstance(item, (dict, list))
         ]
         if not level:
-            return False
-    return True
+            return None
+    return f"nests deeper than {max_depth} levels"
 
 
 def validate(kind: type[Model], body: dict[str, Any], *, strict: bool = False) -> Model:

@@ -26,11 +26,20 @@ IGNORED_PARAMETERS = (
 ROUTED_MODEL = "atlas"
 """The model name that routes."""
 
+MAX_LISTED_MESSAGES = 10_000
+"""Of a body; the limits of the configuration lie below."""
+MAX_LISTED_TOOLS = 1_024
+"""The same."""
+
 _NAME = r"^[A-Za-z0-9_-]{1,64}$"
 
 
 class Wire(BaseModel):
-    """Strict types, finite numbers, no unknown fields."""
+    """Strict types, finite numbers, no unknown fields.
+
+    Every list has a longest length and ends its check with the first wrong item: a body of nothing
+    but errors is refused in a few milliseconds.
+    """
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -50,7 +59,7 @@ def _content_kind(value: Any) -> str:
 
 Content = Annotated[
     Annotated[str, Tag("text")]
-    | Annotated[list[TextPart], Field(min_length=1, max_length=256), Tag("parts")],
+    | Annotated[list[TextPart], Field(min_length=1, max_length=256, fail_fast=True), Tag("parts")],
     Discriminator(_content_kind),
 ]
 MessageName = Annotated[str, Field(pattern=_NAME)]
@@ -93,10 +102,12 @@ class AssistantMessage(Wire):
     role: Literal["assistant"]
     content: Content | None = None
     name: MessageName | None = None
-    tool_calls: Annotated[list[MessageToolCall], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=128, fail_fast=True)] | None = (
+        None
+    )
     refusal: str | None = None
     """Accepted, not used."""
-    annotations: list[Any] | None = None
+    annotations: Annotated[list[Any], Field(max_length=1024)] | None = None
     """Accepted, not used."""
     audio: None = None
     """Accepted as null."""
@@ -204,9 +215,9 @@ class AtlasOptions(Wire):
     """Seconds from arrival to the last byte."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Pairs tried at most: the choice and its fallbacks, or the learned policy's steps."""
-    models: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
+    models: Annotated[list[str], Field(min_length=1, max_length=256, fail_fast=True)] | None = None
     """Model ids the router may choose from."""
-    tools: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
+    tools: Annotated[list[str], Field(min_length=1, max_length=256, fail_fast=True)] | None = None
     """Tool ids the router may choose from; `none` is one."""
     pattern: None = None
     """Reserved."""
@@ -227,7 +238,9 @@ class ChatRequest(Wire):
 
     model: Annotated[str, Field(min_length=1, max_length=200)]
     """`atlas` routes; `<model_id>` or `<model_id>@<tool_id>` pins."""
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=MAX_LISTED_MESSAGES, fail_fast=True)
+    ]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -237,7 +250,9 @@ class ChatRequest(Wire):
     stop: (
         Annotated[
             Annotated[StopText, Tag("one")]
-            | Annotated[list[StopText], Field(min_length=1, max_length=4), Tag("many")],
+            | Annotated[
+                list[StopText], Field(min_length=1, max_length=4, fail_fast=True), Tag("many")
+            ],
             Discriminator(_stop_kind),
         ]
         | None
@@ -249,7 +264,9 @@ class ChatRequest(Wire):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """Needs `logprobs`."""
     response_format: ResponseFormat | None = None
-    tools: list[ToolDefinition] | None = None
+    tools: (
+        Annotated[list[ToolDefinition], Field(max_length=MAX_LISTED_TOOLS, fail_fast=True)] | None
+    ) = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
@@ -283,7 +300,7 @@ class ToolSubmission(Wire):
     """The body of `POST /v1/admin/tools`."""
 
     tool: ToolConfig
-    models: Annotated[list[str], Field(max_length=1000)] | None = None
+    models: Annotated[list[str], Field(max_length=1000, fail_fast=True)] | None = None
     """Models that may work with it; all of them where none is named."""
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,9 +17,10 @@ from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
+from vllm.exceptions import GenerationError
 
 from serve_app.config import LocalModelConfig
-from serve_app.errors import ConfigError, EngineError, InvalidRequest
+from serve_app.errors import AtlasError, ConfigError, EngineError, InvalidRequest
 from serve_app.models.boundary import guarded
 from serve_app.models.protocol import HEALTH_CHECK_PERIOD_S, ChatBody, refusal
 from serve_app.telemetry import log_files_kept
@@ -27,6 +29,10 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """A model read from a folder needs no hub, and must not wait for one."""
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_GRAMMARS = {"backend": "xgrammar"}
+"""One compiler for every schema, which refuses what it does not know. Left to itself, vLLM falls
+back on others for rare keywords; one of them takes minutes and gigabytes for a hostile schema."""
 
 
 class EngineServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
@@ -44,10 +50,13 @@ class JsonLLMServer(EngineServer):
 
     async def complete(self, body: ChatBody) -> dict[str, Any]:
         """Answer a request whole; see `ModelServer.complete`."""
-        async for response in await self.chat(self._request(body, stream=False)):
-            answer: dict[str, Any] = response.model_dump(mode="json", exclude_none=True)
-            _raise_if_error(answer)
-            return answer
+        try:
+            async for response in await self.chat(self._request(body, stream=False)):
+                answer: dict[str, Any] = response.model_dump(mode="json", exclude_none=True)
+                _raise_if_error(answer, body)
+                return answer
+        except GenerationError as error:
+            raise _generation_failed(error.status_code, body) from error
         raise EngineError("the engine gave no answer")
 
     async def stream(self, body: ChatBody) -> AsyncIterator[list[dict[str, Any]]]:
@@ -56,12 +65,12 @@ class JsonLLMServer(EngineServer):
             chunks = []
             for item in batch if isinstance(batch, list) else [batch]:
                 if not isinstance(item, str):
-                    _raise_if_error(item.model_dump(mode="json"))
+                    _raise_if_error(item.model_dump(mode="json"), body)
                     continue
                 for line in item.splitlines():
                     if line.startswith("data: ") and line != "data: [DONE]":
                         chunk = json.loads(line.removeprefix("data: "))
-                        _raise_if_error(chunk)
+                        _raise_if_error(chunk, body)
                         chunks.append(chunk)
             if chunks:
                 yield chunks
@@ -80,8 +89,12 @@ class JsonLLMServer(EngineServer):
             ) from None
 
 
-def _raise_if_error(answer: dict[str, Any]) -> None:
+def _raise_if_error(answer: dict[str, Any], body: ChatBody) -> None:
     """Turn an engine's error object (Ray and vLLM each have a class) into one of ours.
+
+    Args:
+        answer: A completion, a chunk, or an error.
+        body: The request.
 
     Raises:
         InvalidRequest: If the engine says that the request is at fault (4xx).
@@ -93,7 +106,28 @@ def _raise_if_error(answer: dict[str, Any]) -> None:
     code = error.get("code")
     if isinstance(code, int) and 400 <= code < 500:
         raise refusal(str(error.get("message") or ""))
-    raise EngineError("the engine failed")
+    raise _generation_failed(code, body)
+
+
+def _generation_failed(code: Any, body: ChatBody) -> AtlasError:
+    """What it means that the engine, alive, gave up one request with a status code.
+
+    vLLM compiles a schema after it has taken the request, and then says no more than 500.
+    """
+    if code == HTTPStatus.INTERNAL_SERVER_ERROR:
+        if (body.get("response_format") or {}).get("type") in ("json_schema", "json_object"):
+            return InvalidRequest(
+                "response_format: the engine cannot write an answer that fits this schema; "
+                "simplify it",
+                "response_format",
+            )
+        if body.get("tools") and body.get("tool_choice") not in (None, "auto", "none"):
+            return InvalidRequest(
+                "tools: the engine cannot write a call that fits the schema of the demanded tool; "
+                "simplify it",
+                "tools",
+            )
+    return EngineError("the engine failed")
 
 
 def llm_config(config: LocalModelConfig) -> LLMConfig:
@@ -108,7 +142,7 @@ def llm_config(config: LocalModelConfig) -> LLMConfig:
     from_folder = config.model_source.startswith("/")
     return LLMConfig(
         model_loading_config={"model_id": config.model_id, "model_source": config.model_source},
-        engine_kwargs=_with_revisions(config),
+        engine_kwargs={"structured_outputs_config": _GRAMMARS} | _with_revisions(config),
         accelerator_type=config.accelerator_type,
         placement_group_config={"bundles": [dict(config.bundle)] * ranks},
         runtime_env={"env_vars": {**(_OFFLINE if from_folder else {}), **config.env}},

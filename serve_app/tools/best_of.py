@@ -7,23 +7,32 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 from serve_app.errors import ToolFailed
 from serve_app.tools.base import Tool, ToolResult
 from serve_app.tools.config import BestOfConfig
 
+MAX_READ_CHARS = 64 << 10
+"""Of an answer, from its end: no more is looked at."""
+MAX_COMPARED_CHARS = 4 << 10
+"""The same, with long blanks shortened."""
+MAX_FINAL_CHARS = 2_048
+"""Of what follows a marker, or of a text without one, from its end."""
+
+# Every pattern here is linear in the text: no two neighbouring repeats take the same characters.
+_LONG_BLANK = re.compile(r"[^\S\n]{17,}")
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
-_FINAL = re.compile(
-    r"(?:####|(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=))\s*[:=]?\s*(.+?)\s*(?:$|\n|(?<=\w)\.\s)",
-    re.IGNORECASE,
-)
+_MARKER = re.compile(r"(?:####|answer\s*(?:is|:|=))\s*(?:[:=]\s*)?", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\n|(?<=\w)\.\s")
 _CODE = re.compile(r"```[\w+-]*\n(.*?)```", re.DOTALL)
 _CODE_START = re.compile(r"^(?:def|class|import|from|async def|@)\b", re.MULTILINE)
 _NUMBER = re.compile(
     r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d{1,3})?(?:\s*/\s*\d+)?|[-+]?\.\d+"
 )
-_UNITS_AROUND = re.compile(r"^[\s$€£≈=]*|[\s%°.!]*$")
+_COMMENT = re.compile(r"(?:^|\s)#")
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))
 
 
 def final_answer(answer: str) -> str:
@@ -35,11 +44,42 @@ def final_answer(answer: str) -> str:
     Returns:
         What follows `####` or `answer is`, or stands in a LaTeX box; the last one counts.
     """
-    for pattern in (_BOXED, _FINAL):
-        found = pattern.findall(answer)
-        if found:
-            return str(found[-1]).strip()
-    return answer.strip()
+    answer = _readable(answer)
+    boxed = _BOXED.findall(answer)
+    return str(boxed[-1]).strip() if boxed else (_after_marker(answer) or answer)
+
+
+def _readable(answer: str) -> str:
+    """The end of an answer that is looked at, its long blanks shortened."""
+    end = answer[-MAX_READ_CHARS:].strip()
+    return _LONG_BLANK.sub(" " * 16, end)[-MAX_COMPARED_CHARS:]
+
+
+def _compatible(text: str) -> str:
+    """The text in Unicode's form NFKC, without marks beyond the 8th on one letter.
+
+    To put n marks into order takes n^2 steps.
+    """
+    if text.isascii():
+        return text
+    kept, marks = [], 0
+    for letter in text:
+        marks = marks + 1 if unicodedata.combining(letter) else 0
+        if marks <= 8:
+            kept.append(letter)
+    return unicodedata.normalize("NFKC", "".join(kept))[-MAX_COMPARED_CHARS:]
+
+
+def _after_marker(answer: str) -> str | None:
+    """What the last marker says, to the end of its sentence; `None` where there is none."""
+    found, begin = None, 0
+    while marker := _MARKER.search(answer, begin):
+        if marker.end() == len(answer):
+            break
+        end = _SENTENCE_END.search(answer, marker.end() + 1)
+        begin = end.start() if end else len(answer)
+        found = answer[marker.end() : begin].strip()
+    return found
 
 
 def normalise(answer: str) -> str:
@@ -52,10 +92,11 @@ def normalise(answer: str) -> str:
         `number:` and its value, `code:` and its text without comments and blank lines, or `text:`
         and its words; empty for an answer with nothing in it.
     """
+    answer = _readable(answer)
     blocks = _CODE.findall(answer)
     if blocks or _CODE_START.search(answer):
         return _normalise_code(blocks[-1] if blocks else answer)
-    final = final_answer(unicodedata.normalize("NFKC", answer))
+    final = final_answer(_compatible(answer))[-MAX_FINAL_CHARS:].strip()
     number = _as_number(final)
     if number is not None:
         return f"number:{number}"
@@ -77,7 +118,7 @@ def answer_key(answer: str | None) -> str | None:
 
 def _normalise_code(code: str) -> str:
     lines = [
-        re.sub(r"\s+#.*$|^#.*$", "", line).rstrip() for line in code.expandtabs(4).splitlines()
+        _COMMENT.split(line, maxsplit=1)[0].rstrip() for line in code.expandtabs(4).splitlines()
     ]
     kept = [re.sub(r"(?<=\S)[ ]+", " ", line) for line in lines if line.strip()]
     return "code:" + "\n".join(kept).replace("'", '"')
@@ -85,10 +126,9 @@ def _normalise_code(code: str) -> str:
 
 def _as_number(text: str) -> Fraction | None:
     """The value of a text that is one number, whatever sign, unit or separator stands around it."""
-    bare = _UNITS_AROUND.sub(
-        "", text.replace("\N{MINUS SIGN}", "-").replace("\N{FRACTION SLASH}", "/")
-    )
-    matches = list(_NUMBER.finditer(bare))
+    bare = text.replace("\N{MINUS SIGN}", "-").replace("\N{FRACTION SLASH}", "/")
+    bare = bare.lstrip(_BLANKS + "$€£≈=").rstrip(_BLANKS + "%°.!")
+    matches = list(islice(_NUMBER.finditer(bare), 2))
     if len(matches) != 1:
         return None
     match = matches[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,6 +98,37 @@ def test_vote_names_the_first_of_the_largest_group(answers: list[str]) -> None:
 
 def test_long_numbers_are_compared_in_bounded_time() -> None:
     assert vote(["9" * 100_000, "1e999999999999", "7", "7"]) == 2
+
+
+N = 300_000
+HOSTILE_ANSWERS = {
+    "blanks behind a marker": "#### a" + " " * N + "b",
+    "blanks around a unit": "#### 5" + " " * N + "%x",
+    "blanks in code": "def f():\n  x" + " " * N + "y",
+    "lines behind a marker": "the answer is" + "\n" * N + "x",
+    "markers": "the answer is " * (N // 14),
+    "open boxes": "\\boxed{" * (N // 7),
+    "open blocks": "```py\n" * (N // 6),
+    "a number": "1" * N,
+    "grouped digits": "1" + ",111" * (N // 4),
+    "fractions": ("1" + " " * 1000) * (N // 1000),
+    "marks on one letter": "a" + "\u0300\u0316" * (N // 2),
+    "letters that stand for many": "\ufdfa" * N,
+    "comment signs": "def f():\n" + " #" * (N // 2),
+}
+
+
+@pytest.mark.parametrize("answer", HOSTILE_ANSWERS.values(), ids=list(HOSTILE_ANSWERS))
+def test_no_answer_takes_long_to_compare(answer: str) -> None:
+    began_s = time.thread_time()
+    assert answer_key(answer) is not None
+    assert time.thread_time() - began_s < 0.1  # a few ms; what is quadratic takes minutes
+
+
+def test_the_end_of_a_long_answer_counts() -> None:
+    thoughts = "Let me think. " * 10_000
+    assert answer_key(thoughts + "The answer is: 42.") == answer_key("42")
+    assert answer_key("#### 41" + " " * 30_000 + "42") != answer_key("41")
 
 
 def test_best_of_cannot_be_called() -> None:

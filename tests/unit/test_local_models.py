@@ -99,6 +99,7 @@ def test_vllm_accepts_the_engine_settings(
     published = model.model_copy(update={"model_source": str(tmp_path), "bundle": {"CPU": 1}})
     _, resolved = _get_vllm_engine_config(llm_config(published))
     assert resolved.model_config.architecture == architecture
+    assert resolved.structured_outputs_config.backend == "xgrammar"
     assert resolved.model_config.max_model_len == model.engine_kwargs["max_model_len"]
     assert (resolved.model_config.runner_type == "pooling") == (model.role == "verifier")
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from typing import Any
 
+import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from serve_app.config import LimitsConfig
 from serve_app.errors import InvalidRequest
+from serve_app.gateway import parsing, schema_check
 from serve_app.gateway.calls import to_chat_call
 from serve_app.gateway.parsing import parse_json, validate
 from serve_app.gateway.wire import ChatRequest, FeedbackRequest
@@ -35,6 +41,23 @@ def refusal(body: bytes | dict[str, Any], limits: LimitsConfig = LIMITS) -> Inva
 
 def tool_with(schema: Any) -> dict[str, Any]:
     return {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+
+
+def tools_with(count: int, schema: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "function",
+            "function": {"name": f"f{i}", "parameters": schema | {"$comment": str(i)}},
+        }
+        for i in range(count)
+    ]
+
+
+def structured(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+SCHEMA_FIELD = "response_format.json_schema.schema"
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -153,7 +176,11 @@ def test_a_repeated_key_counts_with_its_last_value() -> None:
         (b'{"a":"\xed\xa0\x80"}', "not valid JSON"),
         (b'{"a":' + b"[" * 40 + b"]" * 40 + b"}", "nests deeper than 32"),
         (b'{"a":' * 5000 + b"1" + b"}" * 5000, "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
+        (b"[" * 40_000, "not valid JSON"),
+        (b'{"a":' + b"[" * 100_000, "more than 50000 values"),
+        (b'{"a":[' + b"[]," * 60_000 + b"[]]}", "more than 50000 values"),
+        (b'{"a":[' + b'",",' * 60_000 + b"1]}", "more than 50000 values"),
+        (b"{" + b",".join(b'"%d":1' % i for i in range(2000)) + b"}", "more than 1024 keys"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -250,7 +277,7 @@ def test_what_is_no_json_object_is_refused(body: bytes, words: str) -> None:
         ),
         (tool_with(nested(14)), None, "nests deeper"),
         (
-            tool_with({"properties": {f"p{i}": {} for i in range(3000)}}),
+            tool_with({"allOf": [{}] * 3000}),
             "tools[0].function.parameters",
             "more than 2000 nodes",
         ),
@@ -260,6 +287,41 @@ def test_what_is_no_json_object_is_refused(body: bytes, words: str) -> None:
             "$ref",
         ),
         (tool_with({"description": "x" * 70_000}), "tools[0].function.parameters", "bytes"),
+        (tool_with({"properties": {"a": {"$ref": "#/$defs/b"}}}), None, "'$ref' may only point"),
+        (
+            tool_with({"properties": {f"p{i}": True for i in range(257)}}),
+            "tools[0].function.parameters",
+            "more than 256 properties",
+        ),
+        (
+            tool_with({"properties": {f"p{i}": {} for i in range(65)}, "minProperties": 9}),
+            "tools[0].function.parameters",
+            "objects that count them",
+        ),
+        (
+            tool_with({"properties": {f"p{i}": {"maxLength": i} for i in range(65)}}),
+            "tools[0].function.parameters",
+            "64 texts and numbers with a range",
+        ),
+        ({"tools": tools_with(10, {"title": "x" * 60_000})}, None, "262144 bytes in all"),
+        (
+            {"tools": tools_with(10, {"allOf": [{}] * 1900})},
+            None,
+            "at most 4000 nodes in all",
+        ),
+        (
+            {"tools": tools_with(10, {"properties": {"a": {"pattern": "(?i)x" * 100}}})},
+            None,
+            "4096 characters of patterns in all",
+        ),
+        *(
+            ({"response_format": structured(schema)}, SCHEMA_FIELD, "refers to itself without end")
+            for schema in (
+                {"$ref": "#"},
+                {"anyOf": [{"type": "string"}, {"$ref": "#"}]},
+                {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"allOf": [{"$ref": "#/$defs/a"}]}}},
+            )
+        ),
         ({"atlas": 5}, "atlas", ""),
         ({"atlas": {"alpha": 1.5}}, "atlas.alpha", "less"),
         ({"atlas": {"deadline_s": 1e6}}, "atlas.deadline_s", "at most 600"),
@@ -286,6 +348,84 @@ def test_prompts_are_bounded_in_all() -> None:
     message = {"role": "user", "content": "123456"}
     assert read({"messages": [message]}, limits).query == "123456"
     assert "at most 10 characters" in refusal({"messages": [message, message]}, limits).message
+
+
+def test_a_recursive_schema_with_something_between_is_taken() -> None:
+    tree = {"type": "object", "properties": {"children": {"items": {"$ref": "#"}}}}
+    read({"response_format": structured(tree)} | tool_with(tree))
+
+
+def test_brackets_and_commas_in_a_text_are_no_values() -> None:
+    text = '[{"a":1},]\\ \\" ' * 20_000
+    assert read({"messages": [{"role": "user", "content": text}]}).query == text
+
+
+@given(
+    st.recursive(
+        st.none() | st.text(alphabet='"\\,:[{a') | st.integers(0, 9),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(alphabet='"\\,[a'), inner),
+    )
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_values_are_counted_without_parsing(value: Any) -> None:
+    def commas_and_brackets(value: Any) -> int:
+        if not isinstance(value, dict | list):
+            return 0
+        items = list(value.values()) if isinstance(value, dict) else value
+        return 1 + max(len(items) - 1, 0) + sum(map(commas_and_brackets, items))
+
+    assert parsing._count_values(json.dumps(value).encode()) == commas_and_brackets(value) + 1
+
+
+def keyword_values() -> list[Any]:
+    return [
+        *(1, -1, 0, 1.5, 2.0, "x", "string", True, False, None),
+        *([], [1], ["a"], ["a", "a"], ["string"], [{}], [True], {}, {"a": {}}, {"a": 1}),
+        *({"a": ["x"]}, {"a": ["x", "x"]}, [5, {}]),
+    ]
+
+
+@pytest.mark.parametrize("keyword", sorted(schema_check._KEYWORDS.keys() - {"$ref", "$dynamicRef"}))
+def test_a_keyword_takes_what_the_meta_schema_takes(keyword: str) -> None:
+    for value in keyword_values():
+        valid = jsonschema.Draft202012Validator(
+            jsonschema.Draft202012Validator.META_SCHEMA
+        ).is_valid({keyword: value})
+        problem = schema_check._examine(json.dumps({keyword: value}).encode()).problem
+        assert (problem is None) == valid, value
+
+
+WORST_BODIES = {
+    "as many nodes as may be": {"tools": tools_with(2, {"allOf": [{"type": "string"}] * 990})},
+    "references": {
+        "tools": tools_with(
+            2,
+            {
+                "$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(1900)}
+                | {"d1900": {}}
+            },
+        )
+    },
+    "patterns that take long to compile": {
+        "tools": tools_with(9, {"allOf": [{"pattern": "(?i)[\u0100-\uffff]"}] * 20})
+    },
+    "wrong messages": {"messages": [1] * 49_000},
+    "wrong roles": {"messages": [{"role": "x"}] * 24_000},
+    "empty messages": {"messages": [USER] * 9_000},
+    "unknown fields": {f"x{i}": 1 for i in range(1_000)},
+    "wrong tools": {"tools": [{}] * 49_000},
+    "annotations": {"messages": [{"role": "assistant", "content": "", "annotations": [[]] * 1000}]},
+}
+
+
+@pytest.mark.parametrize("body", WORST_BODIES.values(), ids=list(WORST_BODIES))
+def test_no_body_takes_long_to_check(body: dict[str, Any]) -> None:
+    encoded = json.dumps({"model": "atlas", "messages": [USER], **body}).encode()
+    schema_check._examine.cache_clear()
+    began_s = time.thread_time()
+    with contextlib.suppress(InvalidRequest):
+        read(encoded)
+    assert time.thread_time() - began_s < 0.3  # a tenth of it here; seconds, without the bounds
 
 
 def test_a_refusal_does_not_echo_a_huge_value() -> None:
