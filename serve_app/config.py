@@ -395,6 +395,9 @@ class StoreConfig(BaseConfig):
     max_journal_bytes: int = Field(default=256 << 20, ge=0)
     """Bytes each gateway replica keeps there; more outcomes than this and `max_pending` are counted
     and dropped. 0 keeps nothing: what a killed process had not written is lost then."""
+    retention_days: float | None = Field(default=90.0, gt=0)
+    """Days that requests with their outcomes and verdicts, and jobs that are over, are kept;
+    `None`: for ever. Labelled questions and their outcomes, snapshots and policies always stay."""
     snapshots_dir: str = "snapshots"
     """Router snapshots, for all nodes of a cluster: a shared folder, where a relative one lies in
     `data_dir`, or a URL that `fsspec` knows (`s3://bucket/prefix`, `gs://bucket/prefix`; `${NAME}`

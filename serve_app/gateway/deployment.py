@@ -16,7 +16,7 @@ from serve_app.gateway.hosts import require_loopback
 from serve_app.jobs import Jobs, RayLauncher
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.schemas import ChatCall, Report
-from serve_app.store import Journal, OutcomeLog, Store
+from serve_app.store import Journal, OutcomeLog, Retention, Store
 from serve_app.telemetry import RayMetrics
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ class Gateway:
             metrics=self._metrics,
         )
         self._outcomes.start()
+        self._retention = Retention(self._store, config.store.retention_days)
+        self._retention.start()
         self._orchestrator = Orchestrator(
             config, embedder, router, controller, self._outcomes.record
         )
@@ -90,5 +92,6 @@ class Gateway:
     async def __del__(self) -> None:
         """Serve's shutdown hook: write what is pending."""
         self._orchestrator.close()
+        await self._retention.close()
         await self._outcomes.close()
         await self._store.close()

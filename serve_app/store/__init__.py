@@ -48,6 +48,7 @@ from serve_app.store.profiles import (
     read_profile,
     read_thoughts,
 )
+from serve_app.store.retention import Retention, delete_old
 
 __all__ = [
     "ApiKey",
@@ -62,6 +63,7 @@ __all__ = [
     "ProfileThought",
     "RatedRequest",
     "RatedTrajectory",
+    "Retention",
     "Scope",
     "SnapshotInfo",
     "Store",
@@ -74,6 +76,7 @@ __all__ = [
     "add_snapshot",
     "add_thought",
     "create_key",
+    "delete_old",
     "find_key",
     "find_policy",
     "forget_errors",

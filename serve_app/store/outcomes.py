@@ -12,6 +12,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -42,6 +43,15 @@ logger = logging.getLogger(__name__)
 Embed = Callable[[str], Awaitable[bytes]]
 """A text in, its (dim,) float32 little-endian embedding out."""
 
+MAX_QUERY_CHARS = 16_384
+"""Of a query, from its start, that is kept; an embedder and the learning loop read no more."""
+MAX_ERROR_CHARS = 2_000
+"""The same of an error."""
+MAX_PENDING_BYTES = 128 << 20
+"""Of reports in memory, whatever `max_pending` allows."""
+MAX_UNEMBEDDED_BYTES = 16 << 20
+"""Of queries that wait for an embedding; the oldest are let go, and keep none."""
+
 _BATCH = 500
 _LINES_AT_ONCE = 50
 """Lines of the journal read between two breaths of the event loop."""
@@ -69,6 +79,8 @@ class _Waiting:
 
     rows: _Rows | bytes
     """As a line of the journal where it comes from there."""
+    num_bytes: int
+    """In memory, about."""
     in_journal: bool
     is_own: bool = True
     """Whether this process recorded it."""
@@ -91,8 +103,9 @@ class OutcomeLog:
         - A report that `record` took is written, by this process or, after its death, by the next
           that uses the journal's folder; those of a request that was written already are not
           written twice.
-        - At most `max_pending` reports, or one file of the journal, are in memory. What neither
-          takes is dropped, counted and logged.
+        - At most `max_pending` reports of `MAX_PENDING_BYTES`, or one file of the journal, are in
+          memory. What neither takes is dropped, counted and logged.
+        - Of a query the first `MAX_QUERY_CHARS` are kept, in memory, on disk and in the store.
         - Reports are written in the order they were recorded.
         - A journal that cannot be written costs these guarantees, never a report that memory takes.
     """
@@ -124,6 +137,7 @@ class OutcomeLog:
         self._embed = embed
         self._metrics = metrics or NoMetrics()
         self._queue: deque[_Waiting] = deque()
+        self._queue_bytes = 0
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -133,7 +147,8 @@ class OutcomeLog:
         self._dropped = 0
         self._next_complaint = 0.0
         self._next_adoption_s = 0.0
-        self._without_embedding: deque[tuple[str, str]] = deque(maxlen=max_pending)
+        self._without_embedding: deque[tuple[str, str]] = deque()
+        self._without_embedding_bytes = 0
         self._embed_task: asyncio.Task[None] | None = None
 
     @property
@@ -162,11 +177,15 @@ class OutcomeLog:
             self._drop(1, "the log is closed")
             return
         rows = _rows(_Entry(report, alpha, time.time()))
-        has_room = len(self._queue) < self._max_pending
+        size = _size(rows)
+        has_room = (
+            len(self._queue) < self._max_pending and self._queue_bytes + size <= MAX_PENDING_BYTES
+        )
         in_memory = has_room and not (self._journal is not None and self._journal.has_unread)
         in_journal = self._append(rows, in_memory=in_memory)
         if in_memory or (has_room and not in_journal):
-            self._queue.append(_Waiting(rows, in_journal))
+            self._queue.append(_Waiting(rows, size, in_journal))
+            self._queue_bytes += size
         elif in_journal:
             self._metrics.record(STORE_SPILLED)
         else:
@@ -224,6 +243,7 @@ class OutcomeLog:
                 self._metrics.record(STORE_SPILLED, self.pending - lost)
                 logger.warning("%d outcomes wait for the next process", self.pending - lost)
         self._queue.clear()
+        self._queue_bytes = 0
         if self._journal is not None:
             self._journal.close()
 
@@ -237,7 +257,7 @@ class OutcomeLog:
                 batch = [self._queue[i] for i in range(min(_BATCH, len(self._queue)))]
                 await self._write(batch)
                 for _ in batch:
-                    self._queue.popleft()
+                    self._queue_bytes -= self._queue.popleft().num_bytes
                 if self._journal is not None:
                     self._journal.commit(sum(entry.in_journal for entry in batch))
                 await self._settle(sum(entry.is_own for entry in batch))
@@ -269,8 +289,10 @@ class OutcomeLog:
             if reading is None:
                 break
             self._queue.extend(
-                _Waiting(line, in_journal=True, is_own=reading.is_own) for line in reading.lines
+                _Waiting(line, len(line), in_journal=True, is_own=reading.is_own)
+                for line in reading.lines
             )
+            self._queue_bytes += sum(map(len, reading.lines))
             if reading.num_lost:
                 self._drop(reading.num_lost, "the journal does not have them any more")
                 await self._settle(reading.num_lost)
@@ -355,20 +377,28 @@ class OutcomeLog:
     def _embed_later(self, batch: list[_Rows]) -> None:
         if self._embed is None:
             return
-        self._without_embedding.extend(
-            (rows.request["request_id"], rows.request["query"])
-            for rows in batch
-            if rows.request["embedding"] is None and rows.request["query"]
-        )
+        for rows in batch:
+            request = rows.request
+            # A failed request teaches nothing.
+            if request["embedding"] is None and request["query"] and request["error"] is None:
+                self._without_embedding.append((request["request_id"], request["query"]))
+                self._without_embedding_bytes += sys.getsizeof(request["query"])
+        while self._without_embedding_bytes > MAX_UNEMBEDDED_BYTES:
+            self._next_without_embedding()
         if self._without_embedding and (self._embed_task is None or self._embed_task.done()):
             self._embed_task = asyncio.get_running_loop().create_task(
                 self._fill_in(self._embed), name="outcome-embeddings"
             )
 
+    def _next_without_embedding(self) -> tuple[str, str]:
+        request_id, query = self._without_embedding.popleft()
+        self._without_embedding_bytes -= sys.getsizeof(query)
+        return request_id, query
+
     async def _fill_in(self, embed: Embed) -> None:
         """Embed what was stored without, one text at a time, until nothing is left."""
         while self._without_embedding:
-            request_id, query = self._without_embedding.popleft()
+            request_id, query = self._next_without_embedding()
             began_s = time.monotonic()
             try:
                 async with asyncio.timeout(_EMBED_TIMEOUT_S):
@@ -409,6 +439,21 @@ class _Rows:
     outcomes: list[_Values]
     trajectory: _Values | None
     shadow: _Values | None
+
+
+_ROW_BYTES = 2_048
+"""Of a row as a dictionary, without its long values."""
+
+
+def _size(rows: _Rows) -> int:
+    """Bytes in memory, about."""
+    long = [rows.request["query"], rows.request["embedding"], rows.request["error"]]
+    long += [outcome["error"] for outcome in rows.outcomes]
+    if rows.trajectory is not None:
+        long.append(rows.trajectory["answer_embeddings"])
+    calls = sum(len(outcome["tool_calls"]) for outcome in rows.outcomes)
+    short = 2 + len(rows.outcomes) + calls
+    return short * _ROW_BYTES + sum(sys.getsizeof(value) for value in long if value is not None)
 
 
 async def _missing(connection: AsyncConnection, rows: list[_Rows]) -> list[_Rows]:
@@ -462,7 +507,7 @@ def _rows(entry: _Entry) -> _Rows:
     request = {
         "request_id": report.request_id,
         "owner": report.owner,
-        "query": storable_text(report.query),
+        "query": storable_text(report.query[:MAX_QUERY_CHARS]),
         "embedding": report.embedding,
         "model_id": decision.pair.model_id,
         "tool_id": decision.pair.tool_id,
@@ -476,7 +521,7 @@ def _rows(entry: _Entry) -> _Rows:
         "completion_tokens": report.usage.completion_tokens,
         "cost_usd": report.usage.cost_usd,
         "seconds": report.seconds,
-        "error": None if report.error is None else storable_text(report.error),
+        "error": None if report.error is None else storable_text(report.error[:MAX_ERROR_CHARS]),
         "created_unix_s": entry.created_unix_s,
     }
     outcomes = [
@@ -496,7 +541,7 @@ def _rows(entry: _Entry) -> _Rows:
                 {"tool_id": call.tool_id, "ok": call.ok, "seconds": call.seconds}
                 for call in step.tool_calls
             ],
-            "error": None if step.error is None else storable_text(step.error),
+            "error": None if step.error is None else storable_text(step.error[:MAX_ERROR_CHARS]),
         }
         for index, step in enumerate(report.steps)
     ]

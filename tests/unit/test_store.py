@@ -32,6 +32,7 @@ from serve_app.store import (
     find_key,
     hash_key,
     list_keys,
+    outcomes,
     revoke_key,
 )
 from serve_app.store.tables import ApiKeyRow, Base, FeedbackRow, OutcomeRow, RequestRow
@@ -216,15 +217,17 @@ async def test_missing_embeddings_are_filled_in_once_the_outcomes_are_written(st
     log.record(report("req_1"))
     log.record(report("req_2", embedding=None, query="two"))
     log.record(report("req_3", embedding=None, query=""))
+    log.record(report("req_4", embedding=None, query="failed", error="broke"))
     assert await log.flush()
     written = {row["request_id"]: row["embedding"] for row in await rows(store, RequestRow)}
-    assert written == {"req_1": b"\1\2\3\4", "req_2": None, "req_3": None}
+    none = {"req_3": None, "req_4": None}
+    assert written == {"req_1": b"\1\2\3\4", "req_2": None, **none}
     may_embed.set()
     async with asyncio.timeout(10):
         while written["req_2"] is None:
             await asyncio.sleep(0.01)
             written = {row["request_id"]: row["embedding"] for row in await rows(store, RequestRow)}
-    assert written == {"req_1": b"\1\2\3\4", "req_2": b"two", "req_3": None}
+    assert written == {"req_1": b"\1\2\3\4", "req_2": b"two", **none}
     assert asked == ["two"]
     await log.close()
 
@@ -297,6 +300,47 @@ async def test_too_many_waiting_reports_are_dropped_counted_and_logged(
     assert "dropped 1 outcomes" in caplog.text
     await log.close()
     assert len(await rows(store, RequestRow)) == 10
+
+
+async def test_reports_in_memory_are_bounded_in_bytes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcomes, "MAX_PENDING_BYTES", 1 << 20)
+    log = OutcomeLog(store, flush_interval_s=60)
+    for index in range(100):
+        log.record(report(f"req_{index}", query="\N{GRINNING FACE}" * 100_000))
+    kept = log.pending
+    assert 1 <= kept <= 16  # 64 KiB of each query at least
+    assert kept + log.dropped == 100
+    assert await log.flush()
+    log.record(report("req_100"))  # there is room again
+    assert log.pending == 1
+    await log.close()
+    written = {row["request_id"]: row["query"] for row in await rows(store, RequestRow)}
+    assert len(written) == kept + 1
+    assert written["req_0"] == "\N{GRINNING FACE}" * outcomes.MAX_QUERY_CHARS
+
+
+async def test_queries_that_wait_for_an_embedding_are_bounded_in_bytes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcomes, "MAX_UNEMBEDDED_BYTES", 100_000)
+    asked: list[str] = []
+    never = asyncio.Event()
+
+    async def embed(text: str) -> bytes:
+        asked.append(text)
+        await never.wait()
+        return b""
+
+    log = await fast_log(store, embed=embed)
+    for index in range(50):
+        log.record(report(f"req_{index}", embedding=None, query=f"{index:02d}" + "x" * 10_000))
+    assert await log.flush()
+    assert len(log._without_embedding) <= 9
+    assert log._without_embedding[-1][0] == "req_49"
+    assert log._without_embedding_bytes <= 100_000
+    await log.close()
 
 
 async def test_closing_writes_what_waits_and_ends_the_task(store: Store) -> None:

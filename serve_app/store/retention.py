@@ -1,0 +1,142 @@
+"""Retention: what is stored of requests and jobs is deleted after a time.
+
+Labelled questions, their outcomes, snapshots, policies, the pool and keys stay: the router is made
+of them. A request goes with all that hangs on it: outcomes, trajectory, shadow decision, feedback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+
+from sqlalchemy import delete, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from serve_app.errors import StoreError
+from serve_app.store.database import Store
+from serve_app.store.jobs import OVER
+from serve_app.store.tables import (
+    FeedbackRow,
+    JobRow,
+    OutcomeRow,
+    RequestRow,
+    ShadowRow,
+    TrajectoryRow,
+)
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 200
+"""Requests or jobs deleted in one transaction: some milliseconds, which writers may wait for."""
+_PAUSE_S = 0.1
+"""Between two batches: nine tenths of the time belong to others."""
+_LOCK = 20261
+"""Number of PostgreSQL's advisory lock: one process at a time deletes."""
+_DAY_S = 86_400.0
+
+
+class Retention:
+    """Deletes what is old, beside the request path.
+
+    Invariants:
+        - One process at a time deletes; another one's turn comes with its next look.
+        - A store that is away costs a log line; the next look tries again.
+    """
+
+    def __init__(self, store: Store, days: float | None, *, interval_s: float = 3600.0) -> None:
+        """Set the time; `start` begins.
+
+        Args:
+            store: Where the rows are.
+            days: How long a request and a job that is over are kept; `None`: for ever.
+            interval_s: Seconds between two looks.
+        """
+        self._store = store
+        self._days = days
+        self._interval_s = interval_s
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to look; must be called in a running event loop."""
+        if self._task is None and self._days is not None:
+            task = self._run(self._days)
+            self._task = asyncio.get_running_loop().create_task(task, name="retention")
+
+    async def close(self) -> None:
+        """Stop; a batch under way is undone or done, never half."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self, days: float) -> None:
+        while True:
+            try:
+                count = await delete_old(self._store, time.time() - days * _DAY_S)
+                if count:
+                    logger.info("deleted %d requests and jobs older than %g days", count, days)
+            except StoreError as error:
+                logger.warning("nothing old was deleted: %r", error.__cause__ or error)
+            except Exception:  # a driver's own error must not end it
+                logger.exception("nothing old was deleted")
+            await asyncio.sleep(self._interval_s)
+
+
+async def delete_old(store: Store, before_unix_s: float) -> int:
+    """Delete requests, and jobs that are over, from before a time, in small batches.
+
+    Returns:
+        How many; 0 also where another process deletes just now.
+
+    Raises:
+        StoreError: If the store is away; what was deleted by then stays deleted.
+    """
+    total = 0
+    while True:
+        async with store.begin() as connection:
+            if not await _may_delete(connection):
+                return total
+            count = await _delete_requests(connection, before_unix_s)
+            count += await _delete_jobs(connection, before_unix_s)
+        if not count:
+            return total
+        total += count
+        await asyncio.sleep(_PAUSE_S)
+
+
+async def _may_delete(connection: AsyncConnection) -> bool:
+    """Whether nobody else deletes; holds until the transaction ends."""
+    if connection.dialect.name == "sqlite":
+        await connection.exec_driver_sql("BEGIN IMMEDIATE")  # waits for whoever writes
+        return True
+    locked = await connection.exec_driver_sql(f"SELECT pg_try_advisory_xact_lock({_LOCK})")
+    return bool(locked.scalar_one())
+
+
+async def _delete_requests(connection: AsyncConnection, before_unix_s: float) -> int:
+    oldest = (
+        select(RequestRow.request_id)
+        .where(RequestRow.created_unix_s < before_unix_s)
+        .order_by(RequestRow.created_unix_s)
+        .limit(_BATCH)
+    )
+    ids = list(await connection.scalars(oldest))
+    if ids:
+        for table in (FeedbackRow, OutcomeRow, TrajectoryRow, ShadowRow, RequestRow):
+            await connection.execute(delete(table).where(table.request_id.in_(ids)))
+    return len(ids)
+
+
+async def _delete_jobs(connection: AsyncConnection, before_unix_s: float) -> int:
+    oldest = (
+        select(JobRow.job_id)
+        .where(JobRow.created_unix_s < before_unix_s, JobRow.state.in_(OVER))
+        .order_by(JobRow.created_unix_s)
+        .limit(_BATCH)
+    )
+    ids = list(await connection.scalars(oldest))
+    if ids:
+        await connection.execute(delete(JobRow).where(JobRow.job_id.in_(ids)))
+    return len(ids)
