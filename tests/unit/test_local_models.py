@@ -11,14 +11,14 @@ import pytest
 from ray.serve.config import AutoscalingConfig
 
 from serve_app.config import LocalModelConfig, PriceConfig, load_config
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, EngineError, InvalidRequest
 from serve_app.models.deploy import build_model, deployment_name
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's own imports deprecate things
     from ray.llm._internal.serve.engines.vllm.vllm_engine import _get_vllm_engine_config
 
-    from serve_app.models.local import JsonLLMServer, llm_config
+    from serve_app.models.local import JsonLLMServer, _raise_if_error, llm_config
     from serve_app.models.reward import ProcessRewardServer
 
 NANO = Path("serve_app/nano/weights").absolute()
@@ -113,7 +113,10 @@ def test_the_gpu_graph_is_wired_with_nano_weights_in_each_place(model: LocalMode
     assert deployment.name.startswith(f"{model.model_id}-")
     # Serve's own part of the replica and the engine's worker, in one placement group.
     assert sum(b.get("CPU", 0) for b in deployment._replica_config.placement_group_bundles) == 1.2
-    assert given.engine_kwargs == filled(model.engine_kwargs)
+    assert given.engine_kwargs == {
+        "structured_outputs_config": {"backend": "xgrammar"},
+        **filled(model.engine_kwargs),
+    }
     assert given.model_loading_config.model_source == stand_in.model_source
     assert deployment.func_or_class is not None
     served_by = ProcessRewardServer if model.role == "verifier" else JsonLLMServer
@@ -170,3 +173,30 @@ def test_a_cpu_model_asks_for_no_gpu() -> None:
     model = load_config("configs/nano.yaml").models[0]
     assert isinstance(model, LocalModelConfig)
     assert engine_config(model).placement_bundles == [{"CPU": 0.2}]
+
+
+STRUCTURED = {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (STRUCTURED, "response_format"),
+        ({"tools": [{}], "tool_choice": "required"}, "tools"),
+    ],
+)
+def test_a_schema_that_the_engine_gives_up_on_is_the_callers_matter(
+    body: dict[str, Any], param: str
+) -> None:
+    given_up = {"error": {"code": 500, "message": "Internal server error"}}
+    with pytest.raises(InvalidRequest, match="simplify it") as caught:
+        _raise_if_error(given_up, body)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("body", "code"), [({}, 500), ({"tools": [{}], "tool_choice": "auto"}, 500), (STRUCTURED, 503)]
+)
+def test_an_engine_that_fails_otherwise_is_to_blame(body: dict[str, Any], code: int) -> None:
+    with pytest.raises(EngineError):
+        _raise_if_error({"error": {"code": code, "message": "x"}}, body)
