@@ -18,7 +18,7 @@ from rl.calibration import calibrate, choose_caution
 from rl.estimators import Float
 from rl.outcomes import Outcomes
 from rl.selection import Chosen, FitSettings, PairStatistics, choose, clusterings, residuals
-from serve_app.router.snapshot import RouterSnapshot, Scale
+from serve_app.router.snapshot import RouterSnapshot, Scale, cut_example
 
 logger = logging.getLogger(__name__)
 
@@ -223,15 +223,16 @@ def _cluster_tables(
 
 
 def _examples(outcomes: Outcomes, centroids: Float, number: int) -> tuple[tuple[str, ...], ...]:
-    """The questions nearest to each centroid."""
-    if not outcomes.queries:
+    """The questions nearest to each centroid, of those that may be shown."""
+    shown = np.array([row for row, text in enumerate(outcomes.queries) if text], np.intp)
+    if not len(shown):
         return ((),) * len(centroids)
-    number = min(number, len(outcomes.queries))
-    closeness = outcomes.embeddings @ centroids.T
+    number = min(number, len(shown))
+    closeness = outcomes.embeddings[shown] @ centroids.T
     nearest = np.argpartition(-closeness, number - 1, axis=0)[:number]
     order = np.take_along_axis(closeness, nearest, axis=0).argsort(axis=0)[::-1]
-    ranked = np.take_along_axis(nearest, order, axis=0)
+    ranked = shown[np.take_along_axis(nearest, order, axis=0)]
     return tuple(
-        tuple(outcomes.queries[row] for row in ranked[:, cluster])
+        tuple(cut_example(outcomes.queries[row]) for row in ranked[:, cluster])
         for cluster in range(len(centroids))
     )

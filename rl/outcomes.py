@@ -43,7 +43,8 @@ class Outcomes:
     costs_usd: NDArray[np.float32]
     """(num_outcomes,) NaN where unknown."""
     queries: tuple[str, ...] = field(default=())
-    """(num_queries,) texts, for the snapshot's examples; may be left out."""
+    """(num_queries,) texts, for the snapshot's examples, which every caller may see; empty: not to
+    be shown. May be left out."""
 
     def __post_init__(self) -> None:
         """Refuse outcomes that do not fit together.

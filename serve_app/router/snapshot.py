@@ -32,6 +32,9 @@ TENSORS_FILE = "tensors.safetensors"
 DOCUMENT_FILE = "snapshot.json"
 POLICY_PREFIX = "policy."
 """Tensors under this prefix are weights of the learned policy; their shapes are its own affair."""
+_PROFILE = "profile"
+"""In the document: its examples are questions of the profile."""
+_MAX_EXAMPLE_CHARS = 200
 
 Array = NDArray[np.float32]
 
@@ -137,7 +140,8 @@ class RouterSnapshot:
     gate_weights: Array
     """(5,) logistic calibration of the confidence; see `router.gate`."""
     examples: tuple[tuple[str, ...], ...]
-    """(clusters,) questions nearest to each centroid; may be empty tuples."""
+    """(clusters,) questions of the profile nearest to each centroid, which every caller may see:
+    never what a caller asked. May be empty tuples."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """How it was made: seed, counts, chosen settings, cross-validated figures."""
     policy: Mapping[str, NDArray[Any]] = field(default_factory=dict)
@@ -233,6 +237,7 @@ def save_snapshot(snapshot: RouterSnapshot, folder: Path) -> None:
         "pairs": [list(pair) for pair in snapshot.pairs],
         "scales": snapshot.scales,
         "examples": snapshot.examples,
+        "examples_from": _PROFILE,
         "metadata": dict(snapshot.metadata),
     }
     document |= {name: getattr(snapshot, name) for name in _plain_fields()}
@@ -287,15 +292,32 @@ def load_snapshot(folder: Path) -> RouterSnapshot:
         return RouterSnapshot(
             pairs=tuple(Pair(model_id, tool_id) for model_id, tool_id in document["pairs"]),
             scales=tuple(Scale(*scale) for scale in document["scales"]),
-            examples=tuple(tuple(texts) for texts in document["examples"]),
+            examples=_read_examples(document),
             metadata=document["metadata"],
             policy=policy,
             **fields_read,
         )
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         if isinstance(error, SnapshotError):
             raise
         raise SnapshotError(f"snapshot {name!r} lacks or mangles a field: {error}") from error
+
+
+def cut_example(text: str) -> str:
+    """A question as it is shown: its first 200 characters."""
+    return text if len(text) <= _MAX_EXAMPLE_CHARS else text[: _MAX_EXAMPLE_CHARS - 1] + "…"
+
+
+def _read_examples(document: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """The examples of a snapshot that are surely questions of the profile.
+
+    A document that does not say where its examples are from may hold what callers asked, unless it
+    was fitted on no verdict.
+    """
+    of_profile = document.get("examples_from") == _PROFILE
+    if not of_profile and document["metadata"].get("num_verdicts") != 0:
+        return ((),) * len(document["examples"])
+    return tuple(tuple(map(cut_example, texts)) for texts in document["examples"])
 
 
 def _plain_fields() -> list[str]:

@@ -101,6 +101,16 @@ def test_tables_hold_tokens_costs_and_examples() -> None:
     assert snapshot.metadata["num_outcomes"] == 900
 
 
+def test_examples_are_cut_and_only_of_what_may_be_shown() -> None:
+    outcomes, _ = make_outcomes(300)
+    texts = tuple("" if number % 3 else "long " * 1000 for number in range(300))
+    snapshot = fit(replace(outcomes, queries=texts), QUICK)
+    shown = {text for texts in snapshot.examples for text in texts}
+    assert {(len(text), text[:5], text[-1]) for text in shown} == {(200, "long ", "…")}
+    nothing = fit(replace(outcomes, queries=("",) * 300), QUICK)
+    assert not any(nothing.examples)
+
+
 @pytest.mark.parametrize("number", [1, 2, 7, 30])
 def test_a_handful_of_questions_is_fitted_too(number: int) -> None:
     snapshot = fit(make_outcomes(number)[0], QUICK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,6 +95,32 @@ def test_a_foreign_folder_and_another_schema_are_refused_by_name(
     path.write_text(json.dumps(document | {"version": 7}))
     with pytest.raises(SnapshotError, match="does not match its hash"):
         load_snapshot(tmp_path / "s1")
+
+
+@pytest.mark.parametrize(
+    ("about", "shown"),
+    [({"num_verdicts": 0}, True), ({"num_verdicts": 3}, False), ({}, False)],
+)
+def test_examples_that_may_be_of_callers_are_not_read(
+    about: dict[str, int], shown: bool, snapshot: RouterSnapshot, tmp_path: Path
+) -> None:
+    """A document that does not say where its examples are from was fitted on traffic, or not."""
+    save_snapshot(replace(snapshot, metadata=about), tmp_path / "s1")
+    path = tmp_path / "s1" / DOCUMENT_FILE
+    document = json.loads(path.read_text())
+    del document["sha256"], document["examples_from"]
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(document | {"sha256": digest}))
+    read = load_snapshot(tmp_path / "s1")
+    assert read.examples == (snapshot.examples if shown else ((), (), ()))
+    save_snapshot(read, tmp_path / "again")
+    assert load_snapshot(tmp_path / "again").examples == read.examples
+
+
+def test_the_shipped_snapshot_shows_its_examples() -> None:
+    examples = load_snapshot(Path("configs/snapshots/nano")).examples
+    assert all(examples)
+    assert max(len(text) for texts in examples for text in texts) <= 200
 
 
 def test_tensors_of_another_snapshot_are_refused(snapshot: RouterSnapshot, tmp_path: Path) -> None:
