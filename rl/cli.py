@@ -152,7 +152,9 @@ def profile_command(
 def fit_command(
     config: ConfigOption,
     seed: Annotated[int, typer.Option()] = 0,
-    traffic: Annotated[bool, typer.Option(help="Count rated requests too.")] = True,
+    traffic: Annotated[
+        bool, typer.Option(help="Count rated requests too, of no key many (rl/traffic.py).")
+    ] = True,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write a copy of the snapshot to.")
     ] = None,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rl.outcomes import NotMeasured, Outcomes
 from rl.profile import fingerprint, thought_fingerprint
+from rl.traffic import fair_verdicts
 from serve_app.config import AtlasConfig
 from serve_app.schemas import Pair
 from serve_app.store import (
@@ -72,7 +73,8 @@ async def read_dataset(
         config: The deployment.
         store: Where the outcomes are.
         split: `train` or `held_out`.
-        with_traffic: Whether rated requests count too, with the verdict as the score.
+        with_traffic: Whether rated requests count too, with the verdict as the score; which of
+            them, `rl.traffic` says.
 
     Raises:
         NotMeasured: If there is none.
@@ -83,13 +85,16 @@ async def read_dataset(
     marks = {pair: fingerprint(config, pair) for pair in config.all_pairs()}
     newest = _newest(rows, marks)
     verdicts: list[Verdict] = []
-    if with_traffic:
+    if with_traffic and questions:
         rated = await read_verdicts(store, await verdict_ids(store, 0.0, MAX_VERDICTS))
-        verdicts = [verdict for verdict in rated if verdict.pair in marks]
+        vectors = np.stack([np.frombuffer(question.embedding, "<f4") for question in questions])
+        size = len(questions[0].embedding)
+        fitting = [of for of in rated if of.pair in marks and len(of.embedding) == size]
+        verdicts = fair_verdicts(fitting, vectors)
     known = {row.pair for row in newest} | {verdict.pair for verdict in verdicts}
     pairs = tuple(pair for pair in config.all_pairs() if pair in known)
-    counted = {(row.question_key, row.pair) for row in newest}
-    outdated = {(row.question_key, row.pair) for row in rows if row.pair in marks} - counted
+    measured = {(row.question_key, row.pair) for row in newest}
+    outdated = {(row.question_key, row.pair) for row in rows if row.pair in marks} - measured
     if not newest:
         others = f" ({len(outdated)} are of other settings of it)" if outdated else ""
         raise NotMeasured(
@@ -168,7 +173,8 @@ def _laid_out(
         tokens=_column([row.prompt_tokens + row.completion_tokens for row in rows] + unknown),
         seconds=_column([row.seconds for row in rows] + unknown),
         costs_usd=_column([row.cost_usd for row in rows] + unknown),
-        queries=tuple([question.query for question in questions] + [of.query for of in verdicts]),
+        # What users asked is not for others to see.
+        queries=(*(question.query for question in questions), *[""] * len(verdicts)),
     )
     return Dataset(
         outcomes,

@@ -278,7 +278,8 @@ def _rule(
     fitted_until_s = float(snapshot.metadata.get(LEARNED_UNTIL, 0.0))
     for verdict in verdicts:
         if verdict.created_unix_s >= fitted_until_s:
-            rule.update(np.frombuffer(verdict.embedding, "<f4"), verdict.pair, verdict.score)
+            embedding = np.frombuffer(verdict.embedding, "<f4")
+            rule.update(embedding, verdict.pair, verdict.score, verdict.owner)
     return rule
 
 

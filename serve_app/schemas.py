@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # it imports this module
 NO_TOOL = "none"
 """The tool id of plain generation."""
 
+LOCAL_OWNER = "local"
+"""Owner of everything where no key is asked for: everybody."""
+
 ToolKind = Literal["none", "function", "context", "sampling"]
 """How a tool joins a model: not at all, as a callable function, as text in the prompt, or by
 sampling and choosing."""
@@ -322,7 +325,7 @@ class Report:
     query: str
     embedding: bytes | None
     """(dim,) float32 little-endian query embedding; `None` when the request was pinned."""
-    owner: str = "local"
+    owner: str = LOCAL_OWNER
     error: str | None = None
     """Why the request as a whole failed; `None` when it was answered."""
     decisions: tuple[Decision, ...] = ()
@@ -358,8 +361,8 @@ class ChatCall:
     """OpenAI sampling parameters that the caller set, validated (temperature, top_p, max_tokens,
     stop, seed, n …)."""
     limits: Limits
-    owner: str = "local"
-    """Id of the caller's API key; `local` where none is asked for."""
+    owner: str = LOCAL_OWNER
+    """Id of the caller's API key."""
     tools: tuple[dict[str, Any], ...] = ()
     """The caller's own tools; passed through to the chosen model."""
     tool_choice: Any = None

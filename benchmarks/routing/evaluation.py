@@ -17,7 +17,7 @@ from rl.selection import FitSettings
 from serve_app.router.clusters import ClusterRule, Prior
 from serve_app.router.cold_start import normalised_cost
 from serve_app.router.gate import NEAR_ORACLE
-from serve_app.schemas import Pair
+from serve_app.schemas import LOCAL_OWNER, Pair
 
 Array = NDArray[np.float32]
 Index = NDArray[np.intp]
@@ -203,7 +203,8 @@ def new_arm(
     for number in NEW_ARM_LABELS:
         for row in labelled[given:number]:
             if np.isfinite(table.scores[row, arm]):
-                rule.update(bench.embeddings[row], new_pair, float(table.scores[row, arm]))
+                score = float(table.scores[row, arm])
+                rule.update(bench.embeddings[row], new_pair, score, LOCAL_OWNER)
         given = number
         areas[str(number)] = area(rule)
         gain = ceiling - floor

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from serve_app.errors import Forbidden, RateLimited, StoreError, Unauthorized
+from serve_app.schemas import LOCAL_OWNER
 from serve_app.store.database import Store
 from serve_app.store.keys import ApiKey, Scope, find_key, hash_key
 
 logger = logging.getLogger(__name__)
-
-LOCAL_OWNER = "local"
-"""Owner of everything where no key is asked for."""
 
 _BEARER = re.compile(rb"bearer +(atlas_[A-Za-z0-9_-]{43})", re.IGNORECASE)
 _MAX_UNKNOWN = 1024

@@ -20,6 +20,7 @@ from serve_app.errors import NoCandidate, SnapshotError
 from serve_app.router.cold_start import normalised_cost
 from serve_app.router.gate import Gate, Verdict, settle
 from serve_app.router.snapshot import RouterSnapshot
+from serve_app.router.voices import Voices
 from serve_app.schemas import Candidate, Decision, Likeness, Limits, Pair, Path
 
 _DISCOUNT = 0.98
@@ -305,53 +306,55 @@ class ClusterRule:
             verdict=self._gate.judge(best, best, place.kernel, place.distance),
         )
 
-    def update(self, embedding: NDArray[np.float32], pair: Pair, score: float) -> None:
+    def update(self, embedding: NDArray[np.float32], pair: Pair, score: float, owner: str) -> None:
         """Learn from one feedback; a pair nobody knows is ignored.
 
         The score's difference from what was expected is evidence about the pair in general and
         about it in the query's clusters. Evidence is discounted per pair, so a pair that changes
-        is noticed after tens of feedbacks whatever its past.
+        is noticed after tens of feedbacks whatever its past; and of each owner only a little
+        counts, see `router.voices`.
 
         Args:
             embedding: (dim,) of the query that was answered.
             pair: The pair that answered it.
             score: In [0, 1]; clipped.
+            owner: Who gave it: the id of an API key, or `LOCAL_OWNER`.
         """
         index = self._index.get(pair)
         if index is None:
             return
         place = self._place(embedding)
-        nearest, weights = place.nearest, place.weights
         score = min(1.0, max(0.0, score))
         newcomer = index - len(self._snapshot.pairs)
         if newcomer >= 0:
-            self._learn_mean(newcomer, score)
+            self._learn_mean(newcomer, score, owner)
         expected = self._fitted(place)[index]
-        residual = score - float(expected)
-        self._seen[index] = _DISCOUNT * self._seen[index] + 1.0
-        self._residual[index] = _DISCOUNT * self._residual[index] + residual
-        self._cluster_seen[:, index] *= _DISCOUNT
-        self._cluster_residual[:, index] *= _DISCOUNT
-        self._cluster_seen[nearest, index] += weights
-        self._cluster_residual[nearest, index] += weights * residual
+        counts = np.zeros(1 + len(self._shift), np.float32)
+        counts[0] = 1.0
+        counts[1 + place.nearest] = place.weights
+        voices = self._voices.setdefault(index, Voices(len(counts), _DISCOUNT))
+        voices.add(owner, counts, score - float(expected))
+        seen, residual = voices.totals()
         inertia = self._inertia[index]
-        shift = self._residual[index] / (inertia + self._seen[index])
+        shift = residual[0] / (inertia + seen[0])
         # A cluster starts from the pair's shift and moves on with its own evidence.
-        seen = self._cluster_seen[:, index]
-        own = (self._cluster_residual[:, index] - seen * shift) / (inertia + seen)
+        own = (residual[1:] - seen[1:] * shift) / (inertia + seen[1:])
+        self._cluster_seen[:, index] = seen[1:]
         self._shift[:, index] = shift + own
         self._overall[index] = self._overall_fitted[index] + shift
 
-    def _learn_mean(self, newcomer: int, score: float) -> None:
+    def _learn_mean(self, newcomer: int, score: float, owner: str) -> None:
         """What the profile says of the other pairs: the mean score of one that it left out.
 
         Remembered for longer than the shifts, which only have to notice a change.
         """
-        self._labels[newcomer] = _LABEL_DISCOUNT * self._labels[newcomer] + (1.0, score)
-        count, total = self._labels[newcomer]
-        self._overall_fitted[len(self._snapshot.pairs) + newcomer] = (
-            _PRIOR_INERTIA * self._prior_mean[newcomer] + total
-        ) / (_PRIOR_INERTIA + count)
+        prior = self._prior_mean[newcomer]
+        labels = self._labels.setdefault(newcomer, Voices(1, _LABEL_DISCOUNT))
+        labels.add(owner, np.ones(1, np.float32), score - float(prior))
+        seen, residual = labels.totals()
+        self._overall_fitted[len(self._snapshot.pairs) + newcomer] = prior + residual[0] / (
+            _PRIOR_INERTIA + seen[0]
+        )
 
     def _lay_out_costs(self) -> None:
         own = self._snapshot.pair_costs_usd
@@ -386,7 +389,8 @@ class ClusterRule:
         )
         # The head is relative to the pair's mean, so both blend into one table and one factor.
         self._base = ((1 - weight) * cluster_mean + weight * pair_mean).astype(np.float32)
-        self._labels = np.zeros((num_new, 2))
+        self._labels: dict[int, Voices] = {}
+        """By pair that the snapshot does not know; of the scores."""
         self._head_in = snapshot.head_in
         self._head_out = weight * snapshot.head_out
         self._anchors = snapshot.landmarks
@@ -395,9 +399,8 @@ class ClusterRule:
         shape = (num_clusters, len(self._pairs))
         self._shift = np.zeros(shape, np.float32)
         self._cluster_seen = np.zeros(shape, np.float32)
-        self._cluster_residual = np.zeros(shape, np.float32)
-        self._seen = np.zeros(len(self._pairs))
-        self._residual = np.zeros(len(self._pairs))
+        self._voices: dict[int, Voices] = {}
+        """By pair; cell 0 is the pair in general, the others are the clusters."""
         known = np.minimum(snapshot.pair_alpha + snapshot.pair_beta, _MAX_INERTIA)
         self._inertia = np.concatenate([known, np.full(num_new, _MAX_INERTIA)])
 

@@ -54,11 +54,14 @@ under, by pair."""
 
 _MAX_REPLAYED = 20_000
 """Verdicts learned at once at most; the discount makes older ones weigh next to nothing."""
+_REPLAYED_PER_KEY = 60
+"""Verdicts of one API key on one pair learned at once at most; earlier ones weigh less than 1e-7
+beside the last ones (see `voices.OWN_DISCOUNT`)."""
 _LEARNED_AT_ONCE = 50
 """Verdicts between two breaths of the event loop."""
 _OVERLAP_S = 120.0
-"""A verdict may become visible this much later than its time says: clocks differ, and embeddings of
-pinned requests are written behind the answer."""
+"""A verdict may become visible this much later than its time says: clocks differ, and a missing
+embedding is written behind the answer."""
 _COMPLAIN_EVERY_S = 30.0
 _MAX_RETIRED = 16
 """Policies that are kept for the requests that began with them."""
@@ -401,17 +404,22 @@ class PolicyFollower:
 
     @staticmethod
     async def _learn(store: Store, serving: Serving, since_unix_s: float) -> None:
-        """Learn every verdict since a time that was not learned yet, in the order they came."""
+        """Learn the verdicts since a time that were not learned yet, in the order they came."""
         rule = serving.rule
         if isinstance(rule, ColdStartRule):
             return
         fitted_until_s = float(rule.snapshot.metadata.get(LEARNED_UNTIL, 0.0))
-        ids = await verdict_ids(store, max(since_unix_s, fitted_until_s), _MAX_REPLAYED)
+        ids = await verdict_ids(
+            store,
+            max(since_unix_s, fitted_until_s),
+            _MAX_REPLAYED,
+            per_key=_REPLAYED_PER_KEY,
+        )
         new = [request_id for request_id in ids if request_id not in serving.learned]
         for number, verdict in enumerate(await read_verdicts(store, new)):
             embedding = np.frombuffer(verdict.embedding, "<f4")
             if len(embedding) == rule.snapshot.dim:
-                rule.update(embedding, verdict.pair, verdict.score)
+                rule.update(embedding, verdict.pair, verdict.score, verdict.owner)
                 serving.num_learned += 1
             serving.learned.add(verdict.request_id)
             if number % _LEARNED_AT_ONCE == _LEARNED_AT_ONCE - 1:

@@ -4,6 +4,11 @@ In come users' verdicts on requests that either policy served, out goes at most 
 The comparison is looked at again and again, so it rests on confidence sequences, which hold at all
 times at once: the empirical Bernstein ones of Waudby-Smith and Ramdas, "Estimating means of bounded
 random variables by betting" (JRSS B, 2024; arXiv 2010.09686), theorem 2.
+
+Nobody takes a policy back alone. A key's verdicts count up to 30% of all that count, and the
+newer policy must also be worse where any one key's verdicts are left out. So the error rate holds
+whatever one key says: one of the comparisons leaves that key out, and which verdicts count in it
+follows from the order of the others' verdicts and from nobody's score.
 """
 
 from __future__ import annotations
@@ -11,6 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +26,7 @@ from numpy.typing import NDArray
 from serve_app.config import AtlasConfig
 from serve_app.router.features import cost_range, normalised
 from serve_app.router.following import PolicyFollower
+from serve_app.schemas import LOCAL_OWNER
 from serve_app.store import (
     Mode,
     Policy,
@@ -35,7 +43,12 @@ logger = logging.getLogger(__name__)
 _MAX_BET = 0.5
 """Bound of the sequence's weights: keeps a run of like values from betting everything."""
 _MAX_RATED = 20_000
-"""The last verdicts on each policy that are looked at."""
+"""The last verdicts on each policy that are looked at; earlier ones are forgotten."""
+_SHARE = 0.3
+"""Of the verdicts that count, at most from one API key."""
+_MIN_KEYS = 4
+"""Keys that it takes to reach the configured number of verdicts; one more, as any one is left
+out."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +162,57 @@ class PolicyGuard:
             StoreError: If the store is away.
         """
         since_unix_s = newer.created_unix_s if newer.mode is Mode.CANARY else 0.0
-        costs = self._follower.costs_usd()
+        of_newer, of_older = [
+            await rated_requests(
+                store,
+                policy.policy_version,
+                since_unix_s,
+                _MAX_RATED,
+                per_key=round(_SHARE * _MAX_RATED),
+            )
+            for policy in (newer, older)
+        ]
+        return await asyncio.to_thread(self._hold, newer, older, of_newer, of_older)
+
+    def _hold(
+        self,
+        newer: Policy,
+        older: Policy,
+        of_newer: Sequence[RatedRequest],
+        of_older: Sequence[RatedRequest],
+    ) -> Comparison | None:
+        """The comparison with all verdicts; if it is worse, the least sure one without some key."""
+        compared = self._compare(newer, older, of_newer, of_older)
+        if compared is None or not compared.is_worse:
+            return compared
+        keys = {of.owner for of in (*of_newer, *of_older)} - {LOCAL_OWNER}
+        for key in sorted(keys):
+            without = self._compare(
+                newer,
+                older,
+                [of for of in of_newer if of.owner != key],
+                [of for of in of_older if of.owner != key],
+            )
+            if without is None or not without.is_worse:
+                return without
+            compared = max(compared, without, key=lambda comparison: comparison.high)
+        return compared
+
+    def _compare(
+        self,
+        newer: Policy,
+        older: Policy,
+        of_newer: Sequence[RatedRequest],
+        of_older: Sequence[RatedRequest],
+    ) -> Comparison | None:
+        """One comparison; `None` while too few verdicts count."""
+        least, costs = self._settings.min_verdicts, self._follower.costs_usd()
         utilities = []
-        for policy in (newer, older):
-            rated = await rated_requests(store, policy.policy_version, since_unix_s, _MAX_RATED)
-            if len(rated) < self._settings.min_verdicts:
+        for rated in (of_newer, of_older):
+            counted = counting(rated, least)
+            if len(counted) < least:
                 return None
-            utilities.append(live_utility(rated, costs))
+            utilities.append(live_utility(counted, costs))
         rate = self._settings.error_rate / 2
         _, high_of_newer = bounds(utilities[0], rate)
         low_of_older, _ = bounds(utilities[1], rate)
@@ -165,11 +222,34 @@ class PolicyGuard:
             num_newer=len(utilities[0]),
             num_older=len(utilities[1]),
             difference=float(utilities[0].mean() - utilities[1].mean()),
-            high=high_of_newer - low_of_older,
+            high=float(high_of_newer - low_of_older),
         )
 
 
-def live_utility(rated: list[RatedRequest], costs_usd: NDArray[np.float32]) -> NDArray[np.float64]:
+def counting(rated: Sequence[RatedRequest], min_verdicts: int) -> list[RatedRequest]:
+    """The rated requests that count: of no API key more than 30%, once there are many.
+
+    Whether a verdict counts is known before its score is, so what a confidence sequence says of
+    those that count is as sure as ever.
+
+    Args:
+        rated: In the order of the verdicts.
+        min_verdicts: The first ones of each key always count, up to a quarter of this.
+    """
+    always = math.ceil(min_verdicts / _MIN_KEYS)
+    given: Counter[str] = Counter()
+    counted: list[RatedRequest] = []
+    for request in rated:
+        owner = request.owner
+        if owner == LOCAL_OWNER or given[owner] + 1 <= max(always, _SHARE * (len(counted) + 1)):
+            given[owner] += 1
+            counted.append(request)
+    return counted
+
+
+def live_utility(
+    rated: Sequence[RatedRequest], costs_usd: NDArray[np.float32]
+) -> NDArray[np.float64]:
     """(num_rated,) `(1 - alpha) * score - alpha * cost` in [-1, 1], in the order of the verdicts.
 
     Args:

@@ -144,9 +144,9 @@ class LearnedRule:
         """Path 2's network."""
         return self._net
 
-    def update(self, embedding: NDArray[np.float32], pair: Pair, score: float) -> None:
+    def update(self, embedding: NDArray[np.float32], pair: Pair, score: float, owner: str) -> None:
         """Learn from one feedback; see `ClusterRule.update`."""
-        self._clusters.update(embedding, pair, score)
+        self._clusters.update(embedding, pair, score, owner)
 
     def likeness(self, embedding: NDArray[np.float32]) -> Likeness:
         """What was profiled that is like a query."""

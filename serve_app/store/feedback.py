@@ -7,25 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import insert, or_, select
+from sqlalchemy import Select, func, insert, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from serve_app.errors import Conflict, NotFound
-from serve_app.schemas import Action, Pair, Path, Seen
+from serve_app.schemas import LOCAL_OWNER, Action, Pair, Path, Seen
 from serve_app.store.database import Store
 from serve_app.store.outcomes import storable_text
 from serve_app.store.tables import FeedbackRow, OutcomeRow, RequestRow, TrajectoryRow
 
-_NOT_CHOSEN = (Path.PINNED, Path.FALLBACK)
 _IDS_AT_ONCE = 500
 """Ids in one query; databases bound the number of parameters."""
+_SCANNED_PER_ROW = 10
+"""Verdicts looked through for each one returned, at most, where one key gave most of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A score for an answered request."""
+    """A score for an answered request that the router decided."""
 
     request_id: str
+    owner: str
+    """Who asked, and gave the score: the id of an API key, or `LOCAL_OWNER`."""
     pair: Pair
     """The pair that gave the answer."""
     query: str
@@ -35,7 +38,7 @@ class Verdict:
     created_unix_s: float
     propensity: float | None
     """Probability with which the router chose the pair for the query; `None` where it did not
-    choose that alone: pinned, a fallback, or a request of path 2 (see `rated_trajectories`)."""
+    choose that alone: a fallback, or a request of path 2 (see `rated_trajectories`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class RatedRequest:
     """The cost-quality dial it ran with."""
     cost_usd: float
     """Of all its steps."""
+    owner: str
+    """Who asked, and gave the score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,65 +132,63 @@ async def add_feedback(
         raise Conflict(f"request {request_id!r} has its feedback already", "request_id") from error
 
 
-async def verdict_ids(store: Store, since_unix_s: float, limit: int) -> list[str]:
-    """Ids of the last `limit` requests rated since a point in time, oldest first.
+async def verdict_ids(
+    store: Store, since_unix_s: float, limit: int, *, per_key: int | None = None
+) -> list[str]:
+    """Ids of the last `limit` requests with a verdict since a point in time, oldest first.
+
+    Args:
+        store: Where they are.
+        since_unix_s: Earlier verdicts are left out.
+        limit: The most that are returned.
+        per_key: Of the verdicts of one API key on one pair only so many, the last ones, so that no
+            key crowds out the others; `None`: all of them.
 
     Raises:
         StoreError: If the store is away.
     """
-    query = (
-        select(FeedbackRow.request_id)
-        .where(FeedbackRow.created_unix_s >= since_unix_s)
-        .order_by(FeedbackRow.created_unix_s.desc(), FeedbackRow.request_id.desc())
-        .limit(limit)
-    )
-    async with store.begin() as connection:
-        return list(reversed((await connection.scalars(query)).all()))
+    rated = _verdicts(
+        FeedbackRow.request_id,
+        FeedbackRow.owner,
+        FeedbackRow.created_unix_s,
+        OutcomeRow.model_id,
+        OutcomeRow.tool_id,
+    ).where(FeedbackRow.created_unix_s >= since_unix_s)
+    newest = await _newest(store, rated, limit, per_key, ("owner", "model_id", "tool_id"))
+    return [row.request_id for row in newest]
 
 
 async def read_verdicts(store: Store, request_ids: Sequence[str]) -> list[Verdict]:
     """The verdicts on some requests, oldest first.
 
-    A request that was not answered, or whose embedding is not written yet, is left out.
+    A request that was not answered, or whose embedding is not written yet, is left out. So is one
+    whose caller named the pair: the verdict is about the caller's choice, not the router's.
 
     Raises:
         StoreError: If the store is away.
     """
     verdicts: list[Verdict] = []
     for start in range(0, len(request_ids), _IDS_AT_ONCE):
-        query = (
-            select(
-                FeedbackRow.request_id,
-                OutcomeRow.model_id,
-                OutcomeRow.tool_id,
-                RequestRow.query,
-                RequestRow.embedding,
-                FeedbackRow.score,
-                FeedbackRow.created_unix_s,
-                OutcomeRow.path,
-                OutcomeRow.propensity,
-                OutcomeRow.step_index,
-                TrajectoryRow.decisions,
-            )
-            .join(RequestRow, RequestRow.request_id == FeedbackRow.request_id)
-            .join(OutcomeRow, OutcomeRow.request_id == FeedbackRow.request_id)
-            .outerjoin(TrajectoryRow, TrajectoryRow.request_id == FeedbackRow.request_id)
-            .where(
-                FeedbackRow.request_id.in_(request_ids[start : start + _IDS_AT_ONCE]),
-                OutcomeRow.error.is_(None),
-                # Of several steps, the one whose answer the user saw.
-                or_(
-                    TrajectoryRow.request_id.is_(None),
-                    TrajectoryRow.answer_step == OutcomeRow.step_index,
-                ),
-                RequestRow.embedding.is_not(None),
-            )
-        )
+        query = _verdicts(
+            FeedbackRow.request_id,
+            FeedbackRow.owner,
+            OutcomeRow.model_id,
+            OutcomeRow.tool_id,
+            RequestRow.query,
+            RequestRow.embedding,
+            FeedbackRow.score,
+            FeedbackRow.created_unix_s,
+            OutcomeRow.path,
+            OutcomeRow.propensity,
+            OutcomeRow.step_index,
+            TrajectoryRow.decisions,
+        ).where(FeedbackRow.request_id.in_(request_ids[start : start + _IDS_AT_ONCE]))
         async with store.begin() as connection:
             rows = (await connection.execute(query)).all()
         verdicts += [
             Verdict(
                 request_id=row.request_id,
+                owner=row.owner,
                 pair=Pair(row.model_id, row.tool_id),
                 query=row.query,
                 embedding=row.embedding or b"",
@@ -198,8 +201,34 @@ async def read_verdicts(store: Store, request_ids: Sequence[str]) -> list[Verdic
     return sorted(verdicts, key=lambda verdict: (verdict.created_unix_s, verdict.request_id))
 
 
+def _verdicts(*columns: Any) -> Select[Any]:
+    """Every verdict that says something of the router's choice, with the pair that answered."""
+    return (
+        select(*columns)
+        .select_from(FeedbackRow)
+        .join(RequestRow, RequestRow.request_id == FeedbackRow.request_id)
+        .join(OutcomeRow, OutcomeRow.request_id == FeedbackRow.request_id)
+        .outerjoin(TrajectoryRow, TrajectoryRow.request_id == FeedbackRow.request_id)
+        .where(
+            RequestRow.path != str(Path.PINNED),
+            RequestRow.embedding.is_not(None),
+            OutcomeRow.error.is_(None),
+            # Of several steps, the one whose answer the user saw.
+            or_(
+                TrajectoryRow.request_id.is_(None),
+                TrajectoryRow.answer_step == OutcomeRow.step_index,
+            ),
+        )
+    )
+
+
 async def rated_requests(
-    store: Store, policy_version: int, since_unix_s: float, limit: int
+    store: Store,
+    policy_version: int,
+    since_unix_s: float,
+    limit: int,
+    *,
+    per_key: int | None = None,
 ) -> list[RatedRequest]:
     """The last `limit` rated requests that a policy decided, in the order of their verdicts.
 
@@ -208,24 +237,61 @@ async def rated_requests(
         policy_version: Of the policy.
         since_unix_s: Requests that ended before this are left out.
         limit: The most that are read.
+        per_key: Of the verdicts of one API key only so many, the last ones; `None`: all of them.
 
     Raises:
         StoreError: If the store is away.
     """
     query = (
-        select(FeedbackRow.score, RequestRow.alpha, RequestRow.cost_usd)
+        select(
+            FeedbackRow.request_id,
+            FeedbackRow.created_unix_s,
+            FeedbackRow.score,
+            FeedbackRow.owner,
+            RequestRow.alpha,
+            RequestRow.cost_usd,
+        )
         .join(RequestRow, RequestRow.request_id == FeedbackRow.request_id)
         .where(
             RequestRow.policy_version == policy_version,
             RequestRow.path != str(Path.PINNED),
             RequestRow.created_unix_s >= since_unix_s,
         )
-        .order_by(FeedbackRow.created_unix_s.desc(), FeedbackRow.request_id.desc())
-        .limit(limit)
     )
+    rows = await _newest(store, query, limit, per_key, ("owner",))
+    return [RatedRequest(row.score, row.alpha or 0.0, row.cost_usd, row.owner) for row in rows]
+
+
+async def _newest(
+    store: Store, query: Select[Any], limit: int, per_key: int | None, apart: tuple[str, ...]
+) -> list[Any]:
+    """The last rows of a query, oldest first.
+
+    Args:
+        store: Where they are.
+        query: Selects `request_id`, `created_unix_s` and `owner` of verdicts, among others.
+        limit: Rows at most.
+        per_key: Rows at most among those that are alike in the columns `apart`, but for those of
+            `LOCAL_OWNER`; `None`: no such bound.
+        apart: Names of columns.
+    """
+    newest_first = FeedbackRow.created_unix_s.desc(), FeedbackRow.request_id.desc()
+    if per_key is None:
+        last = query.order_by(*newest_first).limit(limit)
+    else:
+        # Bounded before it is sorted by owner, as the whole table may be long.
+        rows = query.order_by(*newest_first).limit(_SCANNED_PER_ROW * limit).subquery().c
+        order = rows.created_unix_s.desc(), rows.request_id.desc()
+        rank = func.row_number().over(partition_by=[rows[name] for name in apart], order_by=order)
+        ranked = select(*rows, rank.label("rank")).subquery().c
+        last = (
+            select(*ranked)
+            .where(or_(ranked.owner == LOCAL_OWNER, ranked.rank <= per_key))
+            .order_by(ranked.created_unix_s.desc(), ranked.request_id.desc())
+            .limit(limit)
+        )
     async with store.begin() as connection:
-        rows = (await connection.execute(query)).all()
-    return [RatedRequest(row.score, row.alpha or 0.0, row.cost_usd) for row in reversed(rows)]
+        return list(reversed((await connection.execute(last)).all()))
 
 
 async def rated_trajectories(store: Store, limit: int) -> list[RatedTrajectory]:
@@ -303,4 +369,4 @@ def _rated(row: Any, steps: Sequence[Any]) -> RatedTrajectory:
 
 
 def _was_not_chosen(row: Any) -> bool:
-    return row.path in _NOT_CHOSEN or row.step_index > 0 or row.decisions is not None
+    return row.path == Path.FALLBACK or row.step_index > 0 or row.decisions is not None

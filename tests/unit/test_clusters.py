@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from serve_app.errors import NoCandidate, SnapshotError
 from serve_app.router.clusters import ClusterRule, Prior
 from serve_app.router.snapshot import RouterSnapshot, Scale
-from serve_app.schemas import Limits, Pair, Path
+from serve_app.schemas import LOCAL_OWNER, Limits, Pair, Path
 from tests.router_data import COSTS_USD, DIM, LIMITS, PAIRS, SKILL, make_snapshot, topics
 
 CHEAP, MATH, STRONG = PAIRS
@@ -193,13 +193,13 @@ def test_a_degraded_pair_is_left_within_50_feedbacks_and_comes_back() -> None:
     assert rule.decide(query, LIMITS, PAIRS, 1).pair == MATH
     given = 0
     while rule.decide(query, LIMITS, PAIRS, 1).pair == MATH:
-        rule.update(query, MATH, 0.0)
+        rule.update(query, MATH, 0.0, LOCAL_OWNER)
         given += 1
         assert given <= 50
     assert rule.decide(query, LIMITS, PAIRS, 1).pair == STRONG
     assert rule.decide(other, LIMITS, PAIRS, 1).pair == STRONG
     for _ in range(100):
-        rule.update(query, MATH, 1.0)
+        rule.update(query, MATH, 1.0, LOCAL_OWNER)
     assert rule.decide(query, LIMITS, PAIRS, 1).pair == MATH
 
 
@@ -208,7 +208,7 @@ def test_feedback_that_agrees_changes_little() -> None:
     before = rule.qualities(topics()[1]).copy()
     rng = np.random.default_rng(0)
     for _ in range(300):
-        rule.update(topics()[1], MATH, float(rng.random() < SKILL[1, 1]))
+        rule.update(topics()[1], MATH, float(rng.random() < SKILL[1, 1]), LOCAL_OWNER)
     np.testing.assert_allclose(rule.qualities(topics()[1]), before, atol=0.08)
     np.testing.assert_array_equal(rule.qualities(topics()[1])[[0, 2]], before[[0, 2]])
 
@@ -216,8 +216,8 @@ def test_feedback_that_agrees_changes_little() -> None:
 def test_a_new_pair_is_learned_where_it_was_tried() -> None:
     rule = ClusterRule(make_snapshot(), new_pair_prior())
     for _ in range(40):
-        rule.update(topics()[0], NEW, 1.0)
-        rule.update(topics()[1], NEW, 0.0)
+        rule.update(topics()[0], NEW, 1.0, LOCAL_OWNER)
+        rule.update(topics()[1], NEW, 0.0, LOCAL_OWNER)
     good, bad = rule.qualities(topics()[0])[3], rule.qualities(topics()[1])[3]
     assert good > 0.7
     assert bad < 0.3
@@ -244,9 +244,9 @@ def test_the_relative_distance_is_near_1_for_what_no_cluster_is_near() -> None:
 
 def test_feedback_is_clipped_and_unknown_pairs_are_ignored() -> None:
     clipped, plain = ClusterRule(make_snapshot()), ClusterRule(make_snapshot())
-    clipped.update(topics()[0], CHEAP, -50.0)
-    plain.update(topics()[0], CHEAP, 0.0)
-    clipped.update(topics()[0], NEW, 1.0)
+    clipped.update(topics()[0], CHEAP, -50.0, LOCAL_OWNER)
+    plain.update(topics()[0], CHEAP, 0.0, LOCAL_OWNER)
+    clipped.update(topics()[0], NEW, 1.0, LOCAL_OWNER)
     np.testing.assert_array_equal(clipped.qualities(topics()[0]), plain.qualities(topics()[0]))
 
 

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
+from serve_app.router import following
 from serve_app.router.clusters import ClusterRule, Prior
 from serve_app.router.cold_start import ColdStartRule, PairCard
 from serve_app.router.following import LEARNED_UNTIL, PolicyFollower
 from serve_app.router.library import SnapshotLibrary
 from serve_app.router.snapshot import TENSORS_FILE, RouterSnapshot, save_snapshot
-from serve_app.schemas import Candidate, Decision, Pair, Report, Step, Usage
+from serve_app.schemas import LOCAL_OWNER, Candidate, Decision, Pair, Report, Step, Usage
 from serve_app.schemas import Path as DecidedBy
-from serve_app.store import OutcomeLog, Store, add_feedback, add_snapshot, publish
+from serve_app.store import OutcomeLog, Store, add_feedback, add_snapshot, publish, read_verdicts
 from tests.router_data import COSTS_USD, LIMITS, PAIRS, make_snapshot, topics
 
 CHEAP, MATH, STRONG = PAIRS
@@ -66,12 +68,27 @@ async def store(config: AtlasConfig) -> AsyncIterator[Store]:
     await opened.close()
 
 
+_followers: list[PolicyFollower] = []
+
+
+@pytest.fixture(autouse=True)
+async def closed_stores() -> AsyncIterator[None]:
+    """Close what the test's followers opened, while its event loop runs."""
+    yield
+    for follower in _followers:
+        if follower.store is not None:
+            await follower.store.close()
+    _followers.clear()
+
+
 def make_follower(config: AtlasConfig) -> PolicyFollower:
     cards = tuple(PairCard(pair, (str(pair),), 1e-4) for pair in PAIRS)
     cold_start = ColdStartRule(
         cards, lambda texts: np.eye(len(MATHS), dtype=np.float32)[: len(texts)]
     )
-    return PolicyFollower(config, cold_start, Prior(PAIRS, COSTS_USD, cold_start.qualities))
+    follower = PolicyFollower(config, cold_start, Prior(PAIRS, COSTS_USD, cold_start.qualities))
+    _followers.append(follower)
+    return follower
 
 
 async def promote(config: AtlasConfig, store: Store, snapshot: RouterSnapshot) -> int:
@@ -82,16 +99,23 @@ async def promote(config: AtlasConfig, store: Store, snapshot: RouterSnapshot) -
     return version
 
 
-async def rate(store: Store, number: int, pair: Pair, score: float) -> None:
+async def rate(
+    store: Store,
+    number: int,
+    pair: Pair,
+    score: float,
+    owner: str = LOCAL_OWNER,
+    path: DecidedBy = DecidedBy.CLUSTERS,
+) -> None:
     """A finished maths request, and what its owner says of it."""
     request_id = f"req_{number}"
-    decision = Decision((Candidate(pair, 1, 1, 0),), DecidedBy.CLUSTERS, 1.0, 1.0, 1, 1)
-    step = Step(pair, DecidedBy.CLUSTERS, 1.0, Usage(), 0.1)
+    decision = Decision((Candidate(pair, 1, 1, 0),), path, 1.0, 1.0, 1, 1)
+    step = Step(pair, path, 1.0, Usage(), 0.1)
     embedding = MATHS.astype("<f4").tobytes()
     log = OutcomeLog(store, flush_interval_s=0.001)
-    log.record(Report(request_id, decision, (step,), Usage(), 0.1, "query", embedding, "me"))
+    log.record(Report(request_id, decision, (step,), Usage(), 0.1, "query", embedding, owner))
     await log.close()
-    await add_feedback(store, request_id, "me", score)
+    await add_feedback(store, request_id, owner, score)
 
 
 def chosen(follower: PolicyFollower) -> Pair:
@@ -198,6 +222,94 @@ async def test_verdicts_survive_a_restart_and_reach_every_replica(
     assert qualities[0][1] < 0.6
     np.testing.assert_allclose(qualities[1], qualities[0], atol=1e-6)
     np.testing.assert_allclose(qualities[2], qualities[0], atol=1e-6)
+
+
+async def test_a_pair_that_five_keys_find_bad_is_left_within_50_verdicts(
+    config: AtlasConfig, store: Store
+) -> None:
+    await promote(config, store, make_snapshot())
+    follower = make_follower(config)
+    await follower.refresh()
+    picked = []
+    for number in range(50):
+        picked.append(chosen(follower))
+        score = 0.0 if picked[-1] == MATH else 0.6
+        await rate(store, number, picked[-1], score, f"key_{number % 5}")
+        await follower.refresh()
+    assert picked[0] == MATH
+    assert set(picked[-10:]) == {STRONG}
+
+
+async def test_one_key_changes_no_decision_however_often_it_rates(
+    config: AtlasConfig, store: Store
+) -> None:
+    await promote(config, store, make_snapshot())
+    follower, untouched = make_follower(config), make_snapshot()
+    for number in range(60):
+        await rate(store, number, MATH, float(number % 7 == 0), "key")
+    await follower.refresh()
+    assert follower.state().verdicts == 60
+    assert isinstance(follower.rule, ClusterRule)
+    for topic in topics():
+        np.testing.assert_array_equal(
+            follower.rule.qualities(topic), ClusterRule(untouched).qualities(topic)
+        )
+
+
+async def test_verdicts_on_pinned_requests_teach_nothing(config: AtlasConfig, store: Store) -> None:
+    await promote(config, store, make_snapshot())
+    for number in range(40):
+        owner = LOCAL_OWNER if number % 2 else f"key_{number}"
+        await rate(store, number, MATH, 0.0, owner, DecidedBy.PINNED)
+    follower = make_follower(config)
+    await follower.refresh()
+    assert follower.state().verdicts == 0
+    assert await read_verdicts(store, [f"req_{number}" for number in range(40)]) == []
+    assert chosen(follower) == MATH
+
+
+async def test_a_key_that_rates_without_end_does_not_crowd_out_the_others(
+    config: AtlasConfig, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "_MAX_REPLAYED", 40)
+    monkeypatch.setattr(following, "_REPLAYED_PER_KEY", 10)
+    await promote(config, store, make_snapshot())
+    for number in range(30):
+        await rate(store, number, MATH, 0.0, f"key_{number % 6}")
+    before = make_follower(config)
+    await before.refresh()
+    for number in range(30, 100):
+        await rate(store, number, MATH, 1.0, "talker")
+    after = make_follower(config)
+    await after.refresh()
+    assert after.state().verdicts == 40
+    assert chosen(before) == chosen(after) == STRONG
+
+
+async def test_replicas_weigh_the_verdicts_of_many_keys_alike(
+    config: AtlasConfig, store: Store
+) -> None:
+    await promote(config, store, make_snapshot())
+    first = make_follower(config)
+    await first.refresh()
+    rng = np.random.default_rng(3)
+    for number in range(60):
+        pair, owner = PAIRS[rng.integers(3)], f"key_{rng.integers(7)}"
+        await rate(store, number, pair, float(rng.integers(2)), owner)
+        await first.refresh()
+    restarted = make_follower(config)
+    await restarted.refresh()
+    assert isinstance(first.rule, ClusterRule)
+    assert isinstance(restarted.rule, ClusterRule)
+    for topic in topics():
+        expected = restarted.rule.qualities(topic)
+        np.testing.assert_allclose(first.rule.qualities(topic), expected, atol=1e-6)
+    assert np.abs(restarted.rule.qualities(MATHS) - make_qualities()).max() > 0.05
+
+
+def make_qualities() -> NDArray[np.float32]:
+    """What the snapshot alone expects of a maths question."""
+    return ClusterRule(make_snapshot()).qualities(MATHS)
 
 
 async def test_verdicts_that_were_fitted_are_not_learned_again(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from serve_app.errors import NoCandidate, SnapshotError
 from serve_app.router.clusters import Prior
 from serve_app.router.learned import GATE_THRESHOLD, Asked, LearnedRule
-from serve_app.schemas import Action, Limits, Pair, Path, Seen
+from serve_app.schemas import LOCAL_OWNER, Action, Limits, Pair, Path, Seen
 from tests.policy_data import make_policy, with_policy
 from tests.router_data import COSTS_USD, DIM, LIMITS, PAIRS, make_queries, make_snapshot, topics
 
@@ -50,7 +50,7 @@ def test_what_path_1_keeps_it_decides_as_if_it_were_alone(alpha: float) -> None:
     prior = Prior(PAIRS, np.array(COSTS_USD, np.float32), lambda e: np.abs(e[:3]))
     weighed = replace(with_policy(threshold=0.0), card_weight=0.2, outside_card_weight=0.3)
     rule, limits = LearnedRule(weighed, prior), replace(STEPS, alpha=alpha)
-    rule.update(MATHS, CHEAP, 1.0)
+    rule.update(MATHS, CHEAP, 1.0, LOCAL_OWNER)
     paths = set()
     for query in [*(vector.astype(np.float32) for vector in topics()), ELSEWHERE]:
         decision = rule.decide(query, limits, PAIRS, 1)

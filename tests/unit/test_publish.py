@@ -33,7 +33,9 @@ from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused
 from serve_app.router.following import LEARNED_UNTIL
 from serve_app.router.library import SnapshotLibrary
+from serve_app.router.snapshot import DOCUMENT_FILE
 from serve_app.schemas import (
+    LOCAL_OWNER,
     Action,
     Candidate,
     Circumstances,
@@ -88,13 +90,20 @@ async def store(config: AtlasConfig) -> AsyncIterator[Store]:
     await opened.close()
 
 
-async def rate(store: Store, request_id: str, pair: Pair, score: float) -> None:
-    decision = Decision((Candidate(pair, 1, 1, 0),), DecidedBy.CLUSTERS, 1.0, 1.0, 1, 1)
-    step = Step(pair, DecidedBy.CLUSTERS, 1.0, Usage(), 0.1)
+async def rate(
+    store: Store,
+    request_id: str,
+    pair: Pair,
+    score: float,
+    owner: str = LOCAL_OWNER,
+    path: DecidedBy = DecidedBy.CLUSTERS,
+) -> None:
+    decision = Decision((Candidate(pair, 1, 1, 0),), path, 1.0, 1.0, 1, 1)
+    step = Step(pair, path, 1.0, Usage(), 0.1)
     log = OutcomeLog(store, flush_interval_s=0.001)
-    log.record(Report(request_id, decision, (step,), Usage(), 0.1, "rated", topic_vector(0), "me"))
+    log.record(Report(request_id, decision, (step,), Usage(), 0.1, "rated", topic_vector(0), owner))
     await log.close()
-    await add_feedback(store, request_id, "me", score)
+    await add_feedback(store, request_id, owner, score)
 
 
 async def test_a_fit_reads_the_training_split_and_learns_who_is_right(
@@ -171,6 +180,39 @@ async def test_rated_traffic_counts_and_is_not_learned_online_again(
     assert with_traffic.metadata["num_verdicts"] == 1
     assert float(with_traffic.metadata[LEARNED_UNTIL]) >= began
     assert (without.metadata["num_verdicts"], without.metadata[LEARNED_UNTIL]) == (0, 0.0)
+
+
+async def test_what_users_asked_is_in_no_snapshot(config: AtlasConfig, store: Store) -> None:
+    await fill(config, store, 60)
+    for number in range(12):
+        await rate(store, f"req_{number}", POEMS, 0.5)
+    snapshot_id, snapshot = await fit_snapshot(config, store, QUICK)
+    assert snapshot.metadata["num_verdicts"] == 12
+    document = (config.snapshots_path().folder / snapshot_id / DOCUMENT_FILE).read_text()
+    assert "query 2" in document
+    assert "rated" not in document
+    assert all(text.startswith("query ") for texts in snapshot.examples for text in texts)
+
+
+async def test_verdicts_of_two_keys_do_not_change_what_is_fitted(
+    config: AtlasConfig, store: Store
+) -> None:
+    await fill(config, store, 60)
+    for number in range(60):
+        await rate(store, f"req_{number}", POEMS, float(number % 2), f"key_{number % 2}")
+    _, with_traffic = await fit_snapshot(config, store, QUICK)
+    _, without = await fit_snapshot(config, store, QUICK, with_traffic=False)
+    assert with_traffic.metadata["num_verdicts"] == 0
+    for name in ("centroids", "landmarks", "score_alpha", "pair_beta", "head_in", "head_out"):
+        np.testing.assert_array_equal(getattr(with_traffic, name), getattr(without, name))
+
+
+async def test_pinned_requests_are_not_fitted(config: AtlasConfig, store: Store) -> None:
+    await fill(config, store, 60)
+    for number in range(10):
+        await rate(store, f"req_{number}", POEMS, 1.0, path=DecidedBy.PINNED)
+    _, snapshot = await fit_snapshot(config, store, QUICK)
+    assert snapshot.metadata["num_verdicts"] == 0
 
 
 async def test_an_outcome_is_kept_once(config: AtlasConfig, store: Store) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from sqlalchemy import select
 from rl.publish import roll_back
 from serve_app.errors import InvalidRequest
 from serve_app.router.following import share_of
-from serve_app.router.guard import PolicyGuard, bounds, live_utility
-from serve_app.schemas import Report
+from serve_app.router.guard import Comparison, PolicyGuard, bounds, counting, live_utility
+from serve_app.schemas import LOCAL_OWNER, Report
 from serve_app.store import (
     Mode,
+    Policy,
     RatedRequest,
     add_feedback,
     list_policies,
@@ -199,13 +202,87 @@ async def test_the_guard_runs_in_the_router(tmp_path: Path) -> None:
         await graph.until(lambda following: following.policy_version == canary + 1)
 
 
+def requests(owner: str, score: float, number: int) -> list[RatedRequest]:
+    return [RatedRequest(score, 0.0, 0.0, owner)] * number
+
+
+def in_turn(*given: list[RatedRequest]) -> list[RatedRequest]:
+    """The verdicts of several owners, one after the other as long as they have any."""
+    return [of for turn in zip_longest(*given) for of in turn if of is not None]
+
+
+def others(score: float, number: int = 40, keys: int = 8) -> list[list[RatedRequest]]:
+    return [requests(f"key_{key}", score, number) for key in range(keys)]
+
+
+def judged(
+    graph: Path2, of_newer: list[RatedRequest], of_older: list[RatedRequest]
+) -> Comparison | None:
+    newer, older = (Policy(version, None, "a test", 0.0) for version in (2, 1))
+    return guard(graph)._hold(newer, older, of_newer, of_older)
+
+
+def test_a_key_counts_up_to_three_tenths_of_the_verdicts() -> None:
+    alone = requests("much", 0.0, 500)
+    assert len(counting(alone, 50)) == 13
+    counted = counting(in_turn(alone, *others(0.5, 100)), 50)
+    given = Counter(request.owner for request in counted)
+    assert given["key_0"] == 100
+    assert 0.25 < given["much"] / len(counted) <= 0.3
+    everybody = requests(LOCAL_OWNER, 0.5, 500)
+    assert counting(everybody, 50) == everybody
+
+
+def test_one_key_does_not_take_a_policy_back(graph: Path2) -> None:
+    """It likes what served before and nothing of the newer policy; the others see no difference."""
+    newer = in_turn(requests("one", 0.0, 400), *others(0.7))
+    older = in_turn(requests("one", 1.0, 400), *others(0.7))
+    found = judged(graph, newer, older)
+    assert found is not None
+    assert not found.is_worse
+    assert judged(graph, requests("one", 0.0, 400), requests("one", 1.0, 400)) is None
+
+
+def test_one_key_does_not_keep_a_policy_that_the_others_like_less(graph: Path2) -> None:
+    newer = in_turn(requests("one", 1.0, 400), *others(0.1))
+    older = in_turn(requests("one", 0.0, 400), *others(0.9))
+    found = judged(graph, newer, older)
+    assert found is not None
+    assert found.is_worse
+
+
+def test_five_keys_take_a_policy_back_and_four_do_not(graph: Path2) -> None:
+    for keys, is_back in ((4, False), (5, True)):
+        found = judged(graph, in_turn(*others(0.1, keys=keys)), in_turn(*others(0.9, keys=keys)))
+        assert (found is not None and found.is_worse) is is_back
+
+
+def test_whatever_one_key_says_an_equal_policy_is_seldom_taken_back(graph: Path2) -> None:
+    rng = np.random.default_rng(5)
+    back = 0
+    for _ in range(40):
+        of_newer, of_older = (
+            in_turn(
+                requests("one", said, 60),
+                *([RatedRequest(float(rng.random() < 0.6), 0.0, 0.0, f"key_{key}")
+                   for _ in range(30)] for key in range(6)),
+            )
+            for said in (0.0, 1.0)
+        )  # fmt: skip
+        looks = (
+            judged(graph, of_newer[:n], of_older[:n]) for n in range(60, len(of_newer) + 1, 30)
+        )
+        back += any(found is not None and found.is_worse for found in looks)
+    assert back / 40 <= 0.05
+
+
 def test_utility_weighs_score_and_dollars_by_each_requests_own_dial() -> None:
     costs = np.array([1e-5, 1e-3], np.float32)
     requests = [
-        RatedRequest(1.0, 0.0, 1e-3),
-        RatedRequest(1.0, 0.5, 1e-5),
-        RatedRequest(1.0, 0.5, 1e-3),
-        RatedRequest(0.0, 1.0, 1.0),
+        RatedRequest(1.0, 0.0, 1e-3, LOCAL_OWNER),
+        RatedRequest(1.0, 0.5, 1e-5, LOCAL_OWNER),
+        RatedRequest(1.0, 0.5, 1e-3, LOCAL_OWNER),
+        RatedRequest(0.0, 1.0, 1.0, LOCAL_OWNER),
     ]
     np.testing.assert_allclose(live_utility(requests, costs), [1.0, 0.5, 0.0, -1.0], atol=1e-5)
 
