@@ -16,8 +16,9 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from rl.cli import app
+import rl.cli  # noqa: F401  # adds the commands of the learning loop
 from serve_app import running
+from serve_app.cli import app
 from serve_app.config import AtlasConfig, load_config
 from serve_app.console import console
 from serve_app.running import DeploymentRow
@@ -47,7 +48,7 @@ _run: set[str] = set()
 
 
 def commands(group: Any = None, prefix: str = "") -> Iterator[str]:
-    found = typer.main.get_command(app) if group is None else group
+    found: Any = typer.main.get_command(app) if group is None else group
     for name, command in found.commands.items():
         if isinstance(command, click.Group) or hasattr(command, "commands"):
             yield from commands(command, f"{prefix}{name} ")

@@ -111,8 +111,8 @@ def test_a_running_job_whose_process_is_gone_has_failed(gateway: Loopback) -> No
 
 def test_the_list_shows_what_died_as_failed(gateway: Loopback) -> None:
     alive, died, never = (submit(gateway, kind="fit").json()["job_id"] for _ in range(3))
-    for job_id in (alive, died):
-        gateway.run(lambda job_id=job_id: update_job(gateway.store, job_id, state="running"))
+    gateway.run(lambda: update_job(gateway.store, alive, state="running"))
+    gateway.run(lambda: update_job(gateway.store, died, state="running"))
     for job_id in (died, never):
         gateway.launcher.stop(job_id)
 
