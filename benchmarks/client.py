@@ -16,6 +16,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from benchmarks.open_loop import send_when_due
+
 ASK_TIMEOUT_S = 30.0
 _MAX_IDLE_S = 4.0
 """A connection is not used again after so long, as HTTP clients do: the other side may close it."""
@@ -264,25 +266,20 @@ class _Run:
     async def open(self) -> None:
         """Requests fall due at a fixed rate, whether or not earlier ones are answered."""
         idle: list[Connection] = []
-        running: set[asyncio.Task[None]] = set()
 
-        async def serve(due_s: float) -> None:
+        async def serve(number: int, due_s: float) -> None:
             connection = idle.pop() if idle else await self.connect()
             await self.one(connection, due_s)
             if connection.usable:
                 idle.append(connection)
 
-        began_s = time.perf_counter()
-        for index in range(int(self._load.rate * self._load.seconds)):
-            due_s = began_s + index / self._load.rate
-            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-            if len(running) >= self._load.concurrency:
-                self._fail("the open loop's bound on requests in flight was reached")
-                continue
-            task = asyncio.create_task(serve(due_s))
-            running.add(task)
-            task.add_done_callback(running.discard)
-        await asyncio.gather(*running)
+        await send_when_due(
+            serve,
+            lambda number, due_s: self._fail("the open loop's bound on requests was reached"),
+            rate=self._load.rate,
+            max_in_flight=self._load.concurrency,
+            requests=int(self._load.rate * self._load.seconds),
+        )
         for connection in idle:
             connection.close()
 

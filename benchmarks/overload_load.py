@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 
 from benchmarks.client import KeptConnections, Load, build_request
+from benchmarks.open_loop import send_when_due
 
 LENGTHS = (16,) * 9 + (64,)
 """Tokens of the answers, in turn."""
@@ -52,18 +53,19 @@ class _Client:
         self.answers: list[Answer] = []
 
     async def run(self) -> None:
-        running: set[asyncio.Task[None]] = set()
+        load = self._load
         began_s = time.perf_counter()
-        for number in range(round(self._load.rate * self._load.seconds)):
-            due_s = number / self._load.rate
-            await asyncio.sleep(max(0.0, began_s + due_s - time.perf_counter()))
-            if len(running) >= _MAX_IN_FLIGHT:
-                self.answers.append(Answer(due_s, 0.0, 0, says_when=False))
-                continue
-            task = asyncio.create_task(self._ask(number, began_s, due_s))
-            running.add(task)
-            task.add_done_callback(running.discard)
-        await asyncio.gather(*running)
+
+        def left_out(number: int, due_s: float) -> None:
+            self.answers.append(Answer(due_s - began_s, 0.0, 0, says_when=False))
+
+        await send_when_due(
+            lambda number, due_s: self._ask(number, began_s, due_s),
+            left_out,
+            rate=load.rate,
+            max_in_flight=_MAX_IN_FLIGHT,
+            requests=round(load.rate * load.seconds),
+        )
 
     async def _ask(self, number: int, began_s: float, due_s: float) -> None:
         max_tokens = LENGTHS[number % len(LENGTHS)]
@@ -87,8 +89,8 @@ class _Client:
             self._connections.give_back(connection)
         except (OSError, TimeoutError):
             pass
-        latency_ms = (time.perf_counter() - began_s - due_s) * 1e3
-        self.answers.append(Answer(due_s, latency_ms, status, says_when))
+        latency_ms = (time.perf_counter() - due_s) * 1e3
+        self.answers.append(Answer(due_s - began_s, latency_ms, status, says_when))
 
 
 def main() -> None:

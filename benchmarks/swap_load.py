@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.client import KeptConnections, Load, build_request, unchunked
+from benchmarks.open_loop import send_when_due
 from serve_app.schemas import NO_TOOL
 
 _MAX_IN_FLIGHT = 512
@@ -73,18 +74,16 @@ class _Client:
         self._shapes = [(steps, s) for steps in load.max_steps for s in (False, True)]
 
     async def run(self) -> None:
-        running: set[asyncio.Task[None]] = set()
-        began_s = time.perf_counter()
-        for number in range(round(self._load.rate * self._load.seconds)):
-            due_s = began_s + number / self._load.rate
-            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-            if len(running) >= _MAX_IN_FLIGHT:
-                _write(Answer(time.time(), 0.0, False, "too many requests in flight"))
-                continue
-            task = asyncio.create_task(self._ask(number, due_s))
-            running.add(task)
-            task.add_done_callback(running.discard)
-        await asyncio.gather(*running)
+        load = self._load
+        await send_when_due(
+            self._ask,
+            lambda number, due_s: _write(
+                Answer(time.time(), 0.0, False, "too many requests in flight")
+            ),
+            rate=load.rate,
+            max_in_flight=_MAX_IN_FLIGHT,
+            requests=round(load.rate * load.seconds),
+        )
 
     async def _ask(self, number: int, due_s: float) -> None:
         max_steps, streamed = self._shapes[number % len(self._shapes)]

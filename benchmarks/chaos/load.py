@@ -7,7 +7,6 @@ output, as soon as it is there. It goes on until its standard input ends, in a p
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import sys
 import time
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.client import Connection, KeptConnections, Load, build_request, unchunked
+from benchmarks.open_loop import send_when_due
 
 _MAX_IN_FLIGHT = 1024
 
@@ -111,26 +111,19 @@ class _Client:
         self._connections = KeptConnections(load.port)
 
     async def run(self, stop: asyncio.Event) -> None:
-        running: set[asyncio.Task[None]] = set()
-        began_s = time.perf_counter()
-        for number in itertools.count():
-            due_s = began_s + number / self._load.rate
-            try:
-                async with asyncio.timeout(max(0.0, due_s - time.perf_counter())):
-                    await stop.wait()
-                break
-            except TimeoutError:
-                pass
-            kind = self._load.kinds[number % len(self._load.kinds)]
-            if len(running) >= _MAX_IN_FLIGHT:
-                _write(Answer(time.time(), 0.0, kind.name, kind.streamed, "unsent"))
-                continue
-            task = asyncio.create_task(self._ask(number, kind))
-            running.add(task)
-            task.add_done_callback(running.discard)
-        await asyncio.gather(*running)
+        await send_when_due(
+            self._ask, self._left_out, rate=self._load.rate, max_in_flight=_MAX_IN_FLIGHT, stop=stop
+        )
 
-    async def _ask(self, number: int, kind: Kind) -> None:
+    def _kind(self, number: int) -> Kind:
+        return self._load.kinds[number % len(self._load.kinds)]
+
+    def _left_out(self, number: int, due_s: float) -> None:
+        kind = self._kind(number)
+        _write(Answer(time.time(), 0.0, kind.name, kind.streamed, "unsent"))
+
+    async def _ask(self, number: int, due_s: float) -> None:
+        kind = self._kind(number)
         options = {"deadline_s": self._load.deadline_s, "alpha": 0.0}
         body = {"model": kind.model, "max_tokens": 16, "temperature": 0, "atlas": options}
         load = Load("127.0.0.1", self._load.port, "/v1/chat/completions", "open", 0.0,
