@@ -201,7 +201,7 @@ async def read_verdicts(store: Store, request_ids: Sequence[str]) -> list[Verdic
     return sorted(verdicts, key=lambda verdict: (verdict.created_unix_s, verdict.request_id))
 
 
-def _verdicts(*columns: Any) -> Select[Any]:
+def _verdicts(*columns: Any) -> Select[*tuple[Any, ...]]:
     """Every verdict that says something of the router's choice, with the pair that answered."""
     return (
         select(*columns)
@@ -263,7 +263,11 @@ async def rated_requests(
 
 
 async def _newest(
-    store: Store, query: Select[Any], limit: int, per_key: int | None, apart: tuple[str, ...]
+    store: Store,
+    query: Select[*tuple[Any, ...]],
+    limit: int,
+    per_key: int | None,
+    apart: tuple[str, ...],
 ) -> list[Any]:
     """The last rows of a query, oldest first.
 
