@@ -121,3 +121,19 @@ def test_every_make_target_and_file_that_a_page_names_exists(page: Path) -> None
         subprocess.run(["make", "-n", name], cwd=ROOT, check=True, capture_output=True)
     for name in set(re.findall(r"`((?:configs|serve_app|rl|tests)/[\w./-]+)`", text)):
         assert (ROOT / name).exists(), name
+
+
+def test_every_test_that_the_security_page_names_exists() -> None:
+    named = set(
+        re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/security.md").read_text())
+    )
+    assert named
+    for path, test in named:
+        source = (ROOT / path).read_text()
+        assert not test or f"def {test}(" in source, f"{path}::{test}"
+
+
+def test_every_finding_of_the_audit_has_a_row() -> None:
+    rows = re.findall(r"^\| ([F0-9, ]+) \|", (ROOT / "docs/security.md").read_text(), re.MULTILINE)
+    found = {int(number) for row in rows for number in re.findall(r"F(\d+)", row)}
+    assert found == set(range(1, 37))
