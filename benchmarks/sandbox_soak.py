@@ -58,6 +58,7 @@ class Soak:
     checks: int = 0
     silent: int = 0
     """Checks that the tool did not answer, or not rightly."""
+    why_silent: list[list[str]] = field(default_factory=list)
     late_s: list[float] = field(default_factory=list)
     """Of each program, how long after its deadline the answer came, stops of servers included."""
     answer_s: list[float] = field(default_factory=list)
@@ -153,11 +154,15 @@ def check(server: SandboxServer, record: Soak) -> None:
     """Ask for a plain answer."""
     record.checks += 1
     begin = time.monotonic()
-    answered = False
+    answered, errors = False, []
     # A server that was stopped or killed a moment ago is found out by one call, and replaced.
     for deadline_s in (FOUND_OUT_S, ANSWER_S):
-        with contextlib.suppress(ToolFailed):
+        try:
             answered = answered or server.run("print(6 * 7)", LIMITS, deadline_s).stdout == "42\n"
+        except ToolFailed as error:
+            errors.append(str(error))
+    if not answered:
+        record.why_silent.append(errors)
     record.silent += not answered
     record.answer_s.append(time.monotonic() - begin)
 
@@ -172,12 +177,17 @@ def bytes_in(folder: Path) -> int:
     return total
 
 
-def left(folder: Path) -> dict[str, int]:
-    """What there still is at the end, after giving it time to go."""
+def left(folder: Path, before: set[psutil.Process]) -> dict[str, int]:
+    """What there still is at the end, after giving it time to go.
+
+    Args:
+        folder: The temporary folder of the servers.
+        before: Processes below this one that are none of theirs.
+    """
     deadline = time.monotonic() + LEFT_S
     while True:
         entries = len(os.listdir(folder))
-        processes = len(psutil.Process().children(recursive=True))
+        processes = len(set(psutil.Process().children(recursive=True)) - before)
         if time.monotonic() > deadline or (entries == 0 and processes == 0):
             outside = sum(path.exists() for path in ESCAPED)
             return {"entries": entries, "processes": processes, "files_outside": outside}
@@ -199,11 +209,12 @@ def judge(record: Soak, remains: dict[str, int], programs: int) -> list[Target]:
 def run(programs: int, seed: int, deadline_s: float = DEADLINE_S) -> tuple[Soak, dict[str, int]]:
     """A soak in a temporary folder of its own."""
     before = tempfile.tempdir
+    others = set(psutil.Process().children(recursive=True))
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder
         try:
             record = soak(Path(folder), programs, seed, deadline_s)
-            return record, left(Path(folder))
+            return record, left(Path(folder), others)
         finally:
             tempfile.tempdir = before
 
@@ -227,6 +238,7 @@ def main() -> None:
         "attacks": dict(record.attacks),
         "server_restarts": record.restarts,
         "checks": record.checks,
+        "why_silent": record.why_silent,
         "answer_s": {"p50": percentile(record.answer_s, 50), "max": max(record.answer_s)},
         "late_s": {"p99": percentile(record.late_s, 99), "max": max(record.late_s)},
         "most_bytes_in_the_temporary_folder": record.most_bytes,

@@ -1,7 +1,7 @@
 """A root folder of its own for sandboxed code, where the kernel lets the sandbox server mount.
 
-The server builds it once, in mount, network and IPC namespaces of its own: the readable files and
-nothing else, on a small tmpfs that no other process sees. Each run mounts a tmpfs there for its own
+The server builds it once, in a mount namespace of its own: the readable files and nothing else, on
+a small tmpfs that no other process sees. Each run mounts a tmpfs there for its own
 files, whose size and number of files the kernel bounds exactly, deleted and hidden ones included.
 All of it is gone with the last process of the namespace, however that ends.
 
@@ -18,7 +18,7 @@ WORKDIR = "/sandbox"
 """The run's own folder, as seen in the private root."""
 
 _PAGE = 4096
-_NEWNS, _NEWUSER, _NEWIPC, _NEWNET = 0x20000, 0x10000000, 0x08000000, 0x40000000
+_NEWNS, _NEWUSER = 0x20000, 0x10000000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = (
     1,
     2,
@@ -65,7 +65,7 @@ def is_possible(base: str, readable: tuple[str, ...]) -> bool:
 
 
 def build(base: str, readable: tuple[str, ...]) -> None:
-    """Enter new namespaces and make `base`, seen from inside them, a private root.
+    """Enter a mount namespace of its own and make `base`, seen from inside them, a private root.
 
     Args:
         base: An empty folder.
@@ -74,7 +74,7 @@ def build(base: str, readable: tuple[str, ...]) -> None:
     Raises:
         OSError: If the kernel refuses.
     """
-    _enter_namespaces()
+    _enter_namespace()
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
     shown: set[str] = set()
@@ -105,13 +105,12 @@ def _parents(path: str) -> list[str]:
     return found
 
 
-def _enter_namespaces() -> None:
-    flags = _NEWNS | _NEWIPC | _NEWNET
+def _enter_namespace() -> None:
     if _may_mount():
-        _check(_libc.unshare(flags), "unshare")
+        _check(_libc.unshare(_NEWNS), "unshare")
         return
     uid, gid = os.geteuid(), os.getegid()
-    _check(_libc.unshare(flags | _NEWUSER), "unshare")
+    _check(_libc.unshare(_NEWNS | _NEWUSER), "unshare")
     for name, text in (
         ("setgroups", "deny"),
         ("uid_map", f"{uid} {uid} 1"),
