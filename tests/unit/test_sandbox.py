@@ -309,15 +309,21 @@ def test_owner_that_dies_takes_everything_along() -> None:
     wait_until(lambda: not Path(base).exists())
 
 
-def test_folders_of_killed_servers_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox_process, "STALE_AFTER_S", 0.0)
+def test_folders_of_killed_servers_are_swept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     server, other = SandboxServer(), SandboxServer()
     server.start()
     left_over = Path(tempfile.mkdtemp(prefix=sandbox_process.BASE_PREFIX))
     make_deep(left_over, 1100)
+    # Both look old; only one is in use.
+    for folder in (left_over, Path(server.base)):
+        os.utime(folder, (0, 0))
     other.start()
     wait_until(lambda: not left_over.exists(), 120)
     assert Path(server.base).exists()
+    assert server.run("1", LIMITS, 30).stdout == "1\n"
     server.close()
     other.close()
 

@@ -113,7 +113,6 @@ def set_immutable(path: str, immutable: bool) -> None:
 def test_what_cannot_be_removed_is_left_and_stops_neither_removal_nor_sweep(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sandbox_process, "STALE_AFTER_S", 0.0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     stuck, other = (tmp_path / f"{sandbox_process.BASE_PREFIX}{name}" for name in "ab")
     for path in (stuck, other):
@@ -124,6 +123,8 @@ def test_what_cannot_be_removed_is_left_and_stops_neither_removal_nor_sweep(
     try:
         assert not remove_tree(str(stuck))
         assert os.listdir(stuck) == ["file"]
+        for path in (stuck, other):
+            os.utime(path, (0, 0))
         server = SandboxServer()
         assert server.run("1", LIMITS, 30).stdout == "1\n"
         wait_until(lambda: not other.exists())
