@@ -1,0 +1,1 @@
+"""Hostile requests, engines and model texts against one real gateway."""
