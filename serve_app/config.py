@@ -313,7 +313,7 @@ class LimitsConfig(BaseConfig):
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
     max_header_bytes: int = Field(default=16 << 10, ge=1024)
     max_json_depth: int = Field(default=32, ge=4)
-    max_messages: int = Field(default=256, ge=1, le=10_000)
+    max_messages: int = Field(default=256, ge=1, le=2_048)
     max_prompt_chars: int = Field(default=400_000, ge=1)
     max_tools: int = Field(default=64, ge=0, le=1_024)
     max_n: int = Field(default=8, ge=1)

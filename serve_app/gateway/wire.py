@@ -26,7 +26,7 @@ IGNORED_PARAMETERS = (
 ROUTED_MODEL = "atlas"
 """The model name that routes."""
 
-MAX_LISTED_MESSAGES = 10_000
+MAX_LISTED_MESSAGES = 2_048
 """Of a body; the limits of the configuration lie below."""
 MAX_LISTED_TOOLS = 1_024
 """The same."""
