@@ -22,9 +22,9 @@ import yaml
 
 from tests.haproxy import free_port, own_haproxy
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
-START_S = 240
+START_S = 420
 GONE_S = 60
 """Longer than the 30 s that it may take: other work may keep this machine busy."""
 Json = dict[str, Any]

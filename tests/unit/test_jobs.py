@@ -30,15 +30,15 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, module_store_url: str) -> 
 
 
 def submit(gateway: Loopback, **request: Any) -> httpx2.Response:
-    return httpx2.post(gateway.url + "/v1/admin/jobs", json=request)
+    return httpx2.post(gateway.url + "/v1/admin/jobs", json=request, timeout=60)
 
 
 def look_up(gateway: Loopback, job_id: str) -> Any:
-    return httpx2.get(f"{gateway.url}/v1/admin/jobs/{job_id}").json()
+    return httpx2.get(f"{gateway.url}/v1/admin/jobs/{job_id}", timeout=60).json()
 
 
 def cancel(gateway: Loopback, job_id: str) -> httpx2.Response:
-    return httpx2.delete(f"{gateway.url}/v1/admin/jobs/{job_id}")
+    return httpx2.delete(f"{gateway.url}/v1/admin/jobs/{job_id}", timeout=60)
 
 
 def test_a_job_is_taken_started_and_listed(gateway: Loopback) -> None:
