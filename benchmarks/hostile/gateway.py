@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import mmap
 import pickle
+import struct
 import sys
+import time
 from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,9 @@ from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.schemas import MemberState, ModelMember, PoolState
 from serve_app.store import OutcomeLog, Store
 
+WATCH_FILE = "loop"
 _FRAME_BYTES = 8
+_DOUBLE = struct.Struct("d")
 
 
 def config_of(engine_port: int, folder: Path) -> AtlasConfig:
@@ -55,6 +60,39 @@ def config_of(engine_port: int, folder: Path) -> AtlasConfig:
             "data_dir": str(folder),
         }
     )
+
+
+class LoopWatch:
+    """The longest time of its own processor that a process's event loop spent in one callback.
+
+    Other work on the machine does not count. Kept in a file, for another process to read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Use a file; it is made where it is missing."""
+        with path.open("ab") as file:
+            file.truncate(_DOUBLE.size)
+        with path.open("r+b") as file:
+            self._shared = mmap.mmap(file.fileno(), _DOUBLE.size)
+
+    def start(self) -> None:
+        """Begin to watch the loops of this process."""
+        run = asyncio.Handle._run
+
+        def timed(handle: asyncio.Handle) -> None:
+            began_s = time.thread_time()
+            run(handle)
+            taken_s = time.thread_time() - began_s
+            if taken_s > _DOUBLE.unpack(self._shared)[0]:
+                self._shared[:] = _DOUBLE.pack(taken_s)
+
+        asyncio.Handle._run = timed  # type: ignore[assignment, method-assign]
+
+    def take_ms(self) -> float:
+        """The longest since the last look, in milliseconds."""
+        held_ms: float = 1000 * _DOUBLE.unpack(self._shared)[0]
+        self._shared[:] = _DOUBLE.pack(0.0)
+        return held_ms
 
 
 async def write_frame(writer: asyncio.StreamWriter, value: Any) -> None:
@@ -216,6 +254,8 @@ def main() -> None:
     port, engine_port, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     config, path = config_of(engine_port, folder), str(folder / "model.sock")
     logging.disable(logging.CRITICAL)  # each case would leave a trace
+    if not sys.argv[4:]:
+        LoopWatch(folder / WATCH_FILE).start()
     run = serve_model(config, path) if sys.argv[4:] else serve_gateway(config, port, path)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(run)

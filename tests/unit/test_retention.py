@@ -72,7 +72,12 @@ async def fill_other(store: Store) -> None:
     then = time.time() - 100 * DAY_S
     question = {"question_key": "q", "query": "?", "domain": "d", "split": "train"}
     question |= {"encoder": "e", "embedding": b""}
-    outcome: dict[str, Any] = {"question_key": "q", "model_id": "m", "tool_id": "t", "fingerprint": "f"}
+    outcome: dict[str, Any] = {
+        "question_key": "q",
+        "model_id": "m",
+        "tool_id": "t",
+        "fingerprint": "f",
+    }
     outcome |= {"score": 1.0, "prompt_tokens": 1, "completion_tokens": 1, "cost_usd": 0.0}
     outcome |= {"seconds": 1.0, "tool_errors": 0, "propensity": 1.0, "created_unix_s": then}
     job = {"kind": "fit", "settings": {}, "progress": {}, "owner": "o", "updated_unix_s": then}
