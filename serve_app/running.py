@@ -31,7 +31,7 @@ _LOOK_S = 1.0
 _VITAL = ("raylet", "gcs_server")
 _TAKE_DOWN_S = 12.0
 """How long Serve and Ray may take to end in order; then the watchdog ends their processes."""
-_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,26 @@ class DeploymentRow:
 class RunningGraph:
     """The graph while it runs."""
 
+    def __init__(self, interrupted: threading.Event) -> None:
+        """Watch a graph.
+
+        Args:
+            interrupted: Set once a signal has asked this process to end.
+        """
+        self._interrupted = interrupted
+
     def states(self) -> Iterator[PoolState]:
         """The pool's states, each as it comes, for as long as the graph runs.
 
         Raises:
             ClusterDied: If Ray's processes have ended.
+            KeyboardInterrupt: If a signal has asked this process to end.
         """
         controller = deployment_handle(PoolController.__name__)
         version, response = -1, None
         while True:
+            if self._interrupted.is_set():
+                raise KeyboardInterrupt
             check_cluster()
             try:
                 response = response or controller.state.remote(version)
@@ -157,32 +168,40 @@ def running_graph(
     with ExitStack() as stack:
         if address is None:  # on another cluster nothing is ours to end
             stack.enter_context(watched())
-        stack.enter_context(_signals_interrupt())
+        interrupted = stack.enter_context(_signals_interrupt())
         # `local`: a cluster that happens to run here already is not ours to take.
         _join(address or "local", **(own if address is None else {}))
         stack.callback(_take_down)
-        _set_signals()  # Ray has set its own handler, which aborts
+        _set_signals(interrupted)  # Ray has set its own handler, which aborts
         serve.start(http_options={"host": host, "port": port})
         _deploy(build_app(BuildArgs(config=str(config))))
-        yield RunningGraph()
+        yield RunningGraph(interrupted)
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Have what ends a process by default interrupt it in this block, as Ctrl-C does."""
+def _signals_interrupt() -> Iterator[threading.Event]:
+    """Have what ends a process by default interrupt it in this block, as Ctrl-C does.
+
+    The event is set too: an exception raised in a callback of native code is lost there.
+    """
+    interrupted = threading.Event()
     before = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
-    _set_signals()
+    _set_signals(interrupted)
     try:
-        yield
+        yield interrupted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _set_signals() -> None:
+def _set_signals(interrupted: threading.Event) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
     for number in _ENDING_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, interrupt)
 
 
 def _take_down() -> None:

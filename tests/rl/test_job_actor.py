@@ -15,6 +15,12 @@ from tests.profile_data import make_config
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
+@pytest.fixture
+def config(tmp_path: Path) -> AtlasConfig:
+    """A deployment whose store has one place, whatever data folder a worker's environment names."""
+    return make_config(tmp_path, store={"url": f"sqlite+aiosqlite:///{tmp_path}/atlas.db"})
+
+
 def until_gone(launcher: RayLauncher, job_id: str) -> None:
     ends_s = time.monotonic() + 120
     while launcher.is_running(job_id):

@@ -88,8 +88,8 @@ class Served:
 
     def wait_until_gone(self) -> int:
         """Returns the exit code."""
-        code: int = self.process.wait(GONE_S)
-        self._wait_until(lambda: not self.left(), GONE_S)
+        self._wait_until(lambda: not _is_alive(self.process) and not self.left(), GONE_S)
+        code: int = self.process.wait()
         return code
 
     def end(self) -> None:
