@@ -21,7 +21,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from rl.training_command import train_command
-from serve_app.cli import app
+from serve_app.cli import app as app
 from serve_app.config import AtlasConfig
 from serve_app.console import ConfigOption, console, fail, load
 from serve_app.errors import AtlasError

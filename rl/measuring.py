@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from serve_app.errors import AtlasError, EngineError, InvalidRequest, NoCandidate
+from serve_app.errors import AtlasError, EngineError, InvalidRequest, NoCandidate, UnreadableCall
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages
 from serve_app.questions import Question
 from serve_app.schemas import ChatCall, Limits, Pair, Report
@@ -156,7 +156,7 @@ async def measure_thought(
         report, failure = await ask_planner(question.query, (), planner, settings, run=run)
     except NoCandidate:
         return None
-    if isinstance(failure, EngineError):
+    if _was_away(failure):
         return None
     answer = report.steps[-1].answer if report.steps and failure is None else None
     return ProfileThought(
@@ -199,7 +199,7 @@ async def measure_pair(
         report, failure = await ask_pair(_asked(question.query), pair, settings, note=note, run=run)
     except NoCandidate:
         return None
-    if isinstance(failure, EngineError):
+    if _was_away(failure):
         return None
     steps = report.steps
     answer = steps[-1].answer if steps and failure is None else None
@@ -230,6 +230,11 @@ async def measure_pair(
         judge_agreed=scored.judge_agreed,
         created_unix_s=time.time(),
     )
+
+
+def _was_away(failure: AtlasError | None) -> bool:
+    """Whether the engine is to blame; a call that cannot be read is what the model said."""
+    return isinstance(failure, EngineError) and not isinstance(failure, UnreadableCall)
 
 
 def _asked(query: str) -> tuple[dict[str, Any], ...]:

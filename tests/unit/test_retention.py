@@ -70,7 +70,7 @@ async def fill(store: Store, old: int, new: int) -> None:
 async def fill_other(store: Store) -> None:
     """Old rows that the router is made of, and jobs."""
     then = time.time() - 100 * DAY_S
-    question = {"question_key": "q", "query": "?", "domain": "d", "split": "train"}
+    question: dict[str, Any] = {"question_key": "q", "query": "?", "domain": "d", "split": "train"}
     question |= {"encoder": "e", "embedding": b""}
     outcome: dict[str, Any] = {
         "question_key": "q",

@@ -1,0 +1,35 @@
+"""What a run of one pair on a question is to a profile."""
+
+from __future__ import annotations
+
+import pytest
+
+from rl.measuring import RunSettings, measure_pair
+from serve_app.errors import AtlasError, EngineError, ReplicaDied, ToolFailed, UnreadableCall
+from serve_app.questions import PlainMetric, Question
+from serve_app.schemas import ChatCall, Decision, Pair, Path, Report, Usage
+from serve_app.store import ProfileOutcome
+
+PAIR = Pair("m", "t")
+QUESTION = Question(id="q", query="2 + 2?", gold="4", metric=PlainMetric(name="exact"))
+
+
+async def measure(failure: AtlasError) -> ProfileOutcome | None:
+    async def run(call: ChatCall) -> tuple[Report, AtlasError | None]:
+        decision = Decision((), Path.PINNED, 1.0, 1.0, 0, 1)
+        report = Report(call.request_id, decision, (), Usage(10, 5, 1e-5), 0.1, call.query, None)
+        return report, failure
+
+    return await measure_pair(QUESTION, PAIR, "mark", RunSettings(), run=run)
+
+
+@pytest.mark.parametrize("failure", [EngineError("it is away"), ReplicaDied("it died")])
+async def test_what_the_engine_failed_at_is_missing_still(failure: AtlasError) -> None:
+    assert await measure(failure) is None
+
+
+@pytest.mark.parametrize("failure", [UnreadableCall("no call"), ToolFailed("no result")])
+async def test_what_the_pair_failed_at_is_a_wrong_answer(failure: AtlasError) -> None:
+    outcome = await measure(failure)
+    assert outcome is not None
+    assert (outcome.score, outcome.error) == (0.0, failure.message)
