@@ -1,9 +1,9 @@
-"""What a piece of work may still use: time and dollars.
+"""What a piece of work may still use: time, dollars, tokens, calls of models and of tools.
 
-Budgets form a tree: a child has its own limits, and what a child uses counts against every budget
-above it. Before a call the most that the call may cost is reserved; after the call what it did cost
-is settled and the rest is given back. So calls side by side cannot pass a limit together, and a
-limit is passed only by a call whose engine used more than it was allowed.
+Budgets form a tree: a child has its own caps, and what a child uses counts against every budget
+above it. Before a call the most that the call may use is reserved; after the call what it did use
+is settled and the rest is given back. So calls side by side cannot pass a cap together, and a cap
+is passed only by a call whose engine used more than it was allowed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from serve_app.errors import BudgetExceeded, DeadlineExceeded
+from serve_app.schemas import Usage
 
 _ROUNDING = 1 + 1e-9
 """Sums of floats are off by less than this factor."""
@@ -53,71 +54,124 @@ class Deadline:
         return Deadline(min(self.at_s, time.monotonic() + seconds))
 
 
+class Use(NamedTuple):
+    """The most that one call may use."""
+
+    usd: float = 0.0
+    tokens: float = 0.0
+    """Of prompts and completions."""
+    model_calls: float = 0.0
+    tool_calls: float = 0.0
+
+
+class Caps(NamedTuple):
+    """The most that all calls of a budget may use together; the fields are those of `Use`."""
+
+    usd: float = math.inf
+    tokens: float = math.inf
+    model_calls: float = math.inf
+    tool_calls: float = math.inf
+
+
+UNLIMITED = Caps()
+
+_NAMES = {
+    "usd": ("cost {:.3g} USD", "atlas.max_cost_usd"),
+    "tokens": ("take {:.0f} tokens", None),
+    "model_calls": ("take {:.0f} calls of models", None),
+    "tool_calls": ("take {:.0f} calls of tools", None),
+}
+"""Of each field: how it reads in a message, and the request's field that sets it."""
+
+
 class Budget:
-    """Time and dollars of one piece of work; used from one event loop.
+    """What one piece of work may use; used from one event loop.
 
     Invariants:
-        - What is spent and what is reserved never pass `max_usd` together, here and in every budget
-          above, unless a call cost more than was reserved for it.
+        - What is spent and what is reserved never pass a cap together, here and in every budget
+          above, unless a call used more than was reserved for it.
         - A reservation ends with its `with` block, whatever ends the block.
+        - A child has no more time than the budget above it.
     """
 
     def __init__(
-        self, deadline: Deadline, max_usd: float | None = None, parent: Budget | None = None
+        self, deadline: Deadline, caps: Caps = UNLIMITED, parent: Budget | None = None
     ) -> None:
-        """Begin with nothing spent.
+        """Begin with nothing used.
 
         Args:
             deadline: When the work must be done.
-            max_usd: Dollars it may cost; `None` is unlimited.
+            caps: What it may use.
             parent: The budget that this one draws on.
         """
         self.deadline = deadline
-        self._max_usd = math.inf if max_usd is None else max_usd
+        self._caps = caps
         self._parent = parent
-        self._spent_usd = 0.0
-        self._reserved_usd = 0.0
+        self._spent = Use()
+        self._reserved = Use()
 
     @property
-    def spent_usd(self) -> float:
-        """Dollars spent here and below."""
-        return self._spent_usd
+    def spent(self) -> Use:
+        """What was used here and below."""
+        return self._spent
 
     @property
-    def left_usd(self) -> float:
-        """Dollars that can still be reserved, never below 0; infinite where nothing limits them."""
-        return max(0.0, min(b._max_usd - b._spent_usd - b._reserved_usd for b in self._line()))
+    def left(self) -> Caps:
+        """What can still be reserved, never below 0; infinite: nothing limits it."""
+        left = UNLIMITED
+        for budget in self._line():
+            left = Caps(
+                *(
+                    min(least, max(0.0, cap - spent - reserved))
+                    for least, cap, spent, reserved in zip(
+                        left, budget._caps, budget._spent, budget._reserved, strict=True
+                    )
+                )
+            )
+        return left
 
-    def child(self, deadline: Deadline, max_usd: float | None = None) -> Budget:
+    def child(self, deadline: Deadline | None = None, caps: Caps = UNLIMITED) -> Budget:
         """A budget that draws on this one.
 
         Args:
-            deadline: The child's own; a later one than this budget's counts as this budget's.
-            max_usd: The child's own limit; `None` leaves the limits above it.
+            deadline: The child's own, if it is sooner than this budget's.
+            caps: The child's own; those above it hold too.
         """
-        sooner = Deadline(min(deadline.at_s, self.deadline.at_s))
-        return Budget(sooner, max_usd, self)
+        at_s = self.deadline.at_s if deadline is None else min(deadline.at_s, self.deadline.at_s)
+        return Budget(Deadline(at_s), caps, self)
 
-    def reserve(self, usd: float, work: str) -> Reservation:
-        """Set aside the most that a call may cost; used as a context manager.
+    def part(self, share: float) -> Budget:
+        """A child that has this share of the time left."""
+        return self.child(self.deadline.sooner(share * max(self.seconds_left, 0.0)))
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds to the deadline; below 0: it has passed."""
+        return self.deadline.at_s - time.monotonic()
+
+    def reserve(self, most: Use, work: str) -> Reservation:
+        """Set aside the most that a call may use; the result is a context manager.
 
         Args:
-            usd: Dollars.
+            most: What the call may use.
             work: The call in words, for the message.
 
         Raises:
             BudgetExceeded: If less is left.
         """
-        left_usd = self.left_usd
-        if usd > left_usd * _ROUNDING:
-            raise BudgetExceeded(
-                f"atlas.max_cost_usd: {work} may cost {usd:.3g} USD, and {left_usd:.3g} are left",
-                "atlas.max_cost_usd",
-                usd,
-            )
+        for name, wanted, left in zip(Use._fields, most, self.left, strict=True):
+            if wanted > left * _ROUNDING:
+                words, param = _NAMES[name]
+                limit = f"{param}: " if param else ""
+                raise BudgetExceeded(
+                    f"{limit}{work} may {words.format(wanted)}, and {left:.3g} are left",
+                    param,
+                    wanted,
+                    name,
+                )
         for budget in self._line():
-            budget._reserved_usd += usd
-        return Reservation(self, usd)
+            budget._reserved = _sum(budget._reserved, most)
+        return Reservation(self, most)
 
     def _line(self) -> Iterator[Budget]:
         """This budget and those above it."""
@@ -126,27 +180,40 @@ class Budget:
             yield budget
             budget = budget._parent
 
-    def _end(self, reserved_usd: float, cost_usd: float) -> None:
+    def _end(self, reserved: Use, used: Use) -> None:
         for budget in self._line():
-            budget._reserved_usd -= reserved_usd
-            budget._spent_usd += cost_usd
+            budget._reserved = _sum(budget._reserved, reserved, -1.0)
+            budget._spent = _sum(budget._spent, used)
+
+
+def _sum(first: Use, second: Use, sign: float = 1.0) -> Use:
+    return Use(*(a + sign * b for a, b in zip(first, second, strict=True)))
 
 
 class Reservation:
-    """Dollars set aside for one call. Without a settled cost the call counts as free."""
+    """What is set aside for one call.
 
-    def __init__(self, budget: Budget, usd: float) -> None:
+    A call that is not settled counts as made, and as free of dollars and tokens.
+    """
+
+    def __init__(self, budget: Budget, most: Use) -> None:
         """Made by `Budget.reserve`."""
         self._budget = budget
-        self._usd = usd
-        self._cost_usd = 0.0
+        self._most = most
+        self._used = most._replace(usd=0.0, tokens=0.0)
 
-    def settle(self, cost_usd: float | None) -> None:
-        """Say what the call cost; `None`: not reported, so all that was reserved."""
-        self._cost_usd = self._usd if cost_usd is None else cost_usd
+    def settle(self, usage: Usage | None) -> None:
+        """Say what the call used; `None`: not reported, so all that was reserved."""
+        self._used = (
+            self._most
+            if usage is None
+            else self._most._replace(
+                usd=usage.cost_usd, tokens=usage.prompt_tokens + usage.completion_tokens
+            )
+        )
 
     def __enter__(self) -> Self:
-        """Nothing to do: the dollars are set aside already."""
+        """Nothing to do: the amounts are set aside already."""
         return self
 
     def __exit__(
@@ -155,5 +222,5 @@ class Reservation:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give back what the call did not cost."""
-        self._budget._end(self._usd, self._cost_usd)
+        """Give back what the call did not use."""
+        self._budget._end(self._most, self._used)

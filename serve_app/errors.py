@@ -5,7 +5,7 @@ AtlasError
 │   ├── InvalidRequest           400, a field is wrong
 │   │   └── UnfitForPair         400, this pair cannot take the request; another may
 │   │       ├── ContextTooLong   the model's context is shorter than the conversation
-│   │       └── BudgetExceeded   the next call may cost more than the request has left
+│   │       └── BudgetExceeded   the next call may use more than the request has left
 │   ├── Unauthorized             401, no or unknown API key
 │   ├── Forbidden                403, the key lacks the scope, or the thing is someone else's
 │   ├── NotFound                 404, unknown model, pair, request id, path
@@ -85,14 +85,19 @@ class ContextTooLong(UnfitForPair):
 
 
 class BudgetExceeded(UnfitForPair):
-    """The next call may cost more than is left. Arguments: message, field, dollars needed."""
+    """The next call may use more than is left. Arguments: message, field, amount needed, cap."""
 
     code = "max_cost_exceeded"
 
     @property
-    def needed_usd(self) -> float:
-        """Dollars that would have been enough for the call."""
+    def needed(self) -> float:
+        """Amount that would have been enough for the call, in the cap's unit."""
         return float(self.args[2]) if len(self.args) > 2 else 0.0
+
+    @property
+    def cap(self) -> str:
+        """Which cap would be passed: a field of `budget.Caps`."""
+        return str(self.args[3]) if len(self.args) > 3 else "usd"
 
 
 class Unauthorized(RequestError):

@@ -1,8 +1,8 @@
 """Calls that cost money: models and tools, each within the budget that it is given.
 
-Before a call the most that it may cost is reserved: every byte of the prompt as a token, and all
+Before a call the most that it may use is reserved: every byte of the prompt as a token, and all
 the tokens that the model may write, for each sample. A model is told to write no more tokens than
-the budget covers. After the call the cost is settled by what the engine reports.
+the budget covers. After the call its use is settled by what the engine reports.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from serve_app.budget import Budget, Reservation
+from serve_app.budget import Budget, Reservation, Use
 from serve_app.config import ModelConfig
 from serve_app.errors import EngineError, ToolFailed
 from serve_app.models.protocol import ChatBody
@@ -66,7 +66,7 @@ class PaidEngines:
             AtlasError: What the engine fails with.
         """
         body = self._affordable(model_id, body, budget)
-        with self._reserve(model_id, body, budget) as held:
+        with self._reserve(model_id, [body], budget) as held:
             if not stream:
                 completion = await self._clients.complete(model_id, body, budget.deadline)
                 self._charge(model_id, completion.get("usage"), result, held)
@@ -103,8 +103,7 @@ class PaidEngines:
             BudgetExceeded: If the budget does not cover them all.
             AtlasError: What the first of them to fail fails with.
         """
-        most_usd = sum(self._most_usd(model_id, body) for body in bodies)
-        with budget.reserve(most_usd, f"asking {model_id!r} {len(bodies)} times") as held:
+        with self._reserve(model_id, bodies, budget) as held:
             tasks = [
                 asyncio.ensure_future(self._clients.complete(model_id, body, budget.deadline))
                 for body in bodies
@@ -115,34 +114,47 @@ class PaidEngines:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                costs_usd = [
-                    self._add(model_id, task.result().get("usage"), result)
+                used = [
+                    self._used(model_id, task.result().get("usage"))
                     for task in tasks
                     if not task.cancelled() and task.exception() is None
                 ]
-                known_usd = [cost_usd for cost_usd in costs_usd if cost_usd is not None]
-                held.settle(sum(known_usd) if len(known_usd) == len(costs_usd) else None)
+                total = Usage()
+                for usage in used:
+                    total.add(usage or Usage())
+                result.usage.add(total)
+                held.settle(None if None in used else total)
         return completions
 
     def _affordable(self, model_id: str, body: ChatBody, budget: Budget) -> ChatBody:
         """The request with no more tokens than the budget covers; one at least."""
-        price = self._models[model_id].price.usd_per_1m_completion_tokens / 1e6
-        left_usd = budget.left_usd
-        if math.isinf(left_usd) or price == 0:
+        left, covered = budget.left, math.inf
+        if math.isinf(left.usd) and math.isinf(left.tokens):
             return body
-        left_usd -= self._most_usd(model_id, body | {"max_tokens": 0})
-        covered = int(left_usd / (price * body.get("n", 1)))
-        return body | {"max_tokens": max(1, min(body["max_tokens"], covered))}
+        prompt = self._most(model_id, body | {"max_tokens": 0})
+        price = self._models[model_id].price.usd_per_1m_completion_tokens / 1e6
+        if price > 0:
+            covered = (left.usd - prompt.usd) / price
+        covered = min(covered, left.tokens - prompt.tokens) / body.get("n", 1)
+        return body | {"max_tokens": int(max(1, min(body["max_tokens"], covered)))}
 
-    def _reserve(self, model_id: str, body: ChatBody, budget: Budget) -> Reservation:
-        most_usd = 0.0 if math.isinf(budget.left_usd) else self._most_usd(model_id, body)
-        return budget.reserve(most_usd, f"a call of the model {model_id!r}")
+    def _reserve(self, model_id: str, bodies: Sequence[ChatBody], budget: Budget) -> Reservation:
+        left = budget.left
+        if math.isinf(left.usd) and math.isinf(left.tokens):
+            most = Use(model_calls=len(bodies))  # the prompts need not be measured
+        else:
+            each = [self._most(model_id, body) for body in bodies]
+            most = Use(sum(use.usd for use in each), sum(use.tokens for use in each), len(bodies))
+        work = "a call" if len(bodies) == 1 else f"{len(bodies)} calls"
+        return budget.reserve(most, f"{work} of the model {model_id!r}")
 
-    def _most_usd(self, model_id: str, body: ChatBody) -> float:
-        """What a request may cost: no tokenizer makes more tokens of a text than it has bytes."""
+    def _most(self, model_id: str, body: ChatBody) -> Use:
+        """What a request may use: no tokenizer makes more tokens of a text than it has bytes."""
         text = json.dumps([body["messages"], body.get("tools", [])], ensure_ascii=False)
         prompt_tokens = len(text.encode("utf-8", "surrogatepass"))
-        return self._cost_usd(model_id, prompt_tokens, body["max_tokens"] * body.get("n", 1))
+        completion_tokens = body["max_tokens"] * body.get("n", 1)
+        usd = self._cost_usd(model_id, prompt_tokens, completion_tokens)
+        return Use(usd, prompt_tokens + completion_tokens)
 
     def _cost_usd(self, model_id: str, prompt_tokens: int, completion_tokens: int) -> float:
         price = self._models[model_id].price
@@ -151,14 +163,12 @@ class PaidEngines:
             + completion_tokens * price.usd_per_1m_completion_tokens
         ) / 1e6
 
-    def _add(self, model_id: str, usage: dict[str, Any] | None, result: StepResult) -> float | None:
-        """Put what an engine reports on the bill; the dollars, `None` if it reports nothing."""
+    def _used(self, model_id: str, usage: dict[str, Any] | None) -> Usage | None:
+        """What an engine says that a call used; `None`: it does not say."""
         if not usage:
             return None
         prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-        cost_usd = self._cost_usd(model_id, prompt, completion)
-        result.usage.add(Usage(prompt, completion, cost_usd))
-        return cost_usd
+        return Usage(prompt, completion, self._cost_usd(model_id, prompt, completion))
 
     def _charge(
         self,
@@ -167,7 +177,10 @@ class PaidEngines:
         result: StepResult,
         held: Reservation,
     ) -> None:
-        held.settle(self._add(model_id, usage, result))
+        """Settle a call and put it on the bill."""
+        used = self._used(model_id, usage)
+        held.settle(used)
+        result.usage.add(used or Usage())
 
 
 class PaidTools:
@@ -189,7 +202,8 @@ class PaidTools:
         """
         price_usd = self._runner.tool(pair.tool_id).config.price_usd_per_call
         began_s = time.monotonic()
-        with budget.reserve(price_usd, f"a call of the tool {pair.tool_id!r}") as held:
+        most = Use(usd=price_usd, tool_calls=1)
+        with budget.reserve(most, f"a call of the tool {pair.tool_id!r}") as held:
             try:
                 outcome = await self._runner.run(
                     pair.tool_id, arguments, deadline_s=budget.deadline.remaining_s()
@@ -200,8 +214,9 @@ class PaidTools:
                     ToolCall(pair.tool_id, arguments, False, error.message, seconds)
                 )
                 raise
-            held.settle(outcome.cost_usd)
-        result.usage.add(Usage(cost_usd=outcome.cost_usd))
+            used = Usage(cost_usd=outcome.cost_usd)
+            held.settle(used)
+        result.usage.add(used)
         result.tool_calls.append(
             ToolCall(pair.tool_id, arguments, True, outcome.text, outcome.seconds, outcome.data)
         )

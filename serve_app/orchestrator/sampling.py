@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from serve_app.budget import Budget
+from serve_app.budget import Budget, Use
 from serve_app.errors import AtlasError
 from serve_app.models.verifier import read_score, scoring_body
 from serve_app.orchestrator.paying import PaidEngines
@@ -41,7 +41,9 @@ async def sample(
         "temperature": call.sampling.get("temperature") or settings.temperature,
     }
     began_s = time.monotonic()
-    with budget.reserve(settings.price_usd_per_call, f"the tool {pair.tool_id!r}") as held:
+    price = Usage(cost_usd=settings.price_usd_per_call)
+    most = Use(usd=price.cost_usd, tool_calls=1)
+    with budget.reserve(most, f"a call of the tool {pair.tool_id!r}") as held:
         async for _ in engines.generate(pair.model_id, body, budget, result, stream=False):
             pass
         answers = [choice["message"].get("content") or "" for choice in result.choices]
@@ -57,9 +59,9 @@ async def sample(
             except AtlasError as error:
                 logger.warning("verifier %s: %s", settings.verifier, error.message)
                 failure = f"the verifier did not answer ({error.message}); the majority decided"
-        held.settle(settings.price_usd_per_call)
+        held.settle(price)
     seconds = time.monotonic() - began_s
-    result.usage.add(Usage(cost_usd=settings.price_usd_per_call))
+    result.usage.add(price)
     result.tool_calls.append(
         ToolCall(
             pair.tool_id,
@@ -86,13 +88,12 @@ async def _rate(
     Raises:
         AtlasError: If it does not rate them all while there is time to go on without it.
     """
-    deadline = budget.deadline.sooner(_VERIFIER_SHARE * budget.deadline.remaining_s())
     asked = [number for number, answer in enumerate(answers) if answer.strip()]
     bodies = [
         engines.body(verifier, {}, scoring_body(question, answers[number])["messages"])
         for number in asked
     ]
-    completions = await engines.complete_all(verifier, bodies, budget.child(deadline), result)
+    completions = await engines.complete_all(verifier, bodies, budget.part(_VERIFIER_SHARE), result)
     scores = [0.0] * len(answers)
     for number, completion in zip(asked, completions, strict=True):
         scores[number] = read_score(completion)

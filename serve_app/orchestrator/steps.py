@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.budget import Budget, Deadline
+from serve_app.budget import UNLIMITED, Budget, Caps, Deadline
 from serve_app.errors import (
     AtlasError,
     BudgetExceeded,
@@ -92,7 +92,9 @@ class Run:
 
     def __post_init__(self) -> None:
         """Its budget is what the caller allows."""
-        self.budget = Budget(self.deadline, self.call.limits.max_cost_usd)
+        max_usd = self.call.limits.max_cost_usd
+        caps = UNLIMITED if max_usd is None else Caps(usd=max_usd)
+        self.budget = Budget(self.deadline, caps)
 
     @property
     def is_plain(self) -> bool:
@@ -455,7 +457,7 @@ def _without_router(steps: list[Step], last: Decision) -> Decision:
 def _worth_telling(failures: list[AtlasError]) -> AtlasError:
     """Of the failures of all candidates the one that the caller can act on."""
     if all(isinstance(failure, BudgetExceeded) for failure in failures):
-        return min(failures, key=lambda failure: getattr(failure, "needed_usd", 0.0))
+        return min(failures, key=lambda failure: getattr(failure, "needed", 0.0))
     return failures[-1]
 
 
