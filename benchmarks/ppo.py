@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.stats import Target
-from rl.env import EnvSettings, Episodes, RoutingEnv, VectorRoutingEnv
-from rl.table import ReplayTable, View
+from rl.ppo.env import EnvSettings, Episodes, RoutingEnv, VectorRoutingEnv
+from rl.ppo.table import ReplayTable, View
 from serve_app.router.features import DESCRIPTOR_DIM
 from serve_app.schemas import Pair
 
@@ -208,8 +208,8 @@ def measure_training(table: ReplayTable, iterations: int) -> TrainingFigures:
     """Train with the shipped settings, in a Ray of this process's own."""
     import ray
 
-    from rl.config import TrainConfig, load_train_config
-    from rl.training import TrainProgress, train_policy
+    from rl.ppo.config import TrainConfig, load_train_config
+    from rl.ppo.loop import TrainProgress, train_policy
 
     settings = load_train_config(SETTINGS)[0] if SETTINGS.exists() else TrainConfig()
     settings = settings.model_copy(

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
-from rl.profile import ProfileSettings, profile
+from rl.fit.selection import FitSettings
+from rl.profile.run import ProfileSettings, profile
 from rl.publish import (
     evaluate_snapshot,
     fit_snapshot,
@@ -20,7 +21,6 @@ from rl.publish import (
     roll_back,
     trial_of,
 )
-from rl.selection import FitSettings
 from serve_app.config import AtlasConfig
 from serve_app.jobs import EvaluateJob, FitJob, JobRequest, ProfileJob, PromoteJob, TrainJob
 from serve_app.models.desired import DesiredPool
@@ -103,8 +103,8 @@ async def _profile(config: AtlasConfig, store: Store, job_id: str, request: Prof
 
 async def _train(config: AtlasConfig, store: Store, job_id: str, request: TrainJob) -> Json:
     # Not above: the other jobs do without RLlib.
-    from rl.config import parse_train_config
-    from rl.train import train
+    from rl.ppo.config import parse_train_config
+    from rl.ppo.train import train
 
     settings = parse_train_config(request.settings)
     # The process is this job's own; whatever serves on the same machine goes first.

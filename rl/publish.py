@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rl.contenders import MultiStep, Rule
-from rl.dataset import MAX_VERDICTS, read_dataset
-from rl.evaluate import (
+from rl.evaluate.evaluate import (
     CANDIDATE,
     PATH_1,
     PATH_2,
@@ -26,12 +24,14 @@ from rl.evaluate import (
     EvaluationSettings,
     evaluate,
 )
-from rl.evaluate import SERVING as SERVING_POLICY
-from rl.figures import draw_pareto, draw_reliability
-from rl.fit import fit
-from rl.off_policy import LoggedDecisions, OneStep, SteppingRule, logged_trajectories
-from rl.outcomes import NotMeasured, Outcomes
-from rl.selection import FitSettings
+from rl.evaluate.evaluate import SERVING as SERVING_POLICY
+from rl.evaluate.figures import draw_pareto, draw_reliability
+from rl.evaluate.off_policy import LoggedDecisions, OneStep, SteppingRule, logged_trajectories
+from rl.evaluate.policies import MultiStep, Rule
+from rl.fit.fit import fit
+from rl.fit.selection import FitSettings
+from rl.profile.dataset import MAX_VERDICTS, read_dataset
+from rl.profile.outcomes import NotMeasured, Outcomes
 from serve_app.config import AtlasConfig
 from serve_app.embedder import TextEncoder
 from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused
@@ -58,7 +58,7 @@ from serve_app.store import (
 )
 
 if TYPE_CHECKING:
-    from rl.table import ReplayTable
+    from rl.ppo.table import ReplayTable
     from serve_app.router.learned import LearnedRule
 
 MAX_TRAJECTORIES = 5_000
@@ -231,8 +231,8 @@ async def evaluate_snapshot(
             policies[name], stepping[name] = rule, OneStep(rule)
             continue
         # Only here: they take torch, and the answers' embeddings.
-        from rl.replay import read_replay
-        from rl.rollout import gated_policy
+        from rl.ppo.replay import read_replay
+        from rl.ppo.rollout import gated_policy
 
         if table is None:
             table = await read_replay(config, store, "held_out", views=None)

@@ -41,7 +41,7 @@ from serve_app.store import (
 logger = logging.getLogger(__name__)
 
 _WORK_MODULE = "rl.jobs"
-_SETTINGS_MODULE = "rl.config"
+_SETTINGS_MODULE = "rl.ppo.config"
 _NAMESPACE = "atlas-jobs"
 _START_S = 60.0
 """Age from which a queued job without a process counts as never started."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rl.profile import fingerprint
+from rl.profile.run import fingerprint
 from serve_app.config import AtlasConfig
 from serve_app.schemas import Pair
 from serve_app.store import ProfileOutcome, ProfileQuestion, Store, add_outcomes, add_questions

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rl.outcomes import Outcomes
-from rl.selection import FitSettings
+from rl.fit.selection import FitSettings
+from rl.profile.outcomes import Outcomes
 from serve_app.router.snapshot import RouterSnapshot, Scale
 from serve_app.schemas import Limits, Pair
 

@@ -39,8 +39,8 @@ from benchmarks.path2.parts import (
 from benchmarks.path2.summary import as_text, changed, growth_share, over_domains, section, targets
 from benchmarks.path2.tables import TASK_TABLES, open_tables
 from benchmarks.path2.units import GATED, PATH_2
-from rl.config import TrainConfig
-from rl.selection import FitSettings
+from rl.fit.selection import FitSettings
+from rl.ppo.config import TrainConfig
 from serve_app.config import load_config
 from serve_app.errors import ConfigError
 

@@ -16,18 +16,18 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rl.config import TrainConfig
-from rl.dataset import Dataset, read_dataset
-from rl.fit import fit
-from rl.outcomes import Outcomes
+from rl.fit.fit import fit
+from rl.fit.selection import FitSettings
+from rl.ppo.beliefs import groups_of, make_views, newcomer_view
+from rl.ppo.config import TrainConfig
+from rl.ppo.loop import TrainProgress, train_policy
+from rl.ppo.replay import answer_encoder, make_table
+from rl.ppo.rollout import choose_gate
+from rl.ppo.table import ReplayTable
+from rl.ppo.train import split_table
+from rl.profile.dataset import Dataset, read_dataset
+from rl.profile.outcomes import Outcomes
 from rl.publish import read_cards
-from rl.replay import answer_encoder, make_table
-from rl.rollout import choose_gate
-from rl.selection import FitSettings
-from rl.table import ReplayTable
-from rl.train import split_table
-from rl.training import TrainProgress, train_policy
-from rl.views import groups_of, make_views, newcomer_view
 from serve_app.config import AtlasConfig
 from serve_app.router.clusters import ClusterRule, Prior
 from serve_app.router.learned import GATE_THRESHOLD, LearnedRule

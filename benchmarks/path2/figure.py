@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.path2.units import GATED, ONE_STEP, ORACLE, PATH_1, PATH_2, Unit
-from rl.table import ReplayTable
+from rl.ppo.table import ReplayTable
 
 _COLOURS = {
     GATED: "#cc3311",

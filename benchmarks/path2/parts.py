@@ -23,11 +23,11 @@ from benchmarks.path2.units import (
     load_unit,
     save_unit,
 )
-from rl.config import TrainConfig
-from rl.draws import EnvSettings
-from rl.reward import RewardSettings
-from rl.selection import FitSettings
-from rl.table import ReplayTable
+from rl.fit.selection import FitSettings
+from rl.ppo.config import TrainConfig
+from rl.ppo.randomise import EnvSettings
+from rl.ppo.reward import RewardSettings
+from rl.ppo.table import ReplayTable
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.snapshot import RouterSnapshot
 from serve_app.schemas import NO_TOOL

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.path2.data import Learnt
-from rl.contenders import ask
-from rl.replay import with_rule
-from rl.rollout import PATH_2_ALONE, GatedPolicy, Requests, run_once
-from rl.table import ReplayTable
+from rl.evaluate.policies import ask
+from rl.ppo.replay import with_rule
+from rl.ppo.rollout import PATH_2_ALONE, GatedPolicy, Requests, run_once
+from rl.ppo.table import ReplayTable
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.cold_start import normalised_cost
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rl.fit import fit
-from rl.outcomes import Outcomes
-from rl.selection import FitSettings
+from rl.fit.fit import fit
+from rl.fit.selection import FitSettings
+from rl.profile.outcomes import Outcomes
 from serve_app.router.clusters import ClusterRule
 from serve_app.schemas import Limits, Pair
 

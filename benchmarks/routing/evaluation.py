@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from benchmarks.routing.data import Table
 from benchmarks.routing.methods import METHODS, Problem, fit_rule, outcomes_of, rule_quality
 from benchmarks.routing.metrics import Evaluation, Figure, figures, mean_figure, resamples, sweep
-from rl.fit import fit
-from rl.frontier import ALPHAS, sweep_choices
-from rl.selection import FitSettings
+from rl.fit.fit import fit
+from rl.fit.pareto import ALPHAS, sweep_choices
+from rl.fit.selection import FitSettings
 from serve_app.router.clusters import ClusterRule, Prior
 from serve_app.router.cold_start import normalised_cost
 from serve_app.router.gate import NEAR_ORACLE

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.routing.data import Table
-from rl import estimators
-from rl.fit import fit
-from rl.frontier import COARSE_ALPHAS, aiq_log, sweep_choices
-from rl.outcomes import Outcomes
-from rl.selection import FitSettings
+from rl.fit import estimators
+from rl.fit.fit import fit
+from rl.fit.pareto import COARSE_ALPHAS, aiq_log, sweep_choices
+from rl.fit.selection import FitSettings
+from rl.profile.outcomes import Outcomes
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.cold_start import normalised_cost
 

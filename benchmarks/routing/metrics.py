@@ -2,7 +2,7 @@
 
 A method gives choices (num_points, num_queries): the pair each query goes to at each point of its
 sweep. Costs are those really paid on the evaluated queries; the axis of the area is fixed by
-training costs (`rl.frontier.aiq_log`, whose best-single-arm envelopes on the shared `test` splits
+training costs (`rl.fit.pareto.aiq_log`, whose best-single-arm envelopes on the shared `test` splits
 are the published .591, .835, .792, .902 and .712).
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rl.frontier import aiq_log
+from rl.fit.pareto import aiq_log
 
 NUM_RESAMPLES = 200
 """Bootstrap resamples of the queries."""

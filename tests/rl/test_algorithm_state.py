@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from rl.algorithm_state import load_state, save_state
+from rl.ppo.algorithm_state import load_state, save_state
 from serve_app.errors import ConfigError
 
 STATE: dict[str, Any] = {

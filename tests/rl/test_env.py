@@ -11,10 +11,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers.vector import DictInfoToList
 
-from rl.backend import ReplayBackend
-from rl.env import EnvSettings, Episodes, RoutingEnv, VectorRoutingEnv
-from rl.replay import ReplayTable
-from rl.reward import RewardSettings
+from rl.ppo.backend import ReplayBackend
+from rl.ppo.env import EnvSettings, Episodes, RoutingEnv, VectorRoutingEnv
+from rl.ppo.replay import ReplayTable
+from rl.ppo.reward import RewardSettings
 from serve_app.errors import ConfigError
 from serve_app.router.features import MAX_STEPS, NO_ANSWER
 from tests.rl.replay_data import flat_view, make_replay, one_query, with_thoughts

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rl.ledger import CapReached, Ledger
+from rl.ppo.spend import CapReached, Ledger
 from serve_app.errors import AtlasError, EngineError, InvalidRequest, NoCandidate, TrainingStopped
 from serve_app.schemas import ChatCall, Limits, Report
 from tests.rl.test_live import ScriptedGateway

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl.env import EnvSettings, Episodes, RoutingEnv
-from rl.live import LiveBackend
-from rl.measuring import RunSettings
-from rl.table import ReplayTable
+from rl.ppo.env import EnvSettings, Episodes, RoutingEnv
+from rl.ppo.live import LiveBackend
+from rl.ppo.table import ReplayTable
+from rl.profile.measure import RunSettings
 from serve_app.errors import AtlasError, ConfigError, EngineError, InvalidRequest, NoCandidate
 from serve_app.questions import Question
 from serve_app.router.features import NO_ANSWER

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from rl.config import TrainConfig, parse_train_config
+from rl.ppo.config import TrainConfig, parse_train_config
+from rl.ppo.loop import TrainProgress
+from rl.ppo.run_folder import RESULT_FILE
+from rl.ppo.train import PUBLISHED_FILE, train
 from rl.publish import NEWEST, fit_snapshot, resolve
-from rl.run_folder import RESULT_FILE
-from rl.train import PUBLISHED_FILE, train
-from rl.training import TrainProgress
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, ConfigError, InvalidRequest, NoCandidate, TrainingStopped
 from serve_app.jobs import TrainJob

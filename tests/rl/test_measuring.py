@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rl.measuring import RunSettings, measure_pair
+from rl.profile.measure import RunSettings, measure_pair
 from serve_app.errors import AtlasError, EngineError, ReplicaDied, ToolFailed, UnreadableCall
 from serve_app.questions import PlainMetric, Question
 from serve_app.schemas import ChatCall, Decision, Pair, Path, Report, Usage

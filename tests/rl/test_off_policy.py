@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rl.contenders import Interval
-from rl.importance import OffPolicyEstimate, Trajectories, estimate_value
-from rl.off_policy import (
+from rl.evaluate.importance_sampling import OffPolicyEstimate, Trajectories, estimate_value
+from rl.evaluate.off_policy import (
     LoggedDecisions,
     LoggedStep,
     LoggedTrajectories,
@@ -22,6 +21,7 @@ from rl.off_policy import (
     estimate,
     estimate_trajectories,
 )
+from rl.evaluate.policies import Interval
 from serve_app.errors import ConfigError, NoCandidate
 from serve_app.router.clusters import ClusterRule
 from serve_app.schemas import Action, Candidate, Decision, Limits, Pair, Path, Seen

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 from torch import Tensor
 
-from rl.draws import EnvSettings
-from rl.env import spaces_of
-from rl.episodes import Episodes
-from rl.module import RoutingModule
+from rl.ppo.env import spaces_of
+from rl.ppo.episodes import Episodes
+from rl.ppo.module import RoutingModule
+from rl.ppo.randomise import EnvSettings
 from serve_app.errors import SnapshotError
 from serve_app.router.policy_net import PolicyNet
 from tests.rl.replay_data import DIM, make_replay

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rl.profile import sampled_pairs
+from rl.profile.run import sampled_pairs
 from serve_app.questions import PlainMetric, Question, QuestionSplit
 from serve_app.schemas import Pair
 

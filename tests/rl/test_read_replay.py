@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rl.backend import ReplayBackend
-from rl.profile import fingerprint, thought_fingerprint
+from rl.ppo.backend import ReplayBackend
+from rl.ppo.replay import answer_encoder, read_replay
+from rl.profile.run import fingerprint, thought_fingerprint
 from rl.publish import fit_snapshot, read_cards
-from rl.replay import answer_encoder, read_replay
 from serve_app.config import AtlasConfig, RouterConfig
 from serve_app.embedder import TextEncoder
 from serve_app.errors import ConfigError

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from rl.ready_pool import ReadyPool, ready_pool
+from rl.profile.ready_pool import ReadyPool, ready_pool
 from serve_app.schemas import MemberState, ModelMember, Pair, PoolState
 
 PAIRS = tuple(Pair(model_id, tool) for model_id in ("a", "b") for tool in ("none", "python"))

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rl.dataset import Dataset
-from rl.replay import groups_of, make_table, make_views, newcomer_view, view_of, with_rule
+from rl.ppo.replay import groups_of, make_table, make_views, newcomer_view, view_of, with_rule
+from rl.profile.dataset import Dataset
 from serve_app.errors import ConfigError
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.features import NO_ANSWER

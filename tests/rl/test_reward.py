@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.reward import Float, RewardSettings, charge, end_terms
+from rl.ppo.reward import Float, RewardSettings, charge, end_terms
 
 SETTINGS = RewardSettings()
 RANGE = np.log(np.array([[1e-5, 1e-3]], np.float32))

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rl.contenders import reach
-from rl.evaluate import (
+from rl.evaluate.evaluate import (
     CANDIDATE,
     PATH_1,
     PATH_2,
@@ -20,10 +19,11 @@ from rl.evaluate import (
     EvaluationSettings,
     evaluate,
 )
-from rl.figures import draw_pareto
-from rl.held_out import read_held_out
-from rl.replay import make_table, with_rule
-from rl.rollout import (
+from rl.evaluate.figures import draw_pareto
+from rl.evaluate.held_out import read_held_out
+from rl.evaluate.policies import reach
+from rl.ppo.replay import make_table, with_rule
+from rl.ppo.rollout import (
     GATE_THRESHOLDS,
     PATH_1_ALONE,
     PATH_2_ALONE,
@@ -34,7 +34,7 @@ from rl.rollout import (
     roll_out,
     run_once,
 )
-from rl.table import ReplayTable
+from rl.ppo.table import ReplayTable
 from serve_app.errors import ConfigError
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.features import NO_ANSWER

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import ray
 
-from rl.config import parse_train_config
+from rl.ppo.config import parse_train_config
+from rl.ppo.loop import TrainProgress
+from rl.ppo.train import train
 from rl.publish import NEWEST, fit_snapshot, resolve
-from rl.train import train
-from rl.training import TrainProgress
 from serve_app.config import AtlasConfig
 from serve_app.errors import NotFound
 from serve_app.jobs import Jobs, RayLauncher, TrainJob

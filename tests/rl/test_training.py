@@ -13,13 +13,13 @@ import pytest
 import ray
 from numpy.typing import NDArray
 
-from rl.algorithm import env_runners_that_fit
-from rl.config import TrainConfig, load_train_config, parse_train_config
-from rl.run_folder import Checkpoint, RunFolder
-from rl.sampling import TERMS, Augmentation, Fragment, advantages, augmented
-from rl.table import ReplayTable
-from rl.train import split_table
-from rl.training import TrainProgress, TrainResult, train_policy, validate
+from rl.ppo.algorithm import env_runners_that_fit
+from rl.ppo.config import TrainConfig, load_train_config, parse_train_config
+from rl.ppo.loop import TrainProgress, TrainResult, train_policy, validate
+from rl.ppo.run_folder import Checkpoint, RunFolder
+from rl.ppo.sampling import TERMS, Augmentation, Fragment, advantages, augmented
+from rl.ppo.table import ReplayTable
+from rl.ppo.train import split_table
 from serve_app.config import load_config
 from serve_app.errors import ConfigError, TrainingStopped
 from serve_app.questions import read_questions

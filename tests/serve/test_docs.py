@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rl.cli import app
+from rl.cli.app import app
 from tests.conftest import Graph
 
 pytestmark = pytest.mark.serve

@@ -56,7 +56,7 @@ class Served:
 
     def __init__(self, config: Path, environment: dict[str, str], port: int, output: Path) -> None:
         self._output = output
-        command = [sys.executable, "-c", "from rl.cli import main; main()", "serve"]
+        command = [sys.executable, "-c", "from rl.cli.app import main; main()", "serve"]
         with output.open("w") as file:
             self.process = psutil.Popen(
                 [*command, "--config", str(config), "--port", str(port)],

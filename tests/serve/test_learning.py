@@ -17,9 +17,9 @@ import httpx
 import pytest
 from sqlalchemy import func, select, update
 
-from rl.profile import ProfileSettings, Progress, fingerprint, profile
+from rl.fit.selection import FitSettings
+from rl.profile.run import ProfileSettings, Progress, fingerprint, profile
 from rl.publish import fit_snapshot, promote
-from rl.selection import FitSettings
 from serve_app.config import AtlasConfig, load_config
 from serve_app.orchestrator.planning import with_note
 from serve_app.questions import Question, read_questions

@@ -16,7 +16,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-import rl.cli  # noqa: F401  # adds the commands of the learning loop
+import rl.cli.app  # noqa: F401  # adds the commands of the learning loop
 from serve_app import running
 from serve_app.cli import app
 from serve_app.config import AtlasConfig, load_config

@@ -14,7 +14,7 @@ import pytest
 import typer
 import yaml
 
-from rl import cli as rl_cli
+from rl.cli.app import app as rl_app
 from serve_app.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def atlas_commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "command"), atlas_commands())
 def test_every_atlas_command_of_the_pages_exists_with_its_options(page: str, command: str) -> None:
     words = shlex.split(command.replace("…", "X"), comments=True)[1:]
-    here: Any = typer.main.get_command(rl_cli.app)
+    here: Any = typer.main.get_command(rl_app)
     while words and hasattr(here, "commands"):
         name = words.pop(0)
         assert name in here.commands, f"{page}: there is no {name!r} in {command!r}"

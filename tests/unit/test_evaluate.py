@@ -13,8 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from rl.contenders import Interval, bootstrap
-from rl.evaluate import (
+from rl.evaluate.evaluate import (
     BEST_SINGLE,
     CANDIDATE,
     ORACLE,
@@ -27,10 +26,11 @@ from rl.evaluate import (
     judge,
     show,
 )
-from rl.figures import draw_pareto, draw_reliability
-from rl.fit import fit
-from rl.importance import OffPolicyEstimate
-from rl.off_policy import LoggedDecisions, estimate
+from rl.evaluate.figures import draw_pareto, draw_reliability
+from rl.evaluate.importance_sampling import OffPolicyEstimate
+from rl.evaluate.off_policy import LoggedDecisions, estimate
+from rl.evaluate.policies import Interval, bootstrap
+from rl.fit.fit import fit
 from serve_app.errors import ConfigError
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.cold_start import ColdStartRule, PairCard

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 
-from rl import estimators
-from rl.fit import fit
-from rl.frontier import aiq_log, sweep_choices
-from rl.outcomes import Outcomes
+from rl.fit import estimators
+from rl.fit.fit import fit
+from rl.fit.pareto import aiq_log, sweep_choices
+from rl.profile.outcomes import Outcomes
 from serve_app.errors import ConfigError
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.snapshot import RouterSnapshot, load_snapshot, save_snapshot

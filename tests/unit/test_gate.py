@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rl.fit import fit
+from rl.fit.fit import fit
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.gate import NEAR_ORACLE, Gate, gate_features, settle
 from tests.router_data import DIM, QUICK, SKILL, make_outcomes, make_queries, make_snapshot

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from rl import publish as publishing
-from rl.dataset import read_dataset
-from rl.evaluate import CANDIDATE, PATH_1, PATH_2
-from rl.outcomes import NotMeasured
-from rl.profile import fingerprint
+from rl.evaluate.evaluate import CANDIDATE, PATH_1, PATH_2
+from rl.profile.dataset import read_dataset
+from rl.profile.outcomes import NotMeasured
+from rl.profile.run import fingerprint
 from rl.publish import (
     COLD_START,
     NEWEST,

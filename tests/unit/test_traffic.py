@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rl.traffic import fair_verdicts
+from rl.fit.traffic import fair_verdicts
 from serve_app.schemas import LOCAL_OWNER, Pair
 from serve_app.store import Verdict
 from tests.router_data import DIM, PAIRS, make_queries, topics

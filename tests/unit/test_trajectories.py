@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from sqlalchemy import select
 
-from rl.off_policy import LoggedTrajectories, estimate_trajectories, logged_trajectories
+from rl.evaluate.off_policy import LoggedTrajectories, estimate_trajectories, logged_trajectories
 from serve_app.errors import EngineError
 from serve_app.schemas import Action, Candidate, Decision, Limits, Pair, Seen
 from serve_app.schemas import Path as DecidedBy

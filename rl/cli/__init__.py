@@ -1,0 +1,1 @@
+"""The commands of the learning loop, and `atlas` as a whole."""

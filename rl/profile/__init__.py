@@ -1,0 +1,1 @@
+"""Profiling: asks every pair every labelled question and keeps what happened."""
