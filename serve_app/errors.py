@@ -20,7 +20,7 @@ AtlasError
 ├── ServiceError                 ours; 5xx
 │   ├── NoCandidate              503, nothing in the pool can serve this request now
 │   ├── EngineError              502, a model application failed
-│   │   ├── EngineBusy           the model asks for a pause
+│   │   ├── EngineBusy           503, the model asks for a pause
 │   │   ├── UnreadableCall       the model wrote a tool call that cannot be read
 │   │   └── ReplicaDied          the process that worked on it is no more
 │   └── DeadlineExceeded         504, the request's time is up
@@ -61,6 +61,11 @@ class AtlasError(Exception):
     def param(self) -> str | None:
         """The request field at fault, where there is one (second argument)."""
         return self.args[1] if len(self.args) > 1 else None
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds after which trying again may help; `None`: not known."""
+        return None
 
 
 class RequestError(AtlasError):
@@ -189,7 +194,7 @@ class RateLimited(RequestError):
 
     @property
     def retry_after_s(self) -> float:
-        """Seconds after which trying again may help."""
+        """Always known."""
         return self.args[2] if len(self.args) > 2 else 1.0
 
 
@@ -203,6 +208,11 @@ class NoCandidate(ServiceError):
     status_code = 503
     code = "no_candidate"
 
+    @property
+    def retry_after_s(self) -> float:
+        """About as long as the pool takes to change."""
+        return 5.0
+
 
 class EngineError(ServiceError):
     """A model application failed or answered with an error."""
@@ -212,9 +222,18 @@ class EngineError(ServiceError):
 
 
 class EngineBusy(EngineError):
-    """The model asked for a pause that is too long to wait for."""
+    """The model asked for a pause that is too long to wait for.
 
+    Arguments: message, `None`, seconds of the pause that are left.
+    """
+
+    status_code = 503
     code = "engine_busy"
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """What is left of the pause."""
+        return self.args[2] if len(self.args) > 2 else None
 
 
 class UnreadableCall(EngineError):
@@ -275,6 +294,11 @@ class StoreError(AtlasError):
     """The store refused or is away."""
 
     status_code = 503
+
+    @property
+    def retry_after_s(self) -> float:
+        """About as long as a database takes to come back."""
+        return 5.0
 
 
 class StoreAway(StoreError):

@@ -16,7 +16,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from serve_app.config import AtlasConfig
-from serve_app.errors import EngineError
+from serve_app.errors import EngineBusy, EngineError
 from serve_app.gateway.app import build_api
 from serve_app.jobs import Jobs
 from serve_app.schemas import (
@@ -147,6 +147,8 @@ class ScriptedOrchestrator:
     async def _misbehave(self, call: ChatCall) -> None:
         if call.query.startswith("!fail"):
             raise EngineError("the engine failed")
+        if call.query.startswith("!busy"):
+            raise EngineBusy("the engine asks for a pause", None, 41.2)
         if call.query.startswith("!bug") and not call.query.startswith("!bug-late"):
             raise ValueError("/secret/path")
         if call.query.startswith("!hang"):

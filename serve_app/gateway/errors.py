@@ -12,12 +12,8 @@ from starlette.responses import Response
 from serve_app.errors import (
     AtlasError,
     MethodNotAllowed,
-    NoCandidate,
-    RateLimited,
     Unauthorized,
 )
-
-_NO_CANDIDATE_RETRY_AFTER_S = 5
 
 
 def json_bytes(value: Any) -> bytes:
@@ -70,8 +66,6 @@ def error_response(error: BaseException) -> JsonResponse:
             headers["www-authenticate"] = "Bearer"
         case MethodNotAllowed():
             headers["allow"] = error.allow
-        case RateLimited():
-            headers["retry-after"] = str(math.ceil(error.retry_after_s))
-        case NoCandidate():
-            headers["retry-after"] = str(_NO_CANDIDATE_RETRY_AFTER_S)
+    if isinstance(error, AtlasError) and error.retry_after_s is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
     return JsonResponse(error_body(error), error_status(error), headers)

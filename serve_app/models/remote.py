@@ -120,8 +120,9 @@ class RemoteModel:
                 status = error.status_code
                 if status not in (408, 429) and status < 500:
                     raise _refusal(status, error) from None
-                failure = EngineError(f"the remote model answered {status}")
                 pause_s = _retry_after_s(error) or (_COOLDOWN_S if status == 429 else 0.0)
+                said = f"the remote model answered {status}"
+                failure = EngineBusy(said, None, pause_s) if pause_s else EngineError(said)
                 self._busy_until_s = max(self._busy_until_s, time.monotonic() + pause_s)
             except openai.APIConnectionError as error:
                 if isinstance(error.__cause__, EngineError):  # `_bound` ended the answer
@@ -144,7 +145,9 @@ class RemoteModel:
         """
         left_s = self._busy_until_s - time.monotonic()
         if left_s > _MAX_WAIT_S:
-            raise EngineBusy(f"the remote model asks for a pause of {left_s:.0f} s more")
+            raise EngineBusy(
+                f"the remote model asks for a pause of {left_s:.0f} s more", None, left_s
+            )
         if left_s > 0:
             # Not all that wait at once, when the pause is over.
             await asyncio.sleep(left_s + random.uniform(0, _FIRST_BACKOFF_S))

@@ -249,6 +249,16 @@ def test_a_failed_model_is_a_503(gateway: Loopback) -> None:
     assert "failed" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_asks_for_a_pause_is_a_503_that_says_how_long(
+    gateway: Loopback, stream: bool
+) -> None:
+    response = post(gateway, "/v1/chat/completions", chat("!busy", stream=stream))
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "42"
+    assert response.json()["error"]["code"] == "engine_busy"
+
+
 @pytest.mark.parametrize(
     ("options", "param"),
     [

@@ -127,8 +127,17 @@ async def test_retry_after_is_a_minimum_for_every_request() -> None:
 async def test_a_long_pause_is_kept_and_nobody_waits_for_it(status: int) -> None:
     async with model(error(status, retry_after="60"), GOOD) as (served, endpoint):
         for _ in range(3):
-            assert isinstance(await refused(served), EngineBusy)
+            busy = await refused(served)
+            assert isinstance(busy, EngineBusy)
+            assert 50 < (busy.retry_after_s or 0) <= 60
         assert len(endpoint.arrived_s) == 1
+
+
+async def test_who_learns_of_a_pause_without_a_retry_says_how_long_it_is() -> None:
+    async with model(error(429, retry_after="60"), max_retries=0) as (served, _):
+        busy = await refused(served)
+        assert isinstance(busy, EngineBusy)
+        assert busy.retry_after_s == 60
 
 
 async def test_a_429_without_a_pause_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
