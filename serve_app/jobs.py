@@ -314,7 +314,7 @@ class Jobs:
             StoreError: If the store is away.
         """
         if isinstance(request, ProfileJob):
-            request.read_questions()
+            await asyncio.to_thread(request.read_questions)
         elif isinstance(request, TrainJob):
             await asyncio.to_thread(request.check_settings)
         settings = request.model_dump(mode="json")

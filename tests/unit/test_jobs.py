@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import httpx2
 import pytest
 from sqlalchemy import update
 
+from serve_app import jobs
 from serve_app.store import add_snapshot, create_key, publish, update_job
 from serve_app.store.tables import JobRow
 from tests.gateway_fakes import Loopback, running_gateway
@@ -55,6 +57,23 @@ def test_a_job_is_taken_started_and_listed(gateway: Loopback) -> None:
     }
     named = submit(gateway, kind="rollback", expect_version=7).json()
     assert named["settings"]["expect_version"] == 7
+
+
+def test_questions_are_checked_outside_of_the_event_loop(
+    gateway: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    check = jobs._read_questions
+
+    def watched(questions: list[dict[str, Any]]) -> Any:
+        threads.append(threading.current_thread().name)
+        return check(questions)
+
+    monkeypatch.setattr(jobs, "_read_questions", watched)
+    for kind in ("profile", "train"):
+        assert submit(gateway, kind=kind, questions=[QUESTION]).status_code == 201
+    assert len(threads) == 2
+    assert "loopback-gateway" not in threads
 
 
 def test_a_profile_job_keeps_its_questions_to_itself(gateway: Loopback) -> None:
