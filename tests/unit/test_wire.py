@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import tracemalloc
 from typing import Any
 
 import jsonschema
@@ -21,6 +22,7 @@ from serve_app.gateway.wire import ChatRequest, FeedbackRequest
 from serve_app.schemas import ChatCall
 
 LIMITS = LimitsConfig()
+MIB = 1 << 20
 USER = {"role": "user", "content": "hi"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -375,6 +377,18 @@ def test_values_are_counted_without_parsing(value: Any) -> None:
         return 1 + max(len(items) - 1, 0) + sum(map(commas_and_brackets, items))
 
     assert parsing._count_values(json.dumps(value).encode()) == commas_and_brackets(value) + 1
+
+
+@pytest.mark.parametrize("piece", ['",",', '"a":",",', '"[{",'])
+def test_a_body_of_too_many_texts_is_refused_without_taking_it_apart(piece: str) -> None:
+    body = f'{{"a":[{piece * (MIB // len(piece))}1]}}'.encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match="more than 50000 values"):
+            read(body)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(body)  # a text by itself: 34 bytes
+    finally:
+        tracemalloc.stop()
 
 
 def keyword_values() -> list[Any]:
