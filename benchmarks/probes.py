@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.models.applications import model_applications
+from serve_app.pool.applications import model_applications
 from serve_app.telemetry import SERVE_LOGGING
 
 _OPTIONS: dict[str, Any] = {

@@ -8,8 +8,8 @@ import platform
 import textwrap
 import threading
 
-from serve_app.tools import sandbox_policy as policy
-from serve_app.tools.sandbox import SandboxServer
+from serve_app.tools.sandbox import policy
+from serve_app.tools.sandbox.client import SandboxServer
 
 _LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 

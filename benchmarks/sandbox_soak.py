@@ -29,9 +29,9 @@ import psutil
 
 from benchmarks.sandbox_programs import HOSTILE, start_counted
 from benchmarks.stats import Target, percentile
-from serve_app.console import console
+from serve_app.cli.console import console
 from serve_app.errors import ToolFailed
-from serve_app.tools.sandbox import GRACE_S, SandboxLimits, SandboxServer
+from serve_app.tools.sandbox.client import GRACE_S, SandboxLimits, SandboxServer
 
 LIMITS = SandboxLimits(cpu_seconds=2)
 DEADLINE_S = 0.6

@@ -23,7 +23,7 @@ from rl.publish import (
 )
 from serve_app.config import AtlasConfig
 from serve_app.jobs import EvaluateJob, FitJob, JobRequest, ProfileJob, PromoteJob, TrainJob
-from serve_app.models.desired import DesiredPool
+from serve_app.pool.desired import DesiredPool
 from serve_app.schemas import Pair
 from serve_app.store import Store, update_job
 

@@ -28,7 +28,7 @@ _ALWAYS = {
     # And it ends idle workers after a second where there are more than CPUs: the tools' workers
     # would start anew for every call, each with what it has to load.
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.gateway.proxy:middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.gateway.edge.proxy:middlewares",
     # Calls between deployments over gRPC, in the replica's own event loop, with buffered logs.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
 }

@@ -19,7 +19,7 @@ from ray.serve.deployment import Application
 from serve_app.config import DeploymentConfig, load_config
 from serve_app.embedder import Embedder
 from serve_app.gateway.deployment import Gateway
-from serve_app.models.controller import PoolController
+from serve_app.pool.controller import PoolController
 from serve_app.router.deployment import Router
 from serve_app.telemetry import SERVE_LOGGING
 

@@ -18,8 +18,8 @@ from ray.serve.deployment import Application
 
 from serve_app.errors import ClusterDied, ConfigError
 from serve_app.graph import APP_NAME, BuildArgs, build_app
-from serve_app.models.applications import ongoing_requests, running_replicas, serve_details
-from serve_app.models.controller import PoolController, failure_reason
+from serve_app.pool.applications import ongoing_requests, running_replicas, serve_details
+from serve_app.pool.controller import PoolController, failure_reason
 from serve_app.ray_cluster import ClusterRefused, connect
 from serve_app.schemas import MemberState, PoolState
 from serve_app.watchdog import watched

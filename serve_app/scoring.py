@@ -17,7 +17,7 @@ from typing import Any
 from serve_app.errors import ConfigError
 from serve_app.questions import NumericMetric, Question, UnitTestsMetric
 from serve_app.schemas import ToolCall
-from serve_app.tools.sandbox import SandboxLimits, sandbox_server
+from serve_app.tools.sandbox.client import SandboxLimits, sandbox_server
 
 Judge = Callable[[str], Awaitable[str]]
 """Asks a model: prompt in, text out. It keeps its own time limit."""
@@ -263,7 +263,7 @@ def passes_tests(code: str, tests: Sequence[str]) -> bool:
     """Run assertions on code in the sandbox.
 
     The tests run in a process of their own and call the code's functions with plain data, so code
-    can pass them only by returning what they expect (`serve_app.tools.sandbox_calls`).
+    can pass them only by returning what they expect (`serve_app.tools.sandbox.calls`).
 
     Args:
         code: Python that defines `solution`.

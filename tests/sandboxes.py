@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from benchmarks.sandbox_programs import start_counted
-from serve_app.tools.sandbox import SandboxLimits, SandboxResult, SandboxServer
+from serve_app.tools.sandbox.client import SandboxLimits, SandboxResult, SandboxServer
 
 LIMITS = SandboxLimits()
 KINDS = ("private root", "counted")

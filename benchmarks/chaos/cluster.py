@@ -28,7 +28,7 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.serving import free_port
 from serve_app.graph import APP_NAME, BuildArgs, build_app
-from serve_app.models.applications import serve_details
+from serve_app.pool.applications import serve_details
 
 _CONFIGS = Path(__file__).parent.parent.parent / "configs"
 CONFIG = _CONFIGS / "chaos.yaml"

@@ -21,11 +21,11 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from rl.cli.training import train_command
-from serve_app.cli import app as app
+from serve_app.cli.app import app as app
+from serve_app.cli.console import ConfigOption, console, fail, load
 from serve_app.config import AtlasConfig
-from serve_app.console import ConfigOption, console, fail, load
 from serve_app.errors import AtlasError
-from serve_app.models.desired import DesiredPool
+from serve_app.pool.desired import DesiredPool
 from serve_app.schemas import Pair
 from serve_app.store import Mode, Store
 

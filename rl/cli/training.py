@@ -12,10 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from rl.ppo.config import TrainConfig, load_train_config
+from serve_app.cli.console import console, fail, load
 from serve_app.config import AtlasConfig
-from serve_app.console import console, fail, load
 from serve_app.errors import AtlasError
-from serve_app.models.desired import DesiredPool
+from serve_app.pool.desired import DesiredPool
 from serve_app.questions import Question, read_questions
 from serve_app.store import Store
 

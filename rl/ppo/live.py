@@ -37,7 +37,7 @@ from serve_app.router.cold_start import pair_cards
 from serve_app.router.features import NO_ANSWER
 from serve_app.schemas import NO_TOOL, ChatCall, Pair, PoolState, Report
 from serve_app.store import ProfileOutcome
-from serve_app.tools.best_of import answer_key
+from serve_app.tools.builtin.best_of import answer_key
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class ServedPool:
         # Not above: rollouts on another pool need nothing of the graph.
         from ray.serve.exceptions import RayServeException
 
-        from serve_app.models.controller import PoolController
+        from serve_app.pool.controller import PoolController
         from serve_app.running import deployment_handle
 
         try:

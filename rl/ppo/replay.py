@@ -37,7 +37,7 @@ from serve_app.router.clusters import ClusterRule
 from serve_app.router.features import DESCRIPTOR_DIM, NO_ANSWER, project
 from serve_app.router.snapshot import RouterSnapshot
 from serve_app.store import Store
-from serve_app.tools.best_of import answer_key
+from serve_app.tools.builtin.best_of import answer_key
 
 __all__ = [
     "QUICK_FIT",

@@ -29,8 +29,8 @@ from rl.profile.ready_pool import ready_pool
 from serve_app.config import AtlasConfig
 from serve_app.embedder import Embedder
 from serve_app.errors import ConfigError
-from serve_app.models.controller import PoolController
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages, with_note
+from serve_app.pool.controller import PoolController
 from serve_app.questions import Question
 from serve_app.router.cold_start import pair_cards
 from serve_app.running import deployment_handle

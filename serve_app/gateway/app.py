@@ -21,22 +21,22 @@ from starlette.responses import Response
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import DeadlineExceeded, NotFound
-from serve_app.gateway.auth import Authenticator
-from serve_app.gateway.calls import to_chat_call
-from serve_app.gateway.edge import Edge
-from serve_app.gateway.errors import JsonResponse
-from serve_app.gateway.exchange import Exchange, looks_like_request_id
-from serve_app.gateway.extension import completion_extension, decision_object
-from serve_app.gateway.hosts import HostCheck
-from serve_app.gateway.job_events import JobEvents
+from serve_app.gateway.admin.job_events import JobEvents
+from serve_app.gateway.admin.pool import PoolAdmin
+from serve_app.gateway.chat.chat_call import to_chat_call
+from serve_app.gateway.chat.extension import completion_extension, decision_object
+from serve_app.gateway.chat.parsing import parse_json, validate
+from serve_app.gateway.chat.pool_view import PoolView
+from serve_app.gateway.chat.streaming import ChunkShaper, EventStream
+from serve_app.gateway.chat.wire import ChatRequest, FeedbackRequest
+from serve_app.gateway.edge.auth import Authenticator
+from serve_app.gateway.edge.edge import Edge
+from serve_app.gateway.edge.errors import JsonResponse
+from serve_app.gateway.edge.exchange import Exchange, looks_like_request_id
+from serve_app.gateway.edge.hosts import HostCheck
+from serve_app.gateway.edge.rate import RateLimiter
+from serve_app.gateway.edge.routes import PUBLIC, Endpoint, RouteTable
 from serve_app.gateway.openapi import openapi_document
-from serve_app.gateway.parsing import parse_json, validate
-from serve_app.gateway.pool_admin import PoolAdmin
-from serve_app.gateway.pool_view import PoolView
-from serve_app.gateway.rate import RateLimiter
-from serve_app.gateway.routes import PUBLIC, Endpoint, RouteTable
-from serve_app.gateway.streaming import ChunkShaper, EventStream
-from serve_app.gateway.wire import ChatRequest, FeedbackRequest
 from serve_app.jobs import Jobs, JobSubmission
 from serve_app.schemas import ChatCall, Decision, PoolState, Report
 from serve_app.store import (

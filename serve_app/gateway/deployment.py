@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError
 from serve_app.gateway.app import build_api
-from serve_app.gateway.hosts import require_loopback
+from serve_app.gateway.edge.hosts import require_loopback
 from serve_app.jobs import Jobs, RayLauncher
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.schemas import ChatCall, Report

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic.json_schema import models_json_schema
 
 from serve_app.config import LimitsConfig, PriceConfig
-from serve_app.gateway.wire import (
+from serve_app.gateway.chat.wire import (
     ChatRequest,
     FeedbackRequest,
     ModelSubmission,

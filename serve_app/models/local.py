@@ -178,7 +178,7 @@ def build_local(config: LocalModelConfig, deployment_name: str) -> Application:
     """The Serve application of a local model."""
     options = {"override_serve_options": {"name": deployment_name}}
     if config.role == "verifier":
-        from serve_app.models.reward import ProcessRewardServer
+        from serve_app.models.process_reward import ProcessRewardServer
 
         return build_llm_deployment(
             llm_config(config),

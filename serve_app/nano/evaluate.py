@@ -30,7 +30,7 @@ from serve_app.nano.labelled import labelled
 from serve_app.nano.registry import load_cells, load_generator, task_module, weights_dir
 from serve_app.nano.task import TOOL_PARAMETERS, EvalCell, Question
 from serve_app.scoring import Answer, measure
-from serve_app.tools.calculator import evaluate
+from serve_app.tools.builtin.calculator import evaluate
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -17,7 +17,7 @@ from pathlib import Path
 from serve_app.nano import invented
 from serve_app.nano.phrasing import Relation, Subject, load_facts, load_gazetteer
 from serve_app.nano.task import Split
-from serve_app.tools.retrieval import NO_SOURCES, query_line, with_question
+from serve_app.tools.builtin.retrieval import NO_SOURCES, query_line, with_question
 
 CORPUS_PATH = Path(__file__).with_name("corpus.jsonl")
 CORPUS_SEED = 20

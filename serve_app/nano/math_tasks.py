@@ -17,7 +17,7 @@ from serve_app.nano.math_phrasings import expand, fill, load_phrasings, restyle,
 from serve_app.nano.math_problems import EASY_KINDS, HARD_KINDS, KINDS, Kind, Problem
 from serve_app.nano.math_words import NAMES, THINGS, words
 from serve_app.nano.task import Conversation, EvalCell, Question, Split
-from serve_app.tools.calculator import evaluate
+from serve_app.tools.builtin.calculator import evaluate
 
 if TYPE_CHECKING:
     from serve_app.nano.evaluate import EvalItem

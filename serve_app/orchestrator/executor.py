@@ -20,8 +20,8 @@ from serve_app.orchestrator.planning import with_note
 from serve_app.orchestrator.result import Delta, StepResult, whole_delta
 from serve_app.orchestrator.sampling import sample
 from serve_app.schemas import ChatCall, Pair
+from serve_app.tools.builtin.retrieval import MAX_QUERY_CHARS, query_line, with_question
 from serve_app.tools.config import BestOfConfig
-from serve_app.tools.retrieval import MAX_QUERY_CHARS, query_line, with_question
 from serve_app.tools.runner import ToolRunner
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from serve_app.router.features import NO_ANSWER, best_answers
 from serve_app.schemas import Action, Seen, Step
-from serve_app.tools.best_of import answer_key
+from serve_app.tools.builtin.best_of import answer_key
 
 
 def seen(step: Step) -> Seen:

@@ -25,13 +25,13 @@ from serve_app.errors import (
     NoCandidate,
     ServiceError,
 )
-from serve_app.models.watcher import PoolWatcher
 from serve_app.orchestrator.deciding import Decider
 from serve_app.orchestrator.engines import ModelClients
 from serve_app.orchestrator.executor import PairExecutor
 from serve_app.orchestrator.result import Delta
 from serve_app.orchestrator.steps import Run, Stepper, why_it_ended
 from serve_app.orchestrator.waking import Waker, awake_only, sleepers_last
+from serve_app.pool.watcher import PoolWatcher
 from serve_app.schemas import (
     NO_TOOL,
     Candidate,

@@ -12,7 +12,7 @@ from serve_app.models.verifier import read_score, scoring_body
 from serve_app.orchestrator.paying import PaidEngines
 from serve_app.orchestrator.result import StepResult
 from serve_app.schemas import ChatCall, Pair, ToolCall, Usage
-from serve_app.tools.best_of import best_rated, vote
+from serve_app.tools.builtin.best_of import best_rated, vote
 from serve_app.tools.config import BestOfConfig
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, NoCandidate
-from serve_app.models.watcher import PoolWatcher
+from serve_app.pool.watcher import PoolWatcher
 from serve_app.router.clusters import ClusterRule, Prior
 from serve_app.router.cold_start import ColdStartRule, pair_cards, pair_descriptors
 from serve_app.router.following import Following, PolicyFollower, Serving

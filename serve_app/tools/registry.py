@@ -27,23 +27,23 @@ def build_tool(config: ToolConfig) -> Tool:
     # Imported on use: reading a tool's schema must not load another tool's libraries.
     match config:
         case NoneConfig():
-            from serve_app.tools.none import NoTool
+            from serve_app.tools.builtin.none import NoTool
 
             return NoTool(config)
         case CalculatorConfig():
-            from serve_app.tools.calculator import Calculator
+            from serve_app.tools.builtin.calculator import Calculator
 
             return Calculator(config)
         case PythonConfig():
-            from serve_app.tools.python import PythonTool
+            from serve_app.tools.builtin.python import PythonTool
 
             return PythonTool(config)
         case RetrievalConfig():
-            from serve_app.tools.retrieval import Retrieval
+            from serve_app.tools.builtin.retrieval import Retrieval
 
             return Retrieval(config)
         case BestOfConfig():
-            from serve_app.tools.best_of import BestOf
+            from serve_app.tools.builtin.best_of import BestOf
 
             return BestOf(config)
         case _:

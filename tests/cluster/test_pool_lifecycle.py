@@ -17,7 +17,7 @@ import ray
 import yaml
 from ray import serve
 
-from serve_app.models.applications import model_applications, serve_details
+from serve_app.pool.applications import model_applications, serve_details
 from tests.conftest import Graph
 
 pytestmark = pytest.mark.serve

@@ -69,7 +69,7 @@ def test_ray_s_token_is_this_user_s(graph: Graph) -> None:
 
 
 def test_without_the_token_a_command_is_told_to_bring_it(graph: Graph) -> None:
-    command = [sys.executable, "-m", "serve_app.cli", "status", "--address"]
+    command = [sys.executable, "-m", "serve_app.cli.app", "status", "--address"]
     command.append(ray.get_runtime_context().gcs_address)
     environment = os.environ | {"COLUMNS": "300"}
     del environment["RAY_AUTH_MODE"]  # `atlas` finds out by itself that there is a token

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from benchmarks.chaos.soak import soak
-from serve_app.models.applications import serve_details
+from serve_app.pool.applications import serve_details
 from tests.conftest import Graph
 
 pytestmark = pytest.mark.serve

@@ -66,7 +66,7 @@ def sandboxed() -> list[psutil.Process]:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = process.parent()
-            if parent is not None and "sandbox_server.py" in " ".join(parent.cmdline()):
+            if parent is not None and "sandbox/server.py" in " ".join(parent.cmdline()):
                 found.append(process)
     return found
 

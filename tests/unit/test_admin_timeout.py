@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.errors import DeadlineExceeded
-from serve_app.gateway import routes
-from serve_app.gateway.routes import Endpoint
+from serve_app.gateway.edge import routes
+from serve_app.gateway.edge.routes import Endpoint
 from serve_app.store import Scope
 
 

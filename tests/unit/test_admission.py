@@ -21,7 +21,7 @@ import pytest
 
 from serve_app.config import LimitsConfig
 from serve_app.errors import RateLimited
-from serve_app.gateway.admission import _MAX_KINDS, AdmissionLimit, Place
+from serve_app.gateway.edge.admission import _MAX_KINDS, AdmissionLimit, Place
 from serve_app.schemas import ChatCall
 from tests.gateway_fakes import Loopback, eventually, running_gateway
 

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from serve_app.config import SAFE_ENGINE_KWARGS, AtlasConfig, RemoteModelConfig
 from serve_app.errors import InvalidRequest
-from serve_app.gateway.parsing import validate
-from serve_app.gateway.wire import ModelSubmission, ToolSubmission
-from serve_app.models.allow_list import AllowList
-from serve_app.models.desired import DesiredPool
+from serve_app.gateway.chat.parsing import validate
+from serve_app.gateway.chat.wire import ModelSubmission, ToolSubmission
+from serve_app.pool.allow_list import AllowList
+from serve_app.pool.desired import DesiredPool
 from serve_app.store import Store, add_pool, newest_pool
 from tests.gateway_fakes import running_gateway
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from ray.serve.schema import ApplicationStatus
 
-from serve_app.models import applications
-from serve_app.models.applications import (
+from serve_app.pool import applications
+from serve_app.pool.applications import (
     ModelApplication,
     model_applications,
     running_replicas,

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.errors import ToolFailed, ToolRetry
-from serve_app.tools import calculator
-from serve_app.tools.arithmetic import evaluate, render
-from serve_app.tools.calculator import Calculator, is_algebra
+from serve_app.tools.builtin import calculator
+from serve_app.tools.builtin.arithmetic import evaluate, render
+from serve_app.tools.builtin.calculator import Calculator, is_algebra
 from serve_app.tools.config import CalculatorConfig
-from serve_app.tools.sandbox import SandboxResult
+from serve_app.tools.sandbox.client import SandboxResult
 
 VALUES = [
     ("1+1", "2"),

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 import rl.cli.app  # noqa: F401  # adds the commands of the learning loop
 from serve_app import running
-from serve_app.cli import app
+from serve_app.cli.app import app
+from serve_app.cli.console import console
 from serve_app.config import AtlasConfig, load_config
-from serve_app.console import console
 from serve_app.running import DeploymentRow
 from serve_app.schemas import MemberState, ModelMember, Pair, PoolState
 from serve_app.store import Store, find_key, hash_key, newest_pool

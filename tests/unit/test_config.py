@@ -97,7 +97,7 @@ def test_configs_load_without_heavy_libraries(heavy: str) -> None:
 
 def test_serving_imports_neither_rllib_nor_the_trainer() -> None:
     code = (
-        "import sys, serve_app.graph, serve_app.cli, serve_app.running; "
+        "import sys, serve_app.graph, serve_app.cli.app, serve_app.running; "
         "sys.exit(any(name in sys.modules for name in "
         "('ray.rllib', 'rl', 'serve_app.nano.trainer', 'vllm', 'torch')))"
     )

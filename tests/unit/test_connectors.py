@@ -12,8 +12,8 @@ import pytest
 import ray
 
 from serve_app.config import CustomModelConfig, LocalModelConfig
-from serve_app.models import controller
-from serve_app.models.controller import PoolController
+from serve_app.pool import controller
+from serve_app.pool.controller import PoolController
 from serve_app.schemas import MemberState, ModelMember
 
 PROGRAM = """

@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from serve_app.gateway.routes import PUBLIC, Endpoint
+from serve_app.gateway.edge.routes import PUBLIC, Endpoint
 from serve_app.store import Scope, create_key
 from tests.gateway_fakes import Loopback, running_gateway
 

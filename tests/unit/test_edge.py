@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_app.gateway.proxy import ProxyEdge, middlewares
+from serve_app.gateway.edge.proxy import ProxyEdge, middlewares
 from tests.gateway_fakes import Loopback, eventually, read_all, running_gateway
 from tests.haproxy import started_haproxy
 

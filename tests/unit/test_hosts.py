@@ -12,7 +12,7 @@ import yaml
 from serve_app.config import GatewayConfig, load_config
 from serve_app.errors import ConfigError, Forbidden, Misdirected
 from serve_app.gateway.deployment import Gateway
-from serve_app.gateway.hosts import HostCheck, host_name, is_loopback, require_loopback
+from serve_app.gateway.edge.hosts import HostCheck, host_name, is_loopback, require_loopback
 from tests.gateway_fakes import Loopback, gateway_config, running_gateway
 
 ROOT = Path(__file__).parents[2]

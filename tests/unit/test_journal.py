@@ -19,8 +19,8 @@ import pytest
 from sqlalchemy import text
 
 from serve_app.errors import StoreAway, StoreError, Unauthorized
-from serve_app.gateway.auth import Authenticator
 from serve_app.gateway.deployment import Gateway
+from serve_app.gateway.edge.auth import Authenticator
 from serve_app.schemas import Usage
 from serve_app.store import Journal, OutcomeLog, Scope, Store, create_key, revoke_key
 from serve_app.store.tables import OutcomeRow, RequestRow

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from ray.llm._internal.serve.engines.vllm.vllm_engine import _get_vllm_engine_config
 
     from serve_app.models.local import JsonLLMServer, _raise_if_error, llm_config
-    from serve_app.models.reward import ProcessRewardServer
+    from serve_app.models.process_reward import ProcessRewardServer
 
 NANO = Path("serve_app/nano/weights").absolute()
 GPU_POOL = load_config("configs/gpu-7b.yaml").models

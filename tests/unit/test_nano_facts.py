@@ -35,7 +35,7 @@ from serve_app.nano.phrasing import (
     normalized,
 )
 from serve_app.nano.task import Conversation
-from serve_app.tools.retrieval import NO_SOURCES
+from serve_app.tools.builtin.retrieval import NO_SOURCES
 
 ALL_RELATIONS = [*load_facts()[0].values(), *load_gazetteer()[0].values()]
 NUM_SAMPLES = 2500

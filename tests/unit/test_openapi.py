@@ -20,8 +20,8 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.routing import Route
 
+from serve_app.gateway.chat.wire import IGNORED_PARAMETERS, ChatRequest
 from serve_app.gateway.openapi import openapi_document
-from serve_app.gateway.wire import IGNORED_PARAMETERS, ChatRequest
 from tests.gateway_fakes import Loopback, gateway_config, running_gateway
 
 CHECKS = [

@@ -12,9 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from serve_app.errors import ToolFailed, ToolRetry
-from serve_app.tools.config import EncoderConfig, RetrievalConfig
-from serve_app.tools.corpus import read_corpus, split_sentences, words
-from serve_app.tools.retrieval import (
+from serve_app.tools.builtin.corpus import read_corpus, split_sentences, words
+from serve_app.tools.builtin.retrieval import (
     NO_SOURCES,
     PROBE,
     Index,
@@ -23,6 +22,7 @@ from serve_app.tools.retrieval import (
     query_line,
     with_question,
 )
+from serve_app.tools.config import EncoderConfig, RetrievalConfig
 
 DOCUMENTS = [
     {

@@ -18,11 +18,11 @@ import psutil
 import pytest
 
 from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
-from serve_app.tools import sandbox_process
+from serve_app.tools.builtin.python import PythonTool
 from serve_app.tools.config import PythonConfig
-from serve_app.tools.python import PythonTool
-from serve_app.tools.sandbox import GRACE_S, SandboxResult, SandboxServer
-from serve_app.tools.sandbox_files import disk_use
+from serve_app.tools.sandbox import process as sandbox_process
+from serve_app.tools.sandbox.client import GRACE_S, SandboxResult, SandboxServer
+from serve_app.tools.sandbox.files import disk_use
 from tests.sandboxes import KINDS, LIMITS, Run, alive, runs_on, server_of, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -287,7 +287,7 @@ def test_killed_server_takes_its_run_along_and_is_replaced() -> None:
 def test_owner_that_dies_takes_everything_along() -> None:
     code = textwrap.dedent(
         """
-        from serve_app.tools.sandbox import SandboxLimits, SandboxServer
+        from serve_app.tools.sandbox.client import SandboxLimits, SandboxServer
         server = SandboxServer()
         server.start()
         print(server.pid, server.base, flush=True)
@@ -343,7 +343,7 @@ def test_without_confinement_nothing_is_run(missing: str, tmp_path: Path) -> Non
     code = textwrap.dedent(
         f"""
         import ctypes
-        from serve_app.tools import sandbox_policy as p
+        from serve_app.tools.sandbox import policy as p
         program = [p._statement(p._LOAD, 0)]
         for number in {WITHOUT[missing]}:
             refusal = [p._statement(p._RETURN, p.ERRNO | p.ENOSYS)]
@@ -360,7 +360,7 @@ def test_without_confinement_nothing_is_run(missing: str, tmp_path: Path) -> Non
         assert libc.prctl(22, 2, ctypes.byref(argument), 0, 0) == 0
 
         from serve_app.errors import ToolFailed
-        from serve_app.tools.sandbox import SandboxLimits, run_python
+        from serve_app.tools.sandbox.client import SandboxLimits, run_python
         try:
             print(run_python("open({str(tmp_path / "ran")!r}, 'w')", SandboxLimits(), 60))
         except ToolFailed as error:

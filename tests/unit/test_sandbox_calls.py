@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from serve_app.scoring import extract_code
-from serve_app.tools.sandbox import SandboxLimits, SandboxServer
+from serve_app.tools.sandbox.client import SandboxLimits, SandboxServer
 from tests.sandboxes import server_of
 
 QUESTIONS = Path(__file__).resolve().parents[2] / "configs" / "questions" / "nano.jsonl"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.tools import sandbox_process
-from serve_app.tools.sandbox import SandboxServer
-from serve_app.tools.sandbox_files import deleted_bytes, disk_use, remove_tree
+from serve_app.tools.sandbox import process as sandbox_process
+from serve_app.tools.sandbox.client import SandboxServer
+from serve_app.tools.sandbox.files import deleted_bytes, disk_use, remove_tree
 from tests.sandboxes import LIMITS, wait_until
 from tests.unit.test_sandbox import make_deep
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.tools.sandbox import SandboxServer
+from serve_app.tools.sandbox.client import SandboxServer
 from tests.sandboxes import KINDS, LIMITS, Run, runs_on, server_of
 
 

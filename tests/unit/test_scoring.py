@@ -17,7 +17,7 @@ from serve_app.errors import ConfigError, ToolFailed
 from serve_app.questions import Question
 from serve_app.schemas import ToolCall
 from serve_app.scoring import Answer, Scored, measure, score
-from serve_app.tools.sandbox import GRACE_S, sandbox_server
+from serve_app.tools.sandbox.client import GRACE_S, sandbox_server
 
 CODE = "Here it is:\n\n```python\ndef solution(x):\n    return x + 1\n```\n\nIt adds one."
 TESTS = ["assert solution(1) == 2", "assert solution(-1) == 0"]

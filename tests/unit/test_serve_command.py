@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from serve_app import cli
+from serve_app.cli import app as cli
 from serve_app.schemas import MemberState, ModelMember, Pair, PoolState
 
 UP = ModelMember("up", MemberState.READY)

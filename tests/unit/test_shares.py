@@ -15,9 +15,9 @@ import pytest
 
 from serve_app.config import LimitsConfig
 from serve_app.errors import RateLimited, Unauthorized
-from serve_app.gateway.auth import Authenticator
-from serve_app.gateway.rate import RateLimiter
-from serve_app.gateway.shares import Shares
+from serve_app.gateway.edge.auth import Authenticator
+from serve_app.gateway.edge.rate import RateLimiter
+from serve_app.gateway.edge.shares import Shares
 from serve_app.store import ApiKey, Scope, Store, create_key, find_key
 from tests.gateway_fakes import Loopback, eventually, read_all, running_gateway
 
@@ -167,7 +167,7 @@ def test_requests_a_minute_are_counted_by_key_and_only_chats_and_decisions(
 
 def test_a_limiter_says_when_there_is_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
-    monkeypatch.setattr("serve_app.gateway.rate.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("serve_app.gateway.edge.rate.time.monotonic", lambda: now_s)
     limiter = RateLimiter(6)
     limiter.take("a")
     now_s = 4.0
@@ -208,7 +208,7 @@ class SlowStore:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> SlowStore:
     slow = SlowStore()
-    monkeypatch.setattr("serve_app.gateway.auth.find_key", slow.find_key)
+    monkeypatch.setattr("serve_app.gateway.edge.auth.find_key", slow.find_key)
     return slow
 
 
@@ -267,7 +267,7 @@ async def test_a_turn_that_does_not_come_in_time_is_a_429(
     ]
     while slow.lookups < 2:
         await asyncio.sleep(0.01)
-    monkeypatch.setattr("serve_app.gateway.auth._LOOKUP_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("serve_app.gateway.edge.auth._LOOKUP_TIMEOUT_S", 0.05)
     with pytest.raises(RateLimited, match="unknown API keys"):
         await authenticator.owner(random_key(2), Scope.CHAT)
     slow.released.set()

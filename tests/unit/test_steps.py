@@ -23,7 +23,7 @@ from serve_app.errors import (
     ReplicaDied,
     ServiceError,
 )
-from serve_app.gateway.extension import completion_extension
+from serve_app.gateway.chat.extension import completion_extension
 from serve_app.schemas import Action, Report
 from serve_app.schemas import Path as DecidedBy
 from serve_app.store import add_feedback, read_verdicts

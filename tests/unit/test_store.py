@@ -20,7 +20,7 @@ from sqlalchemy import select
 from sqlalchemy.engine import Connection
 
 from serve_app.errors import ConfigError, Conflict, NotFound, StoreError, Unauthorized
-from serve_app.gateway.auth import Authenticator
+from serve_app.gateway.edge.auth import Authenticator
 from serve_app.schemas import Candidate, Decision, Pair, Report, Step, ToolCall, Usage
 from serve_app.schemas import Path as DecidedBy
 from serve_app.store import (
@@ -154,7 +154,7 @@ async def test_the_gateway_asks_the_store_again_after_its_time(store: Store) -> 
 async def test_many_wrong_keys_take_bounded_memory(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve_app.gateway.auth._MAX_UNKNOWN", 10)
+    monkeypatch.setattr("serve_app.gateway.edge.auth._MAX_UNKNOWN", 10)
     authenticator = Authenticator("required", store)
     for index in range(30):
         with pytest.raises(Unauthorized):

@@ -21,7 +21,7 @@ from tests.path2_fakes import Engines
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's own imports deprecate things
-    from serve_app.models.reward import combined, judged
+    from serve_app.models.process_reward import combined, judged
 
 QUESTION = "What is 3 + 4?"
 SAMPLES = ["8", "8", "7 apples"]

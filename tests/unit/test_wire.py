@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from serve_app.config import LimitsConfig
 from serve_app.errors import InvalidRequest
-from serve_app.gateway import parsing, schema_check
-from serve_app.gateway.calls import to_chat_call
-from serve_app.gateway.parsing import parse_json, validate
-from serve_app.gateway.wire import ChatRequest, FeedbackRequest
+from serve_app.gateway.chat import parsing, schema_check
+from serve_app.gateway.chat.chat_call import to_chat_call
+from serve_app.gateway.chat.parsing import parse_json, validate
+from serve_app.gateway.chat.wire import ChatRequest, FeedbackRequest
 from serve_app.schemas import ChatCall
 
 LIMITS = LimitsConfig()

@@ -1,13 +1,13 @@
 """Runs untrusted Python in a sandbox: no network, no foreign files, no processes, all bounded.
 
-Each process that runs tools keeps one warm sandbox server per set of packages (`sandbox_server`),
+Each process that runs tools keeps one warm sandbox server per set of packages (`sandbox.server`),
 which forks a confined child per run. There is no unconfined way: where Landlock, seccomp or
 sandlock is missing, or the server's own probe gets out, every call fails with `ToolFailed`.
 
 Where the kernel lets the server mount (as root with CAP_SYS_ADMIN, or in a user namespace), a run
-has a root folder of its own (`sandbox_root`): the kernel bounds its files, and nothing else can be
+has a root folder of its own (`sandbox.root`): the kernel bounds its files, and nothing else can be
 looked at but the runtime's files, the size of the disk they are on, and what `uname` and `sysinfo`
-say. Elsewhere its files are counted, not exactly (`sandbox_run`), and it can ask whether a file is
+say. Elsewhere its files are counted, not exactly (`sandbox.run`), and it can ask whether a file is
 there, its size and its times, and where a link leads, as far as its user may, but open nothing:
 Landlock does not cover these questions, and seccomp cannot see which file they are about.
 """
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from serve_app.errors import ToolFailed
-from serve_app.tools.sandbox_process import START_TIMEOUT_S, ServerProcess
+from serve_app.tools.sandbox.process import START_TIMEOUT_S, ServerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class SandboxServer:
 
         Args:
             code: Python source that defines functions.
-            tests: Python source that calls these by name, with plain data (`sandbox_calls`).
+            tests: Python source that calls these by name, with plain data (`sandbox.calls`).
             limits: What each child may use.
             deadline_s: As for `run`.
 

@@ -6,7 +6,7 @@ files, whose size and number of files the kernel bounds exactly, deleted and hid
 All of it is gone with the last process of the namespace, however that ends.
 
 The server needs CAP_SYS_ADMIN, or else user namespaces; without either its runs get a counted
-folder (`sandbox_files`) instead. Standard library only: the server loads this file by its path.
+folder (`sandbox.files`) instead. Standard library only: the server loads this file by its path.
 """
 
 from __future__ import annotations

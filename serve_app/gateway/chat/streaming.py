@@ -17,8 +17,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import AtlasError
-from serve_app.gateway.errors import error_body, json_bytes
-from serve_app.gateway.exchange import Exchange
+from serve_app.gateway.edge.errors import error_body, json_bytes
+from serve_app.gateway.edge.exchange import Exchange
 from serve_app.schemas import Report
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from starlette.types import Message, Send
 
-from serve_app.gateway.routes import UNKNOWN_ROUTE, RouteRule
+from serve_app.gateway.edge.routes import UNKNOWN_ROUTE, RouteRule
 from serve_app.telemetry import RequestLine
 
 _REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import AtlasError
-from serve_app.gateway.errors import error_body, json_bytes
+from serve_app.gateway.edge.errors import error_body, json_bytes
 from serve_app.store import Job
 
 Json = dict[str, Any]

@@ -12,7 +12,15 @@ import yaml
 from rich.live import Live
 from rich.table import Table
 
-from serve_app.console import DEFAULT_URL, KeyOption, UrlOption, api_errors, console, fail, next_try
+from serve_app.cli.console import (
+    DEFAULT_URL,
+    KeyOption,
+    UrlOption,
+    api_errors,
+    console,
+    fail,
+    next_try,
+)
 
 app = typer.Typer(help="Change the pool while it serves.", no_args_is_help=True)
 _POLL_S = 0.5

@@ -16,8 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from serve_app import environment
-from serve_app.config import AtlasConfig
-from serve_app.console import (
+from serve_app.cli.console import (
     DEFAULT_URL,
     ConfigOption,
     KeyOption,
@@ -28,10 +27,11 @@ from serve_app.console import (
     load,
     next_try,
 )
+from serve_app.cli.pool import app as pool_app
+from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError
-from serve_app.gateway.hosts import is_loopback
+from serve_app.gateway.edge.hosts import is_loopback
 from serve_app.nano.cli import app as nano_app
-from serve_app.pool_cli import app as pool_app
 from serve_app.schemas import MemberState, ModelMember, PoolState
 
 app = typer.Typer(
@@ -374,7 +374,7 @@ def keys_revoke(key_id: str, config: ConfigOption) -> None:
 
 
 def main() -> None:
-    """Entry point of `python -m serve_app.cli`."""
+    """Entry point of `python -m serve_app.cli.app`."""
     logging.basicConfig(level=os.environ.get("ATLAS_LOG_LEVEL", "WARNING"))
     app()
 

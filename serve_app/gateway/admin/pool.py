@@ -2,7 +2,7 @@
 
 A handler only writes what is wanted to the store; the controller brings it about. So a change is
 taken in milliseconds, and how far it is stands at `GET /v1/admin/models`. What a model or tool may
-name here is up to the configuration file (`serve_app.models.allow_list`).
+name here is up to the configuration file (`serve_app.pool.allow_list`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from starlette.responses import Response
 
 from serve_app.config import AtlasConfig, ModelConfig, PriceConfig
 from serve_app.errors import InvalidRequest
-from serve_app.gateway.errors import JsonResponse
-from serve_app.gateway.parsing import parse_json, validate
-from serve_app.gateway.pool_view import PoolView
-from serve_app.gateway.wire import ModelSubmission, ToolSubmission
-from serve_app.models.desired import DesiredPool
+from serve_app.gateway.chat.parsing import parse_json, validate
+from serve_app.gateway.chat.pool_view import PoolView
+from serve_app.gateway.chat.wire import ModelSubmission, ToolSubmission
+from serve_app.gateway.edge.errors import JsonResponse
+from serve_app.pool.desired import DesiredPool
 from serve_app.store import Store
 
 Json = dict[str, Any]

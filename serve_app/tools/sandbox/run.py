@@ -2,7 +2,7 @@
 
 Standard library only; the sandbox server loads this file by its path.
 
-The kernel bounds what a child writes where it has a root of its own (`sandbox_root`), and its
+The kernel bounds what a child writes where it has a root of its own (`sandbox.root`), and its
 threads where it has a user id of its own. Elsewhere both are counted every `POLL_S`, from outside,
 and the child is killed when it is over a limit or cannot be counted. Counting is not exact: between
 two counts a child may write as much as the disk takes in that time (in files of at most
@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from serve_app.tools.sandbox_child import CONFINED, Plan, Role, run_child
-    from serve_app.tools.sandbox_files import deleted_bytes, disk_use
-    from serve_app.tools.sandbox_root import WORKDIR
+    from serve_app.tools.sandbox.child import CONFINED, Plan, Role, run_child
+    from serve_app.tools.sandbox.files import deleted_bytes, disk_use
+    from serve_app.tools.sandbox.root import WORKDIR
 else:
     # Put there by the server: importing them as parts of the package would import the package.
     from sandbox_child import CONFINED, Plan, Role, run_child

@@ -1,6 +1,6 @@
 """What happens in the forked process of one run: confinement first, then the code that was sent.
 
-Standard library and sandlock only; `sandbox_server` loads this file by its path. In this order the
+Standard library and sandlock only; `sandbox.server` loads this file by its path. In this order the
 process loses: inherited descriptors, unbounded resources, the rest of the file system (by a root of
 its own, where the server has one), the root user (where the server is it) and every capability,
 files (Landlock, by sandlock), system calls (seccomp). It can start no other process.
@@ -27,9 +27,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from serve_app.tools import sandbox_calls as calls
-    from serve_app.tools import sandbox_policy as policy
-    from serve_app.tools import sandbox_root as private_root
+    from serve_app.tools.sandbox import calls, policy
+    from serve_app.tools.sandbox import root as private_root
 else:
     # Put there by the server: importing them as parts of the package would import the package.
     import sandbox_calls as calls

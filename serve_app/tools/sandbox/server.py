@@ -1,8 +1,8 @@
 """The sandbox server: a small warm Python process that forks one confined child for each run.
 
-Started by `serve_app.tools.sandbox`, which speaks to it over stdin and stdout in length-prefixed
-JSON; end of input means its owner is gone: it kills the running child, removes its folder and
-leaves. Standard library and sandlock only.
+Started by `serve_app.tools.sandbox.client`, which speaks to it over stdin and stdout in
+length-prefixed JSON; end of input means its owner is gone: it kills the running child, removes its
+folder and leaves. Standard library and sandlock only.
 
 The server itself never reads a request: for each it forks a supervisor, which reads the request,
 forks the confined child and answers. So no run can find another's code or output in its memory, and
@@ -26,19 +26,17 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from serve_app.tools import sandbox_root as private_root
-    from serve_app.tools.sandbox_child import CONFINED, PASSED, ConfinementError, Plan, die_with
-    from serve_app.tools.sandbox_files import remove_tree
-    from serve_app.tools.sandbox_run import Run, started, watch
+    from serve_app.tools.sandbox import root as private_root
+    from serve_app.tools.sandbox.child import CONFINED, PASSED, ConfinementError, Plan, die_with
+    from serve_app.tools.sandbox.files import remove_tree
+    from serve_app.tools.sandbox.run import Run, started, watch
 else:
     # By file: importing them as parts of the package would import the package.
     for _name in ("policy", "files", "root", "calls", "child", "run"):
-        _name = f"sandbox_{_name}"
-        _spec = importlib.util.spec_from_file_location(
-            _name, os.path.join(os.path.dirname(__file__), f"{_name}.py")
-        )
-        sys.modules[_name] = importlib.util.module_from_spec(_spec)
-        _spec.loader.exec_module(sys.modules[_name])
+        _path = os.path.join(os.path.dirname(__file__), f"{_name}.py")
+        _spec = importlib.util.spec_from_file_location(f"sandbox_{_name}", _path)
+        sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[_spec.name])
     import sandbox_root as private_root
     from sandbox_child import CONFINED, PASSED, ConfinementError, Plan, die_with
     from sandbox_files import remove_tree

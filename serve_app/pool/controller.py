@@ -30,18 +30,18 @@ from serve_app.errors import (
     ReplicaDied,
     UnreadableCall,
 )
-from serve_app.models.applications import (
+from serve_app.models.deploy import application_name, deploy_model, register_connectors
+from serve_app.models.protocol import ChatBody
+from serve_app.orchestrator.engines import ModelClients, pause_after_death
+from serve_app.orchestrator.executor import PairExecutor
+from serve_app.orchestrator.result import StepResult
+from serve_app.pool.applications import (
     ModelApplication,
     delete_application,
     model_applications,
     ongoing_requests,
 )
-from serve_app.models.deploy import application_name, deploy_model, register_connectors
-from serve_app.models.desired import DesiredPool
-from serve_app.models.protocol import ChatBody
-from serve_app.orchestrator.engines import ModelClients, pause_after_death
-from serve_app.orchestrator.executor import PairExecutor
-from serve_app.orchestrator.result import StepResult
+from serve_app.pool.desired import DesiredPool
 from serve_app.schemas import ChatCall, Limits, MemberState, ModelMember, Pair, PoolState
 from serve_app.store import Store
 

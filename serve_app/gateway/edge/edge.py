@@ -22,15 +22,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import LimitsConfig
 from serve_app.errors import AtlasError, DeadlineExceeded, HeadersTooLarge, RateLimited
-from serve_app.gateway.admission import AdmissionLimit
-from serve_app.gateway.auth import Authenticator
-from serve_app.gateway.bodies import BodyReader, drain
-from serve_app.gateway.errors import error_response
-from serve_app.gateway.exchange import ClientLeft, Exchange, Reply, new_request_id
-from serve_app.gateway.hosts import HostCheck
-from serve_app.gateway.rate import RateLimiter
-from serve_app.gateway.routes import PUBLIC, Endpoint, RouteTable
-from serve_app.gateway.shares import Shares
+from serve_app.gateway.edge.admission import AdmissionLimit
+from serve_app.gateway.edge.auth import Authenticator
+from serve_app.gateway.edge.bodies import BodyReader, drain
+from serve_app.gateway.edge.errors import error_response
+from serve_app.gateway.edge.exchange import ClientLeft, Exchange, Reply, new_request_id
+from serve_app.gateway.edge.hosts import HostCheck
+from serve_app.gateway.edge.rate import RateLimiter
+from serve_app.gateway.edge.routes import PUBLIC, Endpoint, RouteTable
+from serve_app.gateway.edge.shares import Shares
 from serve_app.telemetry import (
     GATEWAY_ONGOING,
     GATEWAY_REQUESTS,

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from serve_app.errors import ConfigError, InvalidRequest, ToolFailed, ToolRetry
 from serve_app.private_files import make_private_folder
 from serve_app.tools.base import Tool, ToolResult
+from serve_app.tools.builtin.corpus import Sentence, read_corpus, words
 from serve_app.tools.config import EncoderConfig, RetrievalConfig
-from serve_app.tools.corpus import Sentence, read_corpus, words
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import ToolFailed
-from serve_app.tools.sandbox_files import remove_tree
+from serve_app.tools.sandbox.files import remove_tree
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class ServerProcess:
         self._inbox = b""
         # Where this interpreter finds its shared libraries, if somebody had to tell it.
         loader = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
-        script = str(Path(__file__).with_name("sandbox_server.py"))
+        script = str(Path(__file__).with_name("server.py"))
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-B", "-P", "-s", "-S", script],

@@ -6,10 +6,10 @@ import re
 from typing import Any, ClassVar
 
 from serve_app.errors import ToolRetry, ToolTimeout
-from serve_app.tools.arithmetic import MAX_CHARS, UNICODE, evaluate
 from serve_app.tools.base import Tool, ToolResult
+from serve_app.tools.builtin.arithmetic import MAX_CHARS, UNICODE, evaluate
 from serve_app.tools.config import CalculatorConfig
-from serve_app.tools.sandbox import SandboxLimits, run_python
+from serve_app.tools.sandbox.client import SandboxLimits, run_python
 
 __all__ = ["Calculator", "evaluate", "is_algebra"]
 

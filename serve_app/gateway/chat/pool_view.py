@@ -6,7 +6,7 @@ from typing import Any
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import InvalidRequest, ModelNotFound, NoCandidate
-from serve_app.gateway.wire import ROUTED_MODEL
+from serve_app.gateway.chat.wire import ROUTED_MODEL
 from serve_app.schemas import ChatCall, MemberState, ModelMember, Pair, PoolState
 
 Json = dict[str, Any]

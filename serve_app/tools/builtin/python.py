@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from serve_app.errors import ToolRetry, ToolTimeout
 from serve_app.tools.base import Tool, ToolResult
 from serve_app.tools.config import PythonConfig
-from serve_app.tools.sandbox import SandboxLimits, SandboxResult, run_python, sandbox_server
+from serve_app.tools.sandbox.client import SandboxLimits, SandboxResult, run_python, sandbox_server
 
 MAX_CODE_CHARS = 100_000
 

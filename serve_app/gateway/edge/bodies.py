@@ -15,7 +15,7 @@ from serve_app.errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
-from serve_app.gateway.exchange import ClientLeft, Exchange
+from serve_app.gateway.edge.exchange import ClientLeft, Exchange
 
 _JSON_TYPE = re.compile(rb'application/json\s*+(;\s*+charset\s*+=\s*+"?utf-?8"?\s*+)?;?\s*+', re.I)
 """Possessive: 16 KB of blanks would take more than a second."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from serve_app.config import LimitsConfig
 from serve_app.errors import DeadlineExceeded, InvalidRequest
-from serve_app.gateway.schema_check import SchemaBudget
-from serve_app.gateway.wire import (
+from serve_app.gateway.chat.schema_check import SchemaBudget
+from serve_app.gateway.chat.wire import (
     AssistantMessage,
     AtlasOptions,
     ChatRequest,

@@ -1,0 +1,1 @@
+"""What only an admin's key may do over HTTP."""

@@ -1,0 +1,1 @@
+"""OpenAI's shape in and out: request bodies, checks, answers, streams."""

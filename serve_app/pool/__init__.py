@@ -1,0 +1,1 @@
+"""The pool: what is wanted, what runs, and the loop that brings the one to the other."""
