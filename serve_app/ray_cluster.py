@@ -10,7 +10,10 @@ import atexit
 import os
 import secrets
 import shutil
+import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ _HOW_TO_GIVE_IT = (
     "copy the cluster's token to ~/.ray/auth_token (mode 0600), or name it in RAY_AUTH_TOKEN or "
     "RAY_AUTH_TOKEN_PATH"
 )
+
+_REACH_S = 5.0
+"""How long the address of a cluster may take to accept a connection."""
 
 
 class ClusterRefused(ConnectionError):
@@ -49,9 +55,12 @@ def connect(address: str, **options: Any) -> None:
     _keep_loopback_addresses()
     if address == "local":
         _prepare_own_cluster()
+    else:
+        _check_reachable(address)
     _use_token()
     try:
-        ray.init(address=address, **options)
+        with nullcontext() if address == "local" else _one_try():
+            ray.init(address=address, **options)
     except AuthenticationError as error:
         raise ClusterRefused(
             f"RAY_AUTH_MODE is 'token', and there is no token: {_HOW_TO_GIVE_IT}"
@@ -63,6 +72,41 @@ def connect(address: str, **options: Any) -> None:
             f"the Ray cluster at {address!r} does not answer, or it asks for another token than "
             f"this process has; if it asks for one, {_HOW_TO_GIVE_IT}"
         ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """See that something listens at an address, before Ray tries for a quarter of an hour.
+
+    Raises:
+        ClusterRefused: If nothing does.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():  # `auto`
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ClusterRefused(
+            f"no Ray cluster can be reached at {address!r}: {reason}; is the address right, and "
+            "does the cluster run?"
+        ) from error
+
+
+@contextmanager
+def _one_try() -> Iterator[None]:
+    """Have Ray give a cluster up after its first try, which takes up to a minute, and not the 20th.
+
+    Ray tries as often as it may wait seconds for the cluster's first process.
+    """
+    name = "RAY_gcs_server_port_wait_time_s"
+    is_ours = name not in os.environ
+    os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        if is_ours:
+            del os.environ[name]
 
 
 def _keep_loopback_addresses() -> None:

@@ -15,8 +15,12 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.deployment import Application
+from ray.serve.exceptions import RayServeException
 
+from serve_app.config import load_config
 from serve_app.errors import ClusterDied, ConfigError
+from serve_app.gateway.deployment import http_address
+from serve_app.gateway.hosts import AuthMode, require_loopback
 from serve_app.graph import APP_NAME, BuildArgs, build_app
 from serve_app.pool.applications import ongoing_requests, running_replicas, serve_details
 from serve_app.pool.controller import PoolController, failure_reason
@@ -157,7 +161,14 @@ def running_graph(
         host: Address of the HTTP proxy.
         port: Port of the HTTP proxy.
         address: Ray cluster to join; `None` starts one in this process's session.
+
+    Raises:
+        ConfigError: If the configuration cannot work, or asks for no key where other machines could
+            connect.
+        ClusterRefused: If the cluster cannot be joined.
     """
+    auth_mode = load_config(config).gateway.auth.mode
+    require_loopback(auth_mode, host)
     # A cluster of our own on one machine: a small object store, no dashboard, and its only node
     # counts as one for replicas.
     own = {
@@ -171,11 +182,32 @@ def running_graph(
         interrupted = stack.enter_context(_signals_interrupt())
         # `local`: a cluster that happens to run here already is not ours to take.
         _join(address or "local", **(own if address is None else {}))
+        if address is not None:
+            _check_running_serve(auth_mode)
         stack.callback(_take_down)
         _set_signals(interrupted)  # Ray has set its own handler, which aborts
         serve.start(http_options={"host": host, "port": port})
         _deploy(build_app(BuildArgs(config=str(config))))
         yield RunningGraph(interrupted)
+
+
+def _check_running_serve(mode: AuthMode) -> None:
+    """Leave a cluster at once whose Serve listens where a deployment without keys must not.
+
+    Where Serve runs already it keeps its address, whatever is asked for here.
+
+    Raises:
+        ConfigError: If it does.
+    """
+    try:
+        host, _ = http_address()
+    except RayServeException:  # no Serve runs there yet
+        return
+    try:
+        require_loopback(mode, host)
+    except ConfigError:
+        ray.shutdown()
+        raise
 
 
 @contextmanager
