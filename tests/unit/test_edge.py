@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import pickle
 import socket
 import threading
 import time
@@ -11,9 +13,12 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx2
 import pytest
-from starlette.types import Message, Receive, Scope, Send
+from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.gateway.edge.proxy import ProxyEdge, middlewares
+from serve_app.errors import Unauthorized
+from serve_app.gateway.edge.auth import Authenticator
+from serve_app.gateway.edge.proxy import BodyGate, ProxyEdge, body_held_back, middlewares
 from tests.gateway_fakes import Loopback, eventually, read_all, running_gateway
 from tests.haproxy import started_haproxy
 
@@ -384,6 +389,108 @@ async def test_the_callers_request_id_gets_through_under_another_name() -> None:
 async def test_only_our_own_request_id_comes_back() -> None:
     _, returned = await headers_behind_the_proxy_edge([])
     assert returned == [(b"x-request-id", b"req_own")]
+
+
+class Flood:
+    """A caller that sends as fast as it is read, as a server gives the pieces to an application."""
+
+    def __init__(self, pieces: int) -> None:
+        self.taken = 0
+        self._pieces = pieces
+
+    async def receive(self) -> Message:
+        if self.taken == self._pieces:
+            await asyncio.Event().wait()
+        self.taken += 1
+        more = self.taken < self._pieces
+        return {"type": "http.request", "body": bytes(1024), "more_body": more}
+
+
+def as_serve_runs_it(app: ASGIApp) -> ASGIApp:
+    """An app behind Ray Serve's own reader of requests, which fills a queue."""
+
+    async def ingress(scope: Scope, receive: Receive, send: Send) -> None:
+        queue = ASGIDIReceiveProxy(scope, receive, asyncio.get_running_loop())
+        reading = queue.fetch_until_disconnect_task()
+        try:
+            await app(scope, queue, send)
+        finally:
+            reading.cancel()
+
+    return ProxyEdge(ingress)
+
+
+async def turns(count: int = 200) -> None:
+    """Let every other task run as far as it gets."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_serve_reads_no_body_while_the_key_is_looked_up(
+    gateway: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def owner(self: Authenticator, *_: object) -> str:
+        asked.set()
+        await answered.wait()
+        raise Unauthorized("the API key is not known here")
+
+    monkeypatch.setattr(Authenticator, "owner", owner)
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        **{"type": "http", "method": "POST", "path": "/v1/chat/completions", "root_path": ""},
+        **{"query_string": b"", "client": ("127.0.0.1", 1)},
+        "headers": [(b"host", b"localhost"), (b"transfer-encoding", b"chunked")],
+    }
+    flood = Flood(pieces=1000)
+    asking = asyncio.create_task(as_serve_runs_it(gateway.app)(scope, flood.receive, send))
+    await asked.wait()
+    await turns()
+    assert flood.taken <= 1  # held at the gate; all of it, were there none
+    answered.set()
+    await asking
+    assert sent[0]["status"] == 401
+    assert flood.taken == 1000  # read and forgotten behind the answer
+
+
+async def test_a_caller_that_leaves_while_its_body_is_held_back_is_noticed() -> None:
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    gate = BodyGate(receive)
+    gate.close()
+    assert (await gate.receive())["type"] == "http.disconnect"
+
+
+async def test_a_gate_may_be_opened_from_another_thread() -> None:
+    gate = BodyGate(Flood(pieces=2).receive)
+    gate.close()
+    waiting = asyncio.create_task(gate.receive())
+    await turns()
+    assert not waiting.done()
+    await asyncio.to_thread(gate.open)
+    assert (await waiting)["type"] == "http.request"
+    assert (await gate.receive())["type"] == "http.request"
+
+
+async def test_what_leaves_the_servers_process_has_no_gate() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scopes.append(pickle.loads(pickle.dumps(scope)))  # as Serve's proxies send it to a replica
+
+    scopes: list[Scope] = []
+    await ProxyEdge(app)({"type": "http", "headers": []}, Flood(0).receive, sent_nowhere)
+    (scope,) = scopes
+    with body_held_back(scope):
+        assert scope["atlas.body_gate"] is None
+
+
+async def sent_nowhere(message: Message) -> None:
+    raise AssertionError
 
 
 def test_serve_gets_the_proxy_edge_as_a_middleware() -> None:

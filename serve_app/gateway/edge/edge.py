@@ -28,6 +28,7 @@ from serve_app.gateway.edge.bodies import BodyReader, drain
 from serve_app.gateway.edge.errors import error_response
 from serve_app.gateway.edge.exchange import ClientLeft, Exchange, Reply, new_request_id
 from serve_app.gateway.edge.hosts import HostCheck
+from serve_app.gateway.edge.proxy import body_held_back
 from serve_app.gateway.edge.rate import RateLimiter
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint, RouteTable
 from serve_app.gateway.edge.shares import Shares
@@ -63,7 +64,7 @@ class Edge:
     Invariants:
         - At most `max_ongoing_requests` requests are past the edge at once, probes and the admin
           aside; the others are refused before their body is read. A request has no place before its
-          key is known to be good.
+          key is known to be good, and Serve reads none of its body.
         - While several keys call, none of them holds all places.
         - Of the requests that models work for, no more are taken than `AdmissionLimit` says.
         - No request outlives `max_deadline_s` by more than a second; when the client leaves, its
@@ -135,6 +136,18 @@ class Edge:
 
     async def _pass(self, scope: Scope, receive: Receive, reply: Reply, exchange: Exchange) -> None:
         """Check, read, and hand on."""
+        with body_held_back(scope):
+            headers, endpoint = await self._let_in(scope, exchange)
+        with self._place(exchange):
+            if endpoint.rule.reads_body:
+                await self._bodies.read(headers, receive, exchange)
+            with self._work_place(reply, exchange):
+                await self._run(endpoint, scope, receive, reply)
+
+    async def _let_in(
+        self, scope: Scope, exchange: Exchange
+    ) -> tuple[dict[bytes, bytes], Endpoint]:
+        """All that is checked before the body is looked at; headers and route."""
         headers, size = _read_headers(scope, exchange)
         endpoint, found = self._routes.find(scope)
         rule = exchange.rule = endpoint.rule
@@ -152,11 +165,7 @@ class Edge:
             exchange.owner = await self._authenticator.owner(authorization, rule.access)
             exchange.line.owner = exchange.owner
         scope.update(found)
-        with self._place(exchange):
-            if rule.reads_body:
-                await self._bodies.read(headers, receive, exchange)
-            with self._work_place(reply, exchange):
-                await self._run(endpoint, scope, receive, reply)
+        return headers, endpoint
 
     def _check_room(self) -> None:
         if self._ongoing >= self._limits.max_ongoing_requests:

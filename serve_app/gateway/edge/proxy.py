@@ -8,7 +8,10 @@ server when its environment says so at start (`serve_app.environment`).
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,8 +24,65 @@ _CONTROL = re.compile(
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
+BODY_GATE = "atlas.body_gate"
+"""Key of a request's `BodyGate` in its scope."""
+
+
+class BodyGate:
+    """Holds a request's body back while the gateway does not know yet whether it wants it.
+
+    Serve reads what a caller sends into a queue without a bound, as fast as it comes. What the gate
+    holds back stays in the server's buffer of 64 KiB, and then with the caller: TCP waits.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        """Stand before a request's messages, open; made in the server's event loop."""
+        self._receive = receive
+        self._loop = asyncio.get_running_loop()
+        self._opened = asyncio.Event()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Let no more of the body through."""
+        self._is_closed = True
+
+    def open(self) -> None:
+        """Let all through; may be called in another thread, where Serve runs handlers in one."""
+        self._is_closed = False
+        self._loop.call_soon_threadsafe(self._opened.set)
+
+    async def receive(self) -> Message:
+        """The next message; a piece of the body once the gate is open."""
+        message = await self._receive()
+        while self._is_closed and message["type"] == "http.request":
+            self._opened.clear()
+            if self._is_closed:  # still: nothing has opened it between the two lines above
+                await self._opened.wait()
+        return message
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """`None` in another process, where nothing could open the gate."""
+        return type(None), ()
+
+
+@contextmanager
+def body_held_back(scope: Scope) -> Iterator[None]:
+    """Let none of a request's body through in this block, where the server in front can wait."""
+    gate = scope.get(BODY_GATE)
+    if gate is None:
+        yield
+        return
+    gate.close()
+    try:
+        yield
+    finally:
+        gate.open()
+
+
 class ProxyEdge:
     """Takes Serve's control headers out of requests, and its request id out of responses.
+
+    A request's body passes a `BodyGate`, which the gateway finds in the scope.
 
     The caller's `x-request-id` goes on as `x-client-request-id` (empty where there is none fit for
     it), so that Serve makes its own; of several `x-request-id` in a response the app's, which is
@@ -54,7 +114,9 @@ class ProxyEdge:
                 message["headers"] = _with_one_request_id(message.get("headers") or ())
             await send(message)
 
-        await self._app({**scope, "headers": headers}, receive, send_one_request_id)
+        gate = BodyGate(receive)
+        inner = {**scope, "headers": headers, BODY_GATE: gate}
+        await self._app(inner, gate.receive, send_one_request_id)
 
 
 def _with_one_request_id(
