@@ -20,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 from serve_app.config import load_config
 from serve_app.errors import ClusterDied, ConfigError
 from serve_app.gateway.deployment import http_address
-from serve_app.gateway.hosts import AuthMode, require_loopback
+from serve_app.gateway.edge.hosts import AuthMode, require_loopback
 from serve_app.graph import APP_NAME, BuildArgs, build_app
 from serve_app.pool.applications import ongoing_requests, running_replicas, serve_details
 from serve_app.pool.controller import PoolController, failure_reason

@@ -12,7 +12,7 @@ import ray
 from typer.testing import CliRunner
 
 from serve_app import ray_cluster, running
-from serve_app.cli import app
+from serve_app.cli.app import app
 from serve_app.errors import ConfigError
 from serve_app.ray_cluster import ClusterRefused, connect
 
