@@ -34,6 +34,9 @@ _GRAMMARS = {"backend": "xgrammar"}
 """One compiler for every schema, which refuses what it does not know. Left to itself, vLLM falls
 back on others for rare keywords; one of them takes minutes and gigabytes for a hostile schema."""
 
+_COMPILERS_PLACE = re.compile(r"\[[0-9:]{8}\] /\S{1,200}:[0-9]{1,6}: ")
+"""What xgrammar puts before its messages: the time, and a line of its source."""
+
 
 class EngineServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
     """`LLMServer` that a new controller of Serve can take over."""
@@ -105,7 +108,7 @@ def _raise_if_error(answer: dict[str, Any], body: ChatBody) -> None:
         return
     code = error.get("code")
     if isinstance(code, int) and 400 <= code < 500:
-        raise refusal(str(error.get("message") or ""))
+        raise refusal(_COMPILERS_PLACE.sub("", str(error.get("message") or "")))
     raise _generation_failed(code, body)
 
 

@@ -200,3 +200,11 @@ def test_a_schema_that_the_engine_gives_up_on_is_the_callers_matter(
 def test_an_engine_that_fails_otherwise_is_to_blame(body: dict[str, Any], code: int) -> None:
     with pytest.raises(EngineError):
         _raise_if_error({"error": {"code": code, "message": "x"}}, body)
+
+
+def test_what_a_compiler_says_leaves_without_its_source_file() -> None:
+    place = "[22:06:56] /project/cpp/json_schema_converter.cc:4944: "
+    message = f"Failed to transform json schema into a grammar: {place}enum must not be empty"
+    with pytest.raises(InvalidRequest) as caught:
+        _raise_if_error({"error": {"code": 400, "message": message}}, STRUCTURED)
+    assert caught.value.message == message.replace(place, "")

@@ -301,9 +301,9 @@ def test_what_is_no_json_object_is_refused(body: bytes, words: str) -> None:
             "objects that count them",
         ),
         (
-            tool_with({"properties": {f"p{i}": {"maxLength": i} for i in range(65)}}),
+            tool_with({"properties": {f"p{i}": {"maxLength": i} for i in range(17)}}),
             "tools[0].function.parameters",
-            "64 texts and numbers with a range",
+            "16 different lengths of texts",
         ),
         ({"tools": tools_with(10, {"title": "x" * 60_000})}, None, "262144 bytes in all"),
         (
@@ -314,7 +314,7 @@ def test_what_is_no_json_object_is_refused(body: bytes, words: str) -> None:
         (
             {"tools": tools_with(10, {"properties": {"a": {"pattern": "(?i)x" * 100}}})},
             None,
-            "4096 characters of patterns in all",
+            "2048 characters of patterns, repetitions written out, in all",
         ),
         *(
             ({"response_format": structured(schema)}, SCHEMA_FIELD, "refers to itself without end")
@@ -343,6 +343,57 @@ def test_a_wrong_field_is_named(change: dict[str, Any], param: str | None, words
     if param is not None:
         assert error.param == param
     assert len(error.message) < 700
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "^[a-z]{1,3000}$",
+        "(([a-z]{1,20}){1,20}){1,20}",
+        "(a{99}){99}",
+        "x{1,99999999999}",
+        "(ab){2000}",
+    ],
+)
+def test_a_pattern_that_is_long_with_its_repetitions_written_out_is_refused(pattern: str) -> None:
+    schema = {"properties": {"a": {"type": "string", "pattern": pattern}}}
+    assert "characters of patterns" in refusal(tool_with(schema)).message
+    named = {"patternProperties": {pattern: {}}}
+    assert "characters of patterns" in refusal({"response_format": structured(named)}).message
+
+
+UUID = "^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$"
+
+
+def test_usual_patterns_and_lengths_are_taken() -> None:
+    fields: dict[str, Any] = {
+        f"p{i}": {"type": "string", "minLength": 1, "maxLength": 100} for i in range(100)
+    }
+    fields |= {f"n{i}": {"type": "integer", "minimum": i, "maximum": 99} for i in range(100)}
+    for index, pattern in enumerate(
+        (UUID, r"^\+?[0-9]{6,14}$", r"^[^@\]{3}]+@[a-z.]{1,99}$", r"\{9999}")
+    ):
+        fields[f"x{index}"] = {"type": "string", "pattern": pattern}
+    read({"response_format": structured({"properties": fields})})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "steps"),
+    [
+        ("abc", 3),
+        (r"\{9}", 3 + 1),
+        ("[a-z]{3}", 3 + 7),
+        ("[{9}]{2}", 2 + 7),
+        ("(ab{2,9}){3}", 3 * (1 + 9) + 10),
+        ("((a{9}){9}){9}", 9**3 + 13),
+        ("a{2,}", 2 + 4),
+        ("a{2,b", 5),
+        ("){2}", 2 + 3),
+        ("(" * 9, 9),
+    ],
+)
+def test_a_patterns_repetitions_are_written_out(pattern: str, steps: int) -> None:
+    assert schema_check._steps(pattern) == steps
 
 
 def test_prompts_are_bounded_in_all() -> None:

@@ -6,6 +6,7 @@ some 20 ms for the largest request. No pattern of a caller's is compiled here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,12 +24,22 @@ MAX_PROPERTIES = 256
 MAX_COUNTED_PROPERTIES = 64
 """Of all objects of a schema with `minProperties` or `maxProperties` together: there an engine's
 work grows with the fourth power."""
-MAX_RANGES = 64
-"""Texts and numbers of a schema with a smallest or largest length or value: an engine needs about
-a tenth of a second for each."""
+MAX_LENGTHS = 16
+"""Different pairs of `minLength` and `maxLength` in a schema. xgrammar's work grows with their
+square, and with the vocabulary: 16 take 1 to 2.5 s of a processor for the nano models (64: 18 s);
+with 128,000 tokens one takes 7 s for 100 characters, and 12 s for any more. Meanwhile the engine
+answers others, but not those that also ask for a schema that it does not know yet. Smallest and
+largest numbers cost next to nothing."""
 MAX_REQUEST_BYTES = 256 << 10
 MAX_REQUEST_NODES = 4_000
-MAX_REQUEST_PATTERN_CHARS = 4_096
+MAX_REQUEST_PATTERN_STEPS = 2_048
+"""Characters that the patterns of a request have with their repetitions written out. For one
+`{1,N}` xgrammar holds the engine's event loop, by the square of N: 3,000 take 0.7 s."""
+
+_PATTERN_PART = re.compile(
+    r"\\.|\[(?:\\.|[^\]\\])*+\]?|\{(?P<least>\d++)(?:,(?P<most>\d*+))?\}|.", re.DOTALL
+)
+"""One character, class of characters, bracket or repetition."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +48,7 @@ class _Finding:
 
     problem: str | None
     nodes: int = 0
-    pattern_chars: int = 0
+    pattern_steps: int = 0
 
 
 class SchemaBudget:
@@ -47,7 +58,7 @@ class SchemaBudget:
         """Start with nothing used."""
         self._bytes = 0
         self._nodes = 0
-        self._pattern_chars = 0
+        self._pattern_steps = 0
 
     def check(self, schema: dict[str, Any], field: str, *, is_object: bool = False) -> None:
         """Refuse a schema that is no JSON schema, is huge, or refers to anything outside itself.
@@ -73,11 +84,15 @@ class SchemaBudget:
             if found.problem is not None:
                 raise InvalidRequest(f"{field}: {found.problem}", field)
             self._nodes += found.nodes
-            self._pattern_chars += found.pattern_chars
+            self._pattern_steps += found.pattern_steps
         for used, most, unit in (
             (self._bytes, MAX_REQUEST_BYTES, "bytes"),
             (self._nodes, MAX_REQUEST_NODES, "nodes"),
-            (self._pattern_chars, MAX_REQUEST_PATTERN_CHARS, "characters of patterns"),
+            (
+                self._pattern_steps,
+                MAX_REQUEST_PATTERN_STEPS,
+                "characters of patterns, repetitions written out,",
+            ),
         ):
             if used > most:
                 raise InvalidRequest(
@@ -99,11 +114,40 @@ def _examine(encoded: bytes) -> _Finding:
     problem = _problem(schema, schemas) or _work_problem(schemas)
     if problem is not None:
         return _Finding(problem)
-    pattern_chars = sum(
-        len(found.get("pattern", "")) + sum(map(len, found.get("patternProperties", ())))
+    patterns = [
+        pattern
         for found in schemas
-    )
-    return _Finding(None, nodes, pattern_chars)
+        for pattern in (found.get("pattern", ""), *found.get("patternProperties", ()))
+    ]
+    chars = sum(map(len, patterns))
+    too_long = chars > MAX_REQUEST_PATTERN_STEPS
+    return _Finding(None, nodes, chars if too_long else sum(map(_steps, patterns)))
+
+
+def _steps(pattern: str) -> int:
+    """Characters of a regular expression with its repetitions written out; linear.
+
+    `(ab{2,9}){3}` has 3 * (1 + 9), and those of the notation, 10, which count as they are.
+    """
+    groups, last, notation = [0], 0, 0
+    for part in _PATTERN_PART.finditer(pattern):
+        notation += len(part[0])
+        most = part["most"] or part["least"]
+        if part[0] == "(":
+            groups.append(0)
+            last = 0
+        elif part[0] == ")" and len(groups) > 1:
+            last = groups.pop()
+            groups[-1] += last
+        elif most is not None:
+            times = int(most) if len(most) < 8 else 10**8
+            groups[-1] += last * max(times - 1, 0)
+            last *= max(times, 1)
+        else:
+            last = 1
+            groups[-1] += 1
+            notation -= 1
+    return sum(groups) + notation
 
 
 def _containers(schema: Any) -> Iterator[tuple[Any, int]]:
@@ -157,15 +201,18 @@ def _problem(root: dict[str, Any], schemas: list[dict[str, Any]]) -> str | None:
 
 def _work_problem(schemas: list[dict[str, Any]]) -> str | None:
     """Whether a valid schema asks for too much of an engine's work."""
-    ranges = counted = 0
+    lengths: set[tuple[Any, Any]] = set()
+    counted = 0
     for schema in schemas:
         properties = len(schema.get("properties", ()))
         if properties > MAX_PROPERTIES:
             return f"has an object with more than {MAX_PROPERTIES} properties"
         counted += 0 if _COUNTS.isdisjoint(schema) else properties
-        ranges += not _RANGES.isdisjoint(schema)
-    if ranges > MAX_RANGES:
-        return f"has more than {MAX_RANGES} texts and numbers with a range"
+        if not _LENGTHS.isdisjoint(schema):
+            lengths.add((schema.get("minLength"), schema.get("maxLength")))
+    if len(lengths) > MAX_LENGTHS:
+        limit = f"more than {MAX_LENGTHS} different lengths of texts"
+        return f"has {limit} ('minLength', 'maxLength')"
     if counted > MAX_COUNTED_PROPERTIES:
         limit = f"more than {MAX_COUNTED_PROPERTIES} properties in objects that count them"
         return f"has {limit} ('minProperties', 'maxProperties')"
@@ -254,10 +301,7 @@ _TYPES = frozenset({"array", "boolean", "integer", "null", "number", "object", "
 _IN_PLACE = frozenset({"allOf", "anyOf", "oneOf"})
 _REFERENCES = frozenset({"$ref", "$dynamicRef"})
 _COUNTS = frozenset({"minProperties", "maxProperties"})
-_RANGES = frozenset({"minLength", "maxLength", "minimum", "maximum"}) | {
-    "exclusiveMinimum",
-    "exclusiveMaximum",
-}
+_LENGTHS = frozenset({"minLength", "maxLength"})
 
 _SCHEMA = _Keyword(
     lambda value: isinstance(value, dict | bool),
