@@ -33,6 +33,7 @@ from benchmarks.hostile.cases import CASES, CHAT, Case, body
 from benchmarks.hostile.gateway import WATCH_FILE, LoopWatch
 from benchmarks.serving import free_port, machine, show_targets
 from benchmarks.stats import Target
+from serve_app.watchdog import watched
 
 ROOT = Path(__file__).parent.parent.parent
 MAX_HELD_MS = 50.0
@@ -131,7 +132,7 @@ async def _watch(port: int, process: psutil.Process, seen: list[float]) -> None:
         writer.close()
 
 
-async def _send(client: httpx2.AsyncClient, case: Case, content: bytes) -> int:
+async def send(client: httpx2.AsyncClient, case: Case, content: bytes) -> int:
     """The status of a case; of a stream that breaks off, that of the error in it.
 
     A client that leaves is no answer: 0.
@@ -182,7 +183,7 @@ async def measure(
                 watching = asyncio.create_task(_watch(port, process, seen))
                 await asyncio.sleep(4 * _PROBE_EVERY_S)
                 began_s = time.monotonic()
-                status = await _send(client, case, content)
+                status = await send(client, case, content)
                 seconds = time.monotonic() - began_s
                 await asyncio.sleep(4 * _PROBE_EVERY_S)
                 watching.cancel()
@@ -250,7 +251,8 @@ class Record:
 
 def run(cases: Sequence[Case], tries: int = TRIES) -> Record:
     """Start everything, send the cases."""
-    with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as gateway:
+    # However this process ends, the others end too.
+    with watched(), tempfile.TemporaryDirectory() as folder, running(Path(folder)) as gateway:
         url, process, watch = gateway
         before = process.memory_info().rss
         control_ms = asyncio.run(control(url, process))

@@ -168,7 +168,14 @@ async def chat(request: Request) -> Response:
 def main() -> None:
     """Serve on a port of loopback."""
     app = Starlette(routes=[Route("/v1/chat/completions", chat, methods=["POST"])])
-    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="critical")
+    # Without a limit, an endless answer outlives SIGTERM.
+    uvicorn.run(
+        app,
+        host="127.0.0.1",
+        port=int(sys.argv[1]),
+        log_level="critical",
+        timeout_graceful_shutdown=1,
+    )
 
 
 if __name__ == "__main__":

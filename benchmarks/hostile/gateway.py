@@ -241,7 +241,13 @@ async def serve_gateway(config: AtlasConfig, port: int, path: str) -> None:
         await asyncio.sleep(0.01)
     app = build_api(orchestrator, store, outcomes, Jobs(config, store, _NoLauncher()), config)
     options = uvicorn.Config(
-        app, host="127.0.0.1", port=port, log_level="critical", access_log=False, lifespan="off"
+        app,
+        host="127.0.0.1",
+        port=port,
+        log_level="critical",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
     )
     await uvicorn.Server(options).serve()
     orchestrator.close()
