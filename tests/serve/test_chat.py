@@ -398,3 +398,48 @@ def test_the_engine_hears_that_a_streaming_client_left(graph: Graph) -> None:
     while ongoing_requests("scripted-drip"):
         assert time.monotonic() < give_up_s
         time.sleep(0.2)
+
+
+# Schemas, by the real engine.
+
+
+def structured(schema: dict[str, object]) -> dict[str, object]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def says(graph: Graph, model: str, **fields: object) -> httpx.Response:
+    body = {"model": model, "messages": [{"role": "user", "content": "What is 2 + 2?"}], **fields}
+    return httpx.post(f"{graph.url}/v1/chat/completions", json=body, timeout=120)
+
+
+NEVER: dict[str, object] = {"type": "object", "properties": {"a": False}, "required": ["a"]}
+"""A valid schema that no value fits."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"$ref": "#"}, "refers to itself without end"),
+        (NEVER, "grammar"),
+        ({"type": "string", "pattern": r"(a)\1"}, "grammar"),
+        ({"type": "integer", "multipleOf": 3}, "not supported"),
+    ],
+)
+def test_a_schema_that_the_engine_cannot_compile_is_a_400_and_the_engine_lives(
+    graph: Graph, schema: dict[str, object], words: str, stream: bool
+) -> None:
+    refused = says(graph, "nano-math", response_format=structured(schema), stream=stream)
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert words in error["message"]
+    assert "/project" not in error["message"]  # the compiler's own messages name its source files
+    answered = says(graph, "nano-math", response_format=structured({"type": "integer"}))
+    assert answered.status_code == 200, answered.text
+
+
+def test_an_answer_fits_its_schema(graph: Graph) -> None:
+    schema: dict[str, object] = {"enum": ["yes", "no"]}
+    completion = says(graph, "nano-facts", response_format=structured(schema)).json()
+    assert completion["choices"][0]["message"]["content"] in ('"yes"', '"no"')
