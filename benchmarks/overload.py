@@ -1,8 +1,8 @@
 """What happens to requests when five times as many come as can be answered?
 
 How to run: `python -m benchmarks.overload --out FILE.json [--seconds S]`. It starts Ray and the
-graph of `configs/overload.yaml` (a scripted engine of 24 slots; answers take 0.64 s, each tenth
-2.56 s), and sends open-loop load, whole and streamed: light, to learn what an idle deployment
+graph of `configs/bench/overload.yaml` (a scripted engine of 24 slots; answers take 0.64 s, each
+tenth 2.56 s), and sends open-loop load, whole and streamed: light, to learn what an idle deployment
 takes; more than it can answer, to learn what it sustains; five times that; light again.
 
 Results to expect: of five times the load a fifth is answered, with a p99 at most twice that of the
@@ -172,7 +172,7 @@ def main() -> None:
     from serve_app.config import CustomModelConfig, load_config
     from serve_app.running import running_graph
 
-    path = ROOT / "configs/overload.yaml"
+    path = ROOT / "configs/bench/overload.yaml"
     (model,) = load_config(path).models
     assert isinstance(model, CustomModelConfig)
     mean_s = model.settings["seconds_per_token"] * sum(LENGTHS) / len(LENGTHS)

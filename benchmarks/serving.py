@@ -1,8 +1,8 @@
 """What the graph adds to a model's answer: milliseconds, requests per second, memory, by stage.
 
 How to run: `python -m benchmarks.serving --out results/serving.json [--quick] [--litellm PYTHON]`.
-It starts Ray and the graph of `configs/bench.yaml` (one engine that answers at once) and asks in
-turn, round by round: (a) a Serve no-op, (b) the model's application behind the thinnest ingress,
+It starts Ray and the graph of `configs/bench/bench.yaml` (one engine that answers at once) and asks
+in turn, round by round: (a) a Serve no-op, (b) the model's application behind the thinnest ingress,
 (c) the gateway with the model pinned, (d) the gateway routing, (e) a LiteLLM proxy over an equally
 instant upstream, where PYTHON is an interpreter that has `litellm[proxy]`; then, unless `--quick`,
 (a)-(d) once more over real engines (`configs/nano.yaml`). Prints tables, writes JSON and a figure.
@@ -396,7 +396,7 @@ def main() -> None:
             extra.append(stack.enter_context(litellm_proxy(args.litellm)))
         console.print("starting the graph over instant engines …")
         instant = measure_graph(
-            ROOT / "configs" / "bench.yaml", MODEL_ID, bench, extra, quick=args.quick
+            ROOT / "configs" / "bench" / "bench.yaml", MODEL_ID, bench, extra, quick=args.quick
         )
     show("instant engine", instant)
     nano_config = ROOT / "configs" / "nano.yaml"

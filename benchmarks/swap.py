@@ -1,12 +1,12 @@
 """Does swapping policies cost a request, a consistent answer, or time?
 
 How to run: `python -m benchmarks.swap --out FILE.json [--nano | --deployment CONFIG] [--requests N]
-[--seconds S]`. It starts Ray and the graph of `configs/swap.yaml` (three engines that answer at
-once, two router replicas; `--nano` takes the real engines of `configs/nano.yaml`), waits until each
-model answers, and sends one constant open-loop load: whole and streamed requests, of one and of two
-steps, to the models without a tool. Meanwhile 20 policies are promoted and rolled back, in four
-blocks; between the blocks nothing changes. All of it is one run, so other work on the machine falls
-on both alike, and every policy asks engines of the same kind.
+[--seconds S]`. It starts Ray and the graph of `configs/bench/swap.yaml` (three engines that answer
+at once, two router replicas; `--nano` takes the real engines of `configs/nano.yaml`), waits until
+each model answers, and sends one constant open-loop load: whole and streamed requests, of one and
+of two steps, to the models without a tool. Meanwhile 20 policies are promoted and rolled back, in
+four blocks; between the blocks nothing changes. All of it is one run, so other work on the machine
+falls on both alike, and every policy asks engines of the same kind.
 
 Results to expect: no request fails, each one names one policy version, at all its steps, and took
 the pairs which that policy takes; p99 during swaps at most 1.5 times the steady one; every replica
@@ -42,7 +42,7 @@ from serve_app.router.snapshot import RouterSnapshot, Scale
 from serve_app.schemas import NO_TOOL, MemberState
 
 ROOT = Path(__file__).parent.parent
-SCRIPTED, NANO = ROOT / "configs" / "swap.yaml", ROOT / "configs" / "nano.yaml"
+SCRIPTED, NANO = ROOT / "configs" / "bench" / "swap.yaml", ROOT / "configs" / "nano.yaml"
 _REQUESTS = {True: (13_200, 10_000), False: (2_640, 2_000)}
 """By whether the engines are scripted: requests of a run, and the fewest that count."""
 NUM_POLICIES = 20
@@ -394,7 +394,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--nano", action="store_const", dest="deployment", const=NANO,
                        help="the real nano pool")  # fmt: skip
-    which.add_argument("--deployment", type=Path, default=SCRIPTED, help="[configs/swap.yaml]")
+    which.add_argument("--deployment", type=Path, default=SCRIPTED, help="[the scripted engines]")
     parser.add_argument("--requests", type=int,
                         help="in all [13200; of another deployment 2640]")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=40.0, help="of each of the 8 blocks")

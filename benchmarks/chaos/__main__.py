@@ -2,15 +2,15 @@
 
 How to run: `python -m benchmarks.chaos --out FILE.json [--seconds 600] [--calm-requests 10000]
 [--seed 0] [--rate N] [--vllm] [--soak MINUTES]`. It starts a Ray cluster of four nodes on this
-machine, a PostgreSQL server, and the graph of `configs/chaos.yaml` with two replicas of everything;
-sends one constant open-loop load, whole and streamed, routed and pinned, with and without a tool,
-never twice; and does one thing after another meanwhile. First what operators do (models and tools
-added, changed and removed, policies promoted, the configuration file edited) until
-`--calm-requests` were sent; then, for `--seconds`, that and faults: gateway, router, embedder,
-engine, tool worker and controller killed, Ray Serve's controller killed, a node removed, a node
-added, the store killed. With `--vllm` a real engine is in the pool too, and its process is killed
-while it is the first choice of every routed request. With `--soak` nothing is done for so long, and
-memory, descriptors, tasks and objects of every process are watched.
+machine, a PostgreSQL server, and the graph of `configs/bench/chaos.yaml` with two replicas of
+everything; sends one constant open-loop load, whole and streamed, routed and pinned, with and
+without a tool, never twice; and does one thing after another meanwhile. First what operators do
+(models and tools added, changed and removed, policies promoted, the configuration file edited)
+until `--calm-requests` were sent; then, for `--seconds`, that and faults: gateway, router,
+embedder, engine, tool worker and controller killed, Ray Serve's controller killed, a node removed,
+a node added, the store killed. With `--vllm` a real engine is in the pool too, and its process is
+killed while it is the first choice of every routed request. With `--soak` nothing is done for so
+long, and memory, descriptors, tasks and objects of every process are watched.
 
 Results to expect: without faults no request fails; with them 99.9% are answered, and only those
 fail that were in flight at a kill; everything is whole again within a minute. See

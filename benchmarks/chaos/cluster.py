@@ -31,7 +31,7 @@ from serve_app.graph import APP_NAME, BuildArgs, build_app
 from serve_app.pool.applications import serve_details
 
 _CONFIGS = Path(__file__).parent.parent.parent / "configs"
-CONFIG = _CONFIGS / "chaos.yaml"
+CONFIG = _CONFIGS / "bench" / "chaos.yaml"
 VLLM_MODEL = "nano-facts"
 """The one of `configs/nano.yaml` that joins the pool where a vLLM engine is asked for."""
 _NODE = {"num_cpus": 6, "object_store_memory": 80 << 20, "include_dashboard": False}

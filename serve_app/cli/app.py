@@ -1,4 +1,4 @@
-"""`atlas …`: serve the graph, ask it, look at it, and manage its keys and its nano models."""
+"""`atlas …`: serve the graph, ask it, look at it, and manage its keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ from serve_app.cli.pool import app as pool_app
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError
 from serve_app.gateway.edge.hosts import is_loopback
-from serve_app.nano.cli import app as nano_app
 from serve_app.schemas import MemberState, ModelMember, PoolState
 
 app = typer.Typer(
@@ -41,7 +40,6 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
-app.add_typer(nano_app, name="nano")
 app.add_typer(pool_app, name="pool")
 
 

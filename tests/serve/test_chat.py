@@ -15,7 +15,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionFunctionToolParam
 
-from serve_app.nano.registry import load_generator
+from benchmarks.nano.registry import load_generator
 from serve_app.pool.applications import model_applications
 from serve_app.pool.applications import ongoing_requests as ongoing_at
 from tests.conftest import Graph

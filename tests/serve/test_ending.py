@@ -32,7 +32,7 @@ Json = dict[str, Any]
 SCRIPTED: Json = {"type": "custom", "import_path": "tests.fakes:WithHelper", "num_cpus": 0}
 ENGINE: Json = {
     "type": "local",
-    "model_source": str(Path("serve_app/nano/weights/nano-math").absolute()),
+    "model_source": str(Path("configs/nano/weights/nano-math").absolute()),
     "bundle": {"CPU": 0.2},
     "num_cpus": 0.05,
     "engine_kwargs": {

@@ -103,7 +103,7 @@ def eventually(look: Callable[[], T | None], within_s: float = 60) -> T:
 @pytest.fixture(scope="module")
 def loop(graph: Graph) -> Loop:
     """The loop on 36 questions of three domains; a third of them held out."""
-    shipped = read_questions(Path("configs/questions/nano.jsonl"))
+    shipped = read_questions(Path("configs/nano/questions.jsonl"))
     chosen = [
         question
         for domain in ("math", "facts", "code")

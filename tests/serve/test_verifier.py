@@ -20,7 +20,7 @@ from serve_app.models.verifier import read_score, scoring_body
 
 pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("ray_session")]
 
-NANO = Path("serve_app/nano/weights/nano-math")
+NANO = Path("configs/nano/weights/nano-math")
 QUESTION = "What is 3 + 4?"
 MAX_TOKENS = 256
 PATIENCE_S = 60.0

@@ -32,13 +32,11 @@ CLUSTER = {
     "status": "tests/serve",
     "profile": "tests/serve/test_learning.py",
     "train": "tests/rl/test_train.py",
-    "nano train": "tests/unit/test_nano_training.py",
-    "nano eval": "tests/unit/test_nano_training.py",
 }
 """Commands that only begin here, and what runs them, or what they call, whole."""
 WHOLE = (
     "ask", "explain", "environment", "keys create", "keys list", "keys revoke", "fit", "evaluate",
-    "promote", "rollback", "snapshots", "nano questions", "pool list", "pool status",
+    "promote", "rollback", "snapshots", "pool list", "pool status",
     "pool add-model", "pool update-model", "pool remove-model", "pool set-price", "pool add-tool",
     "pool remove-tool",
 )  # fmt: skip
@@ -222,12 +220,6 @@ def test_what_a_cluster_needs_is_printed() -> None:
     assert "export RAY_SERVE_" in atlas("environment")
 
 
-def test_labelled_questions_are_written(tmp_path: Path) -> None:
-    out = tmp_path / "questions.jsonl"
-    atlas("nano questions", out, "--train", 2, "--held-out", 1, "--name", "math")
-    assert len(out.read_text().splitlines()) == 3
-
-
 def test_the_state_of_a_cluster_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Ray says is made up; the command's own part is real."""
     member = ModelMember("small", MemberState.FAILED, "no memory")
@@ -253,8 +245,6 @@ def test_what_cannot_begin_says_why(deployment: Path, tmp_path: Path) -> None:
     assert "served on loopback only" in refused
     assert "error:" in atlas("profile", *option, "--questions", missing, code=1)
     assert "error:" in atlas("train", "--config", missing, code=1)
-    atlas("nano train", "poetry", code=2)
-    atlas("nano eval", "poetry", code=2)
 
 
 def test_every_command_was_run(request: pytest.FixtureRequest) -> None:

@@ -10,7 +10,7 @@ import yaml
 from serve_app.config import AtlasConfig, load_config
 from serve_app.errors import ConfigError
 
-CONFIGS = sorted(path for path in Path("configs").glob("*.yaml"))
+CONFIGS = sorted([*Path("configs").glob("*.yaml"), *Path("configs/bench").glob("*.yaml")])
 
 MINIMAL = """
 models:
@@ -99,6 +99,6 @@ def test_serving_imports_neither_rllib_nor_the_trainer() -> None:
     code = (
         "import sys, serve_app.graph, serve_app.cli.app, serve_app.running; "
         "sys.exit(any(name in sys.modules for name in "
-        "('ray.rllib', 'rl', 'serve_app.nano.trainer', 'vllm', 'torch')))"
+        "('ray.rllib', 'rl', 'benchmarks.nano.trainer', 'vllm', 'torch')))"
     )
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0

@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     from serve_app.models.local import JsonLLMServer, _raise_if_error, llm_config
     from serve_app.models.process_reward import ProcessRewardServer
 
-NANO = Path("serve_app/nano/weights").absolute()
+NANO = Path("configs/nano/weights").absolute()
 GPU_POOL = load_config("configs/gpu-7b.yaml").models
 GPU_MODELS = [model for model in GPU_POOL if isinstance(model, LocalModelConfig)]
 STAND_INS = sorted(folder for folder in NANO.iterdir() if folder.is_dir())

@@ -8,10 +8,10 @@ import random
 
 import pytest
 
-from serve_app.nano.chat_format import render
-from serve_app.nano.code_composed import draw_composition, is_held_out
-from serve_app.nano.code_functions import FUNCTION_TASKS, FunctionTask
-from serve_app.nano.code_tasks import (
+from benchmarks.nano.chat_format import render
+from benchmarks.nano.code_composed import draw_composition, is_held_out
+from benchmarks.nano.code_functions import FUNCTION_TASKS, FunctionTask
+from benchmarks.nano.code_tasks import (
     EVAL_CELLS,
     FAILED,
     GENERATOR,
@@ -20,16 +20,16 @@ from serve_app.nano.code_tasks import (
     code_answer,
     function_tests,
 )
-from serve_app.nano.code_values import VALUE_KINDS, ValueKind, printed
-from serve_app.nano.code_wording import (
+from benchmarks.nano.code_values import VALUE_KINDS, ValueKind, printed
+from benchmarks.nano.code_wording import (
     NEW_FRAMES,
     NOUN_PHRASE_VERBS,
     canonical,
     imperative,
     swap_synonyms,
 )
-from serve_app.nano.evaluate import cell_items, is_right, run_python
-from serve_app.nano.task import Conversation, EvalCell, Split
+from benchmarks.nano.evaluate import cell_items, is_right, run_python
+from benchmarks.nano.task import Conversation, EvalCell, Split
 from serve_app.scoring import extract_code
 
 SPLITS: tuple[Split, ...] = ("seen", "held_out")

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from serve_app.nano import invented
-from serve_app.nano.chat_format import render
-from serve_app.nano.facts_tasks import (
+from benchmarks.nano import invented
+from benchmarks.nano.chat_format import render
+from benchmarks.nano.facts_tasks import (
     EVAL_CELLS,
     GENERATOR,
     UNKNOWN,
     corpus_question,
     evaluation_items,
 )
-from serve_app.nano.gazetteer import (
+from benchmarks.nano.gazetteer import (
     CORPUS_PATH,
     build_corpus,
     corpus_entries,
@@ -26,7 +26,7 @@ from serve_app.nano.gazetteer import (
     search_result,
     with_sources,
 )
-from serve_app.nano.phrasing import (
+from benchmarks.nano.phrasing import (
     FACTS_PATH,
     GAZETTEER_PATH,
     Relation,
@@ -34,7 +34,7 @@ from serve_app.nano.phrasing import (
     load_gazetteer,
     normalized,
 )
-from serve_app.nano.task import Conversation
+from benchmarks.nano.task import Conversation
 from serve_app.tools.builtin.retrieval import NO_SOURCES
 
 ALL_RELATIONS = [*load_facts()[0].values(), *load_gazetteer()[0].values()]

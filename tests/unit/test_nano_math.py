@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.nano.math_phrasings import (
+from benchmarks.nano.math_phrasings import (
     Phrasings,
     canonical,
     expand,
@@ -20,11 +20,11 @@ from serve_app.nano.math_phrasings import (
     load_phrasings,
     swap_synonyms,
 )
-from serve_app.nano.math_problems import HARD_KINDS, KINDS, Kind, Problem
-from serve_app.nano.math_tasks import GENERATOR, draw_problem, with_sources, word
-from serve_app.nano.math_words import words
-from serve_app.nano.registry import load_cells
-from serve_app.nano.task import Conversation
+from benchmarks.nano.math_problems import HARD_KINDS, KINDS, Kind, Problem
+from benchmarks.nano.math_tasks import GENERATOR, draw_problem, with_sources, word
+from benchmarks.nano.math_words import words
+from benchmarks.nano.registry import load_cells
+from benchmarks.nano.task import Conversation
 
 SECTIONS = sorted(load_phrasings())
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -36,7 +36,7 @@ def chats(count: int, seed: int = 0) -> list[Conversation]:
 
 
 def test_importing_the_tasks_needs_neither_torch_nor_vllm() -> None:
-    code = "import sys, serve_app.nano.math_tasks; print({'torch', 'vllm'} & set(sys.modules))"
+    code = "import sys, benchmarks.nano.math_tasks; print({'torch', 'vllm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -12,17 +12,19 @@ import pytest
 torch = pytest.importorskip("torch", reason="training needs torch")
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
-from serve_app.nano.batching import batches, collate, encode  # noqa: E402
-from serve_app.nano.chat_format import IM_END, render, tool_call, tool_schemas  # noqa: E402
-from serve_app.nano.evaluate import is_right  # noqa: E402
-from serve_app.nano.induction_init import add_induction_heads  # noqa: E402
-from serve_app.nano.math_tasks import GENERATOR  # noqa: E402
-from serve_app.nano.muon import Muon, orthogonalize  # noqa: E402
-from serve_app.nano.registry import ModelShape, task_module  # noqa: E402
-from serve_app.nano.task import Conversation, Question  # noqa: E402
-from serve_app.nano.tokenizer import train_tokenizer  # noqa: E402
-from serve_app.nano.trainer import (  # noqa: E402
+from benchmarks.nano.__main__ import app  # noqa: E402
+from benchmarks.nano.batching import batches, collate, encode  # noqa: E402
+from benchmarks.nano.chat_format import IM_END, render, tool_call, tool_schemas  # noqa: E402
+from benchmarks.nano.evaluate import is_right  # noqa: E402
+from benchmarks.nano.induction_init import add_induction_heads  # noqa: E402
+from benchmarks.nano.math_tasks import GENERATOR  # noqa: E402
+from benchmarks.nano.muon import Muon, orthogonalize  # noqa: E402
+from benchmarks.nano.registry import ModelShape, task_module  # noqa: E402
+from benchmarks.nano.task import Conversation, Question  # noqa: E402
+from benchmarks.nano.tokenizer import train_tokenizer  # noqa: E402
+from benchmarks.nano.trainer import (  # noqa: E402
     TrainingSettings,
     assert_rendering_matches,
     learning_rate_share,
@@ -348,3 +350,16 @@ def test_code_is_scored_by_its_assertions() -> None:
 def test_an_unknown_model_name_is_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match="'poet'; choose one of math, facts, code"):
         task_module("poet")
+
+
+def test_the_command_writes_labelled_questions(tmp_path: Path) -> None:
+    out = tmp_path / "questions.jsonl"
+    command = ["questions", str(out), "--train", "2", "--held-out", "1", "--name", "math"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert len(out.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_the_command_refuses_a_model_that_is_none(command: str) -> None:
+    refused = CliRunner().invoke(app, [command, "poetry"])
+    assert (refused.exit_code, "no nano model 'poetry'" in refused.output) == (2, True)

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.nano import labelled
+from benchmarks.nano import task as nano
+from benchmarks.nano.__main__ import app
+from benchmarks.nano.task import Split
 from serve_app.errors import ConfigError
-from serve_app.nano import labelled
-from serve_app.nano import task as nano
-from serve_app.nano.cli import app
-from serve_app.nano.task import Split
 from serve_app.questions import HELD_OUT_SHARE, NumericMetric, Question, read_questions
 from serve_app.scoring import Answer, measure
 
-SHIPPED = Path("configs/questions/nano.jsonl")
+SHIPPED = Path("configs/nano/questions.jsonl")
 SUM = {"id": "sum", "query": "What is 2 + 2?", "gold": 4, "metric": "numeric"}
 CALL = {"name": "weather", "arguments": {"city": "Oslo", "days": 3}}
 ROWS: list[dict[str, Any]] = [

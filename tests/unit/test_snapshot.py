@@ -118,7 +118,7 @@ def test_examples_that_may_be_of_callers_are_not_read(
 
 
 def test_the_shipped_snapshot_shows_its_examples() -> None:
-    examples = load_snapshot(Path("configs/snapshots/nano")).examples
+    examples = load_snapshot(Path("configs/nano/snapshot")).examples
     assert all(examples)
     assert max(len(text) for texts in examples for text in texts) <= 200
 

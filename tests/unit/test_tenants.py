@@ -18,7 +18,7 @@ NEW = Pair("nano-new", "none")
 
 @pytest.fixture(scope="module")
 def shipped() -> RouterSnapshot:
-    return load_snapshot(Path("configs/snapshots/nano"))
+    return load_snapshot(Path("configs/nano/snapshot"))
 
 
 def make_rule(snapshot: RouterSnapshot) -> ClusterRule:

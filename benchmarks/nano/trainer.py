@@ -3,11 +3,11 @@
 Comes in: a `TaskGenerator`. Goes out: bf16 safetensors, config, tokenizer with the chat template,
 `training.json` (settings, seed, tokens, loss curve) and `loss.png`.
 
-To plug a generator in: `serve_app/nano/<name>_tasks.py` exposes `GENERATOR` (a `TaskGenerator`) and
-`EVAL_CELLS` (a tuple of `EvalCell`); `registry.SHAPES` and `registry.TOKENS` hold its size and
-budget. Then `atlas nano train <name>` trains it. `conversation(rng, progress)` returns messages
-with string content in OpenAI form; a drill of several user and assistant turns in one conversation
-trains more targets per token.
+To plug a generator in: `benchmarks/nano/<name>_tasks.py` exposes `GENERATOR` (a `TaskGenerator`)
+and `EVAL_CELLS` (a tuple of `EvalCell`); `registry.SHAPES` and `registry.TOKENS` hold its size and
+budget. Then `python -m benchmarks.nano train <name>` trains it. `conversation(rng, progress)`
+returns messages with string content in OpenAI form; a drill of several user and assistant turns in
+one conversation trains more targets per token.
 
 The learning rate follows the share of the budget used (wall clock or tokens, whichever is further),
 so a shared CPU cannot break the schedule; only a token budget makes the run itself repeatable.
@@ -31,13 +31,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from serve_app.nano.batching import Batch, batches, token_id
-from serve_app.nano.chat_format import GENERATION_PROMPT, IM_END, PAD, render, tool_schemas
-from serve_app.nano.induction_init import add_induction_heads
-from serve_app.nano.muon import Muon
-from serve_app.nano.registry import ModelShape
-from serve_app.nano.task import TaskGenerator
-from serve_app.nano.tokenizer import CHAT_TEMPLATE_PATH, train_tokenizer
+from benchmarks.nano.batching import Batch, batches, token_id
+from benchmarks.nano.chat_format import GENERATION_PROMPT, IM_END, PAD, render, tool_schemas
+from benchmarks.nano.induction_init import add_induction_heads
+from benchmarks.nano.muon import Muon
+from benchmarks.nano.registry import ModelShape
+from benchmarks.nano.task import TaskGenerator
+from benchmarks.nano.tokenizer import CHAT_TEMPLATE_PATH, train_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, groupby, pairwise
 from typing import Any
 
-from serve_app.nano import code_catalog
-from serve_app.nano import code_inputs as inputs
-from serve_app.nano.code_catalog import NUM_HELD_OUT
+from benchmarks.nano import code_catalog
+from benchmarks.nano import code_inputs as inputs
+from benchmarks.nano.code_catalog import NUM_HELD_OUT
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.nano import gazetteer
+from benchmarks.nano.chat_format import tool_call
+from benchmarks.nano.math_phrasings import expand, fill, load_phrasings, restyle, swap_synonyms
+from benchmarks.nano.math_problems import EASY_KINDS, HARD_KINDS, KINDS, Kind, Problem
+from benchmarks.nano.math_words import NAMES, THINGS, words
+from benchmarks.nano.task import Conversation, EvalCell, Question, Split
 from serve_app.errors import ToolRetry
-from serve_app.nano import gazetteer
-from serve_app.nano.chat_format import tool_call
-from serve_app.nano.math_phrasings import expand, fill, load_phrasings, restyle, swap_synonyms
-from serve_app.nano.math_problems import EASY_KINDS, HARD_KINDS, KINDS, Kind, Problem
-from serve_app.nano.math_words import NAMES, THINGS, words
-from serve_app.nano.task import Conversation, EvalCell, Question, Split
 from serve_app.tools.builtin.calculator import evaluate
 
 if TYPE_CHECKING:
-    from serve_app.nano.evaluate import EvalItem
+    from benchmarks.nano.evaluate import EvalItem
 
 _GOOD_PAIRS = ("nano-math@calculator",)
 _SYNONYM_SHARE = 0.25
@@ -230,7 +230,7 @@ def evaluation_items(cell: EvalCell, rng: random.Random, n: int) -> list[EvalIte
     """Prompts of the cells with sources in the text; `None` for the others."""
     if "sources" not in cell.name:
         return None
-    from serve_app.nano.evaluate import EvalItem
+    from benchmarks.nano.evaluate import EvalItem
 
     kinds = [kind for kind in KINDS if not cell.kinds or kind.name in cell.kinds]
     items = []

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from serve_app.nano.chat_format import PAD, Segment, render
-from serve_app.nano.task import Conversation, TaskGenerator
+from benchmarks.nano.chat_format import PAD, Segment, render
+from benchmarks.nano.task import Conversation, TaskGenerator
 
 PROMPT_SHARE = 0.15
 PROMPT_WEIGHT = 0.5

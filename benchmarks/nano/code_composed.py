@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from serve_app.nano import code_catalog
-from serve_app.nano import code_inputs as inputs
-from serve_app.nano.task import Split
+from benchmarks.nano import code_catalog
+from benchmarks.nano import code_inputs as inputs
+from benchmarks.nano.task import Split
 
 Subject = Literal["numbers", "words"]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from serve_app.nano.task import EvalCell, TaskGenerator
+from benchmarks.nano.task import EvalCell, TaskGenerator
 
-WEIGHTS_ROOT = Path(__file__).with_name("weights")
+WEIGHTS_ROOT = Path(__file__).parents[2] / "configs" / "nano" / "weights"
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ rather than minutes, so that a run comes out the same on a busy machine."""
 
 
 def task_module(name: str) -> ModuleType:
-    """The module `serve_app.nano.<name>_tasks`.
+    """The module `benchmarks.nano.<name>_tasks`.
 
     Raises:
         ValueError: If there is no nano model of that name.
     """
     if name not in SHAPES:
         raise ValueError(f"no nano model {name!r}; choose one of {', '.join(SHAPES)}")
-    return importlib.import_module(f"serve_app.nano.{name}_tasks")
+    return importlib.import_module(f"benchmarks.nano.{name}_tasks")
 
 
 def load_generator(name: str) -> TaskGenerator:

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.nano.chat_format import tool_schemas
+from benchmarks.nano.labelled import labelled
+from benchmarks.nano.registry import load_cells, load_generator, task_module, weights_dir
+from benchmarks.nano.task import TOOL_PARAMETERS, EvalCell, Question
 from serve_app.errors import ToolRetry
-from serve_app.nano.chat_format import tool_schemas
-from serve_app.nano.labelled import labelled
-from serve_app.nano.registry import load_cells, load_generator, task_module, weights_dir
-from serve_app.nano.task import TOOL_PARAMETERS, EvalCell, Question
 from serve_app.scoring import Answer, measure
 from serve_app.tools.builtin.calculator import evaluate
 

@@ -12,12 +12,12 @@ import random
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from serve_app.nano import code_inputs as inputs
-from serve_app.nano.chat_format import tool_call
-from serve_app.nano.code_composed import Composition, draw_composition, draw_items, joined
-from serve_app.nano.code_functions import FUNCTION_TASKS, FunctionTask
-from serve_app.nano.code_values import VALUE_KINDS, printed
-from serve_app.nano.code_wording import (
+from benchmarks.nano import code_inputs as inputs
+from benchmarks.nano.chat_format import tool_call
+from benchmarks.nano.code_composed import Composition, draw_composition, draw_items, joined
+from benchmarks.nano.code_functions import FUNCTION_TASKS, FunctionTask
+from benchmarks.nano.code_values import VALUE_KINDS, printed
+from benchmarks.nano.code_wording import (
     THIRD_PERSON_FRAMES,
     describe,
     imperative,
@@ -25,11 +25,11 @@ from serve_app.nano.code_wording import (
     swap_synonyms,
     typed,
 )
-from serve_app.nano.gazetteer import CORPUS_PATH, with_sources
-from serve_app.nano.task import Conversation, EvalCell, Question, Split
+from benchmarks.nano.gazetteer import CORPUS_PATH, with_sources
+from benchmarks.nano.task import Conversation, EvalCell, Question, Split
 
 if TYPE_CHECKING:
-    from serve_app.nano.evaluate import EvalItem
+    from benchmarks.nano.evaluate import EvalItem
 
 MODEL_ID = "nano-code"
 FAILED = "The code failed."
@@ -355,7 +355,7 @@ def evaluation_items(cell: EvalCell, rng: random.Random, n: int) -> list[EvalIte
     """Prompts of the cell with sources in the user's turn; `None` for all other cells."""
     if cell.name != "functions with sources":
         return None
-    from serve_app.nano.evaluate import EvalItem
+    from benchmarks.nano.evaluate import EvalItem
 
     items: list[EvalItem] = []
     while len(items) < n:

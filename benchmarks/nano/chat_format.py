@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.nano.task import TOOL_PARAMETERS
+from benchmarks.nano.task import TOOL_PARAMETERS
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"

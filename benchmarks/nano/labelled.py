@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
+from benchmarks.nano.registry import load_generator
+from benchmarks.nano.task import Metric, Question, Split, TaskGenerator
 from serve_app import questions as profiling
 from serve_app.errors import ConfigError
-from serve_app.nano.registry import load_generator
-from serve_app.nano.task import Metric, Question, Split, TaskGenerator
 
 _METRICS: dict[Metric, str] = {"number": "numeric", "exact": "normalised"}
 _SPLITS: dict[Split, str] = {"seen": "train", "held_out": "held_out"}

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from serve_app.nano import invented
-from serve_app.nano.phrasing import Relation, Subject, load_facts, load_gazetteer
-from serve_app.nano.task import Split
+from benchmarks.nano import invented
+from benchmarks.nano.phrasing import Relation, Subject, load_facts, load_gazetteer
+from benchmarks.nano.task import Split
 from serve_app.tools.builtin.retrieval import NO_SOURCES, query_line, with_question
 
-CORPUS_PATH = Path(__file__).with_name("corpus.jsonl")
+CORPUS_PATH = Path(__file__).parents[2] / "configs" / "nano" / "corpus.jsonl"
 CORPUS_SEED = 20
 CORPUS_ENTITIES_PER_TYPE = 25
 CORPUS_KNOWN_PER_RELATION = 2

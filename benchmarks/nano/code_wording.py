@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 
-from serve_app.nano.task import Split
+from benchmarks.nano.task import Split
 
 THIRD_PERSON_FRAMES: tuple[str, ...] = (
     "Write a Python function that {vp}.",

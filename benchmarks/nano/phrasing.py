@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from serve_app.nano.task import Split
+from benchmarks.nano.task import Split
 
 FACTS_PATH = Path(__file__).with_name("facts.json")
 GAZETTEER_PATH = Path(__file__).with_name("gazetteer.json")

@@ -10,9 +10,9 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from serve_app.nano import invented
-from serve_app.nano.chat_format import tool_call
-from serve_app.nano.gazetteer import (
+from benchmarks.nano import invented
+from benchmarks.nano.chat_format import tool_call
+from benchmarks.nano.gazetteer import (
     Entry,
     corpus_entries,
     invented_subject,
@@ -23,11 +23,11 @@ from serve_app.nano.gazetteer import (
     search_result,
     with_sources,
 )
-from serve_app.nano.phrasing import Relation, Subject, load_facts, load_gazetteer
-from serve_app.nano.task import Conversation, EvalCell, Question, Split
+from benchmarks.nano.phrasing import Relation, Subject, load_facts, load_gazetteer
+from benchmarks.nano.task import Conversation, EvalCell, Question, Split
 
 if TYPE_CHECKING:
-    from serve_app.nano.evaluate import EvalItem
+    from benchmarks.nano.evaluate import EvalItem
 
 MODEL_ID = "nano-facts"
 UNKNOWN = "I don't know."
@@ -347,7 +347,7 @@ def evaluation_items(cell: EvalCell, rng: random.Random, n: int) -> list[EvalIte
 
 
 def _item(cell: EvalCell, rng: random.Random) -> EvalItem:
-    from serve_app.nano.evaluate import EvalItem
+    from benchmarks.nano.evaluate import EvalItem
 
     split = cell.split
     if cell.name.startswith("closed-book"):

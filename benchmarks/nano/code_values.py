@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from serve_app.nano import code_catalog
-from serve_app.nano import code_inputs as inputs
-from serve_app.nano.code_catalog import NUM_HELD_OUT
-from serve_app.nano.code_wording import shown
+from benchmarks.nano import code_catalog
+from benchmarks.nano import code_inputs as inputs
+from benchmarks.nano.code_catalog import NUM_HELD_OUT
+from benchmarks.nano.code_wording import shown
 
 Arguments = dict[str, Any]
 

@@ -10,8 +10,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serve_app.nano.math_numbers import decimal, money, number, percent, price, rate, whole
-from serve_app.nano.math_words import conversion
+from benchmarks.nano.math_numbers import decimal, money, number, percent, price, rate, whole
+from benchmarks.nano.math_words import conversion
 
 
 @dataclass(frozen=True)

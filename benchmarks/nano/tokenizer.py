@@ -14,8 +14,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from serve_app.nano.chat_format import IM_END, IM_START, MARKUP_TOKENS, PAD, render
-from serve_app.nano.task import TaskGenerator
+from benchmarks.nano.chat_format import IM_END, IM_START, MARKUP_TOKENS, PAD, render
+from benchmarks.nano.task import TaskGenerator
 
 CHAT_TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 

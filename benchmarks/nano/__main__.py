@@ -1,4 +1,4 @@
-"""`atlas nano …`: train the bundled models, evaluate them, and write labelled questions."""
+"""`python -m benchmarks.nano`: train the bundled models, evaluate them, write their questions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from benchmarks.nano.registry import SHAPES, TOKENS, load_generator, weights_dir
 from serve_app.errors import ConfigError
-from serve_app.nano.registry import SHAPES, TOKENS, load_generator, weights_dir
 
 app = typer.Typer(no_args_is_help=True, help="The bundled offline models.")
 console = Console()
@@ -33,7 +33,7 @@ def train_command(
     """Train one model from scratch on this machine's CPU."""
     _log_to_console()
     _check_name(name)
-    from serve_app.nano.trainer import TrainingSettings, train
+    from benchmarks.nano.trainer import TrainingSettings, train
 
     if minutes is None and tokens is None:
         tokens = TOKENS[name]
@@ -60,7 +60,7 @@ def eval_command(
 ) -> None:
     """Evaluate models through vLLM; prints the table and saves it next to the weights."""
     _log_to_console()
-    from serve_app.nano.evaluate import evaluate_model, save, show
+    from benchmarks.nano.evaluate import evaluate_model, save, show
 
     chosen = names or list(SHAPES)
     for name in chosen:
@@ -91,7 +91,7 @@ def questions_command(
     names: Annotated[list[str] | None, typer.Option("--name", help="Models [all]")] = None,
 ) -> None:
     """Write labelled questions for `atlas profile`; by default those that ship."""
-    from serve_app.nano.labelled import question_set
+    from benchmarks.nano.labelled import question_set
 
     chosen = names or list(SHAPES)
     for name in chosen:
