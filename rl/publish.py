@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rl.evaluate.evaluate import (
     CANDIDATE,
@@ -31,16 +30,15 @@ from rl.evaluate.policies import MultiStep, Rule
 from rl.fit.fit import fit
 from rl.fit.selection import FitSettings
 from rl.profile.dataset import MAX_VERDICTS, read_dataset
-from rl.profile.outcomes import NotMeasured, Outcomes
+from rl.profile.outcomes import NotMeasured
 from serve_app.config import AtlasConfig
-from serve_app.embedder import TextEncoder
 from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused
-from serve_app.router.clusters import ClusterRule, Prior
-from serve_app.router.cold_start import ColdStartRule, pair_cards, pair_descriptors
-from serve_app.router.following import CARD_COSTS, LEARNED_UNTIL
+from serve_app.router.build_rule import CARD_COSTS, Cards, RuleSettings, build_rule, read_cards
+from serve_app.router.clusters import ClusterRule
+from serve_app.router.cold_start import ColdStartRule
+from serve_app.router.following import LEARNED_UNTIL
 from serve_app.router.library import SnapshotLibrary
 from serve_app.router.snapshot import RouterSnapshot
-from serve_app.schemas import Pair
 from serve_app.store import (
     Mode,
     Policy,
@@ -70,48 +68,6 @@ COLD_START = "cold-start"
 """Names that stand for a snapshot id."""
 
 
-Encode = Callable[[Sequence[str]], NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class Knowledge:
-    """What the configuration says of its pairs, before any outcome."""
-
-    cold_start: ColdStartRule
-    prior: Prior
-
-    def descriptors_of(self, pairs: tuple[Pair, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """(num_pairs, descriptor) of some of the configured pairs."""
-        assert self.prior.descriptors is not None
-        index = {pair: row for row, pair in enumerate(self.prior.pairs)}
-        return self.prior.descriptors[[index[pair] for pair in pairs]]
-
-    def likeness_of(self, outcomes: Outcomes) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """(num_queries, num_pairs) similarity of the queries to the cards of the pairs."""
-        index = {pair: row for row, pair in enumerate(self.prior.pairs)}
-        columns = [index[pair] for pair in outcomes.pairs]
-        return np.stack([self.cold_start.qualities(e)[columns] for e in outcomes.embeddings])
-
-
-def read_cards(config: AtlasConfig, encode: Encode | None = None) -> Knowledge:
-    """Embed the configured cards, in this process, as a router replica does.
-
-    Args:
-        config: The deployment.
-        encode: texts -> (num_texts, dim) L2-normalised; `None` takes the deployment's encoder.
-    """
-    encode = encode or TextEncoder(config.embedder, config.data_path() / "cache").encode
-    cards = pair_cards(config)
-    cold_start = ColdStartRule(cards, encode, config.router.example_top_k)
-    prior = Prior(
-        pairs=tuple(card.pair for card in cards),
-        costs_usd=np.array([card.cost_usd for card in cards], np.float32),
-        similarities=cold_start.qualities,
-        descriptors=pair_descriptors(cards, encode),
-    )
-    return Knowledge(cold_start, prior)
-
-
 async def fit_snapshot(
     config: AtlasConfig,
     store: Store,
@@ -136,22 +92,19 @@ async def fit_snapshot(
     """
     began_unix_s = time.time()
     dataset = await read_dataset(config, store, "train", with_traffic=with_traffic)
-    outcomes, knowledge = dataset.outcomes, read_cards(config)
+    outcomes, cards = dataset.outcomes, read_cards(config)
     snapshot = fit(
         outcomes,
         settings,
-        descriptors=knowledge.descriptors_of(outcomes.pairs),
-        likeness=knowledge.likeness_of(outcomes),
+        descriptors=cards.descriptors_of(outcomes.pairs),
+        likeness=cards.likeness_of(outcomes.embeddings, outcomes.pairs),
     )
     about = dict(snapshot.metadata) | {
         "num_verdicts": dataset.num_verdicts,
         "num_outdated": dataset.num_outdated,
         "fitted_unix_s": began_unix_s,
         LEARNED_UNTIL: began_unix_s if with_traffic else 0.0,
-        CARD_COSTS: {
-            str(pair): float(cost)
-            for pair, cost in zip(knowledge.prior.pairs, knowledge.prior.costs_usd, strict=True)
-        },
+        CARD_COSTS: cards.costs_usd(),
     }
     snapshot = replace(snapshot, metadata=about)
     return await keep_snapshot(config, store, snapshot), snapshot
@@ -215,14 +168,14 @@ async def evaluate_snapshot(
         StoreError: If the store is away.
     """
     verdicts = await read_verdicts(store, await verdict_ids(store, 0.0, MAX_VERDICTS))
-    knowledge = read_cards(config)
+    cards = read_cards(config)
     rated = await rated_trajectories(store, MAX_TRAJECTORIES)
     rules = {
-        name: _rule(config, knowledge, snapshot_id, verdicts)
+        name: _rule(config, cards, snapshot_id, verdicts)
         for name, snapshot_id in ((CANDIDATE, candidate), (SERVING_POLICY, against))
     }
     dataset = await read_dataset(config, store, "held_out")
-    others: dict[str, Rule | MultiStep] = {"cold_start": knowledge.cold_start}
+    others: dict[str, Rule | MultiStep] = {"cold_start": cards.cold_start}
     policies: dict[str, Rule | MultiStep] = {}
     stepping: dict[str, SteppingRule] = {}
     table: ReplayTable | None = None
@@ -256,25 +209,14 @@ async def evaluate_snapshot(
 
 
 def _rule(
-    config: AtlasConfig,
-    knowledge: Knowledge,
-    snapshot_id: str | None,
-    verdicts: Sequence[Verdict],
+    config: AtlasConfig, cards: Cards, snapshot_id: str | None, verdicts: Sequence[Verdict]
 ) -> ColdStartRule | ClusterRule | LearnedRule:
     """What a router replica would serve with, exploration off."""
     if snapshot_id is None:
-        return knowledge.cold_start
+        return cards.cold_start
     snapshot = SnapshotLibrary(config.snapshots_path()).load(snapshot_id, policy_version=1)
-    kind: type[ClusterRule | LearnedRule] = ClusterRule
-    if snapshot.policy:
-        # Only here: it takes torch.
-        from serve_app.router.learned import LearnedRule
-
-        kind = LearnedRule
-    fallback = config.router.fallback
-    rule = kind(
-        snapshot, knowledge.prior, fallback=None if fallback is None else Pair.parse(fallback)
-    )
+    rule = build_rule(snapshot, cards, RuleSettings.of(config, explores=False))
+    assert not isinstance(rule, ColdStartRule)
     fitted_until_s = float(snapshot.metadata.get(LEARNED_UNTIL, 0.0))
     for verdict in verdicts:
         if verdict.created_unix_s >= fitted_until_s:

@@ -18,11 +18,14 @@ COST_USD = 1e-5
 """Of every outcome."""
 
 
-def make_config(folder: Path, **settings: Any) -> AtlasConfig:
-    """The deployment, whose data is in a folder."""
+def make_config(
+    folder: Path, *, price: dict[str, float] | None = None, **settings: Any
+) -> AtlasConfig:
+    """The deployment, whose data is in a folder; every model has one price, or is free."""
     models = [
         {"type": "remote", "model_id": pair.model_id, "base_url": "http://127.0.0.1:1/v1",
-         "remote_model": "x", "tools": [pair.tool_id], "card": {"description": pair.model_id}}
+         "remote_model": "x", "tools": [pair.tool_id], "card": {"description": pair.model_id},
+         "price": price or {}}
         for pair in (SUMS, POEMS)
     ]  # fmt: skip
     tools = [{"type": "calculator", "tool_id": "calculator"}]
@@ -75,14 +78,14 @@ def make_outcome(
     return ProfileOutcome(**values | changes)
 
 
-async def fill(config: AtlasConfig, store: Store, num_questions: int = 80) -> None:
+async def fill(config: AtlasConfig, store: Store, num_questions: int = 80, **changes: Any) -> None:
     """Even questions are sums, odd ones poems; each pair is right on its own."""
     for number in range(num_questions):
         await add_questions(store, [make_question(config, number)])
         await add_outcomes(
             store,
             [
-                make_outcome(config, number, pair, float(number % 2 == place))
+                make_outcome(config, number, pair, float(number % 2 == place), **changes)
                 for place, pair in enumerate((SUMS, POEMS))
             ],
         )

@@ -27,8 +27,8 @@ from rl.ppo.table import ReplayTable
 from rl.ppo.train import split_table
 from rl.profile.dataset import Dataset, read_dataset
 from rl.profile.outcomes import Outcomes
-from rl.publish import read_cards
 from serve_app.config import AtlasConfig
+from serve_app.router.build_rule import read_cards
 from serve_app.router.clusters import ClusterRule, Prior
 from serve_app.router.learned import GATE_THRESHOLD, LearnedRule
 from serve_app.router.policy_net import PolicyNet
@@ -117,7 +117,7 @@ def read_bench(config: AtlasConfig, encoder: NamedEncoder | None = None) -> Benc
 
     def laid_out(dataset: Dataset) -> ReplayTable:
         outcomes = dataset.outcomes
-        likeness = knowledge.likeness_of(outcomes)
+        likeness = knowledge.likeness_of(outcomes.embeddings, outcomes.pairs)
         return make_table(dataset, knowledge.descriptors_of(outcomes.pairs), likeness, answers)
 
     return Bench(
@@ -126,7 +126,7 @@ def read_bench(config: AtlasConfig, encoder: NamedEncoder | None = None) -> Benc
         test=laid_out(test),
         prior=knowledge.prior,
         descriptors=knowledge.descriptors_of(train.outcomes.pairs),
-        likeness=knowledge.likeness_of(train.outcomes),
+        likeness=knowledge.likeness_of(train.outcomes.embeddings, train.outcomes.pairs),
         config=config,
     )
 

@@ -33,6 +33,7 @@ from serve_app.embedder import TextEncoder, find_model
 from serve_app.errors import ConfigError
 from serve_app.onnx_export import source_key
 from serve_app.private_files import make_private_folder
+from serve_app.router.build_rule import read_cards, repriced
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.features import DESCRIPTOR_DIM, NO_ANSWER, project
 from serve_app.router.snapshot import RouterSnapshot
@@ -84,14 +85,11 @@ async def read_replay(
         SnapshotError: If the snapshot does not fit the configuration.
         StoreError: If the store is away.
     """
-    # Not above: `publish` evaluates policies on tables of this module.
-    from rl.publish import read_cards
-
     dataset = await read_dataset(config, store, split)
-    knowledge = read_cards(config)
+    cards = read_cards(config)
     outcomes = dataset.outcomes
-    descriptors = knowledge.descriptors_of(outcomes.pairs)
-    likeness = knowledge.likeness_of(outcomes).astype(np.float32)
+    descriptors = cards.descriptors_of(outcomes.pairs)
+    likeness = cards.likeness_of(outcomes.embeddings, outcomes.pairs)
     table = make_table(dataset, descriptors, likeness, answer_encoder(config))
     if views is None:
         return table
@@ -103,7 +101,7 @@ async def read_replay(
             new_models=newcomer_view(outcomes, "model_id", descriptors, likeness, settings),
             new_tools=newcomer_view(outcomes, "tool_id", descriptors, likeness, settings),
         )
-    return with_rule(table, ClusterRule(views, knowledge.prior))
+    return with_rule(table, ClusterRule(repriced(views, cards), cards.prior))
 
 
 def answer_encoder(config: AtlasConfig) -> Encode:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rl.fit.traffic import fair_verdicts
 from rl.profile.outcomes import NotMeasured, Outcomes
+from rl.profile.prices import PriceHistory
 from rl.profile.run import fingerprint, thought_fingerprint
 from serve_app.config import AtlasConfig
 from serve_app.schemas import Pair
@@ -67,7 +68,7 @@ async def read_dataset(
     """The newest outcome of every configured pair on every labelled question.
 
     Outcomes of other settings of a model or a tool, or after another planner than the deployment's
-    has spoken, are left out.
+    has spoken, are left out. Dollars are at the prices of today.
 
     Args:
         config: The deployment.
@@ -83,7 +84,8 @@ async def read_dataset(
     encoder, planner = config.embedder.model, config.router.planner
     questions, rows = await read_profile(store, encoder, split)
     marks = {pair: fingerprint(config, pair) for pair in config.all_pairs()}
-    newest = _newest(rows, marks)
+    prices = await PriceHistory.read(config, store)
+    newest = prices.of_today(_newest(rows, marks))
     verdicts: list[Verdict] = []
     if with_traffic and questions:
         rated = await read_verdicts(store, await verdict_ids(store, 0.0, MAX_VERDICTS))
@@ -109,13 +111,13 @@ async def read_dataset(
     if planner is None:
         return dataset
     marks = {pair: fingerprint(config, pair, planner) for pair in pairs}
-    after = [row for row in _newest(rows, marks) if row.question_key in asked]
+    after = prices.of_today([of for of in _newest(rows, marks) if of.question_key in asked])
     if not after:
         return dataset
     mark = thought_fingerprint(config, planner)
     thoughts = {
         thought.question_key: thought
-        for thought in await read_thoughts(store, sorted(asked))
+        for thought in prices.of_today(await read_thoughts(store, sorted(asked)))
         if _is_of(thought.fingerprint, mark)
     }
     took = [thoughts.get(question.question_key) for question in questions]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.config import AtlasConfig
+from serve_app.config import AtlasConfig, PriceConfig
 from serve_app.errors import NoCandidate
 from serve_app.schemas import NO_TOOL, Candidate, Decision, Limits, Pair, Path
 
@@ -54,15 +54,33 @@ def pair_cards(config: AtlasConfig) -> tuple[PairCard, ...]:
         borrowed = (*model.card.examples, *(tool.examples if tool else ()))
         examples = card.examples if card and card.examples else borrowed
         texts = (" ".join(part for part in descriptor if part) or str(pair), *examples)
-        price = model.price
-        cost_usd = (
-            price.usd_per_1m_prompt_tokens * _TYPICAL_PROMPT_TOKENS
-            + price.usd_per_1m_completion_tokens * _TYPICAL_COMPLETION_TOKENS
-        ) / 1e6 + (tool.price_usd_per_call if tool and pair.tool_id != NO_TOOL else 0.0)
-        if tool is not None and tool.type == "best_of":
-            cost_usd *= tool.num_samples
+        cost_usd = typical_cost_usd(
+            model.price,
+            tool.price_usd_per_call if tool and pair.tool_id != NO_TOOL else 0.0,
+            tool.num_samples if tool is not None and tool.type == "best_of" else 1,
+        )
         cards.append(PairCard(pair, texts, cost_usd))
     return tuple(cards)
+
+
+def typical_cost_usd(
+    price: PriceConfig, usd_per_tool_call: float = 0.0, num_samples: int = 1
+) -> float:
+    """US dollars of a typical call of a pair.
+
+    Args:
+        price: Of the model.
+        usd_per_tool_call: Of the tool, which is called once.
+        num_samples: Answers that are drawn.
+    """
+    return num_samples * (
+        (
+            price.usd_per_1m_prompt_tokens * _TYPICAL_PROMPT_TOKENS
+            + price.usd_per_1m_completion_tokens * _TYPICAL_COMPLETION_TOKENS
+        )
+        / 1e6
+        + usd_per_tool_call
+    )
 
 
 def pair_descriptors(

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, NoCandidate
 from serve_app.pool.watcher import PoolWatcher
-from serve_app.router.clusters import ClusterRule, Prior
-from serve_app.router.cold_start import ColdStartRule, pair_cards, pair_descriptors
+from serve_app.router.build_rule import Cards, read_cards
+from serve_app.router.clusters import ClusterRule
+from serve_app.router.cold_start import ColdStartRule, pair_cards
 from serve_app.router.following import Following, PolicyFollower, Serving
 from serve_app.router.guard import PolicyGuard
 from serve_app.schemas import Decision, Limits, MemberState, Pair, PoolState, Seen, ShadowDecision
@@ -57,7 +58,7 @@ class Router:
         pool = await self._watcher.first()
         self._known = pool.config or config
         """The configuration with the pool whose cards the rules know."""
-        self._follower = PolicyFollower(config, *await self._read_cards(self._known))
+        self._follower = PolicyFollower(config, await self._read_cards(self._known))
         await self._follower.refresh()
         self._planner = config.router.planner
         self._guard = PolicyGuard(config, self._follower)
@@ -77,17 +78,16 @@ class Router:
             if config is None or config == self._known:
                 continue
             try:
-                await self._follower.use_cards(*await self._read_cards(config))
+                await self._follower.use_cards(await self._read_cards(config))
                 self._known = config
             except Exception:
                 logger.exception("the cards of the changed pool cannot be read; trying again")
                 await asyncio.sleep(_RETRY_S)
                 self._pool_changed.set()
 
-    async def _read_cards(self, config: AtlasConfig) -> tuple[ColdStartRule, Prior]:
+    async def _read_cards(self, config: AtlasConfig) -> Cards:
         """What the pairs of a pool say of themselves."""
-        cards = pair_cards(config)
-        texts = {text for card in cards for text in card.texts}
+        texts = {text for card in pair_cards(config) for text in card.texts}
         new = sorted(texts - self._vectors.keys())
         if new:
             async with asyncio.timeout(_EMBED_TIMEOUT_S):
@@ -99,13 +99,7 @@ class Router:
         def encode(wanted: Sequence[str]) -> NDArray[np.float32]:
             return np.stack([known[text] for text in wanted])
 
-        cold_start = ColdStartRule(cards, encode, config.router.example_top_k)
-        return cold_start, Prior(
-            pairs=tuple(card.pair for card in cards),
-            costs_usd=np.array([card.cost_usd for card in cards], np.float32),
-            similarities=cold_start.qualities,
-            descriptors=pair_descriptors(cards, encode),
-        )
+        return read_cards(config, encode)
 
     async def decide(
         self,

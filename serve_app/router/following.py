@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, SnapshotError
-from serve_app.router.clusters import ClusterRule, Prior
+from serve_app.router.build_rule import Cards, RuleSettings, build_rule, check_fit
+from serve_app.router.clusters import ClusterRule
 from serve_app.router.cold_start import ColdStartRule
 from serve_app.router.library import SnapshotLibrary
-from serve_app.router.snapshot import RouterSnapshot, load_snapshot
-from serve_app.schemas import Pair
+from serve_app.router.snapshot import load_snapshot
 from serve_app.store import (
     Mode,
     Policy,
@@ -47,10 +47,6 @@ logger = logging.getLogger(__name__)
 
 LEARNED_UNTIL = "learned_until_unix_s"
 """Metadata of a snapshot: verdicts up to this time were fitted, later ones are learned online."""
-
-CARD_COSTS = "card_costs_usd"
-"""Metadata of a snapshot: US dollars of a typical call of each pair at the prices it was fitted
-under, by pair."""
 
 _MAX_REPLAYED = 20_000
 """Verdicts learned at once at most; the discount makes older ones weigh next to nothing."""
@@ -112,20 +108,19 @@ class PolicyFollower:
           with it can be under way.
     """
 
-    def __init__(self, config: AtlasConfig, cold_start: ColdStartRule, prior: Prior) -> None:
+    def __init__(self, config: AtlasConfig, cards: Cards) -> None:
         """Begin with the cold-start rule.
 
         Args:
             config: The deployment.
-            cold_start: Serves before the first policy.
-            prior: What the cards say, for pairs that a policy does not know.
+            cards: Serve before the first policy, and say what a policy does not know of its pairs.
         """
         self._config = config
-        self._cold_start = cold_start
-        self._prior = prior
+        self._settings = RuleSettings.of(config, explores=True)
+        self._cards = cards
         self._library = SnapshotLibrary(config.snapshots_path())
         self._store: Store | None = None
-        self._main = Serving(Policy(0, None, "before the first policy", 0.0), cold_start)
+        self._main = Serving(Policy(0, None, "before the first policy", 0.0), cards.cold_start)
         self._trials: dict[Mode, Serving] = {}
         self._retired: dict[int, tuple[float, Serving]] = {}
         """Version to when it may go (monotonic clock), and the policy."""
@@ -139,7 +134,7 @@ class PolicyFollower:
         """Held while this replica's background work is with the store: one thing at a time, so that
         no policy is loaded twice."""
 
-    async def use_cards(self, cold_start: ColdStartRule, prior: Prior) -> None:
+    async def use_cards(self, cards: Cards) -> None:
         """Take over what the cards of a changed pool say, in every policy that decides.
 
         Requests under way keep the rule that they began with.
@@ -148,13 +143,12 @@ class PolicyFollower:
             AtlasError: If a policy cannot be loaded again; all stays as it was then.
         """
         async with self.at_work:
-            before = self._cold_start, self._prior
-            self._cold_start, self._prior = cold_start, prior
+            before, self._cards = self._cards, cards
             try:
                 main = await self._again(self._main)
                 trials = {mode: await self._again(held) for mode, held in self._trials.items()}
             except AtlasError:
-                self._cold_start, self._prior = before
+                self._cards = before
                 raise
             self._main, self._trials = main, trials
 
@@ -165,7 +159,7 @@ class PolicyFollower:
                 return await self._load(self._store, serving.policy)
             except SnapshotError as error:
                 logger.error("policy %d: %s", serving.policy_version, error.message)
-        return Serving(serving.policy, self._cold_start)
+        return Serving(serving.policy, self._cards.cold_start)
 
     @property
     def rule(self) -> ColdStartRule | ClusterRule | LearnedRule:
@@ -186,7 +180,7 @@ class PolicyFollower:
         """(num_pairs,) US dollars of a run of each pair, as far as the serving policy knows."""
         rule = self.rule
         if isinstance(rule, ColdStartRule):
-            return self._prior.costs_usd
+            return self._cards.prior.costs_usd
         return (rule if isinstance(rule, ClusterRule) else rule.clusters).costs_usd
 
     @property
@@ -281,7 +275,7 @@ class PolicyFollower:
             return
         try:
             snapshot = await asyncio.to_thread(load_snapshot, Path(folder))
-            self._check_fit(snapshot)
+            check_fit(snapshot, self._cards, self._settings.encoder)
         except SnapshotError as error:
             self._refused[0] = (math.inf, error.message)
             logger.error("router.snapshot is refused: %s", error.message)
@@ -350,33 +344,13 @@ class PolicyFollower:
 
     def _load_rule(self, policy: Policy) -> ColdStartRule | ClusterRule | LearnedRule:
         if policy.snapshot_id is None:
-            return self._cold_start
+            return self._cards.cold_start
         snapshot = self._library.load(policy.snapshot_id, policy.policy_version)
-        self._check_fit(snapshot)
-        snapshot = repriced(snapshot, self._prior)
-        exploration, fallback = self._config.router.exploration, self._config.router.fallback
-        build: type[ClusterRule | LearnedRule] = ClusterRule
         if snapshot.policy:
-            from serve_app.router import learned
+            from serve_app.router.learned import use_one_thread
 
-            learned.use_one_thread()
-            build = learned.LearnedRule
-        return build(
-            snapshot,
-            self._prior,
-            epsilon=exploration.epsilon,
-            method=exploration.method,
-            fallback=None if fallback is None else Pair.parse(fallback),
-        )
-
-    def _check_fit(self, snapshot: RouterSnapshot) -> None:
-        encoder = self._config.embedder.model
-        if snapshot.encoder != encoder:
-            raise SnapshotError(
-                f"the snapshot was fitted with encoder {snapshot.encoder!r}, and {encoder!r} embeds"
-            )
-        if not set(snapshot.pairs) & set(self._prior.pairs):
-            raise SnapshotError("the snapshot knows no pair of this pool")
+            use_one_thread()
+        return build_rule(snapshot, self._cards, self._settings)
 
     def _everything(self) -> Iterator[Serving]:
         yield self._main
@@ -425,30 +399,6 @@ class PolicyFollower:
             if number % _LEARNED_AT_ONCE == _LEARNED_AT_ONCE - 1:
                 await asyncio.sleep(0)
         serving.learned &= set(ids)
-
-
-def repriced(snapshot: RouterSnapshot, prior: Prior) -> RouterSnapshot:
-    """A snapshot with its dollars at the prices of today.
-
-    What a pair costs changes as its typical call does; a pair that was free gets the price of one.
-
-    Args:
-        snapshot: As fitted; one that does not say under which prices stays as it is.
-        prior: Has the typical calls of today.
-    """
-    then = snapshot.metadata.get(CARD_COSTS, {})
-    now = {str(pair): float(cost) for pair, cost in zip(prior.pairs, prior.costs_usd, strict=True)}
-    costs_usd, pair_costs_usd = snapshot.costs_usd.copy(), snapshot.pair_costs_usd.copy()
-    for column, pair in enumerate(map(str, snapshot.pairs)):
-        before, after = then.get(pair), now.get(pair)
-        if before is None or after is None or math.isclose(before, after, rel_tol=1e-5):
-            continue
-        if before > 0:
-            costs_usd[:, column] *= after / before
-            pair_costs_usd[column] *= after / before
-        else:
-            costs_usd[:, column] = pair_costs_usd[column] = after
-    return replace(snapshot, costs_usd=costs_usd, pair_costs_usd=pair_costs_usd)
 
 
 def share_of(request_id: str) -> float:

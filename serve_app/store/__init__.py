@@ -35,7 +35,7 @@ from serve_app.store.policies import (
     serving_policies,
     trial_policies,
 )
-from serve_app.store.pool import PoolRevision, add_pool, newest_pool
+from serve_app.store.pool import PoolRevision, add_pool, newest_pool, pool_history
 from serve_app.store.profiles import (
     ProfileOutcome,
     ProfileQuestion,
@@ -89,6 +89,7 @@ __all__ = [
     "list_snapshots",
     "measured",
     "newest_pool",
+    "pool_history",
     "publish",
     "rated_requests",
     "rated_trajectories",

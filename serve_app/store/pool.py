@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import RowMapping, delete, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from serve_app.store.database import Store
@@ -50,7 +50,19 @@ async def newest_pool(store: Store) -> PoolRevision | None:
         row = (await connection.execute(query)).mappings().first()
     if row is None:
         return None
-    return PoolRevision(**{**row, "models": tuple(row["models"]), "tools": tuple(row["tools"])})
+    return _revision(row)
+
+
+async def pool_history(store: Store) -> list[PoolRevision]:
+    """Every revision that is kept, the oldest first.
+
+    Raises:
+        StoreError: If the store is away.
+    """
+    query = select(PoolRevisionRow.__table__).order_by(PoolRevisionRow.revision)
+    async with store.begin() as connection:
+        rows = (await connection.execute(query)).mappings().all()
+    return [_revision(row) for row in rows]
 
 
 async def add_pool(
@@ -80,3 +92,7 @@ async def add_pool(
     except IntegrityError:
         return None
     return row
+
+
+def _revision(row: RowMapping) -> PoolRevision:
+    return PoolRevision(**{**row, "models": tuple(row["models"]), "tools": tuple(row["tools"])})

@@ -11,10 +11,11 @@ import pytest
 from rl.ppo.backend import ReplayBackend
 from rl.ppo.replay import answer_encoder, read_replay
 from rl.profile.run import fingerprint, thought_fingerprint
-from rl.publish import fit_snapshot, read_cards
+from rl.publish import fit_snapshot
 from serve_app.config import AtlasConfig, RouterConfig
 from serve_app.embedder import TextEncoder
 from serve_app.errors import ConfigError
+from serve_app.router.build_rule import read_cards
 from serve_app.router.clusters import ClusterRule
 from serve_app.router.features import NO_ANSWER, project
 from serve_app.store import (

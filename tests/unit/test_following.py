@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
 from serve_app.router import following
+from serve_app.router.build_rule import Cards
 from serve_app.router.clusters import ClusterRule, Prior
 from serve_app.router.cold_start import ColdStartRule, PairCard
 from serve_app.router.following import LEARNED_UNTIL, PolicyFollower
@@ -86,7 +87,9 @@ def make_follower(config: AtlasConfig) -> PolicyFollower:
     cold_start = ColdStartRule(
         cards, lambda texts: np.eye(len(MATHS), dtype=np.float32)[: len(texts)]
     )
-    follower = PolicyFollower(config, cold_start, Prior(PAIRS, COSTS_USD, cold_start.qualities))
+    follower = PolicyFollower(
+        config, Cards(cold_start, Prior(PAIRS, COSTS_USD, cold_start.qualities))
+    )
     _followers.append(follower)
     return follower
 

@@ -29,9 +29,12 @@ from rl.publish import (
     resolve,
     roll_back,
 )
-from serve_app.config import AtlasConfig
+from serve_app.config import AtlasConfig, PriceConfig
 from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused
-from serve_app.router.following import LEARNED_UNTIL
+from serve_app.pool.desired import DesiredPool
+from serve_app.router.build_rule import read_cards
+from serve_app.router.clusters import ClusterRule
+from serve_app.router.following import LEARNED_UNTIL, PolicyFollower
 from serve_app.router.library import SnapshotLibrary
 from serve_app.router.snapshot import DOCUMENT_FILE
 from serve_app.schemas import (
@@ -40,6 +43,7 @@ from serve_app.schemas import (
     Candidate,
     Circumstances,
     Decision,
+    Limits,
     Pair,
     Report,
     Step,
@@ -60,6 +64,7 @@ from serve_app.store import (
 )
 from tests.policy_data import make_policy
 from tests.profile_data import (
+    COST_USD,
     DIM,
     POEMS,
     SUMS,
@@ -251,6 +256,52 @@ async def test_a_snapshot_with_a_policy_is_evaluated_step_by_step(
         -report.at_default.difference.utility.mean
     )
     assert PATH_2 not in back.at_default.contenders  # only of the candidate
+
+
+PRICED = {"usd_per_1m_prompt_tokens": 1.0, "usd_per_1m_completion_tokens": 1.0}
+
+
+async def serving_rule(config: AtlasConfig, snapshot_id: str) -> ClusterRule:
+    """What a router replica decides by."""
+    follower = PolicyFollower(config, read_cards(config))
+    await follower.refresh()
+    try:
+        assert follower.state().snapshot_id == snapshot_id
+        assert isinstance(follower.rule, ClusterRule)
+        return follower.rule
+    finally:
+        assert follower.store is not None
+        await follower.store.close()
+
+
+async def test_after_a_change_of_prices_the_gate_judges_by_the_costs_that_are_served(
+    tmp_path: Path, store_url: str, store: Store
+) -> None:
+    before = make_config(tmp_path, store={"url": store_url}, price=PRICED)
+    pool = DesiredPool(before, store)
+    await pool.apply_file()
+    await fill(before, store, 120, created_unix_s=time.time())
+    first, _ = await fit_snapshot(before, store, QUICK)
+    await promote(store, first, "a test")
+    dear = PriceConfig(**{name: 100 * usd for name, usd in PRICED.items()})
+    await pool.set_price(SUMS.model_id, dear)
+    after = await pool.current()
+    alpha = 0.6
+    rule = await serving_rule(after, first)
+    served = [
+        rule.decide(
+            np.frombuffer(topic_vector(topic), "<f4"), Limits(alpha, 60.0), (SUMS, POEMS), 1
+        ).pair
+        for topic in (0, 1)
+    ]
+    assert served == [POEMS, POEMS]  # sums are right on half of the questions, and too dear
+    report = await evaluate_snapshot(after, store, first, None)
+    contenders = next(at for at in report.at_alpha if at.alpha == alpha).contenders
+    judged = contenders[CANDIDATE]
+    assert judged.score.mean == pytest.approx(0.5)
+    assert judged.cost_usd.mean == pytest.approx(COST_USD)
+    assert contenders[str(SUMS)].cost_usd.mean == pytest.approx(100 * COST_USD)
+    assert contenders[str(SUMS)].utility.mean == pytest.approx((1 - alpha) * 0.5 - alpha)
 
 
 async def log_explored(config: AtlasConfig, store: Store, number: int = 180) -> None:
