@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.stats import Target
 from rl.ppo.env import EnvSettings, Episodes, RoutingEnv, VectorRoutingEnv
 from rl.ppo.table import ReplayTable, View
-from serve_app.router.features import DESCRIPTOR_DIM
+from serve_app.router.policy.features import DESCRIPTOR_DIM
 from serve_app.schemas import Pair
 
 MIN_SPEEDUP = 5.0

@@ -37,8 +37,8 @@ from benchmarks.stats import Target, percentile
 from benchmarks.swap_load import Answer, SwapLoad
 from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError
-from serve_app.router.cold_start import PairCard, pair_cards
-from serve_app.router.snapshot import RouterSnapshot, Scale
+from serve_app.router.rules.cold_start import PairCard, pair_cards
+from serve_app.router.snapshots.snapshot import RouterSnapshot, Scale
 from serve_app.schemas import NO_TOOL, MemberState
 
 ROOT = Path(__file__).parent.parent
@@ -149,9 +149,9 @@ def eager_policy(dim: int) -> dict[str, NDArray[np.float32]]:
     """
     import torch
 
-    from serve_app.router.features import DESCRIPTOR_DIM
-    from serve_app.router.learned import GATE_THRESHOLD
-    from serve_app.router.policy_net import PolicyNet
+    from serve_app.router.policy.features import DESCRIPTOR_DIM
+    from serve_app.router.policy.policy_net import PolicyNet
+    from serve_app.router.rules.policy_rule import GATE_THRESHOLD
 
     net = PolicyNet(dim)
     with torch.no_grad():

@@ -33,12 +33,18 @@ from rl.profile.dataset import MAX_VERDICTS, read_dataset
 from rl.profile.outcomes import NotMeasured
 from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused
-from serve_app.router.build_rule import CARD_COSTS, Cards, RuleSettings, build_rule, read_cards
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.cold_start import ColdStartRule
-from serve_app.router.following import LEARNED_UNTIL
-from serve_app.router.library import SnapshotLibrary
-from serve_app.router.snapshot import RouterSnapshot
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.cold_start import ColdStartRule
+from serve_app.router.serving.follower import LEARNED_UNTIL
+from serve_app.router.snapshots.build_rule import (
+    CARD_COSTS,
+    Cards,
+    RuleSettings,
+    build_rule,
+    read_cards,
+)
+from serve_app.router.snapshots.library import SnapshotLibrary
+from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.store import (
     Mode,
     Policy,
@@ -57,7 +63,7 @@ from serve_app.store import (
 
 if TYPE_CHECKING:
     from rl.ppo.table import ReplayTable
-    from serve_app.router.learned import LearnedRule
+    from serve_app.router.rules.policy_rule import LearnedRule
 
 MAX_TRAJECTORIES = 5_000
 """Rated requests of path 2 that are judged at most, the newest: each is decided anew."""

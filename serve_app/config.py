@@ -273,7 +273,7 @@ class RollbackConfig(BaseConfig):
     enabled: bool = True
     min_verdicts: int = Field(default=50, ge=2)
     """Rated requests of either policy before they are compared. Where keys are required, at least
-    five keys must have rated them: see `router.guard`."""
+    five keys must have rated them: see `router.serving.rollback`."""
     error_rate: float = Field(default=0.05, gt=0, lt=1)
     """Chance at most that a policy which is not worse is ever taken back, however often it is
     looked at."""

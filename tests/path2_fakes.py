@@ -29,8 +29,8 @@ from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.engines import ModelClients
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.router.deployment import Router
-from serve_app.router.library import SnapshotLibrary
-from serve_app.router.snapshot import RouterSnapshot
+from serve_app.router.snapshots.library import SnapshotLibrary
+from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import (
     ChatCall,
     Limits,

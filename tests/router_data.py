@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from rl.fit.selection import FitSettings
 from rl.profile.outcomes import Outcomes
-from serve_app.router.snapshot import RouterSnapshot, Scale
+from serve_app.router.snapshots.snapshot import RouterSnapshot, Scale
 from serve_app.schemas import Limits, Pair
 
 DIM = 16

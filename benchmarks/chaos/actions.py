@@ -19,7 +19,7 @@ from benchmarks.swap import ranked_snapshot
 from rl.publish import keep_snapshot, promote
 from serve_app.config import load_config
 from serve_app.graph import APP_NAME
-from serve_app.router.cold_start import pair_cards
+from serve_app.router.rules.cold_start import pair_cards
 from serve_app.store import Store
 
 FAULTS = (

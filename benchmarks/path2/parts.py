@@ -28,8 +28,8 @@ from rl.ppo.config import TrainConfig
 from rl.ppo.randomise import EnvSettings
 from rl.ppo.reward import RewardSettings
 from rl.ppo.table import ReplayTable
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.snapshot import RouterSnapshot
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import NO_TOOL
 
 Index = NDArray[np.intp]

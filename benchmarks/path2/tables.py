@@ -27,7 +27,7 @@ from rl.ppo.replay import make_table
 from rl.ppo.rollout import run_once
 from rl.ppo.table import ReplayTable
 from rl.profile.dataset import Dataset
-from serve_app.router.clusters import ClusterRule
+from serve_app.router.rules.clusters import ClusterRule
 
 KNN = "guarded kNN"
 TASK_TABLES = ("llmrouter",)

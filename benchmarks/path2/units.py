@@ -19,8 +19,8 @@ from rl.evaluate.policies import ask
 from rl.ppo.replay import with_rule
 from rl.ppo.rollout import PATH_2_ALONE, GatedPolicy, Requests, run_once
 from rl.ppo.table import ReplayTable
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.cold_start import normalised_cost
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.cold_start import normalised_cost
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]

@@ -11,7 +11,7 @@ import numpy as np
 from rl.fit.fit import fit
 from rl.fit.selection import FitSettings
 from rl.profile.outcomes import Outcomes
-from serve_app.router.clusters import ClusterRule
+from serve_app.router.rules.clusters import ClusterRule
 from serve_app.schemas import Limits, Pair
 
 _DIM = 384

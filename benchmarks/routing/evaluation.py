@@ -14,9 +14,9 @@ from benchmarks.routing.metrics import Evaluation, Figure, figures, mean_figure,
 from rl.fit.fit import fit
 from rl.fit.pareto import ALPHAS, sweep_choices
 from rl.fit.selection import FitSettings
-from serve_app.router.clusters import ClusterRule, Prior
-from serve_app.router.cold_start import normalised_cost
-from serve_app.router.gate import NEAR_ORACLE
+from serve_app.router.rules.clusters import ClusterRule, Prior
+from serve_app.router.rules.cold_start import normalised_cost
+from serve_app.router.rules.gate import NEAR_ORACLE
 from serve_app.schemas import LOCAL_OWNER, Pair
 
 Array = NDArray[np.float32]

@@ -19,8 +19,8 @@ from rl.fit.fit import fit
 from rl.fit.pareto import COARSE_ALPHAS, aiq_log, sweep_choices
 from rl.fit.selection import FitSettings
 from rl.profile.outcomes import Outcomes
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.cold_start import normalised_cost
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.cold_start import normalised_cost
 
 Array = NDArray[np.float32]
 _NUM_FOLDS = 5

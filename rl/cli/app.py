@@ -162,7 +162,7 @@ def fit_command(
     """Fit a router on the outcomes measured so far. It does not serve before `atlas promote`."""
     from rl.fit.selection import FitSettings
     from rl.publish import fit_snapshot
-    from serve_app.router.snapshot import save_snapshot
+    from serve_app.router.snapshots.snapshot import save_snapshot
 
     deployment = load(config)
     began_s = time.monotonic()

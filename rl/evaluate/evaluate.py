@@ -32,7 +32,7 @@ from rl.evaluate.off_policy import (
 )
 from rl.evaluate.policies import Interval, MultiStep, Reached, Rule, bootstrap, reach
 from rl.profile.outcomes import Outcomes
-from serve_app.router.gate import NEAR_ORACLE
+from serve_app.router.rules.gate import NEAR_ORACLE
 
 CANDIDATE = "candidate"
 SERVING = "serving"

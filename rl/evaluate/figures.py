@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.evaluate.evaluate import CANDIDATE, ORACLE, RANDOM, SERVING, EvaluationReport
-from serve_app.router.gate import NEAR_ORACLE
+from serve_app.router.rules.gate import NEAR_ORACLE
 
 _COLOURS = {CANDIDATE: "#cc3311", SERVING: "#0077bb", ORACLE: "#aaaaaa", RANDOM: "#000000"}
 _OTHER_COLOURS = ("#44aa99", "#ddaa33", "#aa4499", "#88ccee")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rl.profile.outcomes import NotMeasured, Outcomes
 from serve_app.errors import ConfigError
-from serve_app.router.cold_start import normalised_cost
+from serve_app.router.rules.cold_start import normalised_cost
 from serve_app.schemas import Pair
 
 MIN_QUERIES = 20

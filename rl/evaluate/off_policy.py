@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rl.evaluate.importance_sampling import OffPolicyEstimate, Trajectories, estimate_value
 from rl.evaluate.policies import UNLIMITED_S, Rule, ask
 from serve_app.errors import ConfigError, NoCandidate
-from serve_app.router.features import MAX_STEPS
+from serve_app.router.policy.features import MAX_STEPS
 from serve_app.schemas import Action, Decision, Limits, Pair, Path, Seen
 from serve_app.store import RatedTrajectory
 

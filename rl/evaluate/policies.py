@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rl.evaluate.held_out import HeldOut
 from serve_app.errors import ConfigError, NoCandidate
-from serve_app.router.snapshot import RouterSnapshot
+from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Decision, Limits, Pair, Path
 
 _RESAMPLES_AT_ONCE = 250

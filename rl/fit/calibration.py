@@ -12,8 +12,8 @@ from rl.fit.estimators import Float
 from rl.fit.pareto import sweep_choices
 from rl.fit.selection import Chosen, FitSettings, PairStatistics, figure_of_merit
 from rl.profile.outcomes import Outcomes
-from serve_app.router.cold_start import normalised_cost
-from serve_app.router.gate import NEAR_ORACLE, gate_features, settle
+from serve_app.router.rules.cold_start import normalised_cost
+from serve_app.router.rules.gate import NEAR_ORACLE, gate_features, settle
 
 _ALPHAS = np.array([0.0, 0.1, 0.3, 0.6])
 """Decisions are calibrated at each of these."""

@@ -18,7 +18,7 @@ from rl.fit.calibration import calibrate, choose_caution
 from rl.fit.estimators import Float
 from rl.fit.selection import Chosen, FitSettings, PairStatistics, choose, clusterings, residuals
 from rl.profile.outcomes import Outcomes
-from serve_app.router.snapshot import RouterSnapshot, Scale, cut_example
+from serve_app.router.snapshots.snapshot import RouterSnapshot, Scale, cut_example
 
 logger = logging.getLogger(__name__)
 

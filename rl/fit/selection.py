@@ -19,7 +19,7 @@ from rl.fit import estimators
 from rl.fit.estimators import Float
 from rl.fit.pareto import COARSE_ALPHAS, aiq_log, sweep_choices
 from rl.profile.outcomes import Outcomes
-from serve_app.router.cold_start import normalised_cost
+from serve_app.router.rules.cold_start import normalised_cost
 
 _Combination = tuple[tuple[int, int], float, float]
 """(clusters, nearest), penalty of the head, share of the head."""

@@ -3,7 +3,7 @@
 In come verdicts, out come those that count. Where no key is asked for, all do. Of those with a
 key, one pair and one region of the profile at a time: three keys or more must have rated the pair
 there, none of them counts more often than half as often as the others together, and the two whose
-scores are highest and lowest on average are left out, as `router.voices` does while serving.
+scores are highest and lowest on average are left out, as `router.rules.voices` does while serving.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rl.ppo.table import ReplayTable
-from serve_app.router.features import NO_ANSWER
+from serve_app.router.policy.features import NO_ANSWER
 
 Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]

@@ -23,7 +23,7 @@ Schedule = Annotated[list[tuple[int, float]], Field(min_length=2)]
 
 
 class NetConfig(BaseConfig):
-    """Sizes of `serve_app.router.policy_net.PolicyNet`."""
+    """Sizes of `serve_app.router.policy.policy_net.PolicyNet`."""
 
     width: int = Field(default=64, ge=4, le=1024)
     """Of the tokens."""

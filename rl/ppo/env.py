@@ -1,6 +1,6 @@
 """Gymnasium environments over `rl.ppo.episodes`: one request each, or many in one step.
 
-Observation: a dict of float32 arrays as `serve_app.router.features.encode` gives them, with
+Observation: a dict of float32 arrays as `serve_app.router.policy.features.encode` gives them, with
 `max_pairs` rows of candidates; those beyond the table's pairs are zero and masked.
 
 Action: 0 .. max_pairs - 1 runs that pair, max_pairs thinks, max_pairs + 1 answers. What the mask
@@ -26,7 +26,7 @@ from rl.ppo.episodes import Episodes, Stepped
 from rl.ppo.randomise import EnvSettings
 from rl.ppo.table import ReplayTable
 from serve_app.errors import ConfigError
-from serve_app.router.features import NUM_CONTEXT, NUM_FEATURES, answer_action, think_action
+from serve_app.router.policy.features import NUM_CONTEXT, NUM_FEATURES, answer_action, think_action
 
 __all__ = ["EnvSettings", "Episodes", "RoutingEnv", "Stepped", "VectorRoutingEnv", "spaces_of"]
 

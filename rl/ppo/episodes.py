@@ -16,7 +16,7 @@ from rl.ppo.randomise import Draws, EnvSettings
 from rl.ppo.reward import RewardTerms, charge, end_terms
 from rl.ppo.table import ReplayTable, View
 from serve_app.errors import ConfigError
-from serve_app.router.features import (
+from serve_app.router.policy.features import (
     MAX_STEPS,
     NO_ANSWER,
     States,

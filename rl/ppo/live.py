@@ -33,8 +33,8 @@ from serve_app.config import AtlasConfig
 from serve_app.embedder import TextEncoder
 from serve_app.errors import AtlasError, ConfigError, TrainingStopped
 from serve_app.questions import Question
-from serve_app.router.cold_start import pair_cards
-from serve_app.router.features import NO_ANSWER
+from serve_app.router.policy.features import NO_ANSWER
+from serve_app.router.rules.cold_start import pair_cards
 from serve_app.schemas import NO_TOOL, ChatCall, Pair, PoolState, Report
 from serve_app.store import ProfileOutcome
 from serve_app.tools.builtin.best_of import answer_key

@@ -35,7 +35,7 @@ from rl.ppo.sampling import TERMS, scrambled
 from rl.ppo.spend import CapReached, Ledger, Spent
 from rl.ppo.table import ReplayTable
 from serve_app.errors import TrainingStopped
-from serve_app.router.policy_net import PolicyNet
+from serve_app.router.policy.policy_net import PolicyNet
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 
-from serve_app.router.policy_net import PolicyNet
+from serve_app.router.policy.policy_net import PolicyNet
 
 _KL_COEFF = "kl_coeff"
 

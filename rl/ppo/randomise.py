@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from rl.ppo.reward import RewardSettings
-from serve_app.router.features import MAX_STEPS
+from serve_app.router.policy.features import MAX_STEPS
 from serve_app.schemas import Pair
 
 Float = NDArray[np.float32]

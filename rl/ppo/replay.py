@@ -33,10 +33,10 @@ from serve_app.embedder import TextEncoder, find_model
 from serve_app.errors import ConfigError
 from serve_app.onnx_export import source_key
 from serve_app.private_files import make_private_folder
-from serve_app.router.build_rule import read_cards, repriced
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.features import DESCRIPTOR_DIM, NO_ANSWER, project
-from serve_app.router.snapshot import RouterSnapshot
+from serve_app.router.policy.features import DESCRIPTOR_DIM, NO_ANSWER, project
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.snapshots.build_rule import read_cards, repriced
+from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.store import Store
 from serve_app.tools.builtin.best_of import answer_key
 

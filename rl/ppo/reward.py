@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
-from serve_app.router.features import normalised
+from serve_app.router.policy.features import normalised
 
 Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]

@@ -21,12 +21,12 @@ from rl.ppo.randomise import EnvSettings
 from rl.ppo.replay import with_rule
 from rl.ppo.table import ReplayTable, View
 from serve_app.errors import ConfigError
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.cold_start import normalised_cost
-from serve_app.router.features import answer_action, cost_range, normalised
-from serve_app.router.gate import POLICY_MAX_ALPHA, settle
-from serve_app.router.learned import LearnedRule
-from serve_app.router.policy_net import PolicyNet
+from serve_app.router.policy.features import answer_action, cost_range, normalised
+from serve_app.router.policy.policy_net import PolicyNet
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.cold_start import normalised_cost
+from serve_app.router.rules.gate import POLICY_MAX_ALPHA, settle
+from serve_app.router.rules.policy_rule import LearnedRule
 
 PATH_1_ALONE, PATH_2_ALONE = 0.0, 1.01
 """Thresholds of the gate that leave every query to path 1, and every query to path 2."""

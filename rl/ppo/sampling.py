@@ -40,7 +40,7 @@ from rl.ppo.env import spaces_of
 from rl.ppo.episodes import Episodes
 from rl.ppo.randomise import EnvSettings
 from rl.ppo.table import ReplayTable
-from serve_app.router.features import DESCRIPTOR_DIM, LOG_SECONDS
+from serve_app.router.policy.features import DESCRIPTOR_DIM, LOG_SECONDS
 
 Float = NDArray[np.float32]
 

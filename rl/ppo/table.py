@@ -34,7 +34,7 @@ _OUTCOMES = (
 class View:
     """Path 1's beliefs on the queries of a table, by one way of fitting.
 
-    N queries, P pairs; fields as in `serve_app.router.clusters.Beliefs`.
+    N queries, P pairs; fields as in `serve_app.router.rules.clusters.Beliefs`.
     """
 
     quality: Float

@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from serve_app.config import AtlasConfig, PriceConfig
-from serve_app.router.build_rule import at_price
-from serve_app.router.cold_start import typical_cost_usd
+from serve_app.router.rules.cold_start import typical_cost_usd
+from serve_app.router.snapshots.build_rule import at_price
 from serve_app.schemas import NO_TOOL, Pair
 from serve_app.store import PoolRevision, ProfileOutcome, ProfileThought, Store, pool_history
 

@@ -32,7 +32,7 @@ from serve_app.errors import ConfigError
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages, with_note
 from serve_app.pool.controller import PoolController
 from serve_app.questions import Question
-from serve_app.router.cold_start import pair_cards
+from serve_app.router.rules.cold_start import pair_cards
 from serve_app.running import deployment_handle
 from serve_app.schemas import NO_TOOL, MemberState, Pair, PoolState
 from serve_app.store import (

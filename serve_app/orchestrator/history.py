@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from serve_app.router.features import NO_ANSWER, best_answers
+from serve_app.router.policy.features import NO_ANSWER, best_answers
 from serve_app.schemas import Action, Seen, Step
 from serve_app.tools.builtin.best_of import answer_key
 

@@ -32,7 +32,7 @@ from serve_app.orchestrator.executor import PairExecutor
 from serve_app.orchestrator.history import answer_numbers, best_step, has_answer, seen
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages
 from serve_app.orchestrator.result import Delta, StepResult, whole_delta
-from serve_app.router.features import MAX_STEPS
+from serve_app.router.policy.features import MAX_STEPS
 from serve_app.schemas import (
     NO_TOOL,
     Action,

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, NoCandidate
 from serve_app.pool.watcher import PoolWatcher
-from serve_app.router.build_rule import Cards, read_cards
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.cold_start import ColdStartRule, pair_cards
-from serve_app.router.following import Following, PolicyFollower, Serving
-from serve_app.router.guard import PolicyGuard
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.cold_start import ColdStartRule, pair_cards
+from serve_app.router.serving.follower import Following, PolicyFollower, Serving
+from serve_app.router.serving.rollback import PolicyGuard
+from serve_app.router.snapshots.build_rule import Cards, read_cards
 from serve_app.schemas import Decision, Limits, MemberState, Pair, PoolState, Seen, ShadowDecision
 
 if TYPE_CHECKING:  # it imports torch, which only a policy needs
-    from serve_app.router.learned import LearnedRule
+    from serve_app.router.rules.policy_rule import LearnedRule
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class Router:
         ready: tuple[Pair, ...],
         pool: PoolState,
     ) -> list[_Answer]:
-        from serve_app.router.learned import Asked
+        from serve_app.router.rules.policy_rule import Asked
 
         answers = rule.decide_batch(
             [

@@ -16,7 +16,7 @@ from rl.ppo.env import EnvSettings, Episodes, RoutingEnv, VectorRoutingEnv
 from rl.ppo.replay import ReplayTable
 from rl.ppo.reward import RewardSettings
 from serve_app.errors import ConfigError
-from serve_app.router.features import MAX_STEPS, NO_ANSWER
+from serve_app.router.policy.features import MAX_STEPS, NO_ANSWER
 from tests.rl.replay_data import flat_view, make_replay, one_query, with_thoughts
 
 FIXED = EnvSettings(randomise=False, alpha=0.2, max_steps=4)

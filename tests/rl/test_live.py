@@ -15,7 +15,7 @@ from rl.ppo.table import ReplayTable
 from rl.profile.measure import RunSettings
 from serve_app.errors import AtlasError, ConfigError, EngineError, InvalidRequest, NoCandidate
 from serve_app.questions import Question
-from serve_app.router.features import NO_ANSWER
+from serve_app.router.policy.features import NO_ANSWER
 from serve_app.schemas import ChatCall, Decision, Pair, Path, Report, Step, Usage
 from tests.rl.replay_data import DIM, encode, make_replay
 from tests.router_data import PAIRS

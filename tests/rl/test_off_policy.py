@@ -23,7 +23,7 @@ from rl.evaluate.off_policy import (
 )
 from rl.evaluate.policies import Interval
 from serve_app.errors import ConfigError, NoCandidate
-from serve_app.router.clusters import ClusterRule
+from serve_app.router.rules.clusters import ClusterRule
 from serve_app.schemas import Action, Candidate, Decision, Limits, Pair, Path, Seen
 from tests.router_data import DIM, LIMITS, PAIRS, SKILL, make_queries, make_snapshot, topics
 

@@ -45,9 +45,9 @@ from rl.ppo.config import TrainConfig
 from rl.ppo.replay import make_table
 from rl.profile.dataset import Dataset
 from serve_app.config import AtlasConfig
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.gate import POLICY_MAX_ALPHA
-from serve_app.router.learned import LearnedRule
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.gate import POLICY_MAX_ALPHA
+from serve_app.router.rules.policy_rule import LearnedRule
 from serve_app.schemas import NO_TOOL, Pair
 from serve_app.store import Store
 from tests.policy_data import with_policy

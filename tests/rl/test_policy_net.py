@@ -16,7 +16,7 @@ from rl.ppo.episodes import Episodes
 from rl.ppo.module import RoutingModule
 from rl.ppo.randomise import EnvSettings
 from serve_app.errors import SnapshotError
-from serve_app.router.policy_net import PolicyNet
+from serve_app.router.policy.policy_net import PolicyNet
 from tests.rl.replay_data import DIM, make_replay
 
 NUM_PAIRS = 3

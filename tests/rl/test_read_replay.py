@@ -15,9 +15,9 @@ from rl.publish import fit_snapshot
 from serve_app.config import AtlasConfig, RouterConfig
 from serve_app.embedder import TextEncoder
 from serve_app.errors import ConfigError
-from serve_app.router.build_rule import read_cards
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.features import NO_ANSWER, project
+from serve_app.router.policy.features import NO_ANSWER, project
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.snapshots.build_rule import read_cards
 from serve_app.store import (
     ProfileOutcome,
     ProfileThought,

@@ -10,8 +10,8 @@ import pytest
 from rl.ppo.replay import groups_of, make_table, make_views, newcomer_view, view_of, with_rule
 from rl.profile.dataset import Dataset
 from serve_app.errors import ConfigError
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.features import NO_ANSWER
+from serve_app.router.policy.features import NO_ANSWER
+from serve_app.router.rules.clusters import ClusterRule
 from serve_app.schemas import Pair
 from tests.rl.replay_data import DIM, RIGHT, encode, make_dataset, make_replay
 from tests.router_data import COSTS_USD, PAIRS, QUICK, make_outcomes, make_snapshot

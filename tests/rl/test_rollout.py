@@ -36,10 +36,10 @@ from rl.ppo.rollout import (
 )
 from rl.ppo.table import ReplayTable
 from serve_app.errors import ConfigError
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.features import NO_ANSWER
-from serve_app.router.learned import THINKS, LearnedRule
-from serve_app.router.policy_net import PolicyNet
+from serve_app.router.policy.features import NO_ANSWER
+from serve_app.router.policy.policy_net import PolicyNet
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.policy_rule import THINKS, LearnedRule
 from serve_app.schemas import Action, Limits, Pair, Seen
 from tests.policy_data import with_policy
 from tests.rl.replay_data import encode, make_dataset, make_replay, one_query, with_thoughts

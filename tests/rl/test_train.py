@@ -18,8 +18,8 @@ from rl.publish import NEWEST, fit_snapshot, resolve
 from serve_app.config import AtlasConfig
 from serve_app.errors import NotFound
 from serve_app.jobs import Jobs, RayLauncher, TrainJob
-from serve_app.router.learned import LearnedRule
-from serve_app.router.library import SnapshotLibrary
+from serve_app.router.rules.policy_rule import LearnedRule
+from serve_app.router.snapshots.library import SnapshotLibrary
 from serve_app.schemas import Limits, Path
 from serve_app.store import Store, serving_policies
 from tests.profile_data import DIM, POEMS, SUMS

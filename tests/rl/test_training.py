@@ -23,7 +23,7 @@ from rl.ppo.train import split_table
 from serve_app.config import load_config
 from serve_app.errors import ConfigError, TrainingStopped
 from serve_app.questions import read_questions
-from serve_app.router.features import DESCRIPTOR_DIM, LOG_SECONDS, NUM_FEATURES
+from serve_app.router.policy.features import DESCRIPTOR_DIM, LOG_SECONDS, NUM_FEATURES
 from tests.rl.replay_data import make_replay
 
 

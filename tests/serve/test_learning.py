@@ -23,7 +23,7 @@ from rl.publish import fit_snapshot, promote
 from serve_app.config import AtlasConfig, load_config
 from serve_app.orchestrator.planning import with_note
 from serve_app.questions import Question, read_questions
-from serve_app.router.library import SnapshotLibrary
+from serve_app.router.snapshots.library import SnapshotLibrary
 from serve_app.schemas import Pair
 from serve_app.store import Store, publish, read_profile, read_thoughts
 from serve_app.store.tables import ProfileOutcomeRow, RequestRow

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.swap import ranked_snapshot
 from rl.publish import keep_snapshot, promote
 from serve_app.config import AtlasConfig, load_config
-from serve_app.router.cold_start import pair_cards
+from serve_app.router.rules.cold_start import pair_cards
 from serve_app.store import Mode, Store, publish
 from tests.conftest import Graph
 from tests.serve.test_learning import eventually

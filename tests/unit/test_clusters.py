@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate, SnapshotError
-from serve_app.router.clusters import ClusterRule, Prior
-from serve_app.router.snapshot import RouterSnapshot, Scale
+from serve_app.router.rules.clusters import ClusterRule, Prior
+from serve_app.router.snapshots.snapshot import RouterSnapshot, Scale
 from serve_app.schemas import LOCAL_OWNER, Limits, Pair, Path
 from tests.router_data import COSTS_USD, DIM, LIMITS, PAIRS, SKILL, make_snapshot, topics
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import NoCandidate
-from serve_app.router.cold_start import ColdStartRule, normalised_cost, pair_cards
+from serve_app.router.rules.cold_start import ColdStartRule, normalised_cost, pair_cards
 from serve_app.schemas import Limits, Pair, Path
 
 AXES = {"maths": 0, "facts": 1}

@@ -32,8 +32,8 @@ from rl.evaluate.off_policy import LoggedDecisions, estimate
 from rl.evaluate.policies import Interval, bootstrap
 from rl.fit.fit import fit
 from serve_app.errors import ConfigError
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.cold_start import ColdStartRule, PairCard
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.cold_start import ColdStartRule, PairCard
 from serve_app.schemas import Decision, Limits, Pair
 from tests.router_data import (
     COSTS_USD,

@@ -14,8 +14,8 @@ from rl.fit.fit import fit
 from rl.fit.pareto import aiq_log, sweep_choices
 from rl.profile.outcomes import Outcomes
 from serve_app.errors import ConfigError
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.snapshot import RouterSnapshot, load_snapshot, save_snapshot
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.snapshots.snapshot import RouterSnapshot, load_snapshot, save_snapshot
 from tests.router_data import COSTS_USD, LIMITS, PAIRS, QUICK, SKILL, make_outcomes, topics
 
 

@@ -12,13 +12,13 @@ import pytest
 from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
-from serve_app.router import following
-from serve_app.router.build_rule import Cards
-from serve_app.router.clusters import ClusterRule, Prior
-from serve_app.router.cold_start import ColdStartRule, PairCard
-from serve_app.router.following import LEARNED_UNTIL, PolicyFollower
-from serve_app.router.library import SnapshotLibrary
-from serve_app.router.snapshot import TENSORS_FILE, RouterSnapshot, save_snapshot
+from serve_app.router.rules.clusters import ClusterRule, Prior
+from serve_app.router.rules.cold_start import ColdStartRule, PairCard
+from serve_app.router.serving import follower as following
+from serve_app.router.serving.follower import LEARNED_UNTIL, PolicyFollower
+from serve_app.router.snapshots.build_rule import Cards
+from serve_app.router.snapshots.library import SnapshotLibrary
+from serve_app.router.snapshots.snapshot import TENSORS_FILE, RouterSnapshot, save_snapshot
 from serve_app.schemas import LOCAL_OWNER, Candidate, Decision, Pair, Report, Step, Usage
 from serve_app.schemas import Path as DecidedBy
 from serve_app.store import OutcomeLog, Store, add_feedback, add_snapshot, publish, read_verdicts

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rl.fit.fit import fit
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.gate import NEAR_ORACLE, Gate, gate_features, settle
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.gate import NEAR_ORACLE, Gate, gate_features, settle
 from tests.router_data import DIM, QUICK, SKILL, make_outcomes, make_queries, make_snapshot
 
 UNLIKE = np.zeros(3, np.float32)

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate, SnapshotError
-from serve_app.router.clusters import Prior
-from serve_app.router.learned import GATE_THRESHOLD, Asked, LearnedRule
+from serve_app.router.rules.clusters import Prior
+from serve_app.router.rules.policy_rule import GATE_THRESHOLD, Asked, LearnedRule
 from serve_app.schemas import LOCAL_OWNER, Action, Limits, Pair, Path, Seen
 from tests.policy_data import make_policy, with_policy
 from tests.router_data import COSTS_USD, DIM, LIMITS, PAIRS, make_queries, make_snapshot, topics

@@ -12,8 +12,8 @@ import pytest
 
 from serve_app.config import AtlasConfig, SnapshotsPlace
 from serve_app.errors import SnapshotError
-from serve_app.router.library import SnapshotLibrary
-from serve_app.router.snapshot import DOCUMENT_FILE, TENSORS_FILE
+from serve_app.router.snapshots.library import SnapshotLibrary
+from serve_app.router.snapshots.snapshot import DOCUMENT_FILE, TENSORS_FILE
 from tests.router_data import make_snapshot
 
 URL = "memory://bucket/snapshots"

@@ -12,7 +12,7 @@ import pytest
 from serve_app.config import DATA_FOLDER, SnapshotsPlace
 from serve_app.private_files import make_private_file, make_private_folder, tighten
 from serve_app.ray_cluster import _make_token
-from serve_app.router.library import SnapshotLibrary
+from serve_app.router.snapshots.library import SnapshotLibrary
 from serve_app.store import Store
 from serve_app.store.journal import Journal
 from tests.router_data import make_snapshot

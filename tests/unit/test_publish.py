@@ -32,11 +32,11 @@ from rl.publish import (
 from serve_app.config import AtlasConfig, PriceConfig
 from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused
 from serve_app.pool.desired import DesiredPool
-from serve_app.router.build_rule import read_cards
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.following import LEARNED_UNTIL, PolicyFollower
-from serve_app.router.library import SnapshotLibrary
-from serve_app.router.snapshot import DOCUMENT_FILE
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.serving.follower import LEARNED_UNTIL, PolicyFollower
+from serve_app.router.snapshots.build_rule import read_cards
+from serve_app.router.snapshots.library import SnapshotLibrary
+from serve_app.router.snapshots.snapshot import DOCUMENT_FILE
 from serve_app.schemas import (
     LOCAL_OWNER,
     Action,

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from serve_app.errors import SnapshotError
-from serve_app.router.snapshot import (
+from serve_app.router.snapshots.snapshot import (
     DOCUMENT_FILE,
     TENSORS_FILE,
     RouterSnapshot,

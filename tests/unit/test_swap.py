@@ -12,8 +12,8 @@ import pytest
 from benchmarks.client import unchunked
 from benchmarks.swap import Record, Swap, inconsistent, judge, ranked_snapshot
 from benchmarks.swap_load import Answer, extension_of
-from serve_app.router.cold_start import PairCard
-from serve_app.router.learned import LearnedRule
+from serve_app.router.rules.cold_start import PairCard
+from serve_app.router.rules.policy_rule import LearnedRule
 from serve_app.schemas import Limits, Pair
 
 SAID = {"policy_version": 3, "steps": []}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serve_app.router.clusters import ClusterRule, Prior
-from serve_app.router.snapshot import RouterSnapshot, load_snapshot
+from serve_app.router.rules.clusters import ClusterRule, Prior
+from serve_app.router.snapshots.snapshot import RouterSnapshot, load_snapshot
 from serve_app.schemas import LOCAL_OWNER, Limits, Pair
 
 ALPHAS = (0.0, 0.1, 0.3, 0.6)

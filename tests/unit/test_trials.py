@@ -17,8 +17,14 @@ from sqlalchemy import select
 
 from rl.publish import roll_back
 from serve_app.errors import InvalidRequest
-from serve_app.router.following import share_of
-from serve_app.router.guard import Comparison, PolicyGuard, bounds, counting, live_utility
+from serve_app.router.serving.follower import share_of
+from serve_app.router.serving.rollback import (
+    Comparison,
+    PolicyGuard,
+    bounds,
+    counting,
+    live_utility,
+)
 from serve_app.schemas import LOCAL_OWNER, Report
 from serve_app.store import (
     Mode,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serve_app.router.voices import OWN_DISCOUNT, Voices
+from serve_app.router.rules.voices import OWN_DISCOUNT, Voices
 from serve_app.schemas import LOCAL_OWNER
 
 DISCOUNT = 0.98

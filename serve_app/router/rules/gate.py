@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.router.snapshot import RouterSnapshot
+from serve_app.router.snapshots.snapshot import RouterSnapshot
 
 NEAR_ORACLE = 0.02
 """Score points below the oracle pair that still count as right."""

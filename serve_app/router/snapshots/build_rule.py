@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import SnapshotError
-from serve_app.router.clusters import ClusterRule, Prior
-from serve_app.router.cold_start import ColdStartRule, PairCard, pair_cards, pair_descriptors
-from serve_app.router.snapshot import RouterSnapshot
+from serve_app.router.rules.clusters import ClusterRule, Prior
+from serve_app.router.rules.cold_start import ColdStartRule, PairCard, pair_cards, pair_descriptors
+from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Pair
 
 if TYPE_CHECKING:  # it imports torch, which only a policy needs
-    from serve_app.router.learned import LearnedRule
+    from serve_app.router.rules.policy_rule import LearnedRule
 
 CARD_COSTS = "card_costs_usd"
 """Metadata of a snapshot: US dollars of a typical call of each pair at the prices it was fitted
@@ -147,7 +147,7 @@ def build_rule(
     build: type[ClusterRule | LearnedRule] = ClusterRule
     if snapshot.policy:
         # Only here: it takes torch.
-        from serve_app.router.learned import LearnedRule
+        from serve_app.router.rules.policy_rule import LearnedRule
 
         build = LearnedRule
     return build(

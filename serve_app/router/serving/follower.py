@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, SnapshotError
-from serve_app.router.build_rule import Cards, RuleSettings, build_rule, check_fit
-from serve_app.router.clusters import ClusterRule
-from serve_app.router.cold_start import ColdStartRule
-from serve_app.router.library import SnapshotLibrary
-from serve_app.router.snapshot import load_snapshot
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.cold_start import ColdStartRule
+from serve_app.router.snapshots.build_rule import Cards, RuleSettings, build_rule, check_fit
+from serve_app.router.snapshots.library import SnapshotLibrary
+from serve_app.router.snapshots.snapshot import load_snapshot
 from serve_app.store import (
     Mode,
     Policy,
@@ -41,7 +41,7 @@ from serve_app.store import (
 )
 
 if TYPE_CHECKING:  # it imports torch, which only a policy needs
-    from serve_app.router.learned import LearnedRule
+    from serve_app.router.rules.policy_rule import LearnedRule
 
 logger = logging.getLogger(__name__)
 
@@ -347,7 +347,7 @@ class PolicyFollower:
             return self._cards.cold_start
         snapshot = self._library.load(policy.snapshot_id, policy.policy_version)
         if snapshot.policy:
-            from serve_app.router.learned import use_one_thread
+            from serve_app.router.rules.policy_rule import use_one_thread
 
             use_one_thread()
         return build_rule(snapshot, self._cards, self._settings)

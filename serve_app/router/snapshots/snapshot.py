@@ -74,7 +74,7 @@ class Scale(NamedTuple):
 class RouterSnapshot:
     """Everything path 1 needs to decide. All arrays are finite float32.
 
-    Expected quality of pair p for an embedding x (see `router.clusters`):
+    Expected quality of pair p for an embedding x (see `router.rules.clusters`):
     `(1 - head_weight) * sum_k a_k(x) mean[k, p] + head_weight * (pair_mean[p] + head(x)[p])
     + card_weight * (likeness(x)[p] - mean over the pairs)`.
     """
@@ -124,7 +124,7 @@ class RouterSnapshot:
     """The same outside the profiled distribution, where the cards add to the overall means."""
     caution: float
     """Standard deviations by which a pair must be better than the one that is best overall to take
-    its place; see `router.gate`."""
+    its place; see `router.rules.gate`."""
     prior_weights: Array
     """(descriptor,) what a pair's descriptor says of its mean score; may be empty."""
     prior_bias: float
@@ -138,7 +138,7 @@ class RouterSnapshot:
     """(landmarks,) with the head's kernel: logit by which decisions on like queries were right more
     often than on all."""
     gate_weights: Array
-    """(5,) logistic calibration of the confidence; see `router.gate`."""
+    """(5,) logistic calibration of the confidence; see `router.rules.gate`."""
     examples: tuple[tuple[str, ...], ...]
     """(clusters,) questions of the profile nearest to each centroid, which every caller may see:
     never what a caller asked. May be empty tuples."""

@@ -1,8 +1,8 @@
 """LearnedRule: path 1 where the gate is sure, and the learned multi-step policy elsewhere.
 
 In come requests, new or under way, out go decisions: run a pair, think, or answer with the best so
-far. What the policy reads is built by `router.features`, in training and here. Torch is imported
-with this module, so only where a policy is loaded.
+far. What the policy reads is built by `router.policy.features`, in training and here. Torch is
+imported with this module, so only where a policy is loaded.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from serve_app.errors import AtlasError, NoCandidate, SnapshotError
-from serve_app.router.clusters import Beliefs, ClusterRule, Prior
-from serve_app.router.features import (
+from serve_app.router.policy.features import (
     DESCRIPTOR_DIM,
     MAX_STEPS,
     States,
@@ -29,9 +28,10 @@ from serve_app.router.features import (
     project,
     think_action,
 )
-from serve_app.router.gate import POLICY_MAX_ALPHA
-from serve_app.router.policy_net import PolicyNet
-from serve_app.router.snapshot import RouterSnapshot
+from serve_app.router.policy.policy_net import PolicyNet
+from serve_app.router.rules.clusters import Beliefs, ClusterRule, Prior
+from serve_app.router.rules.gate import POLICY_MAX_ALPHA
+from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Action, Candidate, Decision, Likeness, Limits, Pair, Path, Seen
 
 GATE_THRESHOLD = "gate.threshold"

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate, SnapshotError
-from serve_app.router.cold_start import normalised_cost
-from serve_app.router.gate import Gate, Verdict, settle
-from serve_app.router.snapshot import RouterSnapshot
-from serve_app.router.voices import Voices
+from serve_app.router.rules.cold_start import normalised_cost
+from serve_app.router.rules.gate import Gate, Verdict, settle
+from serve_app.router.rules.voices import Voices
+from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Candidate, Decision, Likeness, Limits, Pair, Path
 
 _DISCOUNT = 0.98
@@ -312,7 +312,7 @@ class ClusterRule:
         The score's difference from what was expected is evidence about the pair in general and
         about it in the query's clusters. Evidence is discounted per pair, so a pair that changes
         is noticed after tens of feedbacks whatever its past; and of each owner only a little
-        counts, see `router.voices`.
+        counts, see `router.rules.voices`.
 
         Args:
             embedding: (dim,) of the query that was answered.

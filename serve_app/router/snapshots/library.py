@@ -21,7 +21,7 @@ import fsspec
 from serve_app.config import SnapshotsPlace
 from serve_app.errors import SnapshotError
 from serve_app.private_files import make_private_folder, tighten
-from serve_app.router.snapshot import (
+from serve_app.router.snapshots.snapshot import (
     DOCUMENT_FILE,
     TENSORS_FILE,
     RouterSnapshot,

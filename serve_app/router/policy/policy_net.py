@@ -1,8 +1,9 @@
 """PolicyNet: the network of path 2.
 
-In come the arrays of `router.features`, out go a logit per action and the value of the state. Each
-pair is a token of a set. Nothing depends on which pairs there are, how many, or in which order, so
-a pair added after training has a logit like any other. Training and serving run this same class.
+In come the arrays of `router.policy.features`, out go a logit per action and the value of the
+state. Each pair is a token of a set. Nothing depends on which pairs there are, how many, or in
+which order, so a pair added after training has a logit like any other. Training and serving run
+this same class.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from serve_app.errors import SnapshotError
-from serve_app.router.features import DESCRIPTOR_DIM, NUM_CONTEXT, NUM_FEATURES
+from serve_app.router.policy.features import DESCRIPTOR_DIM, NUM_CONTEXT, NUM_FEATURES
 
 ILLEGAL_LOGIT = -1e9
 """Of an action that may not be taken; its probability is exactly 0."""

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
-from serve_app.router.features import cost_range, normalised
-from serve_app.router.following import PolicyFollower
+from serve_app.router.policy.features import cost_range, normalised
+from serve_app.router.serving.follower import PolicyFollower
 from serve_app.schemas import LOCAL_OWNER
 from serve_app.store import (
     Mode,

@@ -1,0 +1,1 @@
+"""The rules that answer which candidate a request gets."""
