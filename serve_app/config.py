@@ -216,8 +216,8 @@ class RemoteModelConfig(ModelBase):
     """Environment variable that holds the key; `None` sends none."""
     connect_timeout_s: float = Field(default=5.0, gt=0)
     max_retries: int = Field(default=2, ge=0, le=5)
-    """Tries after the first on connection errors, 408, 429 and 5xx, before any byte of an
-    answer."""
+    """How often the orchestrator asks again after connection errors, 408, 429 and 5xx, before any
+    byte of an answer."""
     health_path: str | None = Field(default="/models", pattern=r"^/[A-Za-z0-9._~/-]{0,200}$")
     """Path under `base_url` asked before the model counts as ready; `None` skips the question."""
 

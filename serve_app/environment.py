@@ -36,8 +36,9 @@ _WITH_HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     # After a reload the old process ends whatever still runs after this long.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(MAX_REQUEST_S + 60),
-    # What a gateway that died left without a byte of answer goes to another one. It may run twice
-    # then, which costs tokens; of all requests only `POST /v1/admin/jobs` would do a thing twice.
+    # What a gateway that died left without a byte of answer goes to another one, outside of the
+    # orchestrator's table of recovery. It may run twice then, which costs tokens; of all requests
+    # only `POST /v1/admin/jobs` would do a thing twice, and a tool with effects.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     # Bounds how long a connection may be silent while a request is being sent.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",

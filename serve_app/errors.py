@@ -21,13 +21,15 @@ AtlasError
 │   ├── NoCandidate              503, nothing in the pool can serve this request now
 │   ├── EngineError              502, a model application failed
 │   │   ├── EngineBusy           503, the model asks for a pause
+│   │   ├── EngineUnavailable    a remote endpoint failed in a way that may pass
 │   │   ├── UnreadableCall       the model wrote a tool call that cannot be read
 │   │   └── ReplicaDied          the process that worked on it is no more
 │   └── DeadlineExceeded         504, the request's time is up
 ├── ToolError
 │   ├── ToolRetry                the model may try again: its arguments were wrong
 │   └── ToolFailed               final for this step
-│       └── ToolTimeout          the tool ran past its time
+│       ├── ToolTimeout          the tool ran past its time
+│       └── ToolWorkerDied       the process that ran it is no more
 ├── ConfigError                  a configuration that cannot work
 ├── ClusterDied                  Ray's own processes have ended beneath the graph
 ├── SnapshotError                a router snapshot that is damaged, foreign or does not fit
@@ -51,6 +53,8 @@ class AtlasError(Exception):
     """`error.type` in OpenAI's error shape."""
     code: str | None = None
     """`error.code` in OpenAI's error shape."""
+    stop: str | None = None
+    """Why the run ended that failed with it, a `schemas.StopReason`; `None`: no run had begun."""
 
     @property
     def message(self) -> str:
@@ -222,7 +226,7 @@ class EngineError(ServiceError):
 
 
 class EngineBusy(EngineError):
-    """The model asked for a pause that is too long to wait for.
+    """The model asks for a pause.
 
     Arguments: message, `None`, seconds of the pause that are left.
     """
@@ -234,6 +238,10 @@ class EngineBusy(EngineError):
     def retry_after_s(self) -> float | None:
         """What is left of the pause."""
         return self.args[2] if len(self.args) > 2 else None
+
+
+class EngineUnavailable(EngineError):
+    """A remote endpoint failed in a way that may pass, and asks for no pause."""
 
 
 class UnreadableCall(EngineError):
@@ -266,6 +274,10 @@ class ToolFailed(ToolError):
 
 class ToolTimeout(ToolFailed):
     """The tool ran past its time."""
+
+
+class ToolWorkerDied(ToolFailed):
+    """The process that ran the tool is no more, and what it did nobody heard."""
 
 
 class ClusterDied(AtlasError):

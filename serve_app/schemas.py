@@ -24,6 +24,17 @@ ToolKind = Literal["none", "function", "context", "sampling"]
 sampling and choosing."""
 
 
+class Effects(StrEnum):
+    """What a tool's call does to the world; each is stronger than the one before."""
+
+    NONE = "none"
+    """Nothing: a call may be repeated."""
+    IDEMPOTENT = "idempotent"
+    """What the same call, made again, does not do once more: a call may be repeated."""
+    ONCE = "once"
+    """Something that must not happen twice: a call is never repeated."""
+
+
 class Pair(NamedTuple):
     """A model and a tool: the unit of routing."""
 
@@ -81,6 +92,35 @@ class Action(StrEnum):
     """Run the planner; its text joins what later steps read."""
     ANSWER = "answer"
     """Return the best answer so far, unchanged."""
+
+
+class StopReason(StrEnum):
+    """Why nothing more was done for a request."""
+
+    ANSWERED = "answered"
+    """There was an answer, and the pattern was content with it."""
+    STEPS = "steps"
+    """No further step was allowed; the best answer so far was given."""
+    DEADLINE = "deadline"
+    """Time was up."""
+    USD = "usd"
+    """No call was within the dollars left."""
+    TOKENS = "tokens"
+    """No call was within the tokens left."""
+    MODEL_CALLS = "model_calls"
+    """No further call of a model was allowed."""
+    TOOL_CALLS = "tool_calls"
+    """No further call of a tool was allowed."""
+    REFUSED = "refused"
+    """The request is wrong, or fits no candidate."""
+    NO_CANDIDATE = "no_candidate"
+    """Nothing in the pool could serve it."""
+    FAILED = "failed"
+    """The table of recovery had no move left."""
+    LEFT = "left"
+    """The caller went away."""
+    ERROR = "error"
+    """An unforeseen error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +374,8 @@ class Report:
     """Index of the step whose answer was returned; `None` where none was."""
     circumstances: Circumstances | None = None
     """Of a request of path 2; `None` on the other paths."""
+    stop: StopReason = StopReason.ANSWERED
+    """Why nothing more was done."""
 
     @property
     def final_step(self) -> Step | None:

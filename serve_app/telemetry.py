@@ -193,6 +193,8 @@ class RequestLine:
     cost_usd: float | None = None
     error: str | None = None
     """Class of the error."""
+    stop: str | None = None
+    """Why nothing more was done for the request: a `schemas.StopReason`."""
     client_request_id: str | None = None
 
     def __str__(self) -> str:

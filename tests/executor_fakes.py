@@ -1,4 +1,4 @@
-"""The real executor in front of engines and tools that do as they are told."""
+"""The real pair runner in front of engines and tools that do as they are told."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 from serve_app.budget import Budget, Deadline
 from serve_app.config import AtlasConfig
-from serve_app.orchestrator.executor import PairExecutor
-from serve_app.orchestrator.result import StepResult
-from serve_app.schemas import ChatCall, Limits, Pair
+from serve_app.orchestrator.answer import Choice, text_of
+from serve_app.orchestrator.pairs.base import PairWork
+from serve_app.orchestrator.pairs.runner import PairRunner
+from serve_app.orchestrator.recovery import Recovery
+from serve_app.orchestrator.trace import Trace
+from serve_app.schemas import ChatCall, Limits, Pair, ToolCall, Usage
 from serve_app.tools.base import ToolResult
 from serve_app.tools.runner import ToolRunner
 from tests.path2_fakes import Engines
@@ -62,6 +65,26 @@ class Tools(ToolRunner):
         return ToolResult(self.says, cost_usd=price_usd)
 
 
+class Result:
+    """What runs of a pair came to."""
+
+    def __init__(self) -> None:
+        self.trace = Trace("req_1")
+        self.choices: list[Choice] = []
+
+    @property
+    def answer(self) -> str | None:
+        return text_of(self.choices)
+
+    @property
+    def usage(self) -> Usage:
+        return self.trace.root.usage
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return self.trace.root.tool_calls()
+
+
 class Bench:
     """One model with every kind of tool, and a judge."""
 
@@ -95,8 +118,9 @@ class Bench:
         self.replies = list(replies)
         self.engines = Engines(says={"m": lambda body: self._next(), "judge": "0.5"})
         self.tools = Tools(self.config)
-        self.executor = PairExecutor(self.config, self.engines, self.tools)
-        self.result = StepResult()
+        self.pairs = PairRunner(self.config, self.engines, self.tools)
+        self.result = Result()
+        self.recovery = Recovery()
 
     def _next(self) -> Any:
         return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
@@ -122,11 +146,21 @@ class Bench:
             limits=Limits(alpha=0.0, deadline_s=30),
             **({"sampling": {}} | call),
         )
-        pieces = []
-        budget = budget or Budget(Deadline.after(30))
-        runs = self.executor.run(Pair("m", tool), chat, budget, self.result, stream=stream)
-        async for delta in runs:
-            pieces += delta.choices
+        pieces: list[Any] = []
+
+        async def emit(choices: list[Choice]) -> None:
+            pieces.extend(choices)
+
+        work = PairWork(
+            Pair("m", tool),
+            chat,
+            budget or Budget(Deadline.after(30)),
+            self.result.trace.root,
+            emit if stream else None,
+            self.recovery,
+        )
+        self.result.choices = []
+        self.result.choices = await self.pairs.run(work)
         if not stream:
             return self.result.answer or "", pieces
         return "".join(piece["delta"].get("content") or "" for piece in pieces), pieces

@@ -357,7 +357,7 @@ class _Api:
         pair, line = str(report.pair), exchange.line
         line.pair, line.path = pair, str(report.decision.path)
         line.policy_version = report.decision.policy_version
-        line.steps = len(report.steps)
+        line.steps, line.stop = len(report.steps), report.stop.value
         line.prompt_tokens = report.usage.prompt_tokens
         line.completion_tokens = report.usage.completion_tokens
         line.cost_usd = report.usage.cost_usd

@@ -1,8 +1,8 @@
 """Remote models: any OpenAI-compatible HTTP endpoint behind the same two methods as a local one.
 
-One owner of retries: `openai`'s own are off. Connection errors, 408, 429 and 5xx are tried again
-with full jitter, only before the first byte of an answer, and only while a budget of retries lasts.
-`Retry-After` is a minimum, for every request to the endpoint. Requests wait for a pause of up to
+Nothing is tried again here: connection errors, 408, 429 and 5xx are `EngineUnavailable`, or
+`EngineBusy` with the pause asked for, and the orchestrator's table of recovery says what follows.
+`Retry-After` holds for every request to the endpoint: requests wait for a pause of up to
 `_MAX_WAIT_S`; during a longer one they fail at once, so that other models take over.
 """
 
@@ -19,21 +19,20 @@ import httpx2
 import openai
 
 from serve_app.config import RemoteModelConfig
-from serve_app.errors import EngineBusy, EngineError, InvalidRequest
+from serve_app.errors import EngineBusy, EngineError, EngineUnavailable, InvalidRequest
 from serve_app.models.boundary import guarded
 from serve_app.models.engine_output import MAX_ANSWER_BYTES
 from serve_app.models.protocol import ChatBody, refusal
 
 _T = TypeVar("_T")
-_FIRST_BACKOFF_S = 0.25
+_SPREAD_S = 0.25
+"""Requests that waited for a pause go on within this time after it."""
 _MAX_WAIT_S = 4.0
-"""Longest pause that a request waits for, and longest back-off."""
+"""Longest pause that a request waits for."""
 _COOLDOWN_S = 1.0
 """Pause after a 429 that names none."""
 _READ_TIMEOUT_S = 600.0
 """Upper bound of one answer; the gateway's deadline is the one that counts and cancels earlier."""
-_RETRIES_PER_REQUEST = 0.1
-_MOST_RETRIES = 10.0
 
 
 @guarded
@@ -62,7 +61,6 @@ class RemoteModel:
             ),
             default_headers={"accept-encoding": "identity"},
         )
-        self._retries = RetryBudget(_RETRIES_PER_REQUEST, _MOST_RETRIES)
         self._busy_until_s = 0.0
         """Until when the endpoint asked to be left alone; monotonic clock."""
 
@@ -71,7 +69,7 @@ class RemoteModel:
 
     async def complete(self, body: ChatBody) -> dict[str, Any]:
         """Answer a request whole; see `ModelServer.complete`."""
-        completion = await self._with_retries(
+        completion = await self._ask(
             lambda: self._client.chat.completions.create(
                 model=self._config.remote_model, stream=False, **body
             )
@@ -83,7 +81,7 @@ class RemoteModel:
 
     async def stream(self, body: ChatBody) -> AsyncIterator[list[dict[str, Any]]]:
         """Answer a request piece by piece; see `ModelServer.stream`."""
-        chunks = await self._with_retries(
+        chunks = await self._ask(
             lambda: self._client.chat.completions.create(
                 model=self._config.remote_model,
                 stream=True,
@@ -106,36 +104,32 @@ class RemoteModel:
             EngineError: If it does not give one.
         """
         if self._config.health_path is not None:
-            await self._with_retries(
+            await self._ask(
                 lambda: self._client.get(self._config.health_path or "", cast_to=object)
             )
 
-    async def _with_retries(self, call: Callable[[], Awaitable[_T]]) -> _T:
-        self._retries.earn()
-        for attempt in range(self._config.max_retries + 1):
-            await self._pause()
-            try:
-                return await call()
-            except openai.APIStatusError as error:
-                status = error.status_code
-                if status not in (408, 429) and status < 500:
-                    raise _refusal(status, error) from None
-                pause_s = _retry_after_s(error) or (_COOLDOWN_S if status == 429 else 0.0)
-                said = f"the remote model answered {status}"
-                failure = EngineBusy(said, None, pause_s) if pause_s else EngineError(said)
-                self._busy_until_s = max(self._busy_until_s, time.monotonic() + pause_s)
-            except openai.APIConnectionError as error:
-                if isinstance(error.__cause__, EngineError):  # `_bound` ended the answer
-                    raise error.__cause__ from None
-                failure = EngineError("the remote model cannot be reached")
-            except openai.OpenAIError as error:
-                raise EngineError(
-                    f"the remote model's answer is no chat completion: {type(error).__name__}"
-                ) from None
-            if attempt == self._config.max_retries or not self._retries.spend():
-                break
-            await asyncio.sleep(random.uniform(0, min(_MAX_WAIT_S, _FIRST_BACKOFF_S * 2**attempt)))
-        raise failure
+    async def _ask(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        await self._pause()
+        try:
+            return await call()
+        except openai.APIStatusError as error:
+            status = error.status_code
+            if status not in (408, 429) and status < 500:
+                raise _refusal(status, error) from None
+            pause_s = _retry_after_s(error) or (_COOLDOWN_S if status == 429 else 0.0)
+            self._busy_until_s = max(self._busy_until_s, time.monotonic() + pause_s)
+            said = f"the remote model answered {status}"
+            if pause_s:
+                raise EngineBusy(said, None, pause_s) from None
+            raise EngineUnavailable(said) from None
+        except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, EngineError):  # `_bound` ended the answer
+                raise error.__cause__ from None
+            raise EngineUnavailable("the remote model cannot be reached") from None
+        except openai.OpenAIError as error:
+            raise EngineError(
+                f"the remote model's answer is no chat completion: {type(error).__name__}"
+            ) from None
 
     async def _pause(self) -> None:
         """Wait as long as the endpoint asked for.
@@ -150,36 +144,7 @@ class RemoteModel:
             )
         if left_s > 0:
             # Not all that wait at once, when the pause is over.
-            await asyncio.sleep(left_s + random.uniform(0, _FIRST_BACKOFF_S))
-
-
-class RetryBudget:
-    """How often one replica may ask its endpoint again: a share of its requests.
-
-    With an endpoint that fails for everybody, retries would multiply the load that it cannot carry.
-    """
-
-    def __init__(self, per_request: float, most: float) -> None:
-        """Begin with all that can be saved up.
-
-        Args:
-            per_request: Retries that each request earns.
-            most: Retries that can be saved up.
-        """
-        self._per_request = per_request
-        self._most = most
-        self._saved = most
-
-    def earn(self) -> None:
-        """Count a request."""
-        self._saved = min(self._most, self._saved + self._per_request)
-
-    def spend(self) -> bool:
-        """Take one retry; whether there was one."""
-        if self._saved < 1:
-            return False
-        self._saved -= 1
-        return True
+            await asyncio.sleep(left_s + random.uniform(0, _SPREAD_S))
 
 
 async def _bound(response: httpx2.Response) -> None:

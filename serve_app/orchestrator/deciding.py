@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from serve_app.budget import Deadline
 from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, ReplicaDied
-from serve_app.orchestrator.engines import call_again, pause_after_death
+from serve_app.orchestrator.engines import call
+from serve_app.orchestrator.recovery import again, pause_s
 from serve_app.schemas import Decision, Limits, Seen
 
 _BATCH_SIZE = 32
@@ -191,7 +192,7 @@ class Decider:
             # One of them is at fault, perhaps: each by itself shows which.
             died = isinstance(error, ReplicaDied)
             if died:
-                await pause_after_death(1)
+                await asyncio.sleep(pause_s(error, 1))
             for request in batch:
                 await self._run([request], deaths + died)
         except Exception as error:  # nobody awaits this task: whoever waits must hear of it
@@ -214,8 +215,8 @@ class Decider:
             asked += _what_happened(batch, vectors, request_ids)
         elif any(request_ids):
             asked += (None, None, request_ids)
-        decisions: list[Decision | AtlasError] = await call_again(
-            lambda: self._router.decide.remote(*asked), deadline, max_deaths
+        decisions: list[Decision | AtlasError] = await again(
+            lambda: call(self._router.decide.remote(*asked), deadline), deadline, max_deaths
         )
         for request, vector, decision in zip(batch, vectors, decisions, strict=True):
             request.settle(decision if isinstance(decision, AtlasError) else (vector, decision))
@@ -226,7 +227,9 @@ class Decider:
         """Per request the embedding of its query, or of its last answer where there is one."""
         texts = [request.text for request in batch if request.text is not None]
         embedded = iter(
-            await call_again(lambda: self._embedder.embed.remote(texts), deadline, max_deaths)
+            await again(
+                lambda: call(self._embedder.embed.remote(texts), deadline), deadline, max_deaths
+            )
             if texts
             else ()
         )

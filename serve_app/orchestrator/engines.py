@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
@@ -24,11 +23,6 @@ from serve_app.models.protocol import ChatBody
 
 logger = logging.getLogger(__name__)
 
-MAX_DEATHS = 2
-"""Replicas of models that may die over one request before it fails. More than one, because a node
-that goes takes innocent requests with it; few, because the request may be what kills them."""
-_SEND_AGAIN_S = 0.1
-"""From the first death of a replica until what it worked on is sent to another, at most."""
 _FIND_TIMEOUT_S = 10.0
 """How long the Serve controller may take to name a model's application."""
 
@@ -63,41 +57,6 @@ async def call(response: Any, deadline: Deadline) -> Any:
     except Exception as error:
         response.cancel()
         raise translated(error) from error
-
-
-async def pause_after_death(deaths: int) -> None:
-    """Wait before work is sent again whose replica died; longer each time, and never in step.
-
-    Args:
-        deaths: How many replicas died over it; at least 1.
-    """
-    await asyncio.sleep(_SEND_AGAIN_S * 4 ** (deaths - 1) * random.uniform(0.5, 1.0))
-
-
-async def call_again(
-    send: Callable[[], Any], deadline: Deadline, max_deaths: int = MAX_DEATHS
-) -> Any:
-    """As `call`, sent again where the replica that works on it dies; not for ever.
-
-    Args:
-        send: Makes the call; what it asks for has no effect, so that twice is as good as once.
-        deadline: When the answer must be there.
-        max_deaths: Replicas that may die over it: the work itself may be what kills them.
-
-    Raises:
-        ReplicaDied: If that many did.
-        AtlasError: As `call`.
-    """
-    deaths = 0
-    while True:
-        try:
-            return await call(send(), deadline)
-        except ReplicaDied:
-            deaths += 1
-            if deaths >= max_deaths:
-                raise
-            logger.warning("a replica died over a call; sending it again")
-            await pause_after_death(deaths)
 
 
 class ModelClients:

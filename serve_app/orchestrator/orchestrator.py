@@ -1,4 +1,4 @@
-"""A request from the call to the answer: decide, run the steps, report.
+"""A request from the call to the answer: decide, run a pattern, report.
 
 Whole and streamed requests share the way. What happened is handed to the outcome log, answered or
 not.
@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from serve_app.budget import Deadline
+import numpy as np
+from numpy.typing import NDArray
+
 from serve_app.config import AtlasConfig
 from serve_app.errors import (
     AtlasError,
@@ -25,11 +27,16 @@ from serve_app.errors import (
     NoCandidate,
     ServiceError,
 )
+from serve_app.orchestrator.answer import Answer
+from serve_app.orchestrator.channel import Channel
 from serve_app.orchestrator.deciding import Decider
+from serve_app.orchestrator.engine import Engine, why_it_ended
 from serve_app.orchestrator.engines import ModelClients
-from serve_app.orchestrator.executor import PairExecutor
-from serve_app.orchestrator.result import Delta
-from serve_app.orchestrator.steps import Run, Stepper, why_it_ended
+from serve_app.orchestrator.pairs.runner import PairRunner
+from serve_app.orchestrator.patterns import PATTERNS
+from serve_app.orchestrator.recovery import stop_of
+from serve_app.orchestrator.run import Course, Piece, Run
+from serve_app.orchestrator.trace import SpanKind
 from serve_app.orchestrator.waking import Waker, awake_only, sleepers_last
 from serve_app.pool.watcher import PoolWatcher
 from serve_app.schemas import (
@@ -43,6 +50,7 @@ from serve_app.schemas import (
     Path,
     PoolState,
     Report,
+    StopReason,
 )
 
 logger = logging.getLogger(__name__)
@@ -76,14 +84,14 @@ class Orchestrator:
                 block.
             clients: Handles to the models; `None` makes them.
         """
-        self._decider = Decider(embedder, router)
         self._record = record
         self._controller = controller
         self._suspicions: dict[str, asyncio.Task[None]] = {}
         self._clients = clients or ModelClients(self._suspect)
         self._waker = Waker(config.pool, self._clients)
-        self._executor = PairExecutor(config, self._clients)
-        self._stepper = Stepper(self._executor, self._decider, config.router.planner)
+        self._pairs = PairRunner(config, self._clients)
+        self._engine = Engine(self._pairs, Decider(embedder, router), config.router.planner)
+        self._patterns = {name: make(self._engine) for name, make in PATTERNS.items()}
         self._plain_tools: frozenset[str] = frozenset({NO_TOOL})
         self._watcher = PoolWatcher(controller, self._use)
 
@@ -93,9 +101,9 @@ class Orchestrator:
             {m.model_id: m.application for m in pool.models if m.application is not None}
         )
         if pool.config is not None:
-            self._executor.use(pool.config)
+            self._pairs.use(pool.config)
         self._plain_tools = frozenset(
-            {NO_TOOL, *(t for t in pool.tools if self._executor.kind(t) == "context")}
+            {NO_TOOL, *(t for t in pool.tools if self._pairs.kind(t) == "context")}
         )
 
     def _suspect(self, model_id: str) -> None:
@@ -133,16 +141,16 @@ class Orchestrator:
     async def start(self) -> None:
         """Wait for the pool, so that no caller hears of an empty one; get the tools' workers up."""
         await self._watcher.first()
-        await self._executor.start()
+        await self._pairs.start()
 
     def close(self) -> None:
         """Let go of the tools' workers."""
         self._waker.close()
-        self._executor.close()
+        self._pairs.close()
 
     async def decide(self, call: ChatCall) -> Decision:
         """The decision alone; nothing runs."""
-        run = Run(call, Deadline.after(call.limits.deadline_s))
+        run = Run(call)
         await self._decide(run)
         assert run.decision is not None
         return run.decision
@@ -156,25 +164,24 @@ class Orchestrator:
         Raises:
             AtlasError: As `stream`.
         """
-        run = Run(call, Deadline.after(call.limits.deadline_s))
-        async for _ in self._answer(run, stream=False):
-            pass
-        report = run.report()
+        run = Run(call)
+        wanted = await self._decide(run)
+        with self._on_record(run):
+            answer = await self._answer(run, wanted)
+        usage = run.trace.root.usage
         completion = {
             "id": f"chatcmpl-{call.request_id}",
             "object": "chat.completion",
             "created": int(time.time()),
-            "model": str(report.pair),
-            "choices": [
-                _clean(choice, call) for choice in run.choices.get(run.answer_step or 0, ())
-            ],
+            "model": str(answer.pair),
+            "choices": [_clean(choice, call) for choice in answer.choices],
             "usage": {
-                "prompt_tokens": run.usage.prompt_tokens,
-                "completion_tokens": run.usage.completion_tokens,
-                "total_tokens": run.usage.prompt_tokens + run.usage.completion_tokens,
+                "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.completion_tokens,
+                "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             },
         }
-        return completion, report
+        return completion, run.report()
 
     async def measure(self, call: ChatCall) -> tuple[Report, AtlasError | None]:
         """Run a request for a profile: as any other, but it is not traffic.
@@ -185,16 +192,15 @@ class Orchestrator:
         Raises:
             ModelNotFound, NoCandidate: If nothing could run.
         """
-        run = Run(call, Deadline.after(call.limits.deadline_s), is_traffic=False)
+        run = Run(call, is_traffic=False)
+        wanted = await self._decide(run)
         failure = None
         try:
-            async for _ in self._answer(run, stream=False):
-                pass
+            with self._on_record(run):
+                await self._answer(run, wanted)
         except AtlasError as error:
-            if run.decision is None:
-                raise
             failure = error
-        return run.report(failure.message if failure else None), failure
+        return run.report(), failure
 
     async def stream(self, call: ChatCall) -> AsyncGenerator[dict[str, Any] | Report, None]:
         """Answer a request piece by piece.
@@ -210,54 +216,71 @@ class Orchestrator:
             InvalidRequest: If the chosen engine refuses the request.
             AtlasError: What the last pair tried failed with.
         """
-        run = Run(call, Deadline.after(call.limits.deadline_s))
+        channel: Channel[Piece] = Channel()
+        run = Run(call, channel)
+        wanted = await self._decide(run)
         head = {
             "id": f"chatcmpl-{call.request_id}",
             "object": "chat.completion.chunk",
             "created": int(time.time()),
         }
         opened: set[int] = set()
-        # Closed level by level: a caller who leaves a stream must reach the engine at once.
-        async with aclosing(self._answer(run, stream=True)) as deltas:
-            async for delta in deltas:
-                for choice in delta.choices:
-                    chunk = {**head, "model": str(run.pair)}
-                    if not opened:
-                        chunk["atlas"] = {"pair": str(run.pair), "path": run.path.value}
-                    if choice["index"] not in opened:
-                        opened.add(choice["index"])
-                        choice["delta"] = {"role": "assistant", "content": ""} | choice["delta"]
-                    yield {**chunk, "choices": [_clean(choice, call)]}
+        with self._on_record(run):
+            async with aclosing(channel.read(self._answer(run, wanted))) as pieces:
+                async for pair, path, choices in pieces:
+                    for choice in choices:
+                        chunk = {**head, "model": str(pair)}
+                        if not opened:
+                            chunk["atlas"] = {"pair": str(pair), "path": path.value}
+                        if choice["index"] not in opened:
+                            opened.add(choice["index"])
+                            choice["delta"] = {"role": "assistant", "content": ""} | choice["delta"]
+                        yield {**chunk, "choices": [_clean(choice, call)]}
         yield run.report()
 
-    async def _answer(self, run: Run, *, stream: bool) -> AsyncGenerator[Delta, None]:
-        """Run the steps of a request; reports however it ends."""
-        wanted = await self._decide(run)
-        assert run.decision is not None
-        follows = run.decision.path is Path.POLICY and not run.is_plain
-        error: str | None = None
+    @contextmanager
+    def _on_record(self, run: Run) -> Iterator[None]:
+        """Say why the run of the block ended, and report it, however it ends."""
         try:
-            if wanted is not None:
-                self._waker.wake(wanted)
-            chosen = run.decision.pair.model_id
-            if chosen in self._waker.asleep(self._watcher.state):
-                await self._waker.wait_for(chosen, run.deadline)
-            steps = self._stepper.follow if follows else self._stepper.try_candidates
-            async with aclosing(steps(run, run.decision, stream=stream)) as deltas:
-                async for delta in deltas:
-                    yield delta
+            yield
+            assert run.answer is not None
+            run.stop = run.answer.stop
         except AtlasError as failure:
-            error = failure.message
-            raise _as_service_error(failure) from failure
+            run.error = failure.message
+            failure.stop = run.stop = stop_of(failure)
+            if isinstance(failure, ServiceError | InvalidRequest):
+                raise
+            ours = ServiceError(failure.message)  # a failed tool is no fault of the caller's
+            ours.stop = run.stop
+            raise ours from failure
         except Exception:
-            error = "an unforeseen error"
+            run.error, run.stop = "an unforeseen error", StopReason.ERROR
             raise
         except BaseException:
-            error = why_it_ended(run.deadline)
+            run.error = why_it_ended(run.budget.deadline)
+            over = run.budget.deadline.is_over()
+            run.stop = StopReason.DEADLINE if over else StopReason.LEFT
             raise
         finally:
             if run.is_traffic:
-                self._record(run.report(error), run.call.limits.alpha)
+                self._record(run.report(), run.call.limits.alpha)
+
+    async def _answer(self, run: Run, wanted: str | None) -> Answer:
+        """Have a pattern answer a request that was decided on.
+
+        Args:
+            run: The request.
+            wanted: The model to wake for the next ones; `None` wakes none.
+        """
+        assert run.decision is not None
+        if wanted is not None:
+            self._waker.wake(wanted)
+        chosen = run.decision.pair.model_id
+        if chosen in self._waker.asleep(self._watcher.state):
+            await self._waker.wait_for(chosen, run.budget.deadline)
+        name = "single" if run.course is None or run.is_plain else "policy"
+        run.answer = await self._patterns[name].run(run)
+        return run.answer
 
     async def _decide(self, run: Run) -> str | None:
         """Pinned, or the router's word.
@@ -275,47 +298,46 @@ class Orchestrator:
                 self._plain_tools if limits.tools is None else limits.tools & self._plain_tools
             )
             limits = replace(limits, tools=allowed, max_steps=1)
-        run.limits = limits
-        await self._route(run, limits)
-        assert run.decision is not None
+        embedding, decision = await self._route(run, limits)
         wanted: str | None = None
         asleep = self._waker.asleep(self._watcher.state)
         if asleep:
             awake = awake_only(limits, self._watcher.state, asleep)
-            if run.decision.pair.model_id in asleep:
-                wanted = run.decision.pair.model_id
+            if decision.pair.model_id in asleep:
+                wanted = decision.pair.model_id
                 # Asked anew, because the choice among fewer has another propensity.
                 with contextlib.suppress(NoCandidate, BudgetExceeded):
-                    await self._route(run, awake)
-            if run.decision.pair.model_id not in asleep:
-                run.limits = awake
-                run.decision = sleepers_last(run.decision, asleep)
-        if run.decision.path is Path.POLICY:
-            run.decisions.append(run.decision)
+                    embedding, decision = await self._route(run, awake)
+            if decision.pair.model_id not in asleep:
+                limits, decision = awake, sleepers_last(decision, asleep)
+        run.embedding, run.decision = embedding, decision
+        if decision.path is Path.POLICY:
+            run.course = Course(limits, embedding, [decision])
         return wanted
 
-    async def _route(self, run: Run, limits: Limits) -> None:
-        """Ask the router.
+    async def _route(self, run: Run, limits: Limits) -> tuple[NDArray[np.float32], Decision]:
+        """The (dim,) embedding of the query, and the router's decision.
 
         Raises:
             BudgetExceeded: If every pair that answers now costs more than the caller allows.
             NoCandidate: If no pair that answers now is within the other limits.
         """
-        call = run.call
+        call, deadline, decider = run.call, run.budget.deadline, self._engine.decider
         try:
-            run.embedding, run.decision = await self._decider.decide(
-                call.query,
-                limits,
-                run.deadline,
-                explain=call.explain,
-                request_id=call.request_id,
-            )
+            with run.trace.root.child(SpanKind.DECISION, "router"):
+                return await decider.decide(
+                    call.query,
+                    limits,
+                    deadline,
+                    explain=call.explain,
+                    request_id=call.request_id,
+                )
         except NoCandidate:
             if limits.max_cost_usd is None:
                 raise
             # Raises again unless the cost is what leaves no pair.
             anything = replace(limits, max_cost_usd=None)
-            _, dear = await self._decider.decide(call.query, anything, run.deadline, explain=True)
+            _, dear = await decider.decide(call.query, anything, deadline, explain=True)
             least_usd = min((candidate.cost_usd for candidate in dear.candidates), default=0.0)
             raise BudgetExceeded(
                 f"atlas.max_cost_usd: {limits.max_cost_usd:g} USD is below the price of every "
@@ -344,13 +366,6 @@ class Orchestrator:
             raise NoCandidate(f"the model {pair.model_id!r} does not answer now ({state})")
         candidate = Candidate(pair, utility=0.0, quality=0.0, cost=0.0)
         return Decision((candidate,), Path.PINNED, 1.0, 1.0, 0, pool.pool_version)
-
-
-def _as_service_error(failure: AtlasError) -> AtlasError:
-    """What the caller sees of the last failure; a failed tool is ours, not theirs."""
-    if isinstance(failure, ServiceError | InvalidRequest):
-        return failure
-    return ServiceError(failure.message)
 
 
 _ENGINE_FIELDS = ("stop_reason", "token_ids", "routed_experts", "prompt_token_ids")

@@ -9,9 +9,10 @@ takes over when it is warm. Gateways and routers follow by long poll (`PoolWatch
 from __future__ import annotations
 
 import asyncio
-import itertools
+import functools
 import logging
 import re
+import sys
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
@@ -27,14 +28,15 @@ from serve_app.config import AtlasConfig, LocalModelConfig, ModelConfig, load_co
 from serve_app.errors import (
     AtlasError,
     ConfigError,
-    ReplicaDied,
     UnreadableCall,
 )
 from serve_app.models.deploy import application_name, deploy_model, register_connectors
 from serve_app.models.protocol import ChatBody
-from serve_app.orchestrator.engines import ModelClients, pause_after_death
-from serve_app.orchestrator.executor import PairExecutor
-from serve_app.orchestrator.result import StepResult
+from serve_app.orchestrator.engines import ModelClients
+from serve_app.orchestrator.pairs.base import PairWork
+from serve_app.orchestrator.pairs.runner import PairRunner
+from serve_app.orchestrator.recovery import again
+from serve_app.orchestrator.trace import Trace
 from serve_app.pool.applications import (
     ModelApplication,
     delete_application,
@@ -381,10 +383,10 @@ class PoolController:
             model.failures, model.retry_unix_s = 0, None
             model.retry_at_s = time.monotonic() + self._config.pool.health_interval_s
             return
-        executor = PairExecutor(self._config, clients)
+        pairs = PairRunner(self._config, clients)
         cold = [tool_id for tool_id in model.config.tools if tool_id not in model.warm]
         answered = await asyncio.gather(
-            *(_answers(executor, Pair(config.model_id, tool_id)) for tool_id in cold)
+            *(_answers(pairs, Pair(config.model_id, tool_id)) for tool_id in cold)
         )
         model.warm |= {tool for tool, error in zip(cold, answered, strict=True) if error is None}
         reasons = [
@@ -519,12 +521,9 @@ async def _greet(clients: ModelClients, model_id: str, deadline: Deadline) -> No
     Raises:
         AtlasError: If it does not.
     """
-    for deaths in itertools.count(1):
-        try:
-            await clients.complete(model_id, {"messages": [_GREETING], "max_tokens": 1}, deadline)
-            return
-        except ReplicaDied:
-            await pause_after_death(min(deaths, 3))
+    body: ChatBody = {"messages": [_GREETING], "max_tokens": 1}
+    ask = functools.partial(clients.complete, model_id, body, deadline)
+    await again(ask, deadline, max_deaths=sys.maxsize)
 
 
 async def _compile_logprobs(clients: ModelClients, model_id: str) -> None:
@@ -539,7 +538,7 @@ async def _compile_logprobs(clients: ModelClients, model_id: str) -> None:
         logger.info("model %s: no log-probabilities: %s", model_id, error.message)
 
 
-async def _answers(executor: PairExecutor, pair: Pair) -> str | None:
+async def _answers(pairs: PairRunner, pair: Pair) -> str | None:
     """Run a pair on a greeting; why it does not answer, if it does not."""
     call = ChatCall(
         request_id="warm-up",
@@ -548,10 +547,9 @@ async def _answers(executor: PairExecutor, pair: Pair) -> str | None:
         sampling={"max_tokens": 1},
         limits=Limits(alpha=0.0, deadline_s=_WARM_UP_TIMEOUT_S),
     )
-    budget, result = Budget(Deadline.after(_WARM_UP_TIMEOUT_S)), StepResult()
+    budget, trace = Budget(Deadline.after(_WARM_UP_TIMEOUT_S)), Trace(call.request_id)
     try:
-        async for _ in executor.run(pair, call, budget, result, stream=False):
-            pass
+        await pairs.run(PairWork(pair, call, budget, trace.root))
     except UnreadableCall:
         pass  # it answers; one token is too short for a call
     except AtlasError as error:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from serve_app.schemas import ToolKind
+from serve_app.schemas import Effects, ToolKind
 from serve_app.tools.config import ToolSettings
 
 NO_PARAMETERS: dict[str, Any] = {
@@ -43,9 +43,14 @@ class Tool(ABC):
           are checked against it before `run` is dispatched, so `run` may rely on it.
         - `run` raises only `ToolRetry` (the model may try again), `ToolFailed` or `ToolTimeout`.
         - `run` ends at its deadline, and so does everything it started.
+        - `run` of a tool with effects raises `ToolRetry` only before the effect.
     """
 
     parameters: ClassVar[dict[str, Any]] = NO_PARAMETERS
+
+    effects: Effects = Effects.NONE
+    """What a call does to the world outside its sandbox; decides whether a call that was lost is
+    made again."""
 
     def __init__(self, config: ToolSettings) -> None:
         """Keep the settings; heavy state is made in `warm`.

@@ -22,7 +22,7 @@ import ray
 import ray.exceptions
 from pydantic import TypeAdapter
 
-from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
+from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout, ToolWorkerDied
 from serve_app.tools.base import Tool, ToolResult
 from serve_app.tools.config import RetrievalConfig, ToolConfig, ToolSettings
 from serve_app.tools.registry import build_tool
@@ -198,7 +198,8 @@ class ToolRunner:
         Raises:
             ToolRetry: If the arguments do not fit the schema, or others could succeed.
             ToolTimeout: If it did not finish in time.
-            ToolFailed: If there is no such tool, it is busy, its worker died, or it failed.
+            ToolWorkerDied: If its worker died.
+            ToolFailed: If there is no such tool, it is busy, or it failed.
         """
         begin = time.monotonic()
         entry = self._entry(tool_id)
@@ -255,7 +256,8 @@ class ToolRunner:
         except ray.exceptions.RayError as error:
             seconds = time.monotonic() - begin
             logger.warning("tool %s: %s after %.3f s", name, type(error).__name__, seconds)
-            raise ToolFailed(f"tool {name!r} failed: its worker stopped") from None
+            # It happens when Ray ends an idle worker just as it is given work.
+            raise ToolWorkerDied(f"tool {name!r} failed: its worker stopped") from None
         finally:
             if ending is None:
                 entry.leave()
@@ -300,9 +302,8 @@ def _with_cache_dir(config: ToolConfig, cache_dir: Path | None) -> ToolConfig:
 
 def _entry(config: ToolConfig) -> _Entry:
     tool = build_tool(config)
-    # Calls have no effect outside their sandbox, so one whose worker died may be tried again; it
-    # happens when Ray ends an idle worker just as it is given work.
-    options: dict[str, Any] = {"num_cpus": config.num_cpus, "max_retries": 1}
+    # A call whose worker died is made again where the orchestrator's table says so, not by Ray.
+    options: dict[str, Any] = {"num_cpus": config.num_cpus, "max_retries": 0}
     if config.memory_bytes is not None:
         options["memory"] = config.memory_bytes
     # Workers are shared by what has the same environment: a variable of its own keeps a tool whose

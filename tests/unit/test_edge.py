@@ -448,7 +448,7 @@ async def test_serve_reads_no_body_while_the_key_is_looked_up(
         "headers": [(b"host", b"localhost"), (b"transfer-encoding", b"chunked")],
     }
     flood = Flood(pieces=1000)
-    asking = asyncio.create_task(as_serve_runs_it(gateway.app)(scope, flood.receive, send))
+    asking = asyncio.ensure_future(as_serve_runs_it(gateway.app)(scope, flood.receive, send))
     await asked.wait()
     await turns()
     assert flood.taken <= 1  # held at the gate; all of it, were there none

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import psutil
@@ -142,6 +142,38 @@ async def test_without_a_gateway_the_answer_is_an_error_in_openai_s_shape() -> N
 async def test_a_gateway_that_breaks_off_is_an_error_in_openai_s_shape(haproxy: Any) -> None:
     response = await asyncio.to_thread(ask, haproxy, "/v1/models")
     check_error(response, 502, "bad_gateway")
+
+
+class Dying(asyncio.Protocol):
+    """Dies over the first request without a byte of answer, and answers the next ones.
+
+    Attributes:
+        requests: Every one that came, but health checks.
+    """
+
+    requests: ClassVar[list[bytes]] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if data.startswith(b"POST"):
+            self.requests.append(data)
+            if len(self.requests) > 1:
+                self._transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        self._transport.close()
+
+
+async def test_a_post_is_sent_again_where_a_gateway_died_before_it_answered() -> None:
+    Dying.requests.clear()
+    server = await asyncio.get_running_loop().create_server(Dying, "127.0.0.1", 0)
+    async with server, started_haproxy(server.sockets[0].getsockname()[1]) as haproxy:
+        await until(lambda: ask(haproxy, "/-/healthz").status_code == 200)
+        url = f"http://127.0.0.1:{haproxy.cfg.frontend_port}/v1/chat/completions"
+        response = await asyncio.to_thread(httpx.post, url, json={"a": 1}, timeout=20)
+    assert (response.status_code, response.json()) == (200, {})
+    assert [request.endswith(b'{"a":1}') for request in Dying.requests] == [True, True]
 
 
 async def test_each_error_of_its_own_is_json(haproxy: Any) -> None:

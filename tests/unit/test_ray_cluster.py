@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray import serve
 from typer.testing import CliRunner
 
 from serve_app import ray_cluster, running
@@ -110,7 +111,7 @@ def test_a_cluster_whose_serve_is_open_to_others_is_left_as_it_was(
     monkeypatch.setattr(running, "http_address", lambda: ("0.0.0.0", 8000))
     monkeypatch.setattr(ray, "shutdown", lambda: touched.append("left"))
     for name in ("start", "run", "shutdown"):
-        monkeypatch.setattr(running.serve, name, lambda *_, name=name, **__: touched.append(name))
+        monkeypatch.setattr(serve, name, lambda *_, name=name, **__: touched.append(name))
     with (
         pytest.raises(ConfigError, match="set Serve's http_options"),
         running.running_graph(config, address="auto"),

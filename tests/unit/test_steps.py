@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import select
 
 from serve_app.errors import (
+    AtlasError,
     BudgetExceeded,
     ContextTooLong,
     DeadlineExceeded,
@@ -24,7 +25,7 @@ from serve_app.errors import (
     ServiceError,
 )
 from serve_app.gateway.chat.extension import completion_extension
-from serve_app.schemas import Action, Report
+from serve_app.schemas import Action, Report, StopReason
 from serve_app.schemas import Path as DecidedBy
 from serve_app.store import add_feedback, read_verdicts
 from serve_app.store.tables import Base, OutcomeRow, RequestRow, TrajectoryRow
@@ -447,3 +448,43 @@ async def test_a_cost_limit_below_every_call_names_the_least_that_is_needed(grap
         await graph.ask(long, limits={"max_cost_usd": 5e-3})
     assert 5e-3 < caught.value.needed < 0.02
     assert not graph.engines.bodies
+
+
+@pytest.mark.parametrize(
+    ("says", "how", "stop"),
+    [
+        ({}, {}, StopReason.ANSWERED),
+        ({}, {"limits": {"max_steps": 2}}, StopReason.STEPS),
+        ({"math": InvalidRequest("no")}, {"model": "math"}, StopReason.REFUSED),
+        ({"math": EngineError("broken")}, {"model": "math"}, StopReason.FAILED),
+        ({"math": ValueError("ours")}, {"model": "math"}, StopReason.FAILED),
+        ({"math": DeadlineExceeded("late")}, {"model": "math"}, StopReason.DEADLINE),
+        ({}, {"model": "math", "limits": {"max_cost_usd": 1e-9}}, StopReason.USD),
+    ],
+)
+async def test_every_end_has_its_reason(
+    graph: Path2, says: dict[str, Any], how: dict[str, Any], stop: StopReason
+) -> None:
+    await graph.promote(policy(answer=0.5) if stop is StopReason.ANSWERED else policy())
+    graph.engines.says = says
+    for ask in (graph.ask, graph.stream):
+        results = await asyncio.gather(ask("topic 2", **how), return_exceptions=True)
+        failures = [result for result in results if isinstance(result, AtlasError)]
+        assert bool(failures) == (stop not in (StopReason.ANSWERED, StopReason.STEPS))
+        assert all(failure.stop == stop for failure in failures)
+        assert graph.reports[-1].stop is stop
+
+
+async def test_a_caller_that_leaves_a_stream_ends_its_run(graph: Path2) -> None:
+    await graph.promote(plain_snapshot())
+    graph.engines.says = {"math": lambda body: asyncio.sleep(60)}
+    stream = graph.orchestrator.stream(graph.call("topic 1"))
+    reading = asyncio.create_task(anext(stream))
+    while not graph.engines.bodies:
+        await asyncio.sleep(0.01)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    report = graph.reports[-1]
+    assert (report.stop, report.answer_step) == (StopReason.LEFT, None)
+    assert [step.error for step in report.steps] == ["the caller went away"]

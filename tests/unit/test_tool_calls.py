@@ -15,8 +15,8 @@ from serve_app.errors import (
     UnfitForPair,
     UnreadableCall,
 )
-from serve_app.orchestrator.result import Delta
-from serve_app.orchestrator.tool_calls import ReplyGate, looks_like_call, read_arguments
+from serve_app.orchestrator.answer import Choice
+from serve_app.orchestrator.pairs.tool_calls import ReplyGate, looks_like_call, read_arguments
 from tests.executor_fakes import Bench, reply
 
 CALL = '{"expression": "20 * 5"}'
@@ -158,8 +158,8 @@ async def test_a_long_broken_call_is_held_back_to_its_end(tmp_path: Path) -> Non
     assert (await bench.run(stream=True))[0] == "100"
 
 
-def piece(text: str) -> Delta:
-    return Delta([{"index": 0, "delta": {"content": text}}])
+def piece(text: str) -> list[Choice]:
+    return [{"index": 0, "delta": {"content": text}}]
 
 
 # The caller's own tools.

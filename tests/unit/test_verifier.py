@@ -13,10 +13,11 @@ from serve_app.config import AtlasConfig, ScoringConfig
 from serve_app.errors import EngineError
 from serve_app.models.protocol import ChatBody
 from serve_app.models.verifier import read_score, score_completion, scoring_body
-from serve_app.orchestrator.executor import PairExecutor
-from serve_app.orchestrator.result import StepResult
+from serve_app.orchestrator.pairs.base import PairWork
+from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.schemas import ChatCall, Limits, Pair
 from serve_app.tools.config import BestOfConfig
+from tests.executor_fakes import Result
 from tests.path2_fakes import Engines
 
 with warnings.catch_warnings():
@@ -68,7 +69,7 @@ def by_answer(**scores: Any) -> Any:
     return lambda body: scores["_" + body["messages"][-1]["content"].replace(" ", "_")]
 
 
-async def best(tmp_path: Path, judge: Any) -> tuple[StepResult, Sampler]:
+async def best(tmp_path: Path, judge: Any) -> tuple[Result, Sampler]:
     engines = Sampler(says={"judge": judge})
     config = AtlasConfig.model_validate(pool(data_dir=str(tmp_path)))
     call = ChatCall(
@@ -78,11 +79,9 @@ async def best(tmp_path: Path, judge: Any) -> tuple[StepResult, Sampler]:
         sampling={},
         limits=Limits(alpha=0.0, deadline_s=30),
     )
-    result = StepResult()
-    pair = Pair("small", "best_of")
-    executor = PairExecutor(config, engines)
-    async for _ in executor.run(pair, call, Budget(Deadline.after(30)), result, stream=False):
-        pass
+    result, pair = Result(), Pair("small", "best_of")
+    work = PairWork(pair, call, Budget(Deadline.after(30)), result.trace.root)
+    result.choices = await PairRunner(config, engines).run(work)
     return result, engines
 
 

@@ -129,6 +129,7 @@ class EventStream(Response):
                 await self._send_all(send)
         except Exception as error:
             self._exchange.line.error = type(error).__name__
+            self._exchange.line.stop = error.stop if isinstance(error, AtlasError) else None
             if not isinstance(error, AtlasError):
                 logger.exception("request_id=%s failed in its stream", self._exchange.request_id)
             with contextlib.suppress(TimeoutError):

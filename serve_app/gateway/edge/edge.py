@@ -127,6 +127,7 @@ class Edge:
             raise
         except Exception as error:
             exchange.line.error = type(error).__name__
+            exchange.line.stop = error.stop if isinstance(error, AtlasError) else None
             if not isinstance(error, AtlasError):
                 logger.exception("request_id=%s failed unexpectedly", exchange.request_id)
             if not reply.started:

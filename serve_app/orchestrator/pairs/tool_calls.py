@@ -14,7 +14,7 @@ from collections.abc import Collection
 from typing import Any
 
 from serve_app.errors import ToolRetry, UnreadableCall
-from serve_app.orchestrator.result import Delta
+from serve_app.orchestrator.answer import Choice
 
 _MARKS = ("<tool_call", "</tool_call", "[TOOL_CALLS]", "<|python_tag|>", "<function=", "</function")
 """How the formats that vLLM's parsers read begin and end a call; parts of it in a text show that
@@ -105,29 +105,29 @@ class ReplyGate:
         """
         self._names = names
         self._passes_calls = passes_calls
-        self._held: list[Delta] = []
+        self._held: list[list[Choice]] = []
         self._texts: dict[int, str] = {}
         """By choice: its text until it is judged, the last few characters afterwards."""
         self._stays_shut = False
         self.is_open = False
 
-    def feed(self, delta: Delta) -> list[Delta]:
+    def feed(self, choices: list[Choice]) -> list[list[Choice]]:
         """Take a piece; give those that can go on.
 
         Raises:
             UnreadableCall: If it shows that what went on was no answer.
         """
         if not self._stays_shut:
-            for choice in delta.choices:
+            for choice in choices:
                 piece = choice["delta"].get("content") or ""
                 self._texts[choice["index"]] = self._texts.get(choice["index"], "") + piece
         if self.is_open:
             if any(mark in text for text in self._texts.values() for mark in _MARKS):
                 raise UnreadableCall(UNREADABLE)
             self._forget()
-            return [delta]
-        self._held.append(delta)
-        has_call = any(choice["delta"].get("tool_calls") for choice in delta.choices)
+            return [choices]
+        self._held.append(choices)
+        has_call = any(choice["delta"].get("tool_calls") for choice in choices)
         is_long = sum(map(len, self._texts.values())) > _HOLD_CHARS
         if self._stays_shut or not (is_long or (self._passes_calls and has_call)):
             return []
@@ -138,7 +138,7 @@ class ReplyGate:
         self.is_open = True
         return self.rest()
 
-    def rest(self) -> list[Delta]:
+    def rest(self) -> list[list[Choice]]:
         """What is held back still."""
         held, self._held = self._held, []
         return held

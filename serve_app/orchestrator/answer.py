@@ -1,4 +1,4 @@
-"""What a run of a pair gives: pieces of an answer on their way, and the whole of it at the end."""
+"""Answers as OpenAI's choices: whole, in pieces, and put together from pieces."""
 
 from __future__ import annotations
 
@@ -6,37 +6,38 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve_app.schemas import ToolCall, Usage
+from serve_app.schemas import Pair, Path, StopReason
+
+Choice = dict[str, Any]
+"""A choice of an OpenAI completion (message, finish_reason, logprobs), or of a chunk (delta)."""
 
 
 @dataclass(frozen=True)
-class Delta:
-    """Choices of one OpenAI chunk, on their way to the caller."""
+class Answer:
+    """What a step, or a request as a whole, came to."""
 
-    choices: list[dict[str, Any]]
+    choices: list[Choice]
+    """Of a whole completion."""
+    pair: Pair
+    """Which gave it."""
+    path: Path
+    """Who decided on the pair."""
+    step: int
+    """Number of the step that gave it."""
+    stop: StopReason = StopReason.ANSWERED
+    """Why nothing more was done."""
 
 
-@dataclass
-class StepResult:
-    """What one run of a pair produced, or a failed run until it failed."""
+def text_of(choices: list[Choice]) -> str | None:
+    """The text of the first choice; `None`: it has none."""
+    return choices[0]["message"].get("content") if choices else None
 
-    choices: list[dict[str, Any]] = field(default_factory=list)
-    """Choices of an OpenAI completion: message, finish_reason, logprobs."""
-    usage: Usage = field(default_factory=Usage)
-    tool_calls: list[ToolCall] = field(default_factory=list)
 
-    @property
-    def answer(self) -> str | None:
-        """The text of the first choice."""
-        return self.choices[0]["message"].get("content") if self.choices else None
-
-    @property
-    def mean_logprob(self) -> float | None:
-        """Mean token log-probability of the first choice, where it was asked for."""
-        tokens = (
-            (self.choices[0].get("logprobs") or {}).get("content") if self.choices else None
-        ) or []
-        return sum(token["logprob"] for token in tokens) / len(tokens) if tokens else None
+def mean_logprob_of(choices: list[Choice]) -> float | None:
+    """Mean token log-probability of the first choice; `None`: the engine gave none."""
+    given = (choices[0].get("logprobs") or {}) if choices else {}
+    tokens = given.get("content") or []
+    return sum(token["logprob"] for token in tokens) / len(tokens) if tokens else None
 
 
 @dataclass
@@ -56,7 +57,7 @@ class ChunkMerger:
         """Begin with none."""
         self._parts: dict[int, _Parts] = {}
 
-    def add(self, choices: Iterable[dict[str, Any]]) -> None:
+    def add(self, choices: Iterable[Choice]) -> None:
         """Add the choices of a chunk; checked ones (`models.engine_output`)."""
         for choice in choices:
             parts = self._parts.setdefault(choice["index"], _Parts())
@@ -68,7 +69,7 @@ class ChunkMerger:
             parts.logprobs += (choice.get("logprobs") or {}).get("content") or ()
             parts.finish_reason = choice.get("finish_reason") or parts.finish_reason
 
-    def choices(self) -> list[dict[str, Any]]:
+    def choices(self) -> list[Choice]:
         """The choices as a whole completion has them, in their order."""
         return [_merged(index, parts) for index, parts in sorted(self._parts.items())]
 
@@ -83,7 +84,7 @@ def _add_call(calls: list[dict[str, Any]], piece: dict[str, Any]) -> None:
             call[part].append(function[part])
 
 
-def _merged(index: int, parts: _Parts) -> dict[str, Any]:
+def _merged(index: int, parts: _Parts) -> Choice:
     message: dict[str, Any] = {"role": "assistant", "content": "".join(parts.texts) or None}
     if parts.calls:
         message["tool_calls"] = [
@@ -94,7 +95,7 @@ def _merged(index: int, parts: _Parts) -> dict[str, Any]:
             }
             for call in parts.calls
         ]
-    choice: dict[str, Any] = {"index": index, "message": message}
+    choice: Choice = {"index": index, "message": message}
     if parts.logprobs:
         choice["logprobs"] = {"content": parts.logprobs}
     if parts.finish_reason:
@@ -102,7 +103,7 @@ def _merged(index: int, parts: _Parts) -> dict[str, Any]:
     return choice
 
 
-def text_only(choice: dict[str, Any]) -> dict[str, Any] | None:
+def text_only(choice: Choice) -> Choice | None:
     """A streamed choice without tool calls and ending, or `None` where no text is left."""
     content = choice["delta"].get("content")
     if not content:
@@ -111,7 +112,7 @@ def text_only(choice: dict[str, Any]) -> dict[str, Any] | None:
     return kept | ({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {})
 
 
-def whole_delta(choices: list[dict[str, Any]]) -> Delta:
+def pieces_of(choices: list[Choice]) -> list[Choice]:
     """The choices of a whole completion as one streamed piece."""
     pieces = []
     for choice in choices:
@@ -119,10 +120,10 @@ def whole_delta(choices: list[dict[str, Any]]) -> Delta:
         if choice.get("logprobs"):
             piece["logprobs"] = choice["logprobs"]
         pieces.append(piece)
-    return Delta(pieces)
+    return pieces
 
 
-def finish(choice: dict[str, Any]) -> dict[str, Any]:
+def finish(choice: Choice) -> Choice:
     """The end of a whole completion's choice as a streamed one."""
     return {
         "index": choice["index"],

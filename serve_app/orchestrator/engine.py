@@ -1,0 +1,110 @@
+"""What patterns run on: one step of a run, done within its budget and put on record."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from serve_app.budget import Budget, Deadline
+from serve_app.errors import AtlasError, ServiceError
+from serve_app.orchestrator.answer import Answer, Choice, mean_logprob_of, text_of
+from serve_app.orchestrator.deciding import Decider
+from serve_app.orchestrator.pairs.base import PairWork
+from serve_app.orchestrator.pairs.runner import PairRunner
+from serve_app.orchestrator.run import Piece, Run
+from serve_app.orchestrator.trace import SpanKind
+from serve_app.schemas import Action, ChatCall, Pair, Path, Step
+
+logger = logging.getLogger(__name__)
+
+FIRST_TRY_SHARE = 0.6
+"""Share of the time left that a step may take while another pair could still take over."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step that is to be run."""
+
+    pair: Pair
+    path: Path
+    propensity: float
+    policy_version: int
+    call: ChatCall
+    budget: Budget
+    action: Action = Action.ROUTE
+    wants_logprobs: bool = False
+    """Whether to have the engine's log-probabilities, where it gives them."""
+    has_next: bool = False
+    """Whether another pair takes over if this one fails."""
+    streams: bool = False
+    """Whether its pieces go to the caller as they come."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The pool, the router and the planner; one per gateway replica."""
+
+    pairs: PairRunner
+    decider: Decider
+    planner: str | None
+    """Model that thinks."""
+
+    async def step(self, run: Run, plan: StepPlan) -> Answer:
+        """Run a pair, or the planner.
+
+        Raises:
+            AtlasError: If it gives no answer.
+        """
+        kind = SpanKind.PAIR if plan.action is Action.ROUTE else SpanKind.THOUGHT
+        span = run.trace.root.child(kind, str(plan.pair))
+
+        async def emit(choices: list[Choice]) -> None:
+            await run.send(Piece(plan.pair, plan.path, choices))
+
+        work = PairWork(
+            pair=plan.pair,
+            call=plan.call,
+            budget=plan.budget,
+            span=span,
+            emit=emit if plan.streams and run.channel is not None else None,
+            recovery=run.recovery,
+            has_next=plan.has_next,
+            wants_logprobs=plan.wants_logprobs,
+        )
+        choices: list[Choice] = []
+        error: str | None = None
+        try:
+            choices = await self.pairs.run(work)
+        except AtlasError as failure:
+            error = failure.message
+            raise
+        except Exception as failure:
+            # A fault of ours, in what one pair does; another pair may well answer.
+            logger.exception("request %s: %s failed", run.call.request_id, plan.pair)
+            error = "an unforeseen error"
+            raise ServiceError(f"the pair {plan.pair} failed") from failure
+        except BaseException:
+            error = why_it_ended(run.budget.deadline)
+            raise
+        finally:
+            span.end(error)
+            span.step = Step(
+                pair=plan.pair,
+                path=plan.path,
+                propensity=plan.propensity,
+                usage=span.usage,
+                seconds=span.seconds or 0.0,
+                tool_calls=span.tool_calls(),
+                error=error,
+                mean_logprob=mean_logprob_of(choices),
+                answer=text_of(choices),
+                action=plan.action,
+                policy_version=plan.policy_version,
+            )
+        number = next(n for n, step in enumerate(run.steps) if step is span.step)
+        return Answer(choices, plan.pair, plan.path, number)
+
+
+def why_it_ended(deadline: Deadline) -> str:
+    """Why a request ended without an answer or an error of its own, for the log."""
+    return "the deadline passed" if deadline.is_over() else "the caller went away"

@@ -1,0 +1,1 @@
+"""How `model@tool` runs: one module per kind of tool."""

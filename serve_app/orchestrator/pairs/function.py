@@ -1,0 +1,193 @@
+"""Models with tools to call: the pair's own function tool, or the caller's tools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.errors import BudgetExceeded, EngineError, ToolRetry, UnreadableCall
+from serve_app.orchestrator.answer import Choice, finish, pieces_of, text_only
+from serve_app.orchestrator.pairs.base import Emit, PairWork
+from serve_app.orchestrator.pairs.join import Parts
+from serve_app.orchestrator.pairs.tool_calls import (
+    UNREADABLE,
+    ReplyGate,
+    looks_like_call,
+    read_arguments,
+)
+from serve_app.orchestrator.recovery import Fault, Move, fault_of
+from serve_app.orchestrator.trace import SpanKind
+from serve_app.schemas import ChatCall
+
+_REPAIR = (
+    "That reply cannot be used: {reason}. Reply again. Either call one of the tools ({names}), "
+    "with a JSON object as its arguments, or answer in plain text without any call in it."
+)
+
+
+@dataclass
+class _Offer:
+    """Tools offered to a model, and how far it may err."""
+
+    tools: list[dict[str, Any]]
+    tool_choice: Any
+    passes_calls: bool
+    """Whether a call is the caller's to run, and so part of the answer."""
+    repaired: bool = False
+    """Whether the model was told of a call that could not be read."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(tool["function"]["name"] for tool in self.tools)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        chosen = {} if self.tool_choice is None else {"tool_choice": self.tool_choice}
+        return {"tools": self.tools} | chosen
+
+    def fault(self, choice: Choice) -> str | None:
+        """Why a reply is neither an answer nor a call; `None` if it is one."""
+        message = choice["message"]
+        text = message.get("content") or ""
+        if message.get("tool_calls"):
+            return None
+        if looks_like_call(text, self.names):
+            return "it looks like a tool call, and cannot be read as one"
+        has_thought = bool(message.get("reasoning") or message.get("reasoning_content"))
+        # vLLM's parser keeps a streamed call that it cannot read to itself.
+        return None if text.strip() or has_thought or self.passes_calls else "it is empty"
+
+
+async def run(work: PairWork, parts: Parts) -> list[Choice]:
+    """Offer the pair's tool; run what the model calls; stop when it answers.
+
+    Raises:
+        UnreadableCall: If its calls cannot be read.
+        EngineError: If it does not answer.
+        AtlasError: If the engine or the tool fails, or the budget does not cover them.
+    """
+    work.add_note()
+    tool_id = work.pair.tool_id
+    offer = _Offer([parts.tools.tool(tool_id).schema()], "auto", passes_calls=False)
+
+    async def send_texts(choices: list[Choice]) -> None:
+        texts = [text for text in map(text_only, choices) if text]
+        if texts:
+            await work.send(texts)
+
+    for _ in range(parts.max_tool_rounds + 1):
+        choices = await _reply(work, parts, offer, send_texts)
+        message = choices[0]["message"]
+        calls = message.get("tool_calls") or []
+        if not calls:
+            await work.send([finish(choice) for choice in choices])
+            return choices
+        work.messages.append(
+            {"role": "assistant", "content": message.get("content") or "", "tool_calls": calls}
+        )
+        for tool_call in calls:
+            text = await _call(work, parts, tool_call)
+            work.messages.append({"role": "tool", "tool_call_id": tool_call["id"], "content": text})
+    raise EngineError(
+        f"the model called {tool_id} more than {parts.max_tool_rounds} times without an answer"
+    )
+
+
+async def with_callers_tools(work: PairWork, parts: Parts) -> list[Choice]:
+    """Offer the caller's tools; a call is an answer, and one that cannot be read is none.
+
+    Raises:
+        AtlasError: As `run`.
+    """
+    offer = _Offer(list(work.call.tools), work.call.tool_choice, passes_calls=True)
+    return await _reply(work, parts, offer, work.send)
+
+
+async def _reply(work: PairWork, parts: Parts, offer: _Offer, send: Emit) -> list[Choice]:
+    """One reply that is an answer or a call; a model that gives neither is told so, once.
+
+    Where the caller's own `max_tokens` cut a call short, asking again is of no use: the reply has
+    no text, and ends for the reason `length`.
+
+    Raises:
+        UnreadableCall: If the second try is neither, or if pieces went on before that was known.
+    """
+    gate = ReplyGate(offer.names, passes_calls=offer.passes_calls)
+
+    def gated() -> Emit:
+        nonlocal gate
+        gate = ReplyGate(offer.names, passes_calls=offer.passes_calls)
+
+        async def emit(choices: list[Choice]) -> None:
+            for passed in gate.feed(choices):
+                await send(passed)
+
+        return emit
+
+    while True:
+        body = parts.models.body(work.pair.model_id, work.call.sampling, work.messages)
+        choices = await parts.models.generate(work, body | offer.fields, gated)
+        faults = [fault for fault in map(offer.fault, choices) if fault]
+        if not faults:
+            if offer.passes_calls or not choices[0]["message"].get("tool_calls"):
+                for held in gate.rest():
+                    await send(held)
+            return choices
+        if _is_cut(work.call, choices) and not gate.is_open:
+            choices = [_withheld(c) if offer.fault(c) else c for c in choices]
+            if offer.passes_calls:
+                await send(pieces_of(choices))
+            return choices
+        work.span.child(SpanKind.VALIDATION, work.pair.model_id).end(faults[0])
+        if not offer.passes_calls:
+            work.refused({}, UNREADABLE)
+        again = not offer.repaired
+        if work.recovery.move(Fault.UNREADABLE, sent=gate.is_open, again=again) is not Move.AGAIN:
+            raise UnreadableCall(UNREADABLE)
+        offer.repaired = True
+        wrong = _REPAIR.format(reason=faults[0], names=", ".join(offer.names))
+        work.messages += [
+            {"role": "assistant", "content": choices[0]["message"].get("content") or ""},
+            {"role": "user", "content": wrong},
+        ]
+
+
+async def _call(work: PairWork, parts: Parts, tool_call: dict[str, Any]) -> str:
+    """Run one call the model made; a call it got wrong comes back as text it can act on."""
+    function, tool_id = tool_call["function"], work.pair.tool_id
+    arguments: dict[str, Any] = {}
+    try:
+        if function["name"] != tool_id:
+            raise ToolRetry(
+                f"there is no tool {function['name']!r}; the tool offered is {tool_id!r}"
+            )
+        arguments = read_arguments(function["arguments"])
+    except ToolRetry as error:
+        work.refused(arguments, error.message)
+        return _told(work, error)
+    try:
+        return await parts.tools.run(work, arguments)
+    except BudgetExceeded:
+        refusal = "the request's budget covers no further call; answer without it"
+        work.refused(arguments, refusal)
+        return f"Error: {refusal}"
+    except ToolRetry as error:
+        return _told(work, error)
+
+
+def _told(work: PairWork, error: ToolRetry) -> str:
+    """What the model reads of its wrong call, if it may call again."""
+    if work.recovery.move(fault_of(error), again=True) is not Move.AGAIN:
+        raise error
+    return f"Error: {error.message}"
+
+
+def _is_cut(call: ChatCall, choices: list[Choice]) -> bool:
+    """Whether the caller's limit on tokens ended a reply."""
+    is_limited = call.sampling.get("max_tokens") is not None
+    return is_limited and any(choice.get("finish_reason") == "length" for choice in choices)
+
+
+def _withheld(choice: Choice) -> Choice:
+    """A choice without its text."""
+    return {**choice, "message": {**choice["message"], "content": ""}, "logprobs": None}

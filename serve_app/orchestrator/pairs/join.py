@@ -1,0 +1,24 @@
+"""What joins a model and a tool, and what a join works with."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from serve_app.orchestrator.answer import Choice
+from serve_app.orchestrator.pairs.base import PairWork
+from serve_app.orchestrator.pairs.paid import PaidModels, PaidTools
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pool as a join sees it."""
+
+    models: PaidModels
+    tools: PaidTools
+    max_tool_rounds: int
+    """Replies with calls in them before the model has to answer."""
+
+
+Join = Callable[[PairWork, Parts], Awaitable[list[Choice]]]
+"""Runs a pair, and returns the choices of its answer."""

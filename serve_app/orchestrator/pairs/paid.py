@@ -1,0 +1,351 @@
+"""Calls that cost something: of models and tools, each within the budget that it is given.
+
+Before a call the most that it may use is reserved: every byte of the prompt as a token, and all
+the tokens that the model may write, for each sample. A model is told to write no more tokens than
+the budget covers. After the call its use is settled by what the engine reports. A call that fails
+is made again where the table of recovery says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from serve_app.budget import Budget, Reservation, Use
+from serve_app.config import ModelConfig, RemoteModelConfig
+from serve_app.errors import (
+    EngineBusy,
+    EngineError,
+    EngineUnavailable,
+    InvalidRequest,
+    ReplicaDied,
+    ToolFailed,
+    ToolRetry,
+    ToolWorkerDied,
+    UnfitForPair,
+)
+from serve_app.models.protocol import ChatBody
+from serve_app.orchestrator.answer import Choice, ChunkMerger
+from serve_app.orchestrator.engines import ModelClients
+from serve_app.orchestrator.pairs.base import Emit, PairWork
+from serve_app.orchestrator.recovery import (
+    LONGEST_PAUSE_S,
+    Fault,
+    Move,
+    RetryBudget,
+    fault_of,
+    pause_s,
+)
+from serve_app.orchestrator.trace import Span, SpanKind
+from serve_app.schemas import ToolCall, Usage
+from serve_app.tools.base import Tool
+from serve_app.tools.runner import ToolRunner
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+class PaidModels:
+    """The pool's models, and what their tokens cost."""
+
+    def __init__(self, clients: ModelClients) -> None:
+        """Know no model yet.
+
+        Args:
+            clients: Handles to the models.
+        """
+        self._clients = clients
+        self._models: dict[str, ModelConfig] = {}
+        self._retries: dict[str, RetryBudget] = {}
+        self._no_logprobs: set[str] = set()
+        """Models whose engines refused a request for log-probabilities, and took it without."""
+
+    def use(self, models: Iterable[ModelConfig]) -> None:
+        """Take over a changed pool; models that left stay known for requests under way."""
+        self._models |= {model.model_id: model for model in models}
+
+    def body(
+        self, model_id: str, sampling: dict[str, Any], messages: Sequence[dict[str, Any]]
+    ) -> ChatBody:
+        """An engine's request, with the model's own limit on tokens."""
+        most = self._models[model_id].max_completion_tokens
+        max_tokens = min(most, sampling.get("max_tokens", most))
+        return {**sampling, "messages": list(messages), "max_tokens": max_tokens}
+
+    async def generate(
+        self, work: PairWork, body: ChatBody, outlet: Callable[[], Emit] | None
+    ) -> list[Choice]:
+        """One reply of the pair's model, with log-probabilities where they are wanted.
+
+        Args:
+            work: The run of the pair.
+            body: The request; `max_tokens` is lowered to what the budget covers.
+            outlet: Makes what takes the reply's pieces, anew for each try; `None`: the reply is
+                wanted whole, as it is wherever the run's answer is.
+
+        Returns:
+            The reply's choices.
+
+        Raises:
+            BudgetExceeded: If not one token is covered.
+            AtlasError: What the engine fails with.
+        """
+        model_id, before = work.pair.model_id, work.num_sent
+        asks = (
+            work.wants_logprobs and not body.get("logprobs") and model_id not in self._no_logprobs
+        )
+        if not asks:
+            return await self._reply(work, body, outlet)
+        try:
+            return await self._reply(work, body | {"logprobs": True}, outlet)
+        except UnfitForPair:
+            raise
+        except InvalidRequest:
+            sent = work.num_sent > before
+            if work.recovery.move(Fault.EXTRA, sent=sent, again=True) is not Move.AGAIN:
+                raise
+        choices = await self._reply(work, body, outlet)
+        self._no_logprobs.add(model_id)
+        return choices
+
+    async def complete_all(
+        self,
+        work: PairWork,
+        model_id: str,
+        bodies: Sequence[ChatBody],
+        budget: Budget,
+        span: Span,
+    ) -> list[dict[str, Any]]:
+        """Whole completions of another model side by side; all of them, or none is waited for.
+
+        Raises:
+            BudgetExceeded: If the budget does not cover them all.
+            AtlasError: What the first of them to fail fails with.
+        """
+
+        def ask(body: ChatBody) -> Awaitable[dict[str, Any]]:
+            return self._recovered(
+                work,
+                model_id,
+                budget,
+                lambda: self._clients.complete(model_id, body, budget.deadline),
+            )
+
+        with (
+            self._reserve(model_id, bodies, budget) as held,
+            span.child(SpanKind.MODEL, model_id) as calls,
+        ):
+            tasks = [asyncio.ensure_future(ask(body)) for body in bodies]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                used = [
+                    self._used(model_id, task.result().get("usage"))
+                    for task in tasks
+                    if not task.cancelled() and task.exception() is None
+                ]
+                total = Usage()
+                for usage in used:
+                    total.add(usage or Usage())
+                calls.charge(total)
+                held.settle(None if None in used else total)
+
+    async def _reply(
+        self, work: PairWork, body: ChatBody, outlet: Callable[[], Emit] | None
+    ) -> list[Choice]:
+        def ask() -> Awaitable[list[Choice]]:
+            return self._call(work, body, outlet() if outlet and work.emit else None)
+
+        return await self._recovered(work, work.pair.model_id, work.budget, ask)
+
+    async def _recovered(
+        self, work: PairWork, model_id: str, budget: Budget, ask: Callable[[], Awaitable[_T]]
+    ) -> _T:
+        """Ask a model, and ask it the same again where the table says so."""
+        config = self._models[model_id]
+        most = config.max_retries if isinstance(config, RemoteModelConfig) else 0
+        retries = self._retries.setdefault(model_id, RetryBudget())
+        retries.earn()
+        is_pairs = model_id == work.pair.model_id
+        before, tries = work.num_sent, 0
+        while True:
+            try:
+                return await ask()
+            except (ReplicaDied, EngineUnavailable, EngineBusy) as failure:
+                tries += 1
+                can = not budget.deadline.is_over()
+                if isinstance(failure, ReplicaDied):
+                    work.recovery.deaths += is_pairs
+                else:
+                    can = can and tries <= most and _is_short(failure) and retries.spend()
+                move = work.recovery.move(
+                    fault_of(failure),
+                    sent=work.num_sent > before,
+                    again=can,
+                    another=work.has_next or not is_pairs,  # the majority stands in for a verifier
+                )
+                if move is not Move.AGAIN:
+                    raise
+                logger.warning("model %s: %s; asking again", model_id, failure.message)
+                await asyncio.sleep(pause_s(failure, tries))
+
+    async def _call(self, work: PairWork, body: ChatBody, emit: Emit | None) -> list[Choice]:
+        """One call of the pair's model; its pieces go to `emit`, `None`: it is asked as a whole."""
+        model_id, deadline = work.pair.model_id, work.budget.deadline
+        body = self._affordable(model_id, body, work.budget)
+        with (
+            self._reserve(model_id, [body], work.budget) as held,
+            work.span.child(SpanKind.MODEL, model_id) as span,
+        ):
+            if emit is None:
+                completion = await self._clients.complete(model_id, body, deadline)
+                self._charge(model_id, completion.get("usage"), span, held)
+                choices: list[Choice] = completion["choices"]
+                return choices
+            merger, usage = ChunkMerger(), None
+            try:
+                async with aclosing(self._clients.stream(model_id, body, deadline)) as chunks:
+                    async for chunk in chunks:
+                        usage = chunk.get("usage") or usage
+                        pieces = [
+                            {**c, "delta": c.get("delta") or {}} for c in chunk.get("choices") or ()
+                        ]
+                        merger.add(pieces)
+                        if pieces:
+                            await emit(pieces)
+            except BaseException:
+                if usage:
+                    self._charge(model_id, usage, span, held)
+                raise
+            self._charge(model_id, usage, span, held)
+            choices = merger.choices()
+            if not choices:
+                raise EngineError("the engine gave no choice")
+            return choices
+
+    def _affordable(self, model_id: str, body: ChatBody, budget: Budget) -> ChatBody:
+        """The request with no more tokens than the budget covers; one at least."""
+        left, covered = budget.left, math.inf
+        if math.isinf(left.usd) and math.isinf(left.tokens):
+            return body
+        prompt = self._most(model_id, body | {"max_tokens": 0})
+        price = self._models[model_id].price.usd_per_1m_completion_tokens / 1e6
+        if price > 0:
+            covered = (left.usd - prompt.usd) / price
+        covered = min(covered, left.tokens - prompt.tokens) / body.get("n", 1)
+        return body | {"max_tokens": int(max(1, min(body["max_tokens"], covered)))}
+
+    def _reserve(self, model_id: str, bodies: Sequence[ChatBody], budget: Budget) -> Reservation:
+        left = budget.left
+        if math.isinf(left.usd) and math.isinf(left.tokens):
+            most = Use(model_calls=len(bodies))  # the prompts need not be measured
+        else:
+            each = [self._most(model_id, body) for body in bodies]
+            most = Use(sum(use.usd for use in each), sum(use.tokens for use in each), len(bodies))
+        work = "a call" if len(bodies) == 1 else f"{len(bodies)} calls"
+        return budget.reserve(most, f"{work} of the model {model_id!r}")
+
+    def _most(self, model_id: str, body: ChatBody) -> Use:
+        """What a request may use: no tokenizer makes more tokens of a text than it has bytes."""
+        text = json.dumps([body["messages"], body.get("tools", [])], ensure_ascii=False)
+        prompt_tokens = len(text.encode("utf-8", "surrogatepass"))
+        completion_tokens = body["max_tokens"] * body.get("n", 1)
+        usd = self._cost_usd(model_id, prompt_tokens, completion_tokens)
+        return Use(usd, prompt_tokens + completion_tokens)
+
+    def _cost_usd(self, model_id: str, prompt_tokens: int, completion_tokens: int) -> float:
+        price = self._models[model_id].price
+        return (
+            prompt_tokens * price.usd_per_1m_prompt_tokens
+            + completion_tokens * price.usd_per_1m_completion_tokens
+        ) / 1e6
+
+    def _used(self, model_id: str, usage: dict[str, Any] | None) -> Usage | None:
+        """What an engine says that a call used; `None`: it does not say."""
+        if not usage:
+            return None
+        prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+        return Usage(prompt, completion, self._cost_usd(model_id, prompt, completion))
+
+    def _charge(
+        self, model_id: str, usage: dict[str, Any] | None, span: Span, held: Reservation
+    ) -> None:
+        """Settle a call and put it on the bill."""
+        used = self._used(model_id, usage)
+        held.settle(used)
+        if used is not None:
+            span.charge(used)
+
+
+def _is_short(failure: EngineUnavailable | EngineBusy) -> bool:
+    """Whether the pause that a model asks for can be waited for."""
+    if isinstance(failure, EngineUnavailable):
+        return True
+    return failure.retry_after_s is not None and failure.retry_after_s <= LONGEST_PAUSE_S
+
+
+class PaidTools:
+    """The pool's tools, and what their calls cost."""
+
+    def __init__(self, runner: ToolRunner) -> None:
+        """Pay for a runner's calls."""
+        self._runner = runner
+
+    def tool(self, tool_id: str) -> Tool:
+        """A tool's description and settings."""
+        return self._runner.tool(tool_id)
+
+    async def run(self, work: PairWork, arguments: dict[str, Any]) -> str:
+        """Run the pair's tool as a Ray task; again where its worker died and the table allows it.
+
+        Raises:
+            BudgetExceeded: If the budget does not cover the call.
+            ToolRetry: If the arguments are wrong.
+            ToolFailed: If the call fails.
+        """
+        try:
+            return await self._call(work, arguments)
+        except ToolWorkerDied:
+            can = not work.budget.deadline.is_over()
+            if work.recovery.move(Fault.TOOL_DIED, again=can) is not Move.AGAIN:
+                raise
+            logger.warning("tool %s: its worker died; calling it again", work.pair.tool_id)
+        return await self._call(work, arguments)
+
+    async def _call(self, work: PairWork, arguments: dict[str, Any]) -> str:
+        tool_id = work.pair.tool_id
+        tool = self._runner.tool(tool_id)
+        most = Use(usd=tool.config.price_usd_per_call, tool_calls=1)
+        with (
+            work.budget.reserve(most, f"a call of the tool {tool_id!r}") as held,
+            work.span.child(SpanKind.TOOL, tool_id) as span,
+        ):
+            began_s, before = span.began_s, work.recovery.effects
+            work.recovery.begin(tool.effects)
+            try:
+                outcome = await self._runner.run(
+                    tool_id, arguments, deadline_s=work.budget.deadline.remaining_s()
+                )
+            except (ToolRetry, ToolFailed) as error:
+                if isinstance(error, ToolRetry):
+                    work.recovery.effects = before  # it comes before any effect
+                seconds = time.monotonic() - began_s
+                span.called(ToolCall(tool_id, arguments, False, error.message, seconds))
+                raise
+            used = Usage(cost_usd=outcome.cost_usd)
+            held.settle(used)
+            span.charge(used)
+            span.called(
+                ToolCall(tool_id, arguments, True, outcome.text, outcome.seconds, outcome.data)
+            )
+        return outcome.text

@@ -1,0 +1,79 @@
+"""Runs pairs: finds how the pair's tool joins its model, and has the join run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from serve_app.config import AtlasConfig
+from serve_app.errors import InvalidRequest
+from serve_app.orchestrator.answer import Choice
+from serve_app.orchestrator.engines import ModelClients
+from serve_app.orchestrator.pairs import context, function, plain, sampling
+from serve_app.orchestrator.pairs.base import PairWork
+from serve_app.orchestrator.pairs.join import Join, Parts
+from serve_app.orchestrator.pairs.paid import PaidModels, PaidTools
+from serve_app.schemas import ToolKind
+from serve_app.tools.runner import ToolRunner
+
+JOINS: Mapping[ToolKind, Join] = {
+    "none": plain.run,
+    "function": function.run,
+    "context": context.run,
+    "sampling": sampling.run,
+}
+
+
+class PairRunner:
+    """Runs pairs; one per gateway replica."""
+
+    def __init__(
+        self, config: AtlasConfig, clients: ModelClients, runner: ToolRunner | None = None
+    ) -> None:
+        """Take the configured tools; `start` gets their workers ready.
+
+        Args:
+            config: The deployment.
+            clients: Handles to the models.
+            runner: Runs the tools; `None` makes one.
+        """
+        self._runner = runner or ToolRunner(config.tools, config.data_path() / "cache")
+        self._parts = Parts(
+            PaidModels(clients), PaidTools(self._runner), config.gateway.limits.max_tool_rounds
+        )
+        self._parts.models.use(config.models)
+
+    def use(self, config: AtlasConfig) -> None:
+        """Take over a changed pool; what was there stays usable for requests under way."""
+        self._parts.models.use(config.models)
+        self._runner.use(config.tools)
+
+    async def start(self) -> None:
+        """Start the tools' workers and keep them warm."""
+        await self._runner.start()
+
+    def close(self) -> None:
+        """Let go of the tools' workers."""
+        self._runner.close()
+
+    def kind(self, tool_id: str) -> ToolKind:
+        """How a tool joins a model."""
+        return self._runner.tool(tool_id).kind if tool_id in self._runner else "none"
+
+    async def run(self, work: PairWork) -> list[Choice]:
+        """Run a pair on a request; nothing re-writes what the model said.
+
+        Returns:
+            The choices of an OpenAI completion.
+
+        Raises:
+            InvalidRequest: If the engine refuses the request.
+            UnfitForPair: If another pair may take the request: this one's context, its tool or its
+                price does not fit.
+            EngineError, ToolFailed, DeadlineExceeded: If the run fails.
+        """
+        kind, num_choices = self.kind(work.pair.tool_id), work.call.sampling.get("n", 1)
+        if kind in ("function", "sampling") and num_choices > 1:
+            raise InvalidRequest(
+                f"n: the pair {work.pair} gives one answer, got {num_choices}", "n"
+            )
+        return await JOINS[kind](work, self._parts)
