@@ -358,7 +358,7 @@ def test_a_wrong_field_is_named(change: dict[str, Any], param: str | None, words
 def test_a_pattern_that_is_long_with_its_repetitions_written_out_is_refused(pattern: str) -> None:
     schema = {"properties": {"a": {"type": "string", "pattern": pattern}}}
     assert "characters of patterns" in refusal(tool_with(schema)).message
-    named = {"patternProperties": {pattern: {}}}
+    named: dict[str, Any] = {"patternProperties": {pattern: {}}}
     assert "characters of patterns" in refusal({"response_format": structured(named)}).message
 
 
