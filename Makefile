@@ -39,7 +39,7 @@ test: setup
 	@$(BIN)/python -m pytest
 
 check: setup
-	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports && $(BIN)/mypy
 
 bench: setup
 	@$(BIN)/python -m benchmarks.serving --out build/serving.json

@@ -27,6 +27,7 @@ from serve_app.errors import (
     NoCandidate,
     ServiceError,
 )
+from serve_app.models.watcher import PoolWatcher
 from serve_app.orchestrator.answer import Answer
 from serve_app.orchestrator.channel import Channel
 from serve_app.orchestrator.deciding import Decider
@@ -38,7 +39,6 @@ from serve_app.orchestrator.recovery import stop_of
 from serve_app.orchestrator.run import Course, Piece, Run
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.orchestrator.waking import Waker, awake_only, sleepers_last
-from serve_app.pool.watcher import PoolWatcher
 from serve_app.schemas import (
     NO_TOOL,
     Candidate,

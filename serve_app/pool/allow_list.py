@@ -21,8 +21,8 @@ from serve_app.config import (
     ModelConfig,
     RemoteModelConfig,
 )
+from serve_app.config.tools import EncoderConfig, PythonConfig, RetrievalConfig, ToolConfig
 from serve_app.errors import InvalidRequest
-from serve_app.tools.config import EncoderConfig, PythonConfig, RetrievalConfig, ToolConfig
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")

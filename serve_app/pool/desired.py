@@ -15,11 +15,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from serve_app.config import AtlasConfig, ModelConfig, PriceConfig
+from serve_app.config.tools import ToolConfig
 from serve_app.errors import Conflict, InvalidRequest, NotFound, StoreError
 from serve_app.pool.allow_list import AllowList
 from serve_app.schemas import NO_TOOL, Pair
 from serve_app.store import PoolRevision, Store, add_pool, newest_pool
-from serve_app.tools.config import ToolConfig
 
 logger = logging.getLogger(__name__)
 

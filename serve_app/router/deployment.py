@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, NoCandidate
-from serve_app.pool.watcher import PoolWatcher
+from serve_app.models.watcher import PoolWatcher
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.cold_start import ColdStartRule, pair_cards
 from serve_app.router.serving.follower import Following, PolicyFollower, Serving

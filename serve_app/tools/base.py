@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from serve_app.config.tools import ToolSettings
 from serve_app.schemas import Effects, ToolKind
-from serve_app.tools.config import ToolSettings
 
 NO_PARAMETERS: dict[str, Any] = {
     "type": "object",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from serve_app.tools.base import Tool
-from serve_app.tools.config import (
+from serve_app.config.tools import (
     BestOfConfig,
     CalculatorConfig,
     NoneConfig,
@@ -13,6 +12,7 @@ from serve_app.tools.config import (
     RetrievalConfig,
     ToolConfig,
 )
+from serve_app.tools.base import Tool
 
 
 def build_tool(config: ToolConfig) -> Tool:

@@ -22,9 +22,9 @@ import ray
 import ray.exceptions
 from pydantic import TypeAdapter
 
+from serve_app.config.tools import RetrievalConfig, ToolConfig, ToolSettings
 from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout, ToolWorkerDied
 from serve_app.tools.base import Tool, ToolResult
-from serve_app.tools.config import RetrievalConfig, ToolConfig, ToolSettings
 from serve_app.tools.registry import build_tool
 
 logger = logging.getLogger(__name__)

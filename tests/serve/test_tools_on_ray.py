@@ -18,16 +18,16 @@ import psutil
 import pytest
 import ray
 
-from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
-from serve_app.tools import runner as runner_module
-from serve_app.tools.base import ToolResult
-from serve_app.tools.config import (
+from serve_app.config.tools import (
     BestOfConfig,
     CalculatorConfig,
     NoneConfig,
     PythonConfig,
     RetrievalConfig,
 )
+from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
+from serve_app.tools import runner as runner_module
+from serve_app.tools.base import ToolResult
 from serve_app.tools.runner import ToolRunner
 
 pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("ray_session")]

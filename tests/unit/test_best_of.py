@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve_app.config.tools import BestOfConfig
 from serve_app.errors import ToolFailed
 from serve_app.tools.builtin.best_of import BestOf, agreement, answer_key, normalise, vote
-from serve_app.tools.config import BestOfConfig
 
 SAME = [
     ("42", "42.0"),

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve_app.config.tools import CalculatorConfig
 from serve_app.errors import ToolFailed, ToolRetry
 from serve_app.tools.builtin import calculator
 from serve_app.tools.builtin.arithmetic import evaluate, render
 from serve_app.tools.builtin.calculator import Calculator, is_algebra
-from serve_app.tools.config import CalculatorConfig
 from serve_app.tools.sandbox.client import SandboxResult
 
 VALUES = [

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from serve_app.config import AtlasConfig, CustomModelConfig, PriceConfig
+from serve_app.config.tools import BestOfConfig, CalculatorConfig, NoneConfig
 from serve_app.errors import Conflict, InvalidRequest, NotFound
 from serve_app.pool import desired
 from serve_app.pool.desired import DesiredPool
 from serve_app.store import PoolRevision, Store, add_pool, newest_pool
-from serve_app.tools.config import BestOfConfig, CalculatorConfig, NoneConfig
 
 CALCULATOR = {"type": "calculator", "tool_id": "calculator"}
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from serve_app.budget import Budget, Deadline
+from serve_app.config.tools import CalculatorConfig
 from serve_app.errors import (
     AtlasError,
     ContextTooLong,
@@ -37,7 +38,6 @@ from serve_app.orchestrator.trace import Trace
 from serve_app.schemas import Candidate, ChatCall, Decision, Effects, Limits, Pair
 from serve_app.schemas import Path as DecidedBy
 from serve_app.tools.base import ToolResult
-from serve_app.tools.config import CalculatorConfig
 from serve_app.tools.runner import ToolRunner
 from tests.executor_fakes import Bench, Tools, reply
 from tests.path2_fakes import Engines, refuses_logprobs

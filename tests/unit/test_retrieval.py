@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from serve_app.config.tools import EncoderConfig, RetrievalConfig
 from serve_app.errors import ToolFailed, ToolRetry
 from serve_app.tools.builtin.corpus import read_corpus, split_sentences, words
 from serve_app.tools.builtin.retrieval import (
@@ -22,7 +23,6 @@ from serve_app.tools.builtin.retrieval import (
     query_line,
     with_question,
 )
-from serve_app.tools.config import EncoderConfig, RetrievalConfig
 
 DOCUMENTS = [
     {

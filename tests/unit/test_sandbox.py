@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from serve_app.config.tools import PythonConfig
 from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
 from serve_app.tools.builtin.python import PythonTool
-from serve_app.tools.config import PythonConfig
 from serve_app.tools.sandbox import process as sandbox_process
 from serve_app.tools.sandbox.client import GRACE_S, SandboxResult, SandboxServer
 from serve_app.tools.sandbox.files import disk_use

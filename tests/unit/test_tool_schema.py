@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from serve_app.tools.config import ToolConfig
+from serve_app.config.tools import ToolConfig
 from serve_app.tools.registry import build_tool
 
 ADAPTER: TypeAdapter[ToolConfig] = TypeAdapter(ToolConfig)
@@ -104,7 +104,7 @@ def test_settings_do_not_change() -> None:
 
 def test_settings_load_without_heavy_libraries() -> None:
     code = (
-        "import sys, serve_app.tools.config\n"
+        "import sys, serve_app.config.tools\n"
         "heavy = {'ray', 'torch', 'vllm', 'transformers', 'sandlock', 'sympy', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from serve_app.config.tools import CalculatorConfig
 from serve_app.tools import runner
-from serve_app.tools.config import CalculatorConfig
 from serve_app.tools.runner import ToolRunner
 
 

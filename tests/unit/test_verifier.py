@@ -10,13 +10,13 @@ import pytest
 
 from serve_app.budget import Budget, Deadline
 from serve_app.config import AtlasConfig, ScoringConfig
+from serve_app.config.tools import BestOfConfig
 from serve_app.errors import EngineError
 from serve_app.models.protocol import ChatBody
 from serve_app.models.verifier import read_score, score_completion, scoring_body
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.schemas import ChatCall, Limits, Pair
-from serve_app.tools.config import BestOfConfig
 from tests.executor_fakes import Result
 from tests.path2_fakes import Engines
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag
 
 from serve_app.config import ModelConfig
-from serve_app.tools.config import ToolConfig
+from serve_app.config.tools import ToolConfig
 
 IGNORED_PARAMETERS = (
     "user",

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from serve_app.budget import Use
+from serve_app.config.tools import BestOfConfig
 from serve_app.errors import AtlasError
 from serve_app.models.verifier import read_score, scoring_body
 from serve_app.orchestrator.answer import Choice, pieces_of
@@ -15,7 +16,6 @@ from serve_app.orchestrator.pairs.join import Parts
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.schemas import ToolCall, Usage
 from serve_app.tools.builtin.best_of import best_rated, vote
-from serve_app.tools.config import BestOfConfig
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from fractions import Fraction
 from itertools import islice
 from typing import Any
 
+from serve_app.config.tools import BestOfConfig
 from serve_app.errors import ToolFailed
 from serve_app.tools.base import Tool, ToolResult
-from serve_app.tools.config import BestOfConfig
 
 MAX_READ_CHARS = 64 << 10
 """Of an answer, from its end: no more is looked at."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any, ClassVar
 
+from serve_app.config.tools import CalculatorConfig
 from serve_app.errors import ToolRetry, ToolTimeout
 from serve_app.tools.base import Tool, ToolResult
 from serve_app.tools.builtin.arithmetic import MAX_CHARS, UNICODE, evaluate
-from serve_app.tools.config import CalculatorConfig
 from serve_app.tools.sandbox.client import SandboxLimits, run_python
 
 __all__ = ["Calculator", "evaluate", "is_algebra"]

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve_app.config.tools import RetrievalConfig
 from serve_app.errors import ToolFailed
-from serve_app.tools.config import RetrievalConfig
 
 _ABBREVIATIONS = (
     r"mr|mrs|ms|dr|prof|st|sr|jr|vs|etc|e\.g|i\.e|cf|no|vol|fig|al|inc|ltd|approx|dept|est"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from serve_app.config.tools import NoneConfig
 from serve_app.errors import ToolFailed
 from serve_app.tools.base import Tool, ToolResult
-from serve_app.tools.config import NoneConfig
 
 
 class NoTool(Tool):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 from typing import Any, ClassVar
 
+from serve_app.config.tools import PythonConfig
 from serve_app.errors import ToolRetry, ToolTimeout
 from serve_app.tools.base import Tool, ToolResult
-from serve_app.tools.config import PythonConfig
 from serve_app.tools.sandbox.client import SandboxLimits, SandboxResult, run_python, sandbox_server
 
 MAX_CODE_CHARS = 100_000

@@ -18,11 +18,11 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.config.tools import EncoderConfig, RetrievalConfig
 from serve_app.errors import ConfigError, InvalidRequest, ToolFailed, ToolRetry
 from serve_app.private_files import make_private_folder
 from serve_app.tools.base import Tool, ToolResult
 from serve_app.tools.builtin.corpus import Sentence, read_corpus, words
-from serve_app.tools.config import EncoderConfig, RetrievalConfig
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from urllib.parse import unquote, urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from serve_app.config.tools import MAX_DESCRIPTION_CHARS, BestOfConfig, Examples, ToolConfig
 from serve_app.environment import MAX_REQUEST_S
 from serve_app.errors import ConfigError
 from serve_app.schemas import NO_TOOL, Pair
-from serve_app.tools.config import MAX_DESCRIPTION_CHARS, BestOfConfig, Examples, ToolConfig
 
 DATA_FOLDER = ".atlas-serve"
 """Name of the folder for the deployment's data, in the user's home, if no other is configured."""
