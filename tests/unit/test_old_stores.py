@@ -1,0 +1,57 @@
+"""What an earlier version left is still read: a store of each earlier schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from alembic import command
+from sqlalchemy import create_engine, text
+
+from serve_app.store import Store, find_key, hash_key, newest_pool, read_profile, serving_policies
+from serve_app.store.migrations import configuration
+
+KEY = "sk-of-before"
+ENCODER = "all-minilm-l6-v2"
+
+
+def store_of(revision: str, path: Path) -> None:
+    """A SQLite file as the version with this schema left it: a key, a question and its outcome."""
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        command.upgrade(configuration(connection), revision)
+        connection.execute(
+            text("INSERT INTO api_keys VALUES ('key_1', :hash, 'a team', 'chat', 1.0, NULL)"),
+            {"hash": hash_key(KEY)},
+        )
+        connection.execute(
+            text("INSERT INTO profile_questions VALUES ('q', 'why?', 'd', 'train', :encoder, :v)"),
+            {"encoder": ENCODER, "v": b"\0" * 16},
+        )
+        connection.execute(
+            text(
+                "INSERT INTO profile_outcomes (question_key, model_id, tool_id, fingerprint, "
+                "score, prompt_tokens, completion_tokens, cost_usd, seconds, propensity, "
+                "tool_errors, created_unix_s) "
+                "VALUES ('q', 'm', 't', 'f', 0.5, 1, 2, 0.1, 3.0, 1.0, 0, 1.0)"
+            )
+        )
+    engine.dispose()
+
+
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003"])
+async def test_a_store_of_an_earlier_schema_is_read_whole(revision: str, tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    store_of(revision, path)
+    store = await Store.open(f"sqlite+aiosqlite:///{path}")
+    try:
+        key = await find_key(store, hash_key(KEY))
+        questions, outcomes = await read_profile(store, ENCODER, "train")
+        assert key is not None
+        assert (key.key_id, key.scopes) == ("key_1", frozenset({"chat"}))
+        assert [question.query for question in questions] == ["why?"]
+        assert [(str(outcome.pair), outcome.score) for outcome in outcomes] == [("m@t", 0.5)]
+        assert await serving_policies(store) == []
+        assert await newest_pool(store) is None
+    finally:
+        await store.close()
