@@ -65,7 +65,7 @@ class MemberState(StrEnum):
     """It was removed: what is under way ends, nothing new begins."""
 
 
-class Path(StrEnum):
+class DecidedBy(StrEnum):
     """Who decided."""
 
     PINNED = "pinned"
@@ -248,7 +248,7 @@ class ShadowDecision:
     action: Action
     pair: Pair
     """Its first candidate."""
-    path: Path
+    path: DecidedBy
     confidence: float
     propensity: float
 
@@ -259,7 +259,7 @@ class Decision:
 
     candidates: tuple[Candidate, ...]
     """Never empty where the action is to route."""
-    path: Path
+    path: DecidedBy
     confidence: float
     """How sure the rule is that the first candidate is right, in [0, 1]."""
     propensity: float
@@ -320,7 +320,7 @@ class Step:
     """One run of a pair inside a request."""
 
     pair: Pair
-    path: Path
+    path: DecidedBy
     propensity: float
     usage: Usage
     seconds: float

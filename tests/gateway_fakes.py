@@ -22,6 +22,7 @@ from serve_app.jobs import Jobs
 from serve_app.schemas import (
     Candidate,
     ChatCall,
+    DecidedBy,
     Decision,
     MemberState,
     ModelMember,
@@ -32,7 +33,6 @@ from serve_app.schemas import (
     ToolCall,
     Usage,
 )
-from serve_app.schemas import Path as DecidedBy
 from serve_app.store import OutcomeLog, Store
 
 T = TypeVar("T")

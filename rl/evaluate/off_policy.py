@@ -18,7 +18,7 @@ from rl.evaluate.importance_sampling import OffPolicyEstimate, Trajectories, est
 from rl.evaluate.policies import UNLIMITED_S, Rule, ask
 from serve_app.errors import ConfigError, NoCandidate
 from serve_app.router.policy.features import MAX_STEPS
-from serve_app.schemas import Action, Decision, Limits, Pair, Path, Seen
+from serve_app.schemas import Action, DecidedBy, Decision, Limits, Pair, Seen
 from serve_app.store import RatedTrajectory
 
 _NUM_COMPONENTS = 16
@@ -196,7 +196,7 @@ def logged_trajectories(
         request
         for request in rated
         if all(
-            made.path is Path.POLICY and (made.pair is None or made.pair in known)
+            made.path is DecidedBy.POLICY and (made.pair is None or made.pair in known)
             for made in request.decisions
         )
     ]
@@ -363,7 +363,7 @@ def _targets(
     last_answer: NDArray[np.float32] | None = None
     first: Decision | None = None
     for step in logged.steps[row]:
-        if first is not None and first.path is not Path.POLICY:
+        if first is not None and first.path is not DecidedBy.POLICY:
             decision = _next_best(first, history)
         else:
             try:

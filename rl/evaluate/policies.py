@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rl.evaluate.held_out import HeldOut
 from serve_app.errors import ConfigError, NoCandidate
 from serve_app.router.snapshots.snapshot import RouterSnapshot
-from serve_app.schemas import Decision, Limits, Pair, Path
+from serve_app.schemas import DecidedBy, Decision, Limits, Pair
 
 _RESAMPLES_AT_ONCE = 250
 """Bounds the memory of a bootstrap on many queries."""
@@ -179,7 +179,7 @@ def ask(
             if decision.propensity < 1:
                 raise ConfigError(f"the {name} policy explores: switch it off to evaluate it")
             choices.chosen[row, query] = index[decision.pair]
-            choices.inside[row, query] = decision.path is not Path.OUT_OF_DISTRIBUTION
+            choices.inside[row, query] = decision.path is not DecidedBy.OUT_OF_DISTRIBUTION
             choices.confidence[row, query] = decision.confidence
     return choices
 

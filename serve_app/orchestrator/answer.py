@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve_app.schemas import Pair, Path, StopReason
+from serve_app.schemas import DecidedBy, Pair, StopReason
 
 Choice = dict[str, Any]
 """A choice of an OpenAI completion (message, finish_reason, logprobs), or of a chunk (delta)."""
@@ -20,7 +20,7 @@ class Answer:
     """Of a whole completion."""
     pair: Pair
     """Which gave it."""
-    path: Path
+    path: DecidedBy
     """Who decided on the pair."""
     step: int
     """Number of the step that gave it."""

@@ -13,7 +13,7 @@ from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.run import Piece, Run
 from serve_app.orchestrator.trace import SpanKind
-from serve_app.schemas import Action, ChatCall, Pair, Path, Step
+from serve_app.schemas import Action, ChatCall, DecidedBy, Pair, Step
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class StepPlan:
     """A step that is to be run."""
 
     pair: Pair
-    path: Path
+    path: DecidedBy
     propensity: float
     policy_version: int
     call: ChatCall

@@ -43,11 +43,11 @@ from serve_app.schemas import (
     NO_TOOL,
     Candidate,
     ChatCall,
+    DecidedBy,
     Decision,
     Limits,
     MemberState,
     Pair,
-    Path,
     PoolState,
     Report,
     StopReason,
@@ -311,7 +311,7 @@ class Orchestrator:
             if decision.pair.model_id not in asleep:
                 limits, decision = awake, sleepers_last(decision, asleep)
         run.embedding, run.decision = embedding, decision
-        if decision.path is Path.POLICY:
+        if decision.path is DecidedBy.POLICY:
             run.course = Course(limits, embedding, [decision])
         return wanted
 
@@ -365,7 +365,7 @@ class Orchestrator:
             state = member.state.value if member else "unknown"
             raise NoCandidate(f"the model {pair.model_id!r} does not answer now ({state})")
         candidate = Candidate(pair, utility=0.0, quality=0.0, cost=0.0)
-        return Decision((candidate,), Path.PINNED, 1.0, 1.0, 0, pool.pool_version)
+        return Decision((candidate,), DecidedBy.PINNED, 1.0, 1.0, 0, pool.pool_version)
 
 
 _ENGINE_FIELDS = ("stop_reason", "token_ids", "routed_experts", "prompt_token_ids")

@@ -19,10 +19,10 @@ from serve_app.orchestrator.trace import Trace
 from serve_app.schemas import (
     ChatCall,
     Circumstances,
+    DecidedBy,
     Decision,
     Limits,
     Pair,
-    Path,
     Report,
     Step,
     StopReason,
@@ -33,7 +33,7 @@ class Piece(NamedTuple):
     """A part of an answer on its way to the caller."""
 
     pair: Pair
-    path: Path
+    path: DecidedBy
     choices: list[Choice]
     """Of one OpenAI chunk."""
 

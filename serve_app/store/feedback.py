@@ -11,7 +11,7 @@ from sqlalchemy import Select, func, insert, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from serve_app.errors import Conflict, NotFound
-from serve_app.schemas import LOCAL_OWNER, Action, Pair, Path, Seen
+from serve_app.schemas import LOCAL_OWNER, Action, DecidedBy, Pair, Seen
 from serve_app.store.database import Store
 from serve_app.store.outcomes import storable_text
 from serve_app.store.tables import FeedbackRow, OutcomeRow, RequestRow, TrajectoryRow
@@ -62,7 +62,7 @@ class RatedDecision:
     action: Action
     pair: Pair | None
     """`None` but for `route`."""
-    path: Path
+    path: DecidedBy
     propensity: float
     """In (0, 1]."""
     can_think: bool
@@ -210,7 +210,7 @@ def _verdicts(*columns: Any) -> Select[*tuple[Any, ...]]:
         .join(OutcomeRow, OutcomeRow.request_id == FeedbackRow.request_id)
         .outerjoin(TrajectoryRow, TrajectoryRow.request_id == FeedbackRow.request_id)
         .where(
-            RequestRow.path != str(Path.PINNED),
+            RequestRow.path != str(DecidedBy.PINNED),
             RequestRow.embedding.is_not(None),
             OutcomeRow.error.is_(None),
             # Of several steps, the one whose answer the user saw.
@@ -254,7 +254,7 @@ async def rated_requests(
         .join(RequestRow, RequestRow.request_id == FeedbackRow.request_id)
         .where(
             RequestRow.policy_version == policy_version,
-            RequestRow.path != str(Path.PINNED),
+            RequestRow.path != str(DecidedBy.PINNED),
             RequestRow.created_unix_s >= since_unix_s,
         )
     )
@@ -352,7 +352,7 @@ def _rated(row: Any, steps: Sequence[Any]) -> RatedTrajectory:
             RatedDecision(
                 action=action,
                 pair=Pair.parse(made["pair"]) if action is Action.ROUTE else None,
-                path=Path(made["path"]),
+                path=DecidedBy(made["path"]),
                 propensity=made["propensity"],
                 can_think=made["can_think"],
                 seconds_left=made["seconds_left"],
@@ -373,4 +373,4 @@ def _rated(row: Any, steps: Sequence[Any]) -> RatedTrajectory:
 
 
 def _was_not_chosen(row: Any) -> bool:
-    return row.path == Path.FALLBACK or row.step_index > 0 or row.decisions is not None
+    return row.path == DecidedBy.FALLBACK or row.step_index > 0 or row.decisions is not None

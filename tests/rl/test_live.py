@@ -16,7 +16,7 @@ from rl.profile.measure import RunSettings
 from serve_app.errors import AtlasError, ConfigError, EngineError, InvalidRequest, NoCandidate
 from serve_app.questions import Question
 from serve_app.router.policy.features import NO_ANSWER
-from serve_app.schemas import ChatCall, Decision, Pair, Path, Report, Step, Usage
+from serve_app.schemas import ChatCall, DecidedBy, Decision, Pair, Report, Step, Usage
 from tests.rl.replay_data import DIM, encode, make_replay
 from tests.router_data import PAIRS
 
@@ -49,14 +49,14 @@ class ScriptedGateway:
         usage = Usage(10, 5, 2e-4)
         step = Step(
             pair,
-            Path.PINNED,
+            DecidedBy.PINNED,
             1.0,
             usage,
             0.5,
             answer=None if failure else str(said),
             mean_logprob=None if failure else -0.25,
         )
-        decision = Decision((), Path.PINNED, 1.0, 1.0, 0, 1)
+        decision = Decision((), DecidedBy.PINNED, 1.0, 1.0, 0, 1)
         report = Report(
             call.request_id, decision, (step,), usage, 0.5, call.query, None, owner=call.owner
         )

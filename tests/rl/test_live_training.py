@@ -19,7 +19,7 @@ from serve_app.jobs import TrainJob
 from serve_app.questions import Question
 from serve_app.router.rules.policy_rule import THINKS
 from serve_app.router.snapshots.library import SnapshotLibrary
-from serve_app.schemas import ChatCall, Decision, Pair, Path, Report, Step, Usage
+from serve_app.schemas import ChatCall, DecidedBy, Decision, Pair, Report, Step, Usage
 from serve_app.store import Store, serving_policies
 from tests.profile_data import COST_USD, POEMS, SUMS
 from tests.rl.training_data import SETTINGS
@@ -52,8 +52,8 @@ class ScriptedPool:
         pair = Pair.parse(call.model)
         right = int(call.query.split()[1]) % 2 == (SUMS, POEMS).index(pair)
         usage = Usage(10, 5, COST_USD)
-        step = Step(pair, Path.PINNED, 1.0, usage, 0.1, answer="yes" if right else "no")
-        decision = Decision((), Path.PINNED, 1.0, 1.0, 0, 1)
+        step = Step(pair, DecidedBy.PINNED, 1.0, usage, 0.1, answer="yes" if right else "no")
+        decision = Decision((), DecidedBy.PINNED, 1.0, 1.0, 0, 1)
         return Report(call.request_id, decision, (step,), usage, 0.1, call.query, None), None
 
 

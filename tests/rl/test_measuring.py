@@ -7,7 +7,7 @@ import pytest
 from rl.profile.measure import RunSettings, measure_pair
 from serve_app.errors import AtlasError, EngineError, ReplicaDied, ToolFailed, UnreadableCall
 from serve_app.questions import PlainMetric, Question
-from serve_app.schemas import ChatCall, Decision, Pair, Path, Report, Usage
+from serve_app.schemas import ChatCall, DecidedBy, Decision, Pair, Report, Usage
 from serve_app.store import ProfileOutcome
 
 PAIR = Pair("m", "t")
@@ -16,7 +16,7 @@ QUESTION = Question(id="q", query="2 + 2?", gold="4", metric=PlainMetric(name="e
 
 async def measure(failure: AtlasError) -> ProfileOutcome | None:
     async def run(call: ChatCall) -> tuple[Report, AtlasError | None]:
-        decision = Decision((), Path.PINNED, 1.0, 1.0, 0, 1)
+        decision = Decision((), DecidedBy.PINNED, 1.0, 1.0, 0, 1)
         report = Report(call.request_id, decision, (), Usage(10, 5, 1e-5), 0.1, call.query, None)
         return report, failure
 

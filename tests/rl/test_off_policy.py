@@ -24,7 +24,7 @@ from rl.evaluate.off_policy import (
 from rl.evaluate.policies import Interval
 from serve_app.errors import ConfigError, NoCandidate
 from serve_app.router.rules.clusters import ClusterRule
-from serve_app.schemas import Action, Candidate, Decision, Limits, Pair, Path, Seen
+from serve_app.schemas import Action, Candidate, DecidedBy, Decision, Limits, Pair, Seen
 from tests.router_data import DIM, LIMITS, PAIRS, SKILL, make_queries, make_snapshot, topics
 
 NUM_REPLICATIONS = 200
@@ -39,7 +39,7 @@ SURE = np.array([0.2, 0.9])
 
 def decided(pair: Pair | None, action: Action = Action.ROUTE, propensity: float = 1.0) -> Decision:
     candidates = () if pair is None else (Candidate(pair, 1.0, 1.0, 0.0),)
-    return Decision(candidates, Path.POLICY, 1.0, propensity, 1, 1, action=action)
+    return Decision(candidates, DecidedBy.POLICY, 1.0, propensity, 1, 1, action=action)
 
 
 class TopicRule:

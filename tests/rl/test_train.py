@@ -20,7 +20,7 @@ from serve_app.errors import NotFound
 from serve_app.jobs import Jobs, RayLauncher, TrainJob
 from serve_app.router.rules.policy_rule import LearnedRule
 from serve_app.router.snapshots.library import SnapshotLibrary
-from serve_app.schemas import Limits, Path
+from serve_app.schemas import DecidedBy, Limits
 from serve_app.store import Store, serving_policies
 from tests.profile_data import DIM, POEMS, SUMS
 from tests.rl.training_data import SETTINGS
@@ -46,7 +46,7 @@ async def test_training_keeps_a_snapshot_that_decides_and_does_not_serve(
     rule = LearnedRule(snapshot)
     vector = np.eye(DIM, dtype=np.float32)[0]
     decision = rule.decide(vector, Limits(alpha=0.0, deadline_s=60), (SUMS, POEMS), 1)
-    assert decision.path in {Path.CLUSTERS, Path.POLICY}
+    assert decision.path in {DecidedBy.CLUSTERS, DecidedBy.POLICY}
 
     assert trained.report is not None
     folder = trained.result.folder

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from serve_app.errors import NoCandidate, SnapshotError
 from serve_app.router.rules.clusters import ClusterRule, Prior
 from serve_app.router.snapshots.snapshot import RouterSnapshot, Scale
-from serve_app.schemas import LOCAL_OWNER, Limits, Pair, Path
+from serve_app.schemas import LOCAL_OWNER, DecidedBy, Limits, Pair
 from tests.router_data import COSTS_USD, DIM, LIMITS, PAIRS, SKILL, make_snapshot, topics
 
 CHEAP, MATH, STRONG = PAIRS
@@ -37,7 +37,7 @@ def test_each_topic_gets_its_best_pair_and_the_utility_is_as_stated() -> None:
         decision = rule.decide(query, limits, PAIRS, pool_version=7)
         utility = 0.75 * SKILL[topic] - 0.25 * np.array([0.0, 0.5, 1.0])
         assert decision.pair == PAIRS[int(utility.argmax())]
-        assert decision.path is Path.CLUSTERS
+        assert decision.path is DecidedBy.CLUSTERS
         assert (decision.policy_version, decision.pool_version) == (3, 7)
         assert sorted(PAIRS) == sorted(candidate.pair for candidate in decision.candidates)
         for candidate in decision.candidates:
@@ -128,7 +128,7 @@ def test_the_head_adds_to_the_pairs_means() -> None:
 def test_outside_the_profile_it_says_so_and_takes_the_pair_that_is_best_overall() -> None:
     rule = ClusterRule(make_snapshot())
     decision = rule.decide(far_away(), LIMITS, PAIRS, 1)
-    assert decision.path is Path.OUT_OF_DISTRIBUTION
+    assert decision.path is DecidedBy.OUT_OF_DISTRIBUTION
     assert decision.pair == STRONG
     assert decision.candidates[0].quality == pytest.approx(SKILL[:, 2].mean(), abs=1e-5)
     assert (

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from serve_app.config import AtlasConfig
 from serve_app.errors import NoCandidate
 from serve_app.router.rules.cold_start import ColdStartRule, normalised_cost, pair_cards
-from serve_app.schemas import Limits, Pair, Path
+from serve_app.schemas import DecidedBy, Limits, Pair
 
 AXES = {"maths": 0, "facts": 1}
 PAIRS = (Pair("cheap", "none"), Pair("dear", "none"), Pair("dear", "calculator"))
@@ -61,7 +61,11 @@ def query(word: str) -> NDArray[np.float32]:
 
 def test_the_pair_whose_example_is_nearest_is_chosen(rule: ColdStartRule) -> None:
     decision = rule.decide(query("maths"), limits(), PAIRS, 7)
-    assert (decision.pair, decision.path, decision.pool_version) == (PAIRS[2], Path.COLD_START, 7)
+    assert (decision.pair, decision.path, decision.pool_version) == (
+        PAIRS[2],
+        DecidedBy.COLD_START,
+        7,
+    )
     utilities = [candidate.utility for candidate in decision.candidates]
     assert utilities == sorted(utilities, reverse=True)
 

@@ -20,7 +20,7 @@ from serve_app.errors import (
     ReplicaDied,
 )
 from serve_app.orchestrator.deciding import Decider, UnderWay
-from serve_app.schemas import Candidate, Decision, Limits, Pair, Path, Seen
+from serve_app.schemas import Candidate, DecidedBy, Decision, Limits, Pair, Seen
 from tests.path2_fakes import Method
 
 
@@ -70,7 +70,7 @@ class Deployments:
 
 def decision(quality: float) -> Decision:
     candidate = Candidate(Pair("m", "none"), quality, quality, 0.0)
-    return Decision((candidate,), Path.COLD_START, 1.0, 1.0, 0, 1)
+    return Decision((candidate,), DecidedBy.COLD_START, 1.0, 1.0, 0, 1)
 
 
 LIMITS = Limits(alpha=0.0, deadline_s=5.0)

@@ -19,8 +19,7 @@ from serve_app.router.serving.follower import LEARNED_UNTIL, PolicyFollower
 from serve_app.router.snapshots.build_rule import Cards
 from serve_app.router.snapshots.library import SnapshotLibrary
 from serve_app.router.snapshots.snapshot import TENSORS_FILE, RouterSnapshot, save_snapshot
-from serve_app.schemas import LOCAL_OWNER, Candidate, Decision, Pair, Report, Step, Usage
-from serve_app.schemas import Path as DecidedBy
+from serve_app.schemas import LOCAL_OWNER, Candidate, DecidedBy, Decision, Pair, Report, Step, Usage
 from serve_app.store import OutcomeLog, Store, add_feedback, add_snapshot, publish, read_verdicts
 from tests.router_data import COSTS_USD, LIMITS, PAIRS, make_snapshot, topics
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from serve_app.errors import NoCandidate, SnapshotError
 from serve_app.router.rules.clusters import Prior
 from serve_app.router.rules.policy_rule import GATE_THRESHOLD, Asked, LearnedRule
-from serve_app.schemas import LOCAL_OWNER, Action, Limits, Pair, Path, Seen
+from serve_app.schemas import LOCAL_OWNER, Action, DecidedBy, Limits, Pair, Seen
 from tests.policy_data import make_policy, with_policy
 from tests.router_data import COSTS_USD, DIM, LIMITS, PAIRS, make_queries, make_snapshot, topics
 
@@ -31,18 +31,18 @@ def saw(pair: Pair | None, key: str | None = "a", cost_usd: float = 1e-5) -> See
 def test_path_1_keeps_what_it_is_sure_of_and_the_policy_gets_the_rest() -> None:
     rule = LearnedRule(with_policy(threshold=0.5))
     confident = rule.decide(MATHS, STEPS, PAIRS, 1)
-    assert confident.path is Path.CLUSTERS
+    assert confident.path is DecidedBy.CLUSTERS
     assert confident.confidence >= 0.5
-    assert rule.decide(ELSEWHERE, STEPS, PAIRS, 1).path is Path.POLICY
+    assert rule.decide(ELSEWHERE, STEPS, PAIRS, 1).path is DecidedBy.POLICY
     unsure = LearnedRule(with_policy(threshold=0.999))
-    assert unsure.decide(MATHS, STEPS, PAIRS, 1).path is Path.POLICY
+    assert unsure.decide(MATHS, STEPS, PAIRS, 1).path is DecidedBy.POLICY
 
 
 def test_path_1_keeps_the_requests_that_would_rather_be_wrong_than_pay() -> None:
     rule = LearnedRule(with_policy(threshold=1.01))
     limits = [replace(STEPS, alpha=alpha) for alpha in (0.5, 0.51)]
     paths = [rule.decide(MATHS, of, PAIRS, 1).path for of in limits]
-    assert paths == [Path.POLICY, Path.CLUSTERS]
+    assert paths == [DecidedBy.POLICY, DecidedBy.CLUSTERS]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 0.9])
@@ -56,13 +56,13 @@ def test_what_path_1_keeps_it_decides_as_if_it_were_alone(alpha: float) -> None:
         decision = rule.decide(query, limits, PAIRS, 1)
         assert decision == rule.clusters.decide(query, limits, PAIRS, 1)
         paths.add(decision.path)
-    assert paths == {Path.CLUSTERS, Path.OUT_OF_DISTRIBUTION}
+    assert paths == {DecidedBy.CLUSTERS, DecidedBy.OUT_OF_DISTRIBUTION}
 
 
 def test_a_request_under_way_stays_with_the_policy() -> None:
     rule = LearnedRule(with_policy(threshold=0.0))
     decision = rule.decide(MATHS, STEPS, PAIRS, 1, history=(saw(STRONG),))
-    assert (decision.path, decision.pair) == (Path.POLICY, MATH)
+    assert (decision.path, decision.pair) == (DecidedBy.POLICY, MATH)
 
 
 def test_each_pair_runs_once_and_steps_end_with_an_answer() -> None:

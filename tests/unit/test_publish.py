@@ -42,6 +42,7 @@ from serve_app.schemas import (
     Action,
     Candidate,
     Circumstances,
+    DecidedBy,
     Decision,
     Limits,
     Pair,
@@ -49,7 +50,6 @@ from serve_app.schemas import (
     Step,
     Usage,
 )
-from serve_app.schemas import Path as DecidedBy
 from serve_app.store import (
     OutcomeLog,
     Store,

@@ -35,8 +35,7 @@ from serve_app.orchestrator.patterns.single import Single
 from serve_app.orchestrator.recovery import TABLE, Fault, Move, RetryBudget
 from serve_app.orchestrator.run import Run
 from serve_app.orchestrator.trace import Trace
-from serve_app.schemas import Candidate, ChatCall, Decision, Effects, Limits, Pair
-from serve_app.schemas import Path as DecidedBy
+from serve_app.schemas import Candidate, ChatCall, DecidedBy, Decision, Effects, Limits, Pair
 from serve_app.tools.base import ToolResult
 from serve_app.tools.runner import ToolRunner
 from tests.executor_fakes import Bench, Tools, reply

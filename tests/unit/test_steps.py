@@ -25,8 +25,7 @@ from serve_app.errors import (
     ServiceError,
 )
 from serve_app.gateway.chat.extension import completion_extension
-from serve_app.schemas import Action, Report, StopReason
-from serve_app.schemas import Path as DecidedBy
+from serve_app.schemas import Action, DecidedBy, Report, StopReason
 from serve_app.store import add_feedback, read_verdicts
 from serve_app.store.tables import Base, OutcomeRow, RequestRow, TrajectoryRow
 from tests.path2_fakes import (

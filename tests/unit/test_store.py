@@ -21,8 +21,7 @@ from sqlalchemy.engine import Connection
 
 from serve_app.errors import ConfigError, Conflict, NotFound, StoreError, Unauthorized
 from serve_app.gateway.edge.auth import Authenticator
-from serve_app.schemas import Candidate, Decision, Pair, Report, Step, ToolCall, Usage
-from serve_app.schemas import Path as DecidedBy
+from serve_app.schemas import Candidate, DecidedBy, Decision, Pair, Report, Step, ToolCall, Usage
 from serve_app.store import (
     OutcomeLog,
     Scope,

@@ -7,11 +7,11 @@ import pytest
 from serve_app.errors import EngineError
 from serve_app.orchestrator import trace as module
 from serve_app.orchestrator.trace import MAX_SPANS, SpanKind, Trace
-from serve_app.schemas import Pair, Path, Step, ToolCall, Usage
+from serve_app.schemas import DecidedBy, Pair, Step, ToolCall, Usage
 
 
 def step() -> Step:
-    return Step(Pair("m", "none"), Path.PINNED, 1.0, Usage(), 0.0)
+    return Step(Pair("m", "none"), DecidedBy.PINNED, 1.0, Usage(), 0.0)
 
 
 def test_a_span_has_its_id_before_it_ends() -> None:

@@ -15,8 +15,7 @@ from sqlalchemy import select
 
 from rl.evaluate.off_policy import LoggedTrajectories, estimate_trajectories, logged_trajectories
 from serve_app.errors import EngineError
-from serve_app.schemas import Action, Candidate, Decision, Limits, Pair, Seen
-from serve_app.schemas import Path as DecidedBy
+from serve_app.schemas import Action, Candidate, DecidedBy, Decision, Limits, Pair, Seen
 from serve_app.store import (
     Journal,
     OutcomeLog,

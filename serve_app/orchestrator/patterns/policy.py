@@ -18,7 +18,7 @@ from serve_app.orchestrator.recovery import Move
 from serve_app.orchestrator.run import Course, Piece, Run
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.router.policy.features import MAX_STEPS
-from serve_app.schemas import NO_TOOL, Action, Decision, Pair, Path, Step, StopReason
+from serve_app.schemas import NO_TOOL, Action, DecidedBy, Decision, Pair, Step, StopReason
 
 logger = logging.getLogger(__name__)
 
@@ -173,4 +173,4 @@ def _without_router(steps: list[Step], last: Decision) -> Decision:
     tried = {step.pair for step in steps if step.action is Action.ROUTE}
     left = tuple(candidate for candidate in last.candidates if candidate.pair not in tried)
     action = Action.ANSWER if has_answer(steps) or not left else Action.ROUTE
-    return replace(last, action=action, candidates=left, path=Path.FALLBACK, propensity=1.0)
+    return replace(last, action=action, candidates=left, path=DecidedBy.FALLBACK, propensity=1.0)

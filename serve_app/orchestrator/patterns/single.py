@@ -9,7 +9,7 @@ from serve_app.orchestrator.answer import Answer
 from serve_app.orchestrator.engine import FIRST_TRY_SHARE, Engine, StepPlan
 from serve_app.orchestrator.recovery import Move
 from serve_app.orchestrator.run import Run
-from serve_app.schemas import Path
+from serve_app.schemas import DecidedBy
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Single:
             has_next = rank < len(candidates) - 1
             plan = StepPlan(
                 pair=candidate.pair,
-                path=Path.FALLBACK if rank else decision.path,
+                path=DecidedBy.FALLBACK if rank else decision.path,
                 propensity=1.0 if rank else decision.propensity,
                 policy_version=decision.policy_version,
                 call=run.call,

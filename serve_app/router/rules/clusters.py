@@ -21,7 +21,7 @@ from serve_app.router.rules.cold_start import normalised_cost
 from serve_app.router.rules.gate import Gate, Verdict, settle
 from serve_app.router.rules.voices import Voices
 from serve_app.router.snapshots.snapshot import RouterSnapshot
-from serve_app.schemas import Candidate, Decision, Likeness, Limits, Pair, Path
+from serve_app.schemas import Candidate, DecidedBy, Decision, Likeness, Limits, Pair
 
 _DISCOUNT = 0.98
 """Weight that a pair's earlier feedback keeps at each new one: it remembers about 50."""
@@ -255,7 +255,7 @@ class ClusterRule:
                     strict=True,
                 )
             ),
-            path=Path.CLUSTERS if inside else Path.OUT_OF_DISTRIBUTION,
+            path=DecidedBy.CLUSTERS if inside else DecidedBy.OUT_OF_DISTRIBUTION,
             confidence=verdict.confidence,
             propensity=propensity,
             policy_version=self._snapshot.version,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig, PriceConfig
 from serve_app.errors import NoCandidate
-from serve_app.schemas import NO_TOOL, Candidate, Decision, Limits, Pair, Path
+from serve_app.schemas import NO_TOOL, Candidate, DecidedBy, Decision, Limits, Pair
 
 _TYPICAL_PROMPT_TOKENS = 300
 _TYPICAL_COMPLETION_TOKENS = 150
@@ -206,7 +206,7 @@ class ColdStartRule:
         )
         return Decision(
             candidates=candidates,
-            path=Path.COLD_START,
+            path=DecidedBy.COLD_START,
             confidence=float(1 / weights.sum()),
             propensity=1.0,
             policy_version=0,

@@ -32,7 +32,7 @@ from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.clusters import Beliefs, ClusterRule, Prior
 from serve_app.router.rules.gate import POLICY_MAX_ALPHA
 from serve_app.router.snapshots.snapshot import RouterSnapshot
-from serve_app.schemas import Action, Candidate, Decision, Likeness, Limits, Pair, Path, Seen
+from serve_app.schemas import Action, Candidate, DecidedBy, Decision, Likeness, Limits, Pair, Seen
 
 GATE_THRESHOLD = "gate.threshold"
 """Among the policy's tensors: (1,) confidence from which path 1 keeps a request."""
@@ -302,7 +302,7 @@ class LearnedRule:
                 Candidate(self.pairs[pair], *values)
                 for pair, values in zip(shown.tolist(), numbers.tolist(), strict=True)
             ),
-            path=Path.POLICY,
+            path=DecidedBy.POLICY,
             confidence=float(chances[taken]),
             propensity=propensity,
             policy_version=self.snapshot.version,
