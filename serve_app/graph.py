@@ -35,8 +35,8 @@ class BuildArgs(BaseModel):
     config: str
     """Path of the configuration file."""
     revision: str = ""
-    """Read by nobody: Serve builds an application anew only where its arguments change, so a new
-    value deploys what was edited of gateway, router and embedder in the same file."""
+    """Any text. Serve builds an application again only if its arguments change: change this one to
+    deploy edited settings of the gateway, the router or the embedder."""
 
 
 def build_app(args: BuildArgs) -> Application:

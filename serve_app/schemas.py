@@ -135,7 +135,7 @@ class ModelMember:
     application: str | None = None
     """Serve application that answers for it; `None` where none does."""
     num_replicas: int | None = None
-    """Replicas that run, as last seen; `None` where nobody looked."""
+    """Replicas that run, as last seen; `None`: not looked at."""
     cold_tools: frozenset[str] = frozenset()
     """Tools whose pair with it has not answered a warm-up request yet."""
     updating: bool = False
@@ -154,7 +154,7 @@ class PoolState:
     pairs: tuple[Pair, ...]
     """Every configured pair, ready or not, in configuration order."""
     config: AtlasConfig | None = None
-    """The deployment with the pool as it is wanted now; `None` where nobody said."""
+    """The deployment with the pool as it is wanted now; `None`: not known."""
     revision: int | None = None
     """Of the desired pool; `None` before the store has told."""
 

@@ -224,7 +224,7 @@ def fingerprint(config: AtlasConfig, pair: Pair, planner: str | None = None) -> 
     Args:
         config: The deployment.
         pair: Who answers.
-        planner: Model that has spoken before; `None` where nobody has.
+        planner: Model that has spoken before; `None`: no planner.
     """
     tool = next((tool for tool in config.tools if tool.tool_id == pair.tool_id), None)
     settings = [

@@ -53,7 +53,7 @@ from serve_app.telemetry import GATEWAY_COST_USD, GATEWAY_TOKENS, MetricSink, No
 Json = dict[str, Any]
 
 DEADLINE_GRACE_S = 0.25
-"""The orchestrator keeps the deadline too and knows more to say: how long it may take for that."""
+"""Seconds that the orchestrator has after a deadline to answer with its own, fuller error."""
 
 FEEDBACK_PATIENCE_S = 1.0
 """Outcomes are written behind the response: how long feedback waits for its request to appear."""

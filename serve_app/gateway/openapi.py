@@ -120,7 +120,7 @@ def _paths() -> Json:
         "/v1/feedback": {
             "post": _operation(
                 "giveFeedback",
-                "Score a request of one's own, once.",
+                "Give a score to one of your requests, once.",
                 {"200": _json_response("Kept.", "Feedback")},
                 body=_body("FeedbackRequest"),
                 errors=(400, 404, 408, 409, 413, 415, 429, 431, 500, 503),
@@ -137,8 +137,8 @@ def _paths() -> Json:
         "/v1/models/{model_id}": {
             "get": _operation(
                 "getModel",
-                "One of them.",
-                {"200": _json_response("It.", "Model")},
+                "One entry of the list of models.",
+                {"200": _json_response("The model or pair.", "Model")},
                 errors=(404, 429, 431, 500),
                 parameters=[_path_parameter("model_id")],
             )
@@ -152,8 +152,8 @@ def _paths() -> Json:
             ),
             "post": _operation(
                 "addModel",
-                "Add a model; it is routed to when it is warm.",
-                {"202": _json_response("Taken.", "ModelChange")},
+                "Add a model; it gets requests when it is warm.",
+                {"202": _json_response("Accepted.", "ModelChange")},
                 body=_body("ModelSubmission"),
                 errors=_CHANGE_ERRORS,
             ),
@@ -161,8 +161,8 @@ def _paths() -> Json:
         "/v1/admin/models/{model_id}": {
             "put": _operation(
                 "updateModel",
-                "Give a model other settings; the new one takes over when it is warm.",
-                {"202": _json_response("Taken.", "ModelChange")},
+                "Change a model's settings; the new version takes over when it is warm.",
+                {"202": _json_response("Accepted.", "ModelChange")},
                 body=_body("ModelSubmission"),
                 errors=_CHANGE_ERRORS,
                 parameters=[_path_parameter("model_id")],
@@ -177,8 +177,8 @@ def _paths() -> Json:
             ),
             "delete": _operation(
                 "removeModel",
-                "Take a model out; what is under way ends first.",
-                {"202": _json_response("Taken.", "ModelChange")},
+                "Remove a model; requests that it works on end first.",
+                {"202": _json_response("Accepted.", "ModelChange")},
                 errors=(400, 404, 429, 431, 500),
                 parameters=[_path_parameter("model_id")],
             ),
@@ -193,7 +193,7 @@ def _paths() -> Json:
             "post": _operation(
                 "addTool",
                 "Add a tool to some models, or to all.",
-                {"202": _json_response("Taken.", "ToolChange")},
+                {"202": _json_response("Accepted.", "ToolChange")},
                 body=_body("ToolSubmission"),
                 errors=_CHANGE_ERRORS,
             ),
@@ -201,8 +201,8 @@ def _paths() -> Json:
         "/v1/admin/tools/{tool_id}": {
             "delete": _operation(
                 "removeTool",
-                "Take a tool out, and its pairs with it.",
-                {"202": _json_response("Taken.", "ToolChange")},
+                "Remove a tool and its pairs.",
+                {"202": _json_response("Accepted.", "ToolChange")},
                 errors=(400, 404, 429, 431, 500),
                 parameters=[_path_parameter("tool_id")],
             )
@@ -219,7 +219,7 @@ def _paths() -> Json:
             "post": _operation(
                 "submitJob",
                 "Profile, fit, train, evaluate, promote or roll back, behind the response.",
-                {"201": _json_response("Taken.", "Job")},
+                {"201": _json_response("Accepted.", "Job")},
                 body=_body("JobSubmission"),
                 errors=(400, 408, 413, 415, 429, 431, 500, 503),
             ),
@@ -234,7 +234,7 @@ def _paths() -> Json:
             "get": _operation(
                 "getJob",
                 "One job with its progress, whole or as server-sent events.",
-                {"200": _with_events(_json_response("It, or its changes as events.", "Job"))},
+                {"200": _with_events(_json_response("The job, or its changes as events.", "Job"))},
                 errors=(404, 429, 431, 500),
                 parameters=[_path_parameter("job_id")],
             ),
@@ -250,7 +250,7 @@ def _paths() -> Json:
             "get": _operation(
                 "isAlive",
                 "Whether this process answers.",
-                {"200": _json_response("It does.", "Status")},
+                {"200": _json_response("The process answers.", "Status")},
                 errors=(431,),
                 needs_key=False,
             )
@@ -260,7 +260,7 @@ def _paths() -> Json:
                 "isReady",
                 "Whether a request can be served.",
                 {
-                    "200": _json_response("It can.", "Status"),
+                    "200": _json_response("A request can be served.", "Status"),
                     "503": _json_response("Nothing in the pool is ready.", "Status"),
                 },
                 errors=(431, 500),
@@ -271,7 +271,7 @@ def _paths() -> Json:
             "get": _operation(
                 "getOpenApi",
                 "This document.",
-                {"200": _json_response("It.", "Document")},
+                {"200": _json_response("The OpenAPI document.", "Document")},
                 errors=(431,),
                 needs_key=False,
             )
@@ -287,7 +287,7 @@ _REASONS = {
     403: "The key lacks the scope; without keys, the caller is on another machine.",
     404: "No such model, tool, pair, request or job.",
     408: "The body did not arrive in time.",
-    409: "Said already, or over.",
+    409: "The same was said already, or the job is over.",
     413: "The body is too large.",
     415: "The body is not plain JSON.",
     421: "The `Host` is none that is served here.",

@@ -54,7 +54,7 @@ MAX_UNEMBEDDED_BYTES = 16 << 20
 
 _BATCH = 500
 _LINES_AT_ONCE = 50
-"""Lines of the journal read between two breaths of the event loop."""
+"""Lines of the journal that are read before other work of the event loop gets a turn."""
 _EMBED_TIMEOUT_S = 3.0
 _EMBED_PAUSE_S = 10.0
 _EMBED_SHARE = 0.1

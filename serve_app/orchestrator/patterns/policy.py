@@ -169,7 +169,7 @@ class Policy:
 
 
 def _without_router(steps: list[Step], last: Decision) -> Decision:
-    """What comes next where nobody says so: the answer there is, or the next-best pair."""
+    """What comes next without the router: the answer so far, or the next-best pair."""
     tried = {step.pair for step in steps if step.action is Action.ROUTE}
     left = tuple(candidate for candidate in last.candidates if candidate.pair not in tried)
     action = Action.ANSWER if has_answer(steps) or not left else Action.ROUTE

@@ -54,7 +54,7 @@ _REPLAYED_PER_KEY = 60
 """Verdicts of one API key on one pair learned at once at most; earlier ones weigh less than 1e-7
 beside the last ones (see `voices.OWN_DISCOUNT`)."""
 _LEARNED_AT_ONCE = 50
-"""Verdicts between two breaths of the event loop."""
+"""Verdicts that are replayed before other work of the event loop gets a turn."""
 _OVERLAP_S = 120.0
 """A verdict may become visible this much later than its time says: clocks differ, and a missing
 embedding is written behind the answer."""
