@@ -56,7 +56,7 @@ class Prior:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one query lies among the profiled questions; every estimate for it follows from this."""
+    """Where one query lies among the profiled questions; every estimate follows from this."""
 
     nearest: NDArray[np.intp]
     """The nearest clusters of every scale."""
