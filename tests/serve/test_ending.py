@@ -27,6 +27,14 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 START_S = 420
 GONE_S = 60
 """Longer than the 30 s that it may take: other work may keep this machine busy."""
+SERVE = """
+import signal
+# What runs these tests may ignore both, as `nohup` does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from rl.cli.app import main
+main()
+"""
 Json = dict[str, Any]
 
 SCRIPTED: Json = {"type": "custom", "import_path": "tests.fakes:WithHelper", "num_cpus": 0}
@@ -56,7 +64,7 @@ class Served:
 
     def __init__(self, config: Path, environment: dict[str, str], port: int, output: Path) -> None:
         self._output = output
-        command = [sys.executable, "-c", "from rl.cli.app import main; main()", "serve"]
+        command = [sys.executable, "-c", SERVE, "serve"]
         with output.open("w") as file:
             self.process = psutil.Popen(
                 [*command, "--config", str(config), "--port", str(port)],
