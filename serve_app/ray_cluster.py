@@ -34,6 +34,7 @@ _HOW_TO_GIVE_IT = (
 
 _REACH_S = 5.0
 """How long the address of a cluster may take to accept a connection."""
+_LAST_PORT = 65_535
 
 
 class ClusterRefused(ConnectionError):
@@ -84,8 +85,10 @@ def _check_reachable(address: str) -> None:
     if not host or not port.isdigit():  # `auto`
         return
     try:
+        if int(port) > _LAST_PORT:  # some resolvers would take it modulo 65,536
+            raise OSError(f"port {int(port)} is above {_LAST_PORT}")
         socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise ClusterRefused(
             f"no Ray cluster can be reached at {address!r}: {reason}; is the address right, and "

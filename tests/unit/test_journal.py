@@ -398,7 +398,9 @@ async def test_a_stopped_server_loses_nothing_and_keeps_the_order(
 ) -> None:
     """Reports come before, while it stops, while it is away, and while it comes back."""
     store = await Store.open(url_of(server))
-    log = OutcomeLog(store, flush_interval_s=0.001, max_pending=20, journal=Journal(folder, MIB))
+    # Room for what a server that stops slowly leaves time for.
+    journal = Journal(folder, 64 * MIB)
+    log = OutcomeLog(store, flush_interval_s=0.001, max_pending=20, journal=journal)
     recorded = 0
 
     async def record_during(change: Callable[[], None]) -> None:

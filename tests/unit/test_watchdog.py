@@ -23,8 +23,9 @@ print(child.pid, flush=True)
 child.wait()
 """
 RUN = f"""
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from serve_app.watchdog import watched
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what runs these tests may ignore it, as `nohup` does
 with watched():
     command = [sys.executable, "-c", {SLEEP!r}]
     left = [subprocess.Popen(command, start_new_session=True) for _ in "ab"]
