@@ -330,7 +330,9 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "ray": ray.__version__,
         "serve_environment": {
-            name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")
+            name: value.removeprefix(f"{ROOT.absolute()}/")
+            for name, value in os.environ.items()
+            if name.startswith("RAY_SERVE_")
         },
     }
 
