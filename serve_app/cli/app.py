@@ -29,7 +29,7 @@ from serve_app.cli.console import (
 )
 from serve_app.cli.pool import app as pool_app
 from serve_app.config import AtlasConfig
-from serve_app.errors import AtlasError
+from serve_app.errors import AtlasError, ClusterDied
 from serve_app.gateway.edge.hosts import is_loopback
 from serve_app.schemas import MemberState, ModelMember, PoolState
 
@@ -64,7 +64,7 @@ def serve(
             "gateway.auth.mode to 'required' and make a key with `atlas keys create`"
         )
     from serve_app.gateway.deployment import http_address
-    from serve_app.running import running_graph
+    from serve_app.running import end_process, running_graph
 
     what = f"Ray, the graph and {len(settings.models)} models"
     console.print(f"[bold]atlas-serve[/bold] {config}: starting {what} …")
@@ -80,6 +80,10 @@ def serve(
             _follow_pool(graph.states(), f"http://{bound_host}:{bound_port}/v1")
     except KeyboardInterrupt:
         console.print("stopped")
+        end_process(0)
+    except ClusterDied as error:
+        fail(error.message)
+        end_process(1)
     except AtlasError as error:
         raise fail(error.message) from None
 

@@ -1,8 +1,10 @@
-"""What `atlas serve` says of the pool while it runs."""
+"""What `atlas serve` says of the pool while it runs, and how its process ends."""
 
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -86,3 +88,25 @@ def test_what_did_not_change_is_said_once(said: io.StringIO) -> None:
     member = failed(retry_in_s=60.4)
     follow(READY, member, member, member)
     assert said.getvalue().count("ValueError") == 1
+
+
+ENDING = """
+import atexit, threading, ray
+from serve_app.running import end_process
+
+atexit.unregister(ray.shutdown)
+ray.shutdown = threading.Event().wait  # as where the cluster does not answer
+atexit.register(ray.shutdown)
+atexit.register(print, "the other handlers ran")
+threading.Thread(target=threading.Event().wait).start()
+print("said last")
+end_process(3)
+"""
+
+
+def test_the_process_ends_though_rays_exit_handler_and_a_thread_would_wait() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.stdout == "said last\nthe other handlers ran\n"
+    assert ended.returncode == 3
