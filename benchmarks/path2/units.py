@@ -20,7 +20,7 @@ from rl.ppo.replay import with_rule
 from rl.ppo.rollout import PATH_2_ALONE, GatedPolicy, Requests, run_once
 from rl.ppo.table import ReplayTable
 from serve_app.router.rules.clusters import ClusterRule
-from serve_app.router.rules.cold_start import normalised_cost
+from serve_app.router.rules.utility import normalised_cost, utility
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -43,8 +43,7 @@ class Unit:
     def utility(self, contender: str, alpha: float) -> Array:
         """(num_queries,) at one of `ALPHAS`."""
         of, row = self.reached[contender], ALPHAS.index(alpha)
-        utility: Array = (1 - alpha) * of["score"][row] - alpha * of["cost"][row]
-        return utility
+        return utility(alpha, of["score"][row], of["cost"][row])
 
     def score(self, contender: str, alpha: float) -> Array:
         """(num_queries,) at one of `ALPHAS`."""
@@ -141,8 +140,8 @@ def joined(units: Sequence[Unit]) -> Unit:
 
 
 def _utilities(table: ReplayTable, alpha: float) -> Array:
-    cost = normalised_cost(table.pair_costs_usd.tolist())
-    utilities: Array = (1 - alpha) * table.score[0].astype(np.float64) - alpha * cost
+    cost = normalised_cost(table.pair_costs_usd)
+    utilities = utility(alpha, table.score[0].astype(np.float64), cost)
     return np.where(table.measured[0], utilities, -1.0)
 
 

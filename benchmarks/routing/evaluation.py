@@ -15,8 +15,8 @@ from rl.fit.fit import fit
 from rl.fit.pareto import ALPHAS, sweep_choices
 from rl.fit.selection import FitSettings
 from serve_app.router.rules.clusters import ClusterRule, Prior
-from serve_app.router.rules.cold_start import normalised_cost
 from serve_app.router.rules.gate import NEAR_ORACLE
+from serve_app.router.rules.utility import normalised_cost
 from serve_app.schemas import LOCAL_OWNER, Pair
 
 Array = NDArray[np.float32]
@@ -246,7 +246,7 @@ def _area(
 ) -> float:
     """`aiq_log` of qualities whose pairs are some of the table's, in another order."""
     place = np.array([all_pairs.index(pair) for pair in pairs])
-    cost = normalised_cost(costs_usd.tolist())[place]
+    cost = normalised_cost(costs_usd)[place]
     choices = place[sweep_choices(quality, cost, ALPHAS)]
     whole = np.full((1, choices.shape[1]), 1 / choices.shape[1])
     return figures(evaluation, choices, whole)["aiq_log"].value or 0.0

@@ -20,7 +20,7 @@ from rl.fit.pareto import COARSE_ALPHAS, aiq_log, sweep_choices
 from rl.fit.selection import FitSettings
 from rl.profile.outcomes import Outcomes
 from serve_app.router.rules.clusters import ClusterRule
-from serve_app.router.rules.cold_start import normalised_cost
+from serve_app.router.rules.utility import normalised_cost
 
 Array = NDArray[np.float32]
 _NUM_FOLDS = 5
@@ -48,7 +48,7 @@ class Problem:
     @property
     def cost(self) -> Array:
         """(num_pairs,) normalised."""
-        return normalised_cost(self.costs_usd.tolist())
+        return normalised_cost(self.costs_usd)
 
     def value(self, quality: Array) -> float:
         """Area under the frontier of held-out predictions of the training side."""

@@ -33,6 +33,7 @@ from rl.evaluate.off_policy import (
 from rl.evaluate.policies import Interval, MultiStep, Reached, Rule, bootstrap, reach
 from rl.profile.outcomes import Outcomes
 from serve_app.router.rules.gate import NEAR_ORACLE
+from serve_app.router.rules.utility import utility
 
 CANDIDATE = "candidate"
 SERVING = "serving"
@@ -348,8 +349,8 @@ def _values(held_out: HeldOut, reached: Mapping[str, Reached], row: int, alpha: 
     size = len(held_out.scores)
     values = {}
     for name, of in reached.items():
-        utility = (1 - alpha) * of.score[row] - alpha * of.cost[row]
-        columns = (of.score[row], of.costs_usd[row], utility, of.steps[row])
+        gained = utility(alpha, of.score[row], of.cost[row])
+        columns = (of.score[row], of.costs_usd[row], gained, of.steps[row])
         values[name] = np.stack(columns, axis=1)
     single = held_out.best_single()
     alone = [held_out.values(np.full(size, column), alpha) for column in range(len(held_out.cost))]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rl.profile.outcomes import NotMeasured, Outcomes
 from serve_app.errors import ConfigError
-from serve_app.router.rules.cold_start import normalised_cost
+from serve_app.router.rules.utility import normalised_cost, utility
 from serve_app.schemas import Pair
 
 MIN_QUERIES = 20
@@ -45,7 +45,7 @@ class HeldOut:
 
     def utilities(self, alpha: float) -> NDArray[np.float64]:
         """(num_queries, num_pairs) of each pair on each query."""
-        return (1 - alpha) * self.scores - alpha * self.cost
+        return utility(alpha, self.scores, self.cost)
 
     def values(self, chosen: NDArray[np.intp], alpha: float) -> NDArray[np.float64]:
         """(num_queries, 4) score, dollars, utility and steps of one pair per query."""
@@ -103,7 +103,7 @@ def read_held_out(outcomes: Outcomes, domains: Sequence[str]) -> HeldOut:
         pairs=outcomes.pairs,
         scores=sums[rows].astype(np.float64) / counts[rows],
         costs_usd=np.where(known > 0, costs_usd, means),
-        cost=normalised_cost(means.tolist()).astype(np.float64),
+        cost=normalised_cost(means).astype(np.float64),
         pair_costs_usd=means,
         domains=np.array([domains[row] or UNKNOWN_DOMAIN for row in rows]),
         coverage={

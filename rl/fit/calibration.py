@@ -12,8 +12,8 @@ from rl.fit.estimators import Float
 from rl.fit.pareto import sweep_choices
 from rl.fit.selection import Chosen, FitSettings, PairStatistics, figure_of_merit
 from rl.profile.outcomes import Outcomes
-from serve_app.router.rules.cold_start import normalised_cost
 from serve_app.router.rules.gate import NEAR_ORACLE, gate_features, settle
+from serve_app.router.rules.utility import normalised_cost
 
 _ALPHAS = np.array([0.0, 0.1, 0.3, 0.6])
 """Decisions are calibrated at each of these."""
@@ -69,7 +69,7 @@ def calibrate(
         np.random.default_rng(settings.seed + 3).permutation(len(full)) % _NUM_FOLDS,
     )
     features, is_right = [], []
-    cost = normalised_cost(pairs.costs_usd.tolist())
+    cost = normalised_cost(pairs.costs_usd)
     for choice in sweep_choices(quality, cost, _ALPHAS):
         features.append(gate_features(quality, choice, local, levels))
         is_right.append(near_oracle[index, choice])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.router.rules.utility import utility
+
 ALPHAS: NDArray[np.float64] = np.linspace(0.0, 1.0, 1001)
 """The sweep that figures are computed on; 0 = quality only."""
 COARSE_ALPHAS: NDArray[np.float64] = np.linspace(0.0, 1.0, 101)
@@ -34,10 +36,10 @@ def sweep_choices(
         quality = np.where(forbidden, np.float32(0), quality)
     choices = np.empty((len(alphas), len(quality)), np.intp)
     for row, alpha in enumerate(alphas):
-        utility = np.float32(1 - alpha) * quality - np.float32(alpha) * cost
+        gained = utility(float(alpha), quality, cost)
         if has_forbidden:
-            utility[forbidden] = -np.inf
-        choices[row] = utility.argmax(axis=1)
+            gained[forbidden] = -np.inf
+        choices[row] = gained.argmax(axis=1)
     return choices
 
 

@@ -19,7 +19,7 @@ from rl.fit import estimators
 from rl.fit.estimators import Float
 from rl.fit.pareto import COARSE_ALPHAS, aiq_log, sweep_choices
 from rl.profile.outcomes import Outcomes
-from serve_app.router.rules.cold_start import normalised_cost
+from serve_app.router.rules.utility import normalised_cost
 
 _Combination = tuple[tuple[int, int], float, float]
 """(clusters, nearest), penalty of the head, share of the head."""
@@ -300,7 +300,7 @@ def figure_of_merit(
     dollars, priced = outcomes.matrices(outcomes.costs_usd)
     known = priced[rows].toarray()
     costs_usd = np.where(known > 0, dollars[rows].toarray() / np.maximum(known, 1), pairs.costs_usd)
-    cost = normalised_cost(pairs.costs_usd.tolist())
+    cost = normalised_cost(pairs.costs_usd)
     unseen = ~np.isfinite(observed)
     gains = np.where(unseen, 0.0, observed)
     index = np.arange(len(gains))

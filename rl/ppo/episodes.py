@@ -22,11 +22,11 @@ from serve_app.router.policy.features import (
     States,
     answer_action,
     best_answers,
-    cost_range,
     encode,
     legal_actions,
     think_action,
 )
+from serve_app.router.rules.utility import cost_range
 
 __all__ = ["EnvSettings", "Episodes", "Stepped"]
 
@@ -333,7 +333,7 @@ def _empty_states(size: int, dim: int, table: ReplayTable) -> States:
         descriptors=table.descriptors,
         costs_usd=zeros(num_pairs),
         seconds=np.tile(table.pair_seconds, (size, 1)),
-        log_cost_range=zeros(2),
+        log_cost_range=np.zeros((size, 2)),
         quality=zeros(num_pairs),
         spread=zeros(num_pairs),
         overall=zeros(num_pairs),

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
-from serve_app.router.policy.features import normalised
+from serve_app.router.rules.utility import normalised, trade
 
 Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -81,7 +81,9 @@ class RewardTerms(NamedTuple):
         return summed
 
 
-def charge(settings: RewardSettings, alpha: Float, usd: Float, log_cost_range: Float) -> Float:
+def charge(
+    settings: RewardSettings, alpha: Float, usd: Float, log_cost_range: NDArray[np.float64]
+) -> Float:
     """(n,) what so many dollars take off a reward, at least 0 and at most the cost's weight.
 
     `min(alpha / (1 - alpha), 1) * min(normalised(usd), 1)`: in units of the score, as the utility
@@ -91,11 +93,10 @@ def charge(settings: RewardSettings, alpha: Float, usd: Float, log_cost_range: F
         settings: The cost's weight.
         alpha: (n,) in [0, 1].
         usd: (n,) spent so far; 0 costs nothing.
-        log_cost_range: (n, 2) as `features.cost_range` gives it.
+        log_cost_range: (n, 2) as `utility.cost_range` gives it.
     """
-    trade = np.minimum(alpha / np.maximum(1 - alpha, 1e-6), 1.0)
     share = np.where(usd > 0, np.minimum(normalised(usd, log_cost_range), 1.0), 0.0)
-    charged: Float = (settings.cost_weight * trade * share).astype(np.float32)
+    charged: Float = (settings.cost_weight * trade(alpha) * share).astype(np.float32)
     return charged
 
 

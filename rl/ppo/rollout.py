@@ -21,12 +21,12 @@ from rl.ppo.randomise import EnvSettings
 from rl.ppo.replay import with_rule
 from rl.ppo.table import ReplayTable, View
 from serve_app.errors import ConfigError
-from serve_app.router.policy.features import answer_action, cost_range, normalised
+from serve_app.router.policy.features import answer_action
 from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.clusters import ClusterRule
-from serve_app.router.rules.cold_start import normalised_cost
 from serve_app.router.rules.gate import POLICY_MAX_ALPHA, settle
 from serve_app.router.rules.policy_rule import LearnedRule
+from serve_app.router.rules.utility import normalised, normalised_cost, pool_range, utility
 
 PATH_1_ALONE, PATH_2_ALONE = 0.0, 1.01
 """Thresholds of the gate that leave every query to path 1, and every query to path 2."""
@@ -57,7 +57,7 @@ class Requests:
 
     def utility(self, alpha: float) -> NDArray[np.float64]:
         """(num_queries,) `(1 - alpha) * score - alpha * cost`."""
-        return (1 - alpha) * self.score - alpha * self.cost
+        return utility(alpha, self.score, self.cost)
 
 
 def roll_out(
@@ -105,12 +105,10 @@ def roll_out(
     means = table.pair_costs_usd if pair_costs_usd is None else pair_costs_usd
     thought = episodes.states.thought
     usd = episodes.states.tried @ means.astype(np.float64) + thought * table.think_cost_usd.mean()
-    in_pool = np.ones((1, len(means)), np.bool_)
-    scale = cost_range(means[None].astype(np.float64), in_pool)
     return Requests(
         score=score,
         costs_usd=episodes.states.spent_usd.astype(np.float64),
-        cost=normalised(usd, scale).astype(np.float64),
+        cost=normalised(usd, pool_range(means)).astype(np.float64),
         steps=stepped.info["steps"].astype(np.float64),
         pair=pair,
         confidence=confidence,
@@ -138,7 +136,7 @@ def run_once(
     return Requests(
         score=table.score[0, rows, chosen].astype(np.float64),
         costs_usd=table.costs_usd[0, rows, chosen].astype(np.float64),
-        cost=normalised_cost(means.tolist()).astype(np.float64)[chosen],
+        cost=normalised_cost(means).astype(np.float64)[chosen],
         steps=np.ones(len(rows)),
         pair=chosen,
         confidence=np.asarray(confidence, np.float64),
@@ -216,8 +214,8 @@ def path_1_choices(
         quality[row] = settle(
             quality[row], view.spread[row], int(usual[row]), int(best[row]), caution
         )
-    cost = normalised_cost(table.pair_costs_usd.tolist())
-    utilities = [(1 - alpha) * quality - alpha * cost for alpha in alphas]
+    cost = normalised_cost(table.pair_costs_usd)
+    utilities = [utility(alpha, quality, cost) for alpha in alphas]
     return np.stack([np.where(table.measured[0], of, -np.inf).argmax(axis=1) for of in utilities])
 
 

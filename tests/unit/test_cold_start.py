@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import NoCandidate
-from serve_app.router.rules.cold_start import ColdStartRule, normalised_cost, pair_cards
+from serve_app.router.rules.cold_start import ColdStartRule, pair_cards
 from serve_app.schemas import DecidedBy, Limits, Pair
 
 AXES = {"maths": 0, "facts": 1}
@@ -107,10 +107,3 @@ def test_mean_of_the_nearest_examples_is_used_where_asked() -> None:
     cards = pair_cards(config(pairs=[{"pair": "dear@calculator", "examples": ["maths", "facts"]}]))
     one, two = (ColdStartRule(cards, encode, top_k=k).qualities(query("maths"))[2] for k in (1, 2))
     assert (one, two) == (1.0, 0.5)
-
-
-def test_costs_are_spread_over_zero_to_one_on_a_log_scale() -> None:
-    assert normalised_cost([1.0, 10.0, 100.0]).tolist() == pytest.approx([0.0, 0.5, 1.0])
-    assert normalised_cost([0.0, 1.0]).tolist() == [0.0, 1.0]
-    assert normalised_cost([3.0, 3.0]).tolist() == [0.0, 0.0]
-    assert normalised_cost([0.0, 0.0]).tolist() == [0.0, 0.0]

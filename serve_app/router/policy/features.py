@@ -12,6 +12,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.router.rules.utility import normalised, trade
+
 Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 Index = NDArray[np.intp]
@@ -38,7 +40,7 @@ _SCORE_SCALE = 4.0
 
 @dataclass
 class States:
-    """Requests under way; B requests, P pairs. Arrays are float32 or bool."""
+    """Requests under way; B requests, P pairs."""
 
     embedding: Float
     """(B, dim) of the query."""
@@ -62,8 +64,9 @@ class States:
     """(B, P) expected of one run."""
     seconds: Float
     """(B, P) expected of one run; 0 where unknown."""
-    log_cost_range: Float
-    """(B, 2) natural logarithms of the dollars that cost 0 and 1 stand for; see `cost_range`."""
+    log_cost_range: NDArray[np.float64]
+    """(B, 2) natural logarithms of the dollars that cost 0 and 1 stand for; see
+    `utility.cost_range`."""
     quality: Float
     """(B, P) path 1's expected score in [0, 1]."""
     spread: Float
@@ -150,11 +153,10 @@ def encode(states: States) -> dict[str, NDArray[np.float32]]:
     numbers = np.stack([np.asarray(column, np.float32) for column in columns], axis=2)
     candidates = np.concatenate([descriptors, numbers], axis=2, dtype=np.float32)
     candidates *= states.present[:, :, None]
-    trade = np.minimum(states.alpha / np.maximum(1 - states.alpha, 1e-6), 1.0)
     context = np.stack(
         [
             states.alpha,
-            trade,
+            trade(states.alpha),
             states.steps_left / MAX_STEPS,
             states.steps_left <= 1,
             np.isfinite(states.usd_left),
@@ -201,39 +203,6 @@ def legal_actions(states: States) -> Bool:
     think: Bool = states.can_think & (states.steps_left >= 2) & may_route
     answer: Bool = ~none_yet | ~may_route
     return np.concatenate([route, think[:, None], answer[:, None]], axis=1)
-
-
-def cost_range(costs_usd: NDArray[np.floating], present: Bool) -> Float:
-    """(B, 2) logarithms of the least and the greatest price of the present pairs.
-
-    Free pairs count as a hundredth of the cheapest paid one, as in `cold_start.normalised_cost`.
-
-    Args:
-        costs_usd: (B, P) expected of one run.
-        present: (B, P) the pool.
-    """
-    paid = present & (costs_usd > 0)
-    least_paid = np.where(paid, costs_usd, np.inf).min(axis=1)
-    least_paid = np.where(np.isfinite(least_paid), least_paid, 1.0)
-    floored = np.maximum(costs_usd, least_paid[:, None] / 100)
-    low = np.log(np.where(present, floored, np.inf).min(axis=1, initial=np.inf))
-    high = np.log(np.where(present, floored, 0.0).max(axis=1, initial=1e-30))
-    low = np.where(np.isfinite(low), low, high)
-    return np.stack([low, high], axis=1).astype(np.float32)
-
-
-def normalised(costs_usd: NDArray[np.floating], log_cost_range: Float) -> Float:
-    """Dollars on the pool's log scale: 0 the cheapest pair, 1 the dearest; above it for several.
-
-    Args:
-        costs_usd: Any shape.
-        log_cost_range: The same shape and a last axis of 2, or one that broadcasts.
-    """
-    low, high = log_cost_range[..., 0], log_cost_range[..., 1]
-    width = high - low
-    logs = np.log(np.maximum(costs_usd, 1e-30))
-    share = (logs - low) / np.where(width > 1e-6, width, 1.0)
-    return np.where(width > 1e-6, np.maximum(share, 0.0), 0.0).astype(np.float32)
 
 
 def best_answers(keys: Index) -> Index:

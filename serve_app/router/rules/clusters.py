@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate, SnapshotError
-from serve_app.router.rules.cold_start import normalised_cost
 from serve_app.router.rules.gate import Gate, Verdict, settle
+from serve_app.router.rules.utility import normalised_cost, utility
 from serve_app.router.rules.voices import Voices
 from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Candidate, DecidedBy, Decision, Likeness, Limits, Pair
@@ -231,10 +231,10 @@ class ClusterRule:
         if inside:
             quality = self._settled(quality, spread, admitted)
         cost = self._costs[admitted]
-        utility = (1 - limits.alpha) * quality - limits.alpha * cost
-        order = self._order(utility, num_candidates)
+        gained = utility(limits.alpha, quality, cost)
+        order = self._order(gained, num_candidates)
         order, propensity = self._explore(
-            order, admitted, inside, utility, (1 - limits.alpha) * spread
+            order, admitted, inside, gained, (1 - limits.alpha) * spread
         )
         reach = _INTERVAL_DEVIATIONS * spread
         low, high = np.maximum(quality - reach, 0.0), np.minimum(quality + reach, 1.0)
@@ -246,7 +246,7 @@ class ClusterRule:
                 Candidate(self._pairs[pair], *numbers)
                 for pair, *numbers in zip(
                     admitted[order].tolist(),
-                    utility[order].tolist(),
+                    gained[order].tolist(),
                     quality[order].tolist(),
                     cost[order].tolist(),
                     low[order].tolist(),
@@ -360,7 +360,7 @@ class ClusterRule:
         own = self._snapshot.pair_costs_usd
         added = self._prior.costs_usd[self._new] if self._prior else own[:0]
         self._costs_usd: NDArray[np.float32] = np.concatenate([own, added]).astype(np.float32)
-        self._costs = normalised_cost(self._costs_usd.tolist())
+        self._costs = normalised_cost(self._costs_usd)
         seconds = self._snapshot.seconds.mean(axis=0)
         self._seconds: NDArray[np.float32] = np.concatenate(
             [seconds, np.zeros(len(added), np.float32)]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig, PriceConfig
 from serve_app.errors import NoCandidate
+from serve_app.router.rules.utility import normalised_cost, utility
 from serve_app.schemas import NO_TOOL, Candidate, DecidedBy, Decision, Limits, Pair
 
 _TYPICAL_PROMPT_TOKENS = 300
@@ -100,28 +101,6 @@ def pair_descriptors(
     return np.concatenate([said, price[:, None]], axis=1).astype(np.float32)
 
 
-def normalised_cost(costs_usd: Sequence[float]) -> NDArray[np.float32]:
-    """Prices on a log scale, mapped to [0, 1] over the pool; all 0 where they do not differ.
-
-    Args:
-        costs_usd: (num_pairs,) price of a typical call; free pairs count as a hundredth of the
-            cheapest paid one.
-
-    Returns:
-        (num_pairs,) normalised costs.
-    """
-    costs = np.asarray(costs_usd, dtype=np.float64)
-    paid = costs[costs > 0]
-    if not len(paid):
-        return np.zeros(len(costs), dtype=np.float32)
-    logs = np.log(np.maximum(costs, paid.min() / 100))
-    spread = float(logs.max() - logs.min())
-    if spread == 0:
-        return np.zeros(len(costs), dtype=np.float32)
-    share: NDArray[np.float32] = ((logs - logs.min()) / spread).astype(np.float32)
-    return share
-
-
 class ColdStartRule:
     """Nearest card wins; the price breaks near-ties as far as alpha says."""
 
@@ -190,14 +169,14 @@ class ColdStartRule:
         index = np.array([self._index[pair] for pair in admitted])
         quality = self.qualities(embedding)[index]
         cost = self._costs[index]
-        utility = (1 - limits.alpha) * quality - limits.alpha * cost
+        gained = utility(limits.alpha, quality, cost)
         # Stable: equal utility keeps the configuration's order.
-        order = np.argsort(-utility, kind="stable")
-        weights = np.exp((utility - utility.max()) / _CONFIDENCE_TEMPERATURE)
+        order = np.argsort(-gained, kind="stable")
+        weights = np.exp((gained - gained.max()) / _CONFIDENCE_TEMPERATURE)
         candidates = tuple(
             Candidate(
                 admitted[i],
-                float(utility[i]),
+                float(gained[i]),
                 float(quality[i]),
                 float(cost[i]),
                 cost_usd=self._cards[index[i]].cost_usd,

@@ -22,15 +22,14 @@ from serve_app.router.policy.features import (
     MAX_STEPS,
     States,
     answer_action,
-    cost_range,
     encode,
-    normalised,
     project,
     think_action,
 )
 from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.clusters import Beliefs, ClusterRule, Prior
 from serve_app.router.rules.gate import POLICY_MAX_ALPHA
+from serve_app.router.rules.utility import cost_range, normalised, utility
 from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Action, Candidate, DecidedBy, Decision, Likeness, Limits, Pair, Seen
 
@@ -288,7 +287,7 @@ class LearnedRule:
         reach = _INTERVAL_DEVIATIONS * spread
         numbers = np.stack(
             [
-                (1 - alpha) * quality - alpha * cost,
+                utility(alpha, quality, cost),
                 quality,
                 cost,
                 np.maximum(quality - reach, 0.0),
@@ -463,7 +462,7 @@ def _blank(dim: int) -> dict[str, NDArray[np.float32]]:
             descriptors=np.zeros((2, DESCRIPTOR_DIM), np.float32),
             costs_usd=two,
             seconds=two,
-            log_cost_range=np.zeros((1, 2), np.float32),
+            log_cost_range=np.zeros((1, 2)),
             quality=two,
             spread=two,
             overall=two,

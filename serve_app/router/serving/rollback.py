@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
-from serve_app.router.policy.features import cost_range, normalised
+from serve_app.router.rules.utility import normalised, pool_range, utility
 from serve_app.router.serving.follower import PolicyFollower
 from serve_app.schemas import LOCAL_OWNER
 from serve_app.store import (
@@ -259,11 +259,9 @@ def live_utility(
     """
     alpha = np.array([request.alpha for request in rated])
     score = np.array([request.score for request in rated])
-    scale = cost_range(costs_usd[None, :], np.ones((1, len(costs_usd)), np.bool_))[0]
     dollars = np.array([request.cost_usd for request in rated])
-    cost = np.minimum(normalised(dollars, scale), 1.0)
-    utility: NDArray[np.float64] = (1 - alpha) * score - alpha * cost
-    return utility
+    cost = np.minimum(normalised(dollars, pool_range(costs_usd)), 1.0)
+    return utility(alpha, score, cost)
 
 
 def bounds(values: NDArray[np.float64], error_rate: float) -> tuple[float, float]:
