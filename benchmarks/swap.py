@@ -38,7 +38,7 @@ from benchmarks.swap_load import Answer, SwapLoad
 from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError
 from serve_app.router.rules.cold_start import PairCard, pair_cards
-from serve_app.router.snapshots.snapshot import RouterSnapshot, Scale
+from serve_app.router.snapshots.snapshot import GATE_THRESHOLD, RouterSnapshot, Scale
 from serve_app.schemas import NO_TOOL, MemberState
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +151,6 @@ def eager_policy(dim: int) -> dict[str, NDArray[np.float32]]:
 
     from serve_app.router.policy.features import DESCRIPTOR_DIM
     from serve_app.router.policy.policy_net import PolicyNet
-    from serve_app.router.rules.policy_rule import GATE_THRESHOLD
 
     net = PolicyNet(dim)
     with torch.no_grad():

@@ -25,26 +25,23 @@ from rl.evaluate.evaluate import (
 )
 from rl.evaluate.evaluate import SERVING as SERVING_POLICY
 from rl.evaluate.figures import draw_pareto, draw_reliability
-from rl.evaluate.off_policy import LoggedDecisions, OneStep, SteppingRule, logged_trajectories
-from rl.evaluate.policies import MultiStep, Rule
+from rl.evaluate.off_policy import LoggedDecisions, logged_trajectories
+from rl.evaluate.policies import MultiStep
 from rl.fit.fit import fit
 from rl.fit.selection import FitSettings
 from rl.profile.dataset import MAX_VERDICTS, read_dataset
 from rl.profile.outcomes import NotMeasured
 from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused
-from serve_app.router.rules.clusters import ClusterRule
-from serve_app.router.rules.cold_start import ColdStartRule
-from serve_app.router.serving.follower import LEARNED_UNTIL
+from serve_app.router.rules.base import Deciding, Rule
 from serve_app.router.snapshots.build_rule import (
-    CARD_COSTS,
     Cards,
     RuleSettings,
     build_rule,
     read_cards,
 )
 from serve_app.router.snapshots.library import SnapshotLibrary
-from serve_app.router.snapshots.snapshot import RouterSnapshot
+from serve_app.router.snapshots.snapshot import CARD_COSTS, LEARNED_UNTIL, RouterSnapshot
 from serve_app.store import (
     Mode,
     Policy,
@@ -63,7 +60,6 @@ from serve_app.store import (
 
 if TYPE_CHECKING:
     from rl.ppo.table import ReplayTable
-    from serve_app.router.rules.policy_rule import LearnedRule
 
 MAX_TRAJECTORIES = 5_000
 """Rated requests of path 2 that are judged at most, the newest: each is decided anew."""
@@ -181,13 +177,13 @@ async def evaluate_snapshot(
         for name, snapshot_id in ((CANDIDATE, candidate), (SERVING_POLICY, against))
     }
     dataset = await read_dataset(config, store, "held_out")
-    others: dict[str, Rule | MultiStep] = {"cold_start": cards.cold_start}
-    policies: dict[str, Rule | MultiStep] = {}
-    stepping: dict[str, SteppingRule] = {}
+    others: dict[str, Deciding | MultiStep] = {"cold_start": cards.cold_start}
+    policies: dict[str, Deciding | MultiStep] = {}
     table: ReplayTable | None = None
     for name, rule in rules.items():
-        if isinstance(rule, ColdStartRule | ClusterRule):
-            policies[name], stepping[name] = rule, OneStep(rule)
+        clusters = rule.clusters
+        if clusters is None or not clusters.snapshot.policy:
+            policies[name] = rule
             continue
         # Only here: they take torch, and the answers' embeddings.
         from rl.ppo.replay import read_replay
@@ -195,10 +191,10 @@ async def evaluate_snapshot(
 
         if table is None:
             table = await read_replay(config, store, "held_out", views=None)
-        gated = gated_policy(rule.clusters, table, config.gateway.limits.max_steps)
-        policies[name], stepping[name] = gated, rule
+        gated = gated_policy(clusters, table, config.gateway.limits.max_steps)
+        policies[name] = gated
         if name == CANDIDATE:
-            others |= {PATH_1: rule.clusters, PATH_2: gated.alone()}
+            others |= {PATH_1: clusters, PATH_2: gated.alone()}
     return evaluate(
         dataset.outcomes,
         dataset.domains,
@@ -207,7 +203,7 @@ async def evaluate_snapshot(
         others=others,
         logged=_logged(config, verdicts),
         logged_requests=logged_trajectories(rated, config.all_pairs(), config.embedder.model),
-        stepping=stepping,
+        stepping=rules,
         settings=EvaluationSettings(
             default_alpha=config.router.default_alpha, margin=config.router.promotion_margin
         ),
@@ -216,16 +212,14 @@ async def evaluate_snapshot(
 
 def _rule(
     config: AtlasConfig, cards: Cards, snapshot_id: str | None, verdicts: Sequence[Verdict]
-) -> ColdStartRule | ClusterRule | LearnedRule:
+) -> Rule:
     """What a router replica would serve with, exploration off."""
     if snapshot_id is None:
         return cards.cold_start
     snapshot = SnapshotLibrary(config.snapshots_path()).load(snapshot_id, policy_version=1)
     rule = build_rule(snapshot, cards, RuleSettings.of(config, explores=False))
-    assert not isinstance(rule, ColdStartRule)
-    fitted_until_s = float(snapshot.metadata.get(LEARNED_UNTIL, 0.0))
     for verdict in verdicts:
-        if verdict.created_unix_s >= fitted_until_s:
+        if verdict.created_unix_s >= snapshot.learned_until_unix_s:
             embedding = np.frombuffer(verdict.embedding, "<f4")
             rule.update(embedding, verdict.pair, verdict.score, verdict.owner)
     return rule

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from serve_app.router.policy.features import DESCRIPTOR_DIM
 from serve_app.router.policy.policy_net import PolicyNet
-from serve_app.router.rules.policy_rule import GATE_THRESHOLD, THINKS
-from serve_app.router.snapshots.snapshot import RouterSnapshot
+from serve_app.router.snapshots.snapshot import GATE_THRESHOLD, THINKS, RouterSnapshot
 from tests.router_data import DIM, make_snapshot
 
 QUALITY = DESCRIPTOR_DIM + 2

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from rl.fit.selection import FitSettings
 from rl.profile.outcomes import Outcomes
+from serve_app.router.rules.base import Deciding, RoutingRequest, decide_one
 from serve_app.router.snapshots.snapshot import RouterSnapshot, Scale
-from serve_app.schemas import Limits, Pair
+from serve_app.schemas import Decision, Limits, Pair
 
 DIM = 16
 PAIRS = (Pair("cheap", "none"), Pair("math", "calculator"), Pair("strong", "none"))
@@ -19,6 +23,21 @@ QUICK = FitSettings(
     clusterings=((3, 1), (8, 4)), num_landmarks=48, num_repeats=1, num_folds=3, num_averaged=3
 )
 LIMITS = Limits(alpha=0.0, deadline_s=60.0)
+
+
+def decide(
+    rule: Deciding,
+    query: NDArray[np.float32],
+    limits: Limits,
+    available: Sequence[Pair],
+    pool_version: int = 1,
+    *,
+    planner: str | None = None,
+    **request: Any,
+) -> Decision:
+    """What a rule does with one request; further arguments as of `RoutingRequest`."""
+    asked = RoutingRequest(query, limits, **request)
+    return decide_one(rule, asked, tuple(available), pool_version, planner)
 
 
 def topics() -> NDArray[np.float32]:

@@ -29,10 +29,16 @@ from rl.profile.dataset import Dataset, read_dataset
 from rl.profile.outcomes import Outcomes
 from serve_app.config import AtlasConfig
 from serve_app.router.policy.policy_net import PolicyNet
-from serve_app.router.rules.clusters import ClusterRule, Prior
-from serve_app.router.rules.policy_rule import GATE_THRESHOLD, LearnedRule
+from serve_app.router.rules.beliefs import Prior
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.policy_rule import LearnedRule
 from serve_app.router.snapshots.build_rule import read_cards
-from serve_app.router.snapshots.snapshot import RouterSnapshot, load_snapshot, save_snapshot
+from serve_app.router.snapshots.snapshot import (
+    GATE_THRESHOLD,
+    RouterSnapshot,
+    load_snapshot,
+    save_snapshot,
+)
 from serve_app.store import Store
 
 Float = NDArray[np.float32]

@@ -11,6 +11,7 @@ import numpy as np
 from rl.fit.fit import fit
 from rl.fit.selection import FitSettings
 from rl.profile.outcomes import Outcomes
+from serve_app.router.rules.base import RoutingRequest, decide_one
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.schemas import Limits, Pair
 
@@ -51,7 +52,7 @@ def decision_ms(rule: ClusterRule, outcomes: Outcomes) -> float:
     for number in range(_NUM_DECISIONS):
         embedding = outcomes.embeddings[number % len(outcomes.embeddings)]
         began_s = time.perf_counter()
-        rule.decide(embedding, limits, outcomes.pairs, 1)
+        decide_one(rule, RoutingRequest(embedding, limits), outcomes.pairs)
         seconds.append(time.perf_counter() - began_s)
     return float(np.median(seconds)) * 1e3
 

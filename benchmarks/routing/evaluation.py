@@ -14,7 +14,8 @@ from benchmarks.routing.metrics import Evaluation, Figure, figures, mean_figure,
 from rl.fit.fit import fit
 from rl.fit.pareto import ALPHAS, sweep_choices
 from rl.fit.selection import FitSettings
-from serve_app.router.rules.clusters import ClusterRule, Prior
+from serve_app.router.rules.beliefs import Prior
+from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.gate import NEAR_ORACLE
 from serve_app.router.rules.utility import normalised_cost
 from serve_app.schemas import LOCAL_OWNER, Pair

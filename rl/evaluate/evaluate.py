@@ -26,12 +26,12 @@ from rl.evaluate.importance_sampling import OffPolicyEstimate
 from rl.evaluate.off_policy import (
     LoggedDecisions,
     LoggedTrajectories,
-    SteppingRule,
     estimate,
     estimate_trajectories,
 )
-from rl.evaluate.policies import Interval, MultiStep, Reached, Rule, bootstrap, reach
+from rl.evaluate.policies import Interval, MultiStep, Reached, bootstrap, reach
 from rl.profile.outcomes import Outcomes
+from serve_app.router.rules.base import Deciding
 from serve_app.router.rules.gate import NEAR_ORACLE
 from serve_app.router.rules.utility import utility
 
@@ -185,13 +185,13 @@ class EvaluationReport:
 def evaluate(
     outcomes: Outcomes,
     domains: Sequence[str],
-    candidate: Rule | MultiStep,
-    serving: Rule | MultiStep,
+    candidate: Deciding | MultiStep,
+    serving: Deciding | MultiStep,
     *,
-    others: Mapping[str, Rule | MultiStep] | None = None,
+    others: Mapping[str, Deciding | MultiStep] | None = None,
     logged: LoggedDecisions | None = None,
     logged_requests: LoggedTrajectories | None = None,
-    stepping: Mapping[str, SteppingRule] | None = None,
+    stepping: Mapping[str, Deciding] | None = None,
     settings: EvaluationSettings | None = None,
 ) -> EvaluationReport:
     """Hold a candidate policy against the serving one.

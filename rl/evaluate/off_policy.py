@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rl.evaluate.importance_sampling import OffPolicyEstimate, Trajectories, estimate_value
-from rl.evaluate.policies import UNLIMITED_S, Rule, ask
+from rl.evaluate.policies import UNLIMITED_S, ask
 from serve_app.errors import ConfigError, NoCandidate
 from serve_app.router.policy.features import MAX_STEPS
+from serve_app.router.rules.base import Deciding, RoutingRequest, decide_one
 from serve_app.schemas import Action, DecidedBy, Decision, Limits, Pair, Seen
 from serve_app.store import RatedTrajectory
 
@@ -28,6 +28,8 @@ _NUM_STATE_COMPONENTS = 4
 _OWN_PENALTY = 2.0
 """Decisions that it takes to move a pair's value half way from what all pairs' data say."""
 _SHARED_PENALTY = 1e-3
+_PLANNER = "planner"
+"""Stands for the planner that could be asked then, whichever it was."""
 
 _Array = NDArray[np.float64]
 
@@ -127,54 +129,6 @@ class LoggedTrajectories:
             raise ConfigError("a logged score is not in [0, 1]")
 
 
-class SteppingRule(Protocol):
-    """What decides a request step by step; exploration off."""
-
-    def decide(
-        self,
-        embedding: NDArray[np.float32],
-        limits: Limits,
-        available: Sequence[Pair],
-        pool_version: int,
-        *,
-        history: tuple[Seen, ...] = (),
-        last_answer: NDArray[np.float32] | None = None,
-        can_think: bool = False,
-    ) -> Decision:
-        """What to do next.
-
-        Raises:
-            NoCandidate: If it knows none of the pairs.
-        """
-        ...
-
-
-class OneStep:
-    """A rule that decides once, to be judged on requests of several steps."""
-
-    def __init__(self, rule: Rule) -> None:
-        """Take over the rule."""
-        self._rule = rule
-
-    def decide(
-        self,
-        embedding: NDArray[np.float32],
-        limits: Limits,
-        available: Sequence[Pair],
-        pool_version: int,
-        *,
-        history: tuple[Seen, ...] = (),
-        last_answer: NDArray[np.float32] | None = None,
-        can_think: bool = False,
-    ) -> Decision:
-        """The rule's one decision.
-
-        Raises:
-            NoCandidate: If it knows none of the pairs.
-        """
-        return self._rule.decide(embedding, limits, available, pool_version)
-
-
 def logged_trajectories(
     rated: Sequence[RatedTrajectory], pairs: tuple[Pair, ...], encoder: str
 ) -> LoggedTrajectories | None:
@@ -238,7 +192,7 @@ def _steps(request: RatedTrajectory) -> tuple[LoggedStep, ...]:
 
 def estimate(
     name: str,
-    rule: Rule,
+    rule: Deciding,
     logged: LoggedDecisions,
     alpha: float,
     *,
@@ -282,7 +236,7 @@ def estimate(
 
 def estimate_trajectories(
     name: str,
-    rule: SteppingRule,
+    rule: Deciding,
     logged: LoggedTrajectories,
     *,
     num_resamples: int = 2000,
@@ -351,9 +305,7 @@ def _nothing_explored(what: str) -> OffPolicyEstimate:
     return OffPolicyEstimate(None, 0.0, 0, reason)
 
 
-def _targets(
-    name: str, rule: SteppingRule, logged: LoggedTrajectories, row: int
-) -> list[int | None]:
+def _targets(name: str, rule: Deciding, logged: LoggedTrajectories, row: int) -> list[int | None]:
     """What the rule would do at each decision of a request, as `_index` has it.
 
     `None` where it would refuse the request.
@@ -367,14 +319,16 @@ def _targets(
             decision = _next_best(first, history)
         else:
             try:
-                decision = rule.decide(
-                    logged.embeddings[row],
-                    replace(logged.limits[row], deadline_s=step.seconds_left),
+                decision = decide_one(
+                    rule,
+                    RoutingRequest(
+                        logged.embeddings[row],
+                        replace(logged.limits[row], deadline_s=step.seconds_left),
+                        history,
+                        last_answer,
+                    ),
                     logged.available[row],
-                    0,
-                    history=history,
-                    last_answer=last_answer,
-                    can_think=step.can_think,
+                    planner=_PLANNER if step.can_think else None,
                 )
             except NoCandidate:
                 return [None] * len(logged.steps[row])

@@ -13,42 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rl.evaluate.held_out import HeldOut
-from serve_app.errors import ConfigError, NoCandidate
-from serve_app.router.snapshots.snapshot import RouterSnapshot
-from serve_app.schemas import DecidedBy, Decision, Limits, Pair
+from serve_app.errors import AtlasError, ConfigError
+from serve_app.router.rules.base import Batch, Deciding, RoutingRequest
+from serve_app.schemas import DecidedBy, Limits, Pair
 
 _RESAMPLES_AT_ONCE = 250
 """Bounds the memory of a bootstrap on many queries."""
 UNLIMITED_S = 1e9
 """Stands for no deadline."""
-
-
-class Rule(Protocol):
-    """What decides; exploration off."""
-
-    def decide(
-        self,
-        embedding: NDArray[np.float32],
-        limits: Limits,
-        available: Sequence[Pair],
-        pool_version: int,
-    ) -> Decision:
-        """Order the available pairs.
-
-        Raises:
-            NoCandidate: If it knows none of them.
-        """
-        ...
-
-
-@runtime_checkable
-class FittedRule(Protocol):
-    """A rule that was fitted to the embeddings of one encoder."""
-
-    @property
-    def snapshot(self) -> RouterSnapshot:
-        """What was fitted."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +68,7 @@ class MultiStep(Protocol):
 
 
 def reach(
-    name: str, policy: Rule | MultiStep, held_out: HeldOut, alphas: Sequence[float]
+    name: str, policy: Deciding | MultiStep, held_out: HeldOut, alphas: Sequence[float]
 ) -> Reached:
     """What a policy reaches on held-out queries, whether it decides once or step by step.
 
@@ -140,7 +112,7 @@ class Interval:
 
 def ask(
     name: str,
-    rule: Rule,
+    rule: Deciding,
     embeddings: NDArray[np.float32],
     encoder: str,
     pairs: Sequence[Pair],
@@ -159,23 +131,23 @@ def ask(
     Raises:
         ConfigError: If the rule is of another encoder, knows none of the pairs, or explores.
     """
-    if isinstance(rule, FittedRule) and rule.snapshot.encoder != encoder:
+    if rule.snapshot is not None and rule.snapshot.encoder != encoder:
         raise ConfigError(
             f"the {name} policy was fitted with encoder {rule.snapshot.encoder!r}, the outcomes "
             f"have embeddings of {encoder!r}: fit it again"
         )
-    index = {pair: column for column, pair in enumerate(pairs)}
+    available = tuple(pairs)
+    index = {pair: column for column, pair in enumerate(available)}
     limits = [Limits(alpha=alpha, deadline_s=UNLIMITED_S) for alpha in alphas]
     shape = (len(alphas), len(embeddings))
     choices = Choices(np.empty(shape, np.intp), np.empty(shape, np.bool_), np.empty(shape))
     for query, embedding in enumerate(embeddings):
-        for row, limit in enumerate(limits):
-            try:
-                decision = rule.decide(embedding, limit, pairs, 0)
-            except NoCandidate:
+        requests = tuple(RoutingRequest(embedding, limit) for limit in limits)
+        for row, decision in enumerate(rule.decide(Batch(requests, available, 0))):
+            if isinstance(decision, AtlasError):
                 raise ConfigError(
                     f"the {name} policy knows none of the {len(pairs)} pairs that were measured"
-                ) from None
+                )
             if decision.propensity < 1:
                 raise ConfigError(f"the {name} policy explores: switch it off to evaluate it")
             choices.chosen[row, query] = index[decision.pair]

@@ -19,7 +19,8 @@ from rl.fit.selection import FitSettings
 from rl.ppo.table import Float, Index, View
 from rl.profile.outcomes import Outcomes
 from serve_app.errors import ConfigError
-from serve_app.router.rules.clusters import ClusterRule, Prior
+from serve_app.router.rules.beliefs import Prior
+from serve_app.router.rules.clusters import ClusterRule
 from serve_app.schemas import Pair
 
 NUM_FOLDS = 5

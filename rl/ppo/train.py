@@ -37,9 +37,8 @@ from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError, NotFound, SnapshotError
 from serve_app.questions import Question
 from serve_app.ray_cluster import connect
-from serve_app.router.rules.policy_rule import GATE_THRESHOLD, THINKS
 from serve_app.router.snapshots.library import SnapshotLibrary
-from serve_app.router.snapshots.snapshot import RouterSnapshot
+from serve_app.router.snapshots.snapshot import GATE_THRESHOLD, THINKS, RouterSnapshot
 from serve_app.store import Store
 
 logger = logging.getLogger(__name__)

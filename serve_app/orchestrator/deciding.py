@@ -20,6 +20,7 @@ from serve_app.budget import Deadline
 from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, ReplicaDied
 from serve_app.orchestrator.engines import call
 from serve_app.orchestrator.recovery import again, pause_s
+from serve_app.router.rules.base import Answer, RoutingRequest
 from serve_app.schemas import Decision, Limits, Seen
 
 _BATCH_SIZE = 32
@@ -202,21 +203,12 @@ class Decider:
     async def _ask(self, batch: list[_Waiting], max_deaths: int) -> None:
         deadline = max((request.deadline for request in batch), key=lambda d: d.at_s)
         vectors = await self._embed(batch, deadline, max_deaths)
-        known = [
-            request.under_way.embedding if request.under_way else vector
+        asked = [
+            _routing_request(request, vector)
             for request, vector in zip(batch, vectors, strict=True)
         ]
-        embeddings = np.stack([vector for vector in known if vector is not None])  # all of them
-        limits = [request.limits for request in batch]
-        explain = [request.explain for request in batch]
-        request_ids = [request.request_id for request in batch]
-        asked: tuple[Any, ...] = (embeddings, limits, explain)
-        if any(request.under_way for request in batch):
-            asked += _what_happened(batch, vectors, request_ids)
-        elif any(request_ids):
-            asked += (None, None, request_ids)
-        decisions: list[Decision | AtlasError] = await again(
-            lambda: call(self._router.decide.remote(*asked), deadline), deadline, max_deaths
+        decisions: list[Answer] = await again(
+            lambda: call(self._router.decide.remote(asked), deadline), deadline, max_deaths
         )
         for request, vector, decision in zip(batch, vectors, decisions, strict=True):
             request.settle(decision if isinstance(decision, AtlasError) else (vector, decision))
@@ -241,16 +233,25 @@ class Decider:
         ]
 
 
-def _what_happened(
-    batch: Sequence[_Waiting],
-    vectors: Sequence[_Vector | None],
-    request_ids: Sequence[str | None],
-) -> tuple[Any, ...]:
-    """Histories, last answers, request ids and policy versions, as the router takes them."""
-    ways = [request.under_way for request in batch]
-    return (
-        [way.history if way else () for way in ways],
-        [vector if way else None for way, vector in zip(ways, vectors, strict=True)],
-        request_ids,
-        [way.policy_version if way else None for way in ways],
+def _routing_request(request: _Waiting, vector: _Vector | None) -> RoutingRequest:
+    """A request as the router takes it.
+
+    Args:
+        request: As it waits.
+        vector: (dim,) embedding of its query, or of its last answer where it is under way; `None`
+            where there is no answer.
+    """
+    way = request.under_way
+    if way is None:
+        assert vector is not None  # every query is embedded
+        return RoutingRequest(
+            vector, request.limits, explain=request.explain, request_id=request.request_id
+        )
+    return RoutingRequest(
+        way.embedding,
+        request.limits,
+        way.history,
+        vector,
+        explain=request.explain,
+        policy_version=way.policy_version,
     )

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,26 +15,18 @@ from numpy.typing import NDArray
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, NoCandidate
 from serve_app.models.watcher import PoolWatcher
-from serve_app.router.rules.clusters import ClusterRule
-from serve_app.router.rules.cold_start import ColdStartRule, pair_cards
+from serve_app.router.rules.base import Answer, Batch, RoutingRequest
+from serve_app.router.rules.cold_start import pair_cards
 from serve_app.router.serving.follower import Following, PolicyFollower, Serving
 from serve_app.router.serving.rollback import PolicyGuard
 from serve_app.router.snapshots.build_rule import Cards, read_cards
-from serve_app.schemas import Decision, Limits, MemberState, Pair, PoolState, Seen, ShadowDecision
-
-if TYPE_CHECKING:  # it imports torch, which only a policy needs
-    from serve_app.router.rules.policy_rule import LearnedRule
+from serve_app.schemas import MemberState, PoolState, ShadowDecision
 
 logger = logging.getLogger(__name__)
-
-_NUM_CANDIDATES = 16
-"""Named in a decision that is not explained: more than any request may try."""
 
 _RETRY_S = 1.0
 _EMBED_TIMEOUT_S = 300.0
 """How long the embedder may take for the texts of all cards; it may be starting itself."""
-
-_Answer = Decision | AtlasError
 
 
 class Router:
@@ -101,45 +93,23 @@ class Router:
 
         return read_cards(config, encode)
 
-    async def decide(
-        self,
-        embeddings: NDArray[np.float32],
-        limits: Sequence[Limits],
-        explain: Sequence[bool],
-        histories: Sequence[tuple[Seen, ...]] | None = None,
-        last_answers: Sequence[NDArray[np.float32] | None] | None = None,
-        request_ids: Sequence[str | None] | None = None,
-        policy_versions: Sequence[int | None] | None = None,
-    ) -> list[Decision | AtlasError]:
+    async def decide(self, requests: Sequence[RoutingRequest]) -> list[Answer]:
         """What each request does next: for a new one, the candidates from best to worst.
 
-        Args:
-            embeddings: (batch, dim) L2-normalised query embeddings.
-            limits: What the caller of each allows; seconds from now on.
-            explain: Whether to name every candidate, and what the profile holds like the query.
-            histories: What the steps of each showed so far; `None` where all are new.
-            last_answers: (dim,) embedding of the last answer of each, where there is one.
-            request_ids: Decide which requests a canary gets; `None` gives it none.
-            policy_versions: Of the policy that each began with; `None` for a new one.
-
         Returns:
-            Per query its decision, or `NoCandidate` if no ready pair is within its limits, or the
+            Per request its decision, or `NoCandidate` if no ready pair is within its limits, or the
             policy it began with is gone.
         """
-        size = len(limits)
-        histories = histories or [()] * size
-        last_answers = last_answers or [None] * size
-        request_ids = request_ids or [None] * size
-        policy_versions = policy_versions or [None] * size
         pool = self._watcher.state
-        answers: list[_Answer] = [NoCandidate("no model of the pool is ready")] * size
-        if not pool.ready_pairs():
+        answers: list[Answer] = [NoCandidate("no model of the pool is ready")] * len(requests)
+        ready = pool.ready_pairs()
+        if not ready:
             return answers
         groups: dict[int, tuple[Serving, list[int]]] = {}
-        for number in range(size):
-            version = policy_versions[number]
+        for number, request in enumerate(requests):
+            version = request.policy_version
             serving = (
-                self._follower.choose(request_ids[number])
+                self._follower.choose(request.request_id)
                 if version is None
                 else await self._follower.began_with(version)
             )
@@ -147,116 +117,34 @@ class Router:
                 answers[number] = NoCandidate(f"policy {version} is gone")
                 continue
             groups.setdefault(serving.policy_version, (serving, []))[1].append(number)
+        batch = Batch(tuple(requests), ready, pool.pool_version, self._ready_planner(pool))
         for serving, numbers in groups.values():
-            batch = [
-                _Asked(
-                    embeddings[number],
-                    limits[number],
-                    histories[number],
-                    last_answers[number],
-                    explain[number],
-                )
-                for number in numbers
-            ]
-            decided = self._decide(serving, batch, pool)
+            decided = _decide(serving, batch.part(numbers))
             for number, answer in zip(numbers, decided, strict=True):
                 answers[number] = answer
-        new = [number for number in range(size) if policy_versions[number] is None]
-        self._ask_shadow(answers, new, embeddings, limits, pool)
+        self._ask_shadow(answers, batch)
         return answers
 
     async def following(self) -> Following:
         """Which policies this replica serves with."""
         return self._follower.state()
 
-    def _decide(self, serving: Serving, batch: Sequence[_Asked], pool: PoolState) -> list[_Answer]:
-        """The decisions of one policy."""
-        began_s = time.perf_counter()
-        rule, ready = serving.rule, pool.ready_pairs()
-        if isinstance(rule, ColdStartRule | ClusterRule):
-            answers = [self._decide_alone(rule, asked, ready, pool) for asked in batch]
-        else:
-            answers = self._decide_together(rule, batch, ready, pool)
-        seconds = time.perf_counter() - began_s
-        return [
-            answer
-            if isinstance(answer, AtlasError)
-            else replace(answer, policy_version=serving.policy_version, seconds=seconds)
-            for answer in answers
-        ]
-
-    @staticmethod
-    def _decide_alone(
-        rule: ColdStartRule | ClusterRule, asked: _Asked, ready: tuple[Pair, ...], pool: PoolState
-    ) -> _Answer:
-        version, embedding = pool.pool_version, asked.embedding
-        try:
-            if isinstance(rule, ColdStartRule):
-                return rule.decide(embedding, asked.limits, ready, version)
-            named = None if asked.explain else _NUM_CANDIDATES
-            decision = rule.decide(embedding, asked.limits, ready, version, num_candidates=named)
-        except AtlasError as error:
-            return error
-        if asked.explain:
-            decision = replace(decision, likeness=rule.likeness(embedding))
-        return decision
-
-    def _decide_together(
-        self,
-        rule: LearnedRule,
-        batch: Sequence[_Asked],
-        ready: tuple[Pair, ...],
-        pool: PoolState,
-    ) -> list[_Answer]:
-        from serve_app.router.rules.policy_rule import Asked
-
-        answers = rule.decide_batch(
-            [
-                Asked(
-                    asked.embedding,
-                    asked.limits,
-                    asked.history,
-                    asked.last_answer,
-                    self._can_think(asked.limits, pool),
-                    None if asked.explain else _NUM_CANDIDATES,
-                )
-                for asked in batch
-            ],
-            ready,
-            pool.pool_version,
-        )
-        return [
-            replace(answer, likeness=rule.likeness(asked.embedding))
-            if asked.explain and isinstance(answer, Decision)
-            else answer
-            for asked, answer in zip(batch, answers, strict=True)
-        ]
-
-    def _can_think(self, limits: Limits, pool: PoolState) -> bool:
-        """Whether there is a planner that answers now, and the caller admits it."""
-        planner = self._planner
-        if planner is None or not (limits.models is None or planner in limits.models):
-            return False
-        return any(
-            member.model_id == planner and member.state is MemberState.READY
+    def _ready_planner(self, pool: PoolState) -> str | None:
+        """The planner, where it answers now."""
+        is_ready = any(
+            member.model_id == self._planner and member.state is MemberState.READY
             for member in pool.models
         )
+        return self._planner if is_ready else None
 
-    def _ask_shadow(
-        self,
-        answers: list[_Answer],
-        new: Sequence[int],
-        embeddings: NDArray[np.float32],
-        limits: Sequence[Limits],
-        pool: PoolState,
-    ) -> None:
+    def _ask_shadow(self, answers: list[Answer], batch: Batch) -> None:
         """Note in the first decisions what the policy in the shadow would have done."""
         shadow = self._follower.shadow
+        new = [number for number, of in enumerate(batch.requests) if of.policy_version is None]
         if shadow is None or not new:
             return
-        batch = [_Asked(embeddings[number], limits[number]) for number in new]
         try:
-            decided = self._decide(shadow, batch, pool)
+            decided = _decide(shadow, batch.part(new))
         except Exception:  # whatever is wrong with it, nobody asked for its opinion
             logger.exception("policy %d in the shadow failed", shadow.policy_version)
             return
@@ -275,12 +163,14 @@ class Router:
             answers[number] = replace(answer, shadow=noted)
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """One request of a batch."""
-
-    embedding: NDArray[np.float32]
-    limits: Limits
-    history: tuple[Seen, ...] = ()
-    last_answer: NDArray[np.float32] | None = None
-    explain: bool = False
+def _decide(serving: Serving, batch: Batch) -> list[Answer]:
+    """The decisions of one policy, with its version and the time that the batch took."""
+    began_s = time.perf_counter()
+    answers = serving.rule.decide(batch)
+    seconds = time.perf_counter() - began_s
+    return [
+        answer
+        if isinstance(answer, AtlasError)
+        else replace(answer, policy_version=serving.policy_version, seconds=seconds)
+        for answer in answers
+    ]

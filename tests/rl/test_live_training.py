@@ -17,8 +17,8 @@ from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, ConfigError, InvalidRequest, NoCandidate, TrainingStopped
 from serve_app.jobs import TrainJob
 from serve_app.questions import Question
-from serve_app.router.rules.policy_rule import THINKS
 from serve_app.router.snapshots.library import SnapshotLibrary
+from serve_app.router.snapshots.snapshot import THINKS
 from serve_app.schemas import ChatCall, DecidedBy, Decision, Pair, Report, Step, Usage
 from serve_app.store import Store, serving_policies
 from tests.profile_data import COST_USD, POEMS, SUMS

@@ -3,10 +3,10 @@ whole requests; what the log cannot tell is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +17,15 @@ from rl.evaluate.off_policy import (
     LoggedDecisions,
     LoggedStep,
     LoggedTrajectories,
-    OneStep,
     estimate,
     estimate_trajectories,
 )
 from rl.evaluate.policies import Interval
 from serve_app.errors import ConfigError, NoCandidate
+from serve_app.router.rules.base import Answer, Batch, RoutingRequest
 from serve_app.router.rules.clusters import ClusterRule
-from serve_app.schemas import Action, Candidate, DecidedBy, Decision, Limits, Pair, Seen
-from tests.router_data import DIM, LIMITS, PAIRS, SKILL, make_queries, make_snapshot, topics
+from serve_app.schemas import Action, Candidate, DecidedBy, Decision, Pair, Seen
+from tests.router_data import DIM, LIMITS, PAIRS, SKILL, decide, make_queries, make_snapshot, topics
 
 NUM_REPLICATIONS = 200
 ESTIMATORS = ("score", "importance", "doubly_robust", "direct")
@@ -42,39 +42,39 @@ def decided(pair: Pair | None, action: Action = Action.ROUTE, propensity: float 
     return Decision(candidates, DecidedBy.POLICY, 1.0, propensity, 1, 1, action=action)
 
 
-class TopicRule:
+def topic_of(request: RoutingRequest) -> int:
+    return int(request.embedding[:3].argmax())
+
+
+class OneByOne(ABC):
+    """A rule written by hand; every request is decided by itself."""
+
+    snapshot = None
+
+    def decide(self, batch: Batch) -> list[Answer]:
+        return [self.answer(request) for request in batch.requests]
+
+    @abstractmethod
+    def answer(self, request: RoutingRequest) -> Answer: ...
+
+
+class TopicRule(OneByOne):
     """One pair per topic."""
 
     def __init__(self, chosen: NDArray[np.int64] = BEST) -> None:
         self._decisions = [decided(PAIRS[pair]) for pair in chosen]
 
-    def decide(
-        self,
-        embedding: NDArray[np.float32],
-        limits: Limits,
-        available: Sequence[Pair],
-        pool_version: int,
-    ) -> Decision:
-        return self._decisions[int(embedding[:3].argmax())]
+    def answer(self, request: RoutingRequest) -> Answer:
+        return self._decisions[topic_of(request)]
 
 
-class EscalatingRule:
+class EscalatingRule(OneByOne):
     """Tries the pair of the topic, and the strong one where the answer does not look sure."""
 
-    def decide(
-        self,
-        embedding: NDArray[np.float32],
-        limits: Limits,
-        available: Sequence[Pair],
-        pool_version: int,
-        *,
-        history: tuple[Seen, ...] = (),
-        last_answer: NDArray[np.float32] | None = None,
-        can_think: bool = False,
-    ) -> Decision:
-        if not history:
-            return decided(PAIRS[OWN[int(embedding[:3].argmax())]])
-        (first, *others) = history
+    def answer(self, request: RoutingRequest) -> Answer:
+        if not request.history:
+            return decided(PAIRS[OWN[topic_of(request)]])
+        (first, *others) = request.history
         sure = first.mean_logprob is not None and first.mean_logprob > -0.5
         if sure or others or first.pair == PAIRS[2]:
             return decided(None, Action.ANSWER)
@@ -204,7 +204,7 @@ def saturated(logged: LoggedTrajectories) -> Trajectories:
         topic, history = int(query[:3].argmax()), tuple[Seen, ...]()
         place = 0
         for number, step in enumerate(steps):
-            target = rule.decide(query, LIMITS, PAIRS, 1, history=history)
+            target = decide(rule, query, LIMITS, PAIRS, 1, history=history)
             actions = [
                 3 if one.action is Action.ANSWER else PAIRS.index(one.pair or PAIRS[0])
                 for one in (step, target)
@@ -310,9 +310,9 @@ def test_requests_of_one_decision_are_worth_what_the_decisions_are() -> None:
         score=logged.score,
     )
 
-    class Once(EscalatingRule):
-        def decide(self, embedding: NDArray[np.float32], *_: object, **__: object) -> Decision:
-            return decided(PAIRS[BEST[int(embedding[:3].argmax())]])
+    class Once(OneByOne):
+        def answer(self, request: RoutingRequest) -> Answer:
+            return decided(PAIRS[BEST[topic_of(request)]])
 
     single = estimate("judged", TopicRule(), logged, 0.0, num_resamples=100)
     whole = estimate_trajectories("judged", Once(), requests, num_resamples=100)
@@ -323,9 +323,7 @@ def test_requests_of_one_decision_are_worth_what_the_decisions_are() -> None:
 
 def test_a_rule_that_decides_once_stops_at_the_first_answer() -> None:
     logged = log_requests(7, number=1500)
-    found = estimate_trajectories(
-        "judged", OneStep(ClusterRule(make_snapshot())), logged, num_resamples=200
-    )
+    found = estimate_trajectories("judged", ClusterRule(make_snapshot()), logged, num_resamples=200)
     known = float(SKILL.max(axis=1).mean())
     for interval in (found.score, found.importance, found.doubly_robust):
         assert interval is not None
@@ -345,9 +343,7 @@ def test_a_rule_that_decides_once_goes_on_after_a_failure() -> None:
         steps=(steps,) * 80,
         score=np.ones(80),
     )
-    found = estimate_trajectories(
-        "judged", OneStep(ClusterRule(make_snapshot())), logged, num_resamples=50
-    )
+    found = estimate_trajectories("judged", ClusterRule(make_snapshot()), logged, num_resamples=50)
     assert found.effective_size == pytest.approx(80)
     assert found.coverage == pytest.approx(4.0)
 
@@ -358,10 +354,10 @@ class RefusingRule(EscalatingRule):
     def __init__(self, *topics: int) -> None:
         self._topics = topics
 
-    def decide(self, embedding: NDArray[np.float32], *rest: Any, **more: Any) -> Decision:
-        if int(embedding[:3].argmax()) in self._topics:
-            raise NoCandidate("not this one")
-        return super().decide(embedding, *rest, **more)
+    def answer(self, request: RoutingRequest) -> Answer:
+        if topic_of(request) in self._topics:
+            return NoCandidate("not this one")
+        return super().answer(request)
 
 
 def test_a_request_that_would_be_refused_scores_nothing() -> None:
@@ -372,10 +368,10 @@ def test_a_request_that_would_be_refused_scores_nothing() -> None:
         estimate_trajectories("judged", RefusingRule(0, 1, 2), logged, num_resamples=50)
 
 
-class ExploringRule(EscalatingRule):
+class ExploringRule(OneByOne):
     """Draws its first pair."""
 
-    def decide(self, *_: object, **__: object) -> Decision:
+    def answer(self, request: RoutingRequest) -> Answer:
         return decided(PAIRS[0], propensity=0.5)
 
 

@@ -39,11 +39,12 @@ from serve_app.errors import ConfigError
 from serve_app.router.policy.features import NO_ANSWER
 from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.clusters import ClusterRule
-from serve_app.router.rules.policy_rule import THINKS, LearnedRule
+from serve_app.router.rules.policy_rule import LearnedRule
+from serve_app.router.snapshots.snapshot import THINKS
 from serve_app.schemas import Action, Limits, Pair, Seen
 from tests.policy_data import with_policy
 from tests.rl.replay_data import encode, make_dataset, make_replay, one_query, with_thoughts
-from tests.router_data import COSTS_USD, PAIRS, make_snapshot
+from tests.router_data import COSTS_USD, PAIRS, decide, make_snapshot
 
 WIDE = np.linspace(0.0, 2.0, 9, dtype=np.float32)
 NARROW = np.linspace(0.0, 0.15, 9, dtype=np.float32)
@@ -88,7 +89,8 @@ def served(
     ran: list[Pair] = []
     number = 0
     while True:
-        decision = rule.decide(
+        decision = decide(
+            rule,
             table.embeddings[query],
             limits,
             table.pairs,
@@ -183,7 +185,7 @@ def test_path_1_is_read_off_its_beliefs_as_it_decides(
     assert set(view.inside.tolist()) == inside
     (chosen,) = path_1_choices(view, table, rule.snapshot.caution, [alpha])
     limits = Limits(alpha=alpha, deadline_s=60.0)
-    decided = [rule.decide(query, limits, PAIRS, 1).pair for query in table.embeddings]
+    decided = [decide(rule, query, limits, PAIRS, 1).pair for query in table.embeddings]
     assert [PAIRS[column] for column in chosen] == decided
 
 

@@ -24,7 +24,7 @@ from serve_app.schemas import DecidedBy, Limits
 from serve_app.store import Store, serving_policies
 from tests.profile_data import DIM, POEMS, SUMS
 from tests.rl.training_data import SETTINGS
-from tests.router_data import QUICK
+from tests.router_data import QUICK, decide
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -45,7 +45,7 @@ async def test_training_keeps_a_snapshot_that_decides_and_does_not_serve(
     assert about["num_queries"] == 60
     rule = LearnedRule(snapshot)
     vector = np.eye(DIM, dtype=np.float32)[0]
-    decision = rule.decide(vector, Limits(alpha=0.0, deadline_s=60), (SUMS, POEMS), 1)
+    decision = decide(rule, vector, Limits(alpha=0.0, deadline_s=60), (SUMS, POEMS), 1)
     assert decision.path in {DecidedBy.CLUSTERS, DecidedBy.POLICY}
 
     assert trained.report is not None

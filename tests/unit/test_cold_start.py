@@ -10,6 +10,7 @@ from serve_app.config import AtlasConfig
 from serve_app.errors import NoCandidate
 from serve_app.router.rules.cold_start import ColdStartRule, pair_cards
 from serve_app.schemas import DecidedBy, Limits, Pair
+from tests.router_data import decide
 
 AXES = {"maths": 0, "facts": 1}
 PAIRS = (Pair("cheap", "none"), Pair("dear", "none"), Pair("dear", "calculator"))
@@ -60,7 +61,7 @@ def query(word: str) -> NDArray[np.float32]:
 
 
 def test_the_pair_whose_example_is_nearest_is_chosen(rule: ColdStartRule) -> None:
-    decision = rule.decide(query("maths"), limits(), PAIRS, 7)
+    decision = decide(rule, query("maths"), limits(), PAIRS, 7)
     assert (decision.pair, decision.path, decision.pool_version) == (
         PAIRS[2],
         DecidedBy.COLD_START,
@@ -71,35 +72,35 @@ def test_the_pair_whose_example_is_nearest_is_chosen(rule: ColdStartRule) -> Non
 
 
 def test_of_equals_the_cheaper_is_chosen_once_alpha_counts(rule: ColdStartRule) -> None:
-    assert rule.decide(query("facts"), limits(alpha=0.1), PAIRS, 1).pair == PAIRS[0]
+    assert decide(rule, query("facts"), limits(alpha=0.1), PAIRS, 1).pair == PAIRS[0]
 
 
 def test_alpha_one_is_price_alone(rule: ColdStartRule) -> None:
-    assert rule.decide(query("maths"), limits(alpha=1.0), PAIRS, 1).pair == PAIRS[0]
+    assert decide(rule, query("maths"), limits(alpha=1.0), PAIRS, 1).pair == PAIRS[0]
 
 
 def test_a_forbidden_model_is_never_a_candidate(rule: ColdStartRule) -> None:
-    decision = rule.decide(query("facts"), limits(models=frozenset({"dear"})), PAIRS, 1)
+    decision = decide(rule, query("facts"), limits(models=frozenset({"dear"})), PAIRS, 1)
     assert {c.pair.model_id for c in decision.candidates} == {"dear"}
 
 
 def test_a_pair_over_the_cost_limit_is_never_a_candidate(rule: ColdStartRule) -> None:
-    decision = rule.decide(query("maths"), limits(max_cost_usd=0.001), PAIRS, 1)
+    decision = decide(rule, query("maths"), limits(max_cost_usd=0.001), PAIRS, 1)
     assert [c.pair for c in decision.candidates] == [PAIRS[0]]
 
 
 def test_a_pair_that_does_not_answer_is_never_a_candidate(rule: ColdStartRule) -> None:
-    assert rule.decide(query("maths"), limits(), PAIRS[:1], 1).pair == PAIRS[0]
+    assert decide(rule, query("maths"), limits(), PAIRS[:1], 1).pair == PAIRS[0]
 
 
 def test_nothing_allowed_is_an_error_not_a_guess(rule: ColdStartRule) -> None:
     with pytest.raises(NoCandidate):
-        rule.decide(query("maths"), limits(tools=frozenset({"python"})), PAIRS, 1)
+        decide(rule, query("maths"), limits(tools=frozenset({"python"})), PAIRS, 1)
 
 
 def test_confidence_is_higher_for_a_clear_choice(rule: ColdStartRule) -> None:
-    clear = rule.decide(query("maths"), limits(), PAIRS, 1).confidence
-    even = rule.decide(query("facts"), limits(), PAIRS, 1).confidence
+    clear = decide(rule, query("maths"), limits(), PAIRS, 1).confidence
+    even = decide(rule, query("facts"), limits(), PAIRS, 1).confidence
     assert 0 < even < clear <= 1
 
 

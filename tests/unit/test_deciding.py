@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +12,13 @@ from ray.exceptions import ActorUnavailableError
 
 from serve_app.budget import Deadline
 from serve_app.errors import (
-    AtlasError,
     DeadlineExceeded,
     InvalidRequest,
     NoCandidate,
     ReplicaDied,
 )
 from serve_app.orchestrator.deciding import Decider, UnderWay
+from serve_app.router.rules.base import Answer, RoutingRequest
 from serve_app.schemas import Candidate, DecidedBy, Decision, Limits, Pair, Seen
 from tests.path2_fakes import Method
 
@@ -29,8 +28,8 @@ class Deployments:
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
-        self.more: list[tuple[Any, ...]] = []
-        """Of each decided batch, what was said beside embeddings, limits and explanations."""
+        self.asked: list[Sequence[RoutingRequest]] = []
+        """Of each decided batch."""
         self.open = asyncio.Event()
         self.open.set()
         self.deaths = 0
@@ -51,20 +50,14 @@ class Deployments:
             self.deaths -= 1
             raise ActorUnavailableError("gone", bytes(16))
 
-    async def _decide(
-        self,
-        embeddings: NDArray[np.float32],
-        limits: Sequence[Limits],
-        explain: Sequence[bool],
-        *more: Any,
-    ) -> list[Decision | AtlasError]:
+    async def _decide(self, requests: Sequence[RoutingRequest]) -> list[Answer]:
         self._die()
-        self.more.append(more)
+        self.asked.append(requests)
         return [
             NoCandidate("none within the limits")
-            if allowed.models == frozenset()
-            else decision(float(embedding[0]))
-            for embedding, allowed in zip(embeddings, limits, strict=True)
+            if request.limits.models == frozenset()
+            else decision(float(request.embedding[0]))
+            for request in requests
         ]
 
 
@@ -230,10 +223,12 @@ async def test_a_request_under_way_shares_the_batch_and_keeps_its_embedding() ->
     assert (await after_thought)[0] is known
     await asyncio.gather(*in_flight)
     assert deployments.batches[-1] == ["abc", "four"]
-    histories, last_answers, request_ids, versions = deployments.more[-1]
-    assert histories == [(), seen, seen]
-    assert [None if a is None else float(a[0]) for a in last_answers] == [None, 4, 7]
-    assert (request_ids, versions) == ([None, None, None], [None, 5, 6])
+    asked = deployments.asked[-1]
+    assert [of.history for of in asked] == [(), seen, seen]
+    answers = [of.last_answer for of in asked]
+    assert [None if answer is None else float(answer[0]) for answer in answers] == [None, 4, 7]
+    assert [of.request_id for of in asked] == [None, None, None]
+    assert [of.policy_version for of in asked] == [None, 5, 6]
 
 
 async def test_nothing_is_embedded_where_there_is_no_new_text() -> None:

@@ -32,9 +32,10 @@ from rl.evaluate.off_policy import LoggedDecisions, estimate
 from rl.evaluate.policies import Interval, bootstrap
 from rl.fit.fit import fit
 from serve_app.errors import ConfigError
+from serve_app.router.rules.base import Answer, Batch
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.cold_start import ColdStartRule, PairCard
-from serve_app.schemas import Decision, Limits, Pair
+from serve_app.schemas import Pair
 from tests.router_data import (
     COSTS_USD,
     DIM,
@@ -42,6 +43,7 @@ from tests.router_data import (
     PAIRS,
     QUICK,
     SKILL,
+    decide,
     make_outcomes,
     make_queries,
     make_snapshot,
@@ -89,17 +91,13 @@ def cold_start_rule() -> ColdStartRule:
 class AlwaysRule:
     """Chooses one pair, whatever is asked."""
 
-    def __init__(self, pair: Pair) -> None:
-        self._decision = knowing_rule().decide(topics()[0], LIMITS, (pair,), 1)
+    snapshot = None
 
-    def decide(
-        self,
-        embedding: NDArray[np.float32],
-        limits: Limits,
-        available: Sequence[Pair],
-        pool_version: int,
-    ) -> Decision:
-        return self._decision
+    def __init__(self, pair: Pair) -> None:
+        self._decision = decide(knowing_rule(), topics()[0], LIMITS, (pair,), 1)
+
+    def decide(self, batch: Batch) -> list[Answer]:
+        return [self._decision] * len(batch.requests)
 
 
 def by_topic(topic: NDArray[np.int64]) -> tuple[str, ...]:
@@ -423,7 +421,7 @@ def logged_decisions(number: int, epsilon: float, seed: int = 3) -> LoggedDecisi
     rng = np.random.default_rng(seed)
     topic = rng.integers(3, size=number)
     rule = confused_rule()
-    of_topic = [PAIRS.index(rule.decide(query, LIMITS, PAIRS, 1).pair) for query in topics()]
+    of_topic = [PAIRS.index(decide(rule, query, LIMITS, PAIRS, 1).pair) for query in topics()]
     own = np.array(of_topic)[topic]
     chosen = np.where(rng.random(number) < epsilon, rng.integers(3, size=number), own)
     return LoggedDecisions(

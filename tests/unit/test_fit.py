@@ -16,7 +16,7 @@ from rl.profile.outcomes import Outcomes
 from serve_app.errors import ConfigError
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.snapshots.snapshot import RouterSnapshot, load_snapshot, save_snapshot
-from tests.router_data import COSTS_USD, LIMITS, PAIRS, QUICK, SKILL, make_outcomes, topics
+from tests.router_data import COSTS_USD, LIMITS, PAIRS, QUICK, SKILL, decide, make_outcomes, topics
 
 
 def test_the_fitted_router_finds_the_best_pair_of_each_topic() -> None:
@@ -25,7 +25,7 @@ def test_the_fitted_router_finds_the_best_pair_of_each_topic() -> None:
     for topic, query in enumerate(topics()):
         np.testing.assert_allclose(rule.qualities(query), SKILL[topic], atol=0.1)
         utility = 0.9 * SKILL[topic] - 0.1 * np.array([0.0, 0.5, 1.0])
-        decision = rule.decide(query, replace(LIMITS, alpha=0.1), PAIRS, 1)
+        decision = decide(rule, query, replace(LIMITS, alpha=0.1), PAIRS, 1)
         assert decision.pair == PAIRS[int(utility.argmax())]
 
 
@@ -52,7 +52,7 @@ def test_a_fitted_snapshot_decides_the_same_after_it_was_saved(tmp_path: Path) -
     save_snapshot(snapshot, folder)
     before, after = ClusterRule(snapshot), ClusterRule(load_snapshot(folder))
     for query in topics():
-        assert before.decide(query, LIMITS, PAIRS, 1) == after.decide(query, LIMITS, PAIRS, 1)
+        assert decide(before, query, LIMITS, PAIRS, 1) == decide(after, query, LIMITS, PAIRS, 1)
 
 
 def test_a_sparse_log_with_one_pair_per_query_is_enough() -> None:
@@ -122,7 +122,7 @@ def test_one_pair_without_prices_is_fitted_too() -> None:
     outcomes, _ = make_outcomes(60)
     alone = _subset(outcomes, outcomes.pair_index == 0)
     free = replace(alone, pairs=PAIRS[:1], costs_usd=np.full(len(alone.score), np.nan, np.float32))
-    assert ClusterRule(fit(free, QUICK)).decide(topics()[0], LIMITS, PAIRS[:1], 1).pair == PAIRS[0]
+    assert decide(ClusterRule(fit(free, QUICK)), topics()[0], LIMITS, PAIRS[:1], 1).pair == PAIRS[0]
 
 
 def test_an_arrow_table_gives_the_same_outcomes() -> None:

@@ -12,16 +12,22 @@ import pytest
 from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
-from serve_app.router.rules.clusters import ClusterRule, Prior
+from serve_app.router.rules.beliefs import Prior
+from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.cold_start import ColdStartRule, PairCard
 from serve_app.router.serving import follower as following
-from serve_app.router.serving.follower import LEARNED_UNTIL, PolicyFollower
+from serve_app.router.serving.follower import PolicyFollower
 from serve_app.router.snapshots.build_rule import Cards
 from serve_app.router.snapshots.library import SnapshotLibrary
-from serve_app.router.snapshots.snapshot import TENSORS_FILE, RouterSnapshot, save_snapshot
+from serve_app.router.snapshots.snapshot import (
+    LEARNED_UNTIL,
+    TENSORS_FILE,
+    RouterSnapshot,
+    save_snapshot,
+)
 from serve_app.schemas import LOCAL_OWNER, Candidate, DecidedBy, Decision, Pair, Report, Step, Usage
 from serve_app.store import OutcomeLog, Store, add_feedback, add_snapshot, publish, read_verdicts
-from tests.router_data import COSTS_USD, LIMITS, PAIRS, make_snapshot, topics
+from tests.router_data import COSTS_USD, LIMITS, PAIRS, decide, make_snapshot, topics
 
 CHEAP, MATH, STRONG = PAIRS
 MATHS = topics()[1]
@@ -121,7 +127,7 @@ async def rate(
 
 
 def chosen(follower: PolicyFollower) -> Pair:
-    return follower.rule.decide(MATHS, LIMITS, PAIRS, pool_version=1).pair
+    return decide(follower.rule, MATHS, LIMITS, PAIRS, pool_version=1).pair
 
 
 async def test_the_cold_start_rule_serves_until_a_policy_is_published(

@@ -12,11 +12,22 @@ import pytest
 from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate, SnapshotError
-from serve_app.router.rules.clusters import Prior
-from serve_app.router.rules.policy_rule import GATE_THRESHOLD, Asked, LearnedRule
+from serve_app.router.rules.base import Batch, RoutingRequest
+from serve_app.router.rules.beliefs import Prior
+from serve_app.router.rules.policy_rule import LearnedRule
+from serve_app.router.snapshots.snapshot import GATE_THRESHOLD
 from serve_app.schemas import LOCAL_OWNER, Action, DecidedBy, Limits, Pair, Seen
 from tests.policy_data import make_policy, with_policy
-from tests.router_data import COSTS_USD, DIM, LIMITS, PAIRS, make_queries, make_snapshot, topics
+from tests.router_data import (
+    COSTS_USD,
+    DIM,
+    LIMITS,
+    PAIRS,
+    decide,
+    make_queries,
+    make_snapshot,
+    topics,
+)
 
 CHEAP, MATH, STRONG = PAIRS
 MATHS = topics()[1]
@@ -30,18 +41,18 @@ def saw(pair: Pair | None, key: str | None = "a", cost_usd: float = 1e-5) -> See
 
 def test_path_1_keeps_what_it_is_sure_of_and_the_policy_gets_the_rest() -> None:
     rule = LearnedRule(with_policy(threshold=0.5))
-    confident = rule.decide(MATHS, STEPS, PAIRS, 1)
+    confident = decide(rule, MATHS, STEPS, PAIRS, 1)
     assert confident.path is DecidedBy.CLUSTERS
     assert confident.confidence >= 0.5
-    assert rule.decide(ELSEWHERE, STEPS, PAIRS, 1).path is DecidedBy.POLICY
+    assert decide(rule, ELSEWHERE, STEPS, PAIRS, 1).path is DecidedBy.POLICY
     unsure = LearnedRule(with_policy(threshold=0.999))
-    assert unsure.decide(MATHS, STEPS, PAIRS, 1).path is DecidedBy.POLICY
+    assert decide(unsure, MATHS, STEPS, PAIRS, 1).path is DecidedBy.POLICY
 
 
 def test_path_1_keeps_the_requests_that_would_rather_be_wrong_than_pay() -> None:
     rule = LearnedRule(with_policy(threshold=1.01))
     limits = [replace(STEPS, alpha=alpha) for alpha in (0.5, 0.51)]
-    paths = [rule.decide(MATHS, of, PAIRS, 1).path for of in limits]
+    paths = [decide(rule, MATHS, of, PAIRS, 1).path for of in limits]
     assert paths == [DecidedBy.POLICY, DecidedBy.CLUSTERS]
 
 
@@ -53,15 +64,15 @@ def test_what_path_1_keeps_it_decides_as_if_it_were_alone(alpha: float) -> None:
     rule.update(MATHS, CHEAP, 1.0, LOCAL_OWNER)
     paths = set()
     for query in [*(vector.astype(np.float32) for vector in topics()), ELSEWHERE]:
-        decision = rule.decide(query, limits, PAIRS, 1)
-        assert decision == rule.clusters.decide(query, limits, PAIRS, 1)
+        decision = decide(rule, query, limits, PAIRS, 1)
+        assert decision == decide(rule.clusters, query, limits, PAIRS, 1)
         paths.add(decision.path)
     assert paths == {DecidedBy.CLUSTERS, DecidedBy.OUT_OF_DISTRIBUTION}
 
 
 def test_a_request_under_way_stays_with_the_policy() -> None:
     rule = LearnedRule(with_policy(threshold=0.0))
-    decision = rule.decide(MATHS, STEPS, PAIRS, 1, history=(saw(STRONG),))
+    decision = decide(rule, MATHS, STEPS, PAIRS, 1, history=(saw(STRONG),))
     assert (decision.path, decision.pair) == (DecidedBy.POLICY, MATH)
 
 
@@ -69,7 +80,9 @@ def test_each_pair_runs_once_and_steps_end_with_an_answer() -> None:
     rule = LearnedRule(with_policy())
     history: tuple[Seen, ...] = ()
     taken = []
-    while (decision := rule.decide(MATHS, STEPS, PAIRS, 1, history=history)).action is Action.ROUTE:
+    while (
+        decision := decide(rule, MATHS, STEPS, PAIRS, 1, history=history)
+    ).action is Action.ROUTE:
         taken.append(decision.pair)
         history += (saw(decision.pair),)
     assert taken == [MATH, STRONG, CHEAP]
@@ -79,16 +92,16 @@ def test_each_pair_runs_once_and_steps_end_with_an_answer() -> None:
 def test_the_last_step_leaves_nothing_but_the_answer() -> None:
     rule = LearnedRule(with_policy())
     two = replace(STEPS, max_steps=2)
-    first = rule.decide(MATHS, two, PAIRS, 1, history=(saw(MATH),))
-    second = rule.decide(MATHS, two, PAIRS, 1, history=(saw(MATH), saw(STRONG)))
+    first = decide(rule, MATHS, two, PAIRS, 1, history=(saw(MATH),))
+    second = decide(rule, MATHS, two, PAIRS, 1, history=(saw(MATH), saw(STRONG)))
     assert (first.action, second.action) == (Action.ROUTE, Action.ANSWER)
 
 
 def test_it_thinks_once_and_only_where_there_is_a_planner() -> None:
     rule = LearnedRule(with_policy(think=15.0))
-    thinks = rule.decide(MATHS, STEPS, PAIRS, 1, can_think=True)
-    alone = rule.decide(MATHS, STEPS, PAIRS, 1)
-    after = rule.decide(MATHS, STEPS, PAIRS, 1, can_think=True, history=(saw(None, None),))
+    thinks = decide(rule, MATHS, STEPS, PAIRS, 1, planner="planner")
+    alone = decide(rule, MATHS, STEPS, PAIRS, 1)
+    after = decide(rule, MATHS, STEPS, PAIRS, 1, planner="planner", history=(saw(None, None),))
     assert [d.action for d in (thinks, alone, after)] == [
         Action.THINK,
         Action.ROUTE,
@@ -99,15 +112,16 @@ def test_it_thinks_once_and_only_where_there_is_a_planner() -> None:
 
 def test_a_policy_that_never_learned_to_think_does_not() -> None:
     rule = LearnedRule(replace(with_policy(think=15.0), metadata={}))
-    assert rule.decide(MATHS, STEPS, PAIRS, 1, can_think=True).action is Action.ROUTE
+    assert decide(rule, MATHS, STEPS, PAIRS, 1, planner="planner").action is Action.ROUTE
 
 
 def test_the_callers_lists_and_dollars_hold() -> None:
     rule = LearnedRule(with_policy())
     listed = replace(STEPS, models=frozenset({"cheap", "strong"}), tools=frozenset({"none"}))
-    assert rule.decide(MATHS, listed, PAIRS, 1).pair == STRONG
-    assert rule.decide(MATHS, replace(STEPS, max_cost_usd=5e-5), PAIRS, 1).pair == CHEAP
-    spent = rule.decide(
+    assert decide(rule, MATHS, listed, PAIRS, 1).pair == STRONG
+    assert decide(rule, MATHS, replace(STEPS, max_cost_usd=5e-5), PAIRS, 1).pair == CHEAP
+    spent = decide(
+        rule,
         MATHS,
         replace(STEPS, max_cost_usd=5e-4),
         PAIRS,
@@ -116,14 +130,14 @@ def test_the_callers_lists_and_dollars_hold() -> None:
     )
     assert spent.action is Action.ANSWER
     with pytest.raises(NoCandidate):
-        rule.decide(MATHS, replace(STEPS, max_cost_usd=1e-9), PAIRS, 1)
+        decide(rule, MATHS, replace(STEPS, max_cost_usd=1e-9), PAIRS, 1)
     with pytest.raises(NoCandidate):
-        rule.decide(MATHS, STEPS, (Pair("stranger", "none"),), 1)
+        decide(rule, MATHS, STEPS, (Pair("stranger", "none"),), 1)
 
 
 def test_a_pair_whose_model_left_still_counts_as_an_answer() -> None:
     rule = LearnedRule(with_policy(answer=10.0))
-    decision = rule.decide(MATHS, STEPS, (CHEAP,), 1, history=(saw(MATH),))
+    decision = decide(rule, MATHS, STEPS, (CHEAP,), 1, history=(saw(MATH),))
     assert decision.action is Action.ANSWER
 
 
@@ -142,12 +156,13 @@ def test_a_batch_is_decided_as_each_of_its_requests_alone() -> None:
     limits = [STEPS, STEPS, replace(STEPS, alpha=0.5), STEPS, LIMITS,
               replace(STEPS, models=frozenset({"cheap"}))]  # fmt: skip
     queries = make_queries(np.array([0, 1, 2, 0, 1, 2]), seed=5, spread=0.4)
-    batch = [
-        Asked(query, limit, history, MATHS if history else None, can_think=True)
+    requests = [
+        RoutingRequest(query, limit, history, MATHS if history else None)
         for query, limit, history in zip(queries, limits, histories, strict=True)
     ]
-    together = rule.decide_batch(batch, PAIRS, 1)
-    alone = [rule.decide_batch([asked], PAIRS, 1)[0] for asked in batch]
+    batch = Batch(tuple(requests), PAIRS, 1, "planner")
+    together = rule.decide(batch)
+    alone = [rule.decide(batch.part([number]))[0] for number in range(len(requests))]
     for one, other in zip(together, alone, strict=True):
         assert not isinstance(one, Exception)
         assert not isinstance(other, Exception)
@@ -162,7 +177,7 @@ def test_exploration_takes_every_legal_action_as_often_as_it_says() -> None:
     taken: Counter[tuple[Action, Pair | None]] = Counter()
     said: dict[tuple[Action, Pair | None], float] = {}
     for _ in range(1500):
-        decision = rule.decide(MATHS, STEPS, PAIRS, 1, can_think=True, history=history)
+        decision = decide(rule, MATHS, STEPS, PAIRS, 1, planner="planner", history=history)
         pair = decision.pair if decision.action is Action.ROUTE else None
         taken[decision.action, pair] += 1
         said[decision.action, pair] = decision.propensity
@@ -180,7 +195,7 @@ def test_exploration_takes_every_legal_action_as_often_as_it_says() -> None:
 
 def test_without_exploration_it_is_deterministic() -> None:
     rule = LearnedRule(with_policy())
-    decisions = [rule.decide(MATHS, STEPS, PAIRS, 1) for _ in range(5)]
+    decisions = [decide(rule, MATHS, STEPS, PAIRS, 1) for _ in range(5)]
     assert {(d.pair, d.propensity) for d in decisions} == {(MATH, 1.0)}
 
 
@@ -193,7 +208,7 @@ def test_a_pair_that_the_snapshot_does_not_know_is_a_candidate() -> None:
         np.ones((4, DIM + 1), np.float32),
     )
     rule = LearnedRule(replace(with_policy(), prior_bias=0.99), prior)
-    decision = rule.decide(MATHS, STEPS, (*PAIRS, new), 1)
+    decision = decide(rule, MATHS, STEPS, (*PAIRS, new), 1)
     assert decision.pair == new
 
 

@@ -33,10 +33,10 @@ from serve_app.config import AtlasConfig, PriceConfig
 from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused
 from serve_app.pool.desired import DesiredPool
 from serve_app.router.rules.clusters import ClusterRule
-from serve_app.router.serving.follower import LEARNED_UNTIL, PolicyFollower
+from serve_app.router.serving.follower import PolicyFollower
 from serve_app.router.snapshots.build_rule import read_cards
 from serve_app.router.snapshots.library import SnapshotLibrary
-from serve_app.router.snapshots.snapshot import DOCUMENT_FILE
+from serve_app.router.snapshots.snapshot import DOCUMENT_FILE, LEARNED_UNTIL
 from serve_app.schemas import (
     LOCAL_OWNER,
     Action,
@@ -74,7 +74,7 @@ from tests.profile_data import (
     make_question,
     topic_vector,
 )
-from tests.router_data import QUICK
+from tests.router_data import QUICK, decide
 
 
 @pytest.fixture(autouse=True)
@@ -289,8 +289,8 @@ async def test_after_a_change_of_prices_the_gate_judges_by_the_costs_that_are_se
     alpha = 0.6
     rule = await serving_rule(after, first)
     served = [
-        rule.decide(
-            np.frombuffer(topic_vector(topic), "<f4"), Limits(alpha, 60.0), (SUMS, POEMS), 1
+        decide(
+            rule, np.frombuffer(topic_vector(topic), "<f4"), Limits(alpha, 60.0), (SUMS, POEMS), 1
         ).pair
         for topic in (0, 1)
     ]

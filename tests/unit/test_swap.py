@@ -15,6 +15,7 @@ from benchmarks.swap_load import Answer, extension_of
 from serve_app.router.rules.cold_start import PairCard
 from serve_app.router.rules.policy_rule import LearnedRule
 from serve_app.schemas import Limits, Pair
+from tests.router_data import decide
 
 SAID = {"policy_version": 3, "steps": []}
 EVENTS = b'data: {"choices": []}\n\ndata: ' + json.dumps({"atlas": SAID}).encode() + b"\n\n"
@@ -80,5 +81,5 @@ def test_a_ranked_policy_takes_the_pairs_in_its_order() -> None:
     rule = LearnedRule(ranked_snapshot(cards, "an-encoder", (2, 0, 1)))
     query = np.eye(384, dtype=np.float32)[7]
     pairs = tuple(card.pair for card in cards)
-    decision = rule.decide(query, Limits(0.0, 60.0, max_steps=2), pairs, 1)
+    decision = decide(rule, query, Limits(0.0, 60.0, max_steps=2), pairs, 1)
     assert [candidate.pair.model_id for candidate in decision.candidates] == ["c", "a", "b"]

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serve_app.router.rules.clusters import ClusterRule, Prior
+from serve_app.router.rules.beliefs import Prior
+from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.snapshots.snapshot import RouterSnapshot, load_snapshot
 from serve_app.schemas import LOCAL_OWNER, Limits, Pair
+from tests.router_data import decide
 
 ALPHAS = (0.0, 0.1, 0.3, 0.6)
 NEW = Pair("nano-new", "none")
@@ -36,10 +38,7 @@ def decisions(rule: ClusterRule, questions: NDArray[np.float32]) -> NDArray[np.i
     limits = [Limits(alpha, 60.0) for alpha in ALPHAS]
     return np.array(
         [
-            [
-                index[rule.decide(question, of, rule.pairs, 1, num_candidates=1).pair]
-                for of in limits
-            ]
+            [index[decide(rule, question, of, rule.pairs, 1).pair] for of in limits]
             for question in questions
         ]
     )
@@ -50,7 +49,7 @@ def attack(rule: ClusterRule, snapshot: RouterSnapshot, owners: list[str]) -> No
     rng = np.random.default_rng(1)
     for count in range(200):
         question = snapshot.landmarks[rng.integers(len(snapshot.landmarks))]
-        chosen = rule.decide(question, Limits(0.1, 60.0), rule.pairs, 1, num_candidates=1).pair
+        chosen = decide(rule, question, Limits(0.1, 60.0), rule.pairs, 1).pair
         # A caller reaches any pair without naming one: the lists of models and tools admit it only.
         other = rule.pairs[rng.integers(len(rule.pairs))]
         pair = (chosen, other, NEW)[count % 3]
@@ -103,11 +102,11 @@ def test_a_pair_that_five_keys_find_bad_is_left_within_50_verdicts(
     limits = Limits(0.1, 60.0)
     for question in shipped.landmarks[::8]:
         rule = ClusterRule(shipped)
-        best, second = rule.decide(question, limits, rule.pairs, 1).candidates[:2]
+        best, second = decide(rule, question, limits, rule.pairs, 1).candidates[:2]
         if not 0.02 < best.utility - second.utility < 0.4:
             continue
         for number in range(50):
             rule.update(question, best.pair, 0.0, f"key_{number % 5}")
-        assert rule.decide(question, limits, rule.pairs, 1).pair != best.pair
+        assert decide(rule, question, limits, rule.pairs, 1).pair != best.pair
         num_left += 1
     assert num_left >= 10

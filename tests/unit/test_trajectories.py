@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from sqlalchemy import select
 
 from rl.evaluate.off_policy import LoggedTrajectories, estimate_trajectories, logged_trajectories
 from serve_app.errors import EngineError
+from serve_app.router.rules.base import Answer, Batch
 from serve_app.schemas import Action, Candidate, DecidedBy, Decision, Limits, Pair, Seen
 from serve_app.store import (
     Journal,
@@ -74,20 +75,17 @@ class Recorder:
 
     asked: list[Asked] = field(default_factory=list)
 
-    def decide(
-        self,
-        embedding: NDArray[np.float32],
-        limits: Limits,
-        available: Sequence[Pair],
-        pool_version: int,
-        *,
-        history: tuple[Seen, ...] = (),
-        last_answer: NDArray[np.float32] | None = None,
-        can_think: bool = False,
-    ) -> Decision:
-        np.testing.assert_array_equal(embedding, topics()[1])
-        self.asked.append(Asked(limits, history, last_answer, tuple(available), can_think))
-        return Decision((Candidate(CHEAP, 1.0, 1.0, 0.0),), DecidedBy.POLICY, 1.0, 1.0, 1, 1)
+    snapshot = None
+
+    def decide(self, batch: Batch) -> list[Answer]:
+        for of in batch.requests:
+            np.testing.assert_array_equal(of.embedding, topics()[1])
+            can_think = batch.can_think(of)
+            asked = Asked(of.limits, of.history, of.last_answer, batch.available, can_think)
+            self.asked.append(asked)
+        candidate = Candidate(CHEAP, 1.0, 1.0, 0.0)
+        taken = Decision((candidate,), DecidedBy.POLICY, 1.0, 1.0, 1, 1)
+        return [taken] * len(batch.requests)
 
 
 def numbered(history: tuple[Seen, ...]) -> list[Seen]:
@@ -115,8 +113,8 @@ async def test_a_logged_request_is_decided_anew_on_what_it_was_decided_on(graph:
     logged = of(await rated(graph))
     assert len({len(steps) for steps in logged.steps}) > 1
     router = [
-        Asked(limits[0], histories[0] if histories else (), answers[0] if answers else None)
-        for _, (_, limits, _, histories, answers, *_) in graph.router.calls
+        Asked(request.limits, request.history, request.last_answer)
+        for _, ((request,),) in graph.router.calls
     ]
     # What was decided with nothing left but to answer is not decided anew.
     forced = [

@@ -1,13 +1,12 @@
 """The cold-start rule: similarity to what each pair says of itself, minus the alpha-weighted price.
 
-In comes a query embedding, out go the candidates from best to worst. It needs no outcome and no
+In come requests, out go the candidates of each from best to worst. It needs no outcome and no
 training, so it serves from the first request on, and stays as the prior of pairs nobody has
 measured.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig, PriceConfig
-from serve_app.errors import NoCandidate
+from serve_app.router.rules.admission import Admission, affordable
+from serve_app.router.rules.base import Answer, Batch, RoutingRequest, none_within_limits
 from serve_app.router.rules.utility import normalised_cost, utility
-from serve_app.schemas import NO_TOOL, Candidate, DecidedBy, Decision, Limits, Pair
+from serve_app.schemas import NO_TOOL, Candidate, DecidedBy, Decision, Pair
 
 _TYPICAL_PROMPT_TOKENS = 300
 _TYPICAL_COMPLETION_TOKENS = 150
@@ -118,8 +118,9 @@ class ColdStartRule:
             top_k: A pair's quality is the mean of this many of its nearest texts.
         """
         self._cards = tuple(cards)
-        self._index = {card.pair: i for i, card in enumerate(self._cards)}
-        self._costs = normalised_cost([card.cost_usd for card in self._cards])
+        self._admission = Admission([card.pair for card in self._cards])
+        self._costs_usd = np.array([card.cost_usd for card in self._cards])
+        self._costs = normalised_cost(self._costs_usd)
         # Pairs that share texts share rows, so the matrix grows with the texts, not with the pairs.
         texts = sorted({text for card in self._cards for text in card.texts})
         row = {text: i for i, text in enumerate(texts)}
@@ -149,25 +150,40 @@ class ColdStartRule:
         clipped: NDArray[np.float32] = np.clip(best, 0.0, 1.0).astype(np.float32)
         return clipped
 
-    def decide(
-        self,
-        embedding: NDArray[np.float32],
-        limits: Limits,
-        available: Sequence[Pair],
-        pool_version: int,
-    ) -> Decision:
-        """Order the available pairs that the caller's limits admit.
+    @property
+    def snapshot(self) -> None:
+        """Nothing was fitted, and nothing is learned."""
+        return
 
-        Raises:
-            NoCandidate: If nothing is left. Guessing a pair here would hide it.
+    @property
+    def clusters(self) -> None:
+        """There is no path 1 without a snapshot."""
+        return
+
+    @property
+    def costs_usd(self) -> NDArray[np.float32]:
+        """(num_pairs,) US dollars of a typical call."""
+        return self._costs_usd.astype(np.float32)
+
+    def update(self, embedding: NDArray[np.float32], pair: Pair, score: float, owner: str) -> None:
+        """Learn nothing: feedback needs a snapshot to lie beside."""
+
+    def decide(self, batch: Batch) -> list[Answer]:
+        """Order the available pairs that each caller's limits admit; all are named.
+
+        Returns:
+            Per request its decision, or `NoCandidate` if nothing is within its limits.
         """
-        admitted = [
-            pair for pair in available if pair in self._index and self._admits(pair, limits)
-        ]
-        if not admitted:
-            raise NoCandidate("no pair that answers now is within the request's limits")
-        index = np.array([self._index[pair] for pair in admitted])
-        quality = self.qualities(embedding)[index]
+        return [self._decide_request(request, batch) for request in batch.requests]
+
+    def _decide_request(self, request: RoutingRequest, batch: Batch) -> Answer:
+        limits = request.limits
+        index = self._admission.available(batch.available)
+        index = index[self._admission.listed(limits, index)]
+        index = index[affordable(limits, self._costs_usd[index])]
+        if not len(index):
+            return none_within_limits()
+        quality = self.qualities(request.embedding)[index]
         cost = self._costs[index]
         gained = utility(limits.alpha, quality, cost)
         # Stable: equal utility keeps the configuration's order.
@@ -175,7 +191,7 @@ class ColdStartRule:
         weights = np.exp((gained - gained.max()) / _CONFIDENCE_TEMPERATURE)
         candidates = tuple(
             Candidate(
-                admitted[i],
+                self._cards[index[i]].pair,
                 float(gained[i]),
                 float(quality[i]),
                 float(cost[i]),
@@ -189,13 +205,5 @@ class ColdStartRule:
             confidence=float(1 / weights.sum()),
             propensity=1.0,
             policy_version=0,
-            pool_version=pool_version,
-        )
-
-    def _admits(self, pair: Pair, limits: Limits) -> bool:
-        return (
-            (limits.models is None or pair.model_id in limits.models)
-            and (limits.tools is None or pair.tool_id in limits.tools)
-            and self._cards[self._index[pair]].cost_usd
-            <= (math.inf if limits.max_cost_usd is None else limits.max_cost_usd)
+            pool_version=batch.pool_version,
         )

@@ -15,15 +15,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, SnapshotError
-from serve_app.router.rules.clusters import ClusterRule
-from serve_app.router.rules.cold_start import ColdStartRule
+from serve_app.router.rules.base import Rule
 from serve_app.router.snapshots.build_rule import Cards, RuleSettings, build_rule, check_fit
 from serve_app.router.snapshots.library import SnapshotLibrary
 from serve_app.router.snapshots.snapshot import load_snapshot
@@ -40,13 +38,7 @@ from serve_app.store import (
     verdict_ids,
 )
 
-if TYPE_CHECKING:  # it imports torch, which only a policy needs
-    from serve_app.router.rules.policy_rule import LearnedRule
-
 logger = logging.getLogger(__name__)
-
-LEARNED_UNTIL = "learned_until_unix_s"
-"""Metadata of a snapshot: verdicts up to this time were fitted, later ones are learned online."""
 
 _MAX_REPLAYED = 20_000
 """Verdicts learned at once at most; the discount makes older ones weigh next to nothing."""
@@ -86,7 +78,7 @@ class Serving:
     """A policy in service, on trial, or kept for the requests that began with it."""
 
     policy: Policy
-    rule: ColdStartRule | ClusterRule | LearnedRule
+    rule: Rule
     learned: set[str] = field(default_factory=set)
     """Request ids of the verdicts that were learned and may be seen again."""
     num_learned: int = 0
@@ -162,7 +154,7 @@ class PolicyFollower:
         return Serving(serving.policy, self._cards.cold_start)
 
     @property
-    def rule(self) -> ColdStartRule | ClusterRule | LearnedRule:
+    def rule(self) -> Rule:
         """What serves, trials aside."""
         return self._main.rule
 
@@ -178,10 +170,7 @@ class PolicyFollower:
 
     def costs_usd(self) -> NDArray[np.float32]:
         """(num_pairs,) US dollars of a run of each pair, as far as the serving policy knows."""
-        rule = self.rule
-        if isinstance(rule, ColdStartRule):
-            return self._cards.prior.costs_usd
-        return (rule if isinstance(rule, ClusterRule) else rule.clusters).costs_usd
+        return self.rule.costs_usd
 
     @property
     def canary(self) -> Serving | None:
@@ -342,7 +331,7 @@ class PolicyFollower:
         await self._learn(store, serving, 0.0)
         return serving
 
-    def _load_rule(self, policy: Policy) -> ColdStartRule | ClusterRule | LearnedRule:
+    def _load_rule(self, policy: Policy) -> Rule:
         if policy.snapshot_id is None:
             return self._cards.cold_start
         snapshot = self._library.load(policy.snapshot_id, policy.policy_version)
@@ -379,20 +368,19 @@ class PolicyFollower:
     @staticmethod
     async def _learn(store: Store, serving: Serving, since_unix_s: float) -> None:
         """Learn the verdicts since a time that were not learned yet, in the order they came."""
-        rule = serving.rule
-        if isinstance(rule, ColdStartRule):
+        rule, snapshot = serving.rule, serving.rule.snapshot
+        if snapshot is None:
             return
-        fitted_until_s = float(rule.snapshot.metadata.get(LEARNED_UNTIL, 0.0))
         ids = await verdict_ids(
             store,
-            max(since_unix_s, fitted_until_s),
+            max(since_unix_s, snapshot.learned_until_unix_s),
             _MAX_REPLAYED,
             per_key=_REPLAYED_PER_KEY,
         )
         new = [request_id for request_id in ids if request_id not in serving.learned]
         for number, verdict in enumerate(await read_verdicts(store, new)):
             embedding = np.frombuffer(verdict.embedding, "<f4")
-            if len(embedding) == rule.snapshot.dim:
+            if len(embedding) == snapshot.dim:
                 rule.update(embedding, verdict.pair, verdict.score, verdict.owner)
                 serving.num_learned += 1
             serving.learned.add(verdict.request_id)

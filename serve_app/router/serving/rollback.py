@@ -252,6 +252,10 @@ def live_utility(
 ) -> NDArray[np.float64]:
     """(num_rated,) `(1 - alpha) * score - alpha * cost` in [-1, 1], in the order of the verdicts.
 
+    A request's dollars are those that were paid, on the scale of today's prices: after a change of
+    prices the requests from before it keep the old ones. A canary and the policy beside it are
+    compared on requests of the same time, so the change strikes both alike.
+
     Args:
         rated: Requests with their users' scores.
         costs_usd: (num_pairs,) expected of a run of each pair: the scale on which a request's

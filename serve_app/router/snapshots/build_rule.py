@@ -15,17 +15,15 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import SnapshotError
-from serve_app.router.rules.clusters import ClusterRule, Prior
+from serve_app.router.rules.base import Rule
+from serve_app.router.rules.beliefs import Prior
+from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.cold_start import ColdStartRule, PairCard, pair_cards, pair_descriptors
 from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Pair
 
 if TYPE_CHECKING:  # it imports torch, which only a policy needs
     from serve_app.router.rules.policy_rule import LearnedRule
-
-CARD_COSTS = "card_costs_usd"
-"""Metadata of a snapshot: US dollars of a typical call of each pair at the prices it was fitted
-under, by pair."""
 
 Dollars = TypeVar("Dollars", float, NDArray[np.float32])
 
@@ -127,9 +125,7 @@ class RuleSettings:
         )
 
 
-def build_rule(
-    snapshot: RouterSnapshot | None, cards: Cards, settings: RuleSettings
-) -> ColdStartRule | ClusterRule | LearnedRule:
+def build_rule(snapshot: RouterSnapshot | None, cards: Cards, settings: RuleSettings) -> Rule:
     """The rule of a snapshot, at the prices of today.
 
     Args:
@@ -180,7 +176,7 @@ def repriced(snapshot: RouterSnapshot, cards: Cards) -> RouterSnapshot:
         snapshot: As fitted; one that does not say under which prices stays as it is.
         cards: Have the typical calls of today.
     """
-    then, now = snapshot.metadata.get(CARD_COSTS, {}), cards.costs_usd()
+    then, now = snapshot.card_costs_usd, cards.costs_usd()
     costs_usd, pair_costs_usd = snapshot.costs_usd.copy(), snapshot.pair_costs_usd.copy()
     for column, pair in enumerate(map(str, snapshot.pairs)):
         if pair in then and pair in now:

@@ -32,6 +32,12 @@ TENSORS_FILE = "tensors.safetensors"
 DOCUMENT_FILE = "snapshot.json"
 POLICY_PREFIX = "policy."
 """Tensors under this prefix are weights of the learned policy; their shapes are its own affair."""
+GATE_THRESHOLD = "gate.threshold"
+"""Among the policy's tensors: (1,) confidence from which path 1 keeps a request."""
+LEARNED_UNTIL = "learned_until_unix_s"
+CARD_COSTS = "card_costs_usd"
+THINKS = "thinks"
+"""Keys of the metadata that the properties of `RouterSnapshot` read."""
 _PROFILE = "profile"
 """In the document: its examples are questions of the profile."""
 _MAX_EXAMPLE_CHARS = 200
@@ -74,7 +80,7 @@ class Scale(NamedTuple):
 class RouterSnapshot:
     """Everything path 1 needs to decide. All arrays are finite float32.
 
-    Expected quality of pair p for an embedding x (see `router.rules.clusters`):
+    Expected quality of pair p for an embedding x (see `router.rules.beliefs`):
     `(1 - head_weight) * sum_k a_k(x) mean[k, p] + head_weight * (pair_mean[p] + head(x)[p])
     + card_weight * (likeness(x)[p] - mean over the pairs)`.
     """
@@ -131,7 +137,7 @@ class RouterSnapshot:
     """Mean score of a pair with a descriptor of zeros."""
     distance_quantiles: Array
     """(quantiles,) ascending: relative distance of held-out training queries (see
-    `ClusterRule.distance`) at evenly spaced quantiles from 0 to 1."""
+    `ClusterBeliefs.distance`) at evenly spaced quantiles from 0 to 1."""
     trusted_quantile: float
     """Quantile in [0, 1] past which a query counts as outside the profiled distribution."""
     gate_head: Array
@@ -189,6 +195,25 @@ class RouterSnapshot:
     def dim(self) -> int:
         """Length of a query embedding."""
         return int(self.centroids.shape[1])
+
+    @property
+    def learned_until_unix_s(self) -> float:
+        """Verdicts up to this time were fitted, later ones are learned online; 0: none was."""
+        return float(self.metadata.get(LEARNED_UNTIL, 0.0))
+
+    @property
+    def card_costs_usd(self) -> Mapping[str, float]:
+        """US dollars of a typical call when it was fitted, by pair; empty: it does not say."""
+        costs_usd: Mapping[str, float] = self.metadata.get(CARD_COSTS, {})
+        return costs_usd
+
+    @property
+    def thinks(self) -> bool:
+        """Whether its policy was trained with a planner.
+
+        Any other never thinks: it never learned when that is worth it.
+        """
+        return bool(self.metadata.get(THINKS, 0))
 
     def _check_arrays(self) -> None:
         sizes: dict[str | int, int] = {"pairs": len(self.pairs)}
