@@ -69,6 +69,59 @@ def test_limits_remove_candidates(limits: Limits, allowed: set[Pair]) -> None:
     assert {candidate.pair for candidate in decision.candidates} == allowed
 
 
+SECONDS = np.array([[1.0, 3.0, 9.0], [1.0, 30.0, 9.0], [8.0, 7.0, 9.0]], np.float32)
+"""(topics, pairs) that a run takes."""
+
+
+@pytest.mark.parametrize(
+    ("topic", "deadline_s", "allowed"),
+    [
+        (0, 60.0, {CHEAP, MATH, STRONG}),
+        (0, 5.0, {CHEAP, MATH}),
+        (1, 10.0, {CHEAP, STRONG}),
+        (1, 1.5, {CHEAP}),
+    ],
+)
+def test_what_is_expected_to_miss_the_deadline_is_no_candidate(
+    topic: int, deadline_s: float, allowed: set[Pair]
+) -> None:
+    rule = ClusterRule(replace(make_snapshot(), seconds=SECONDS))
+    decision = decide(rule, topics()[topic], replace(LIMITS, deadline_s=deadline_s), PAIRS)
+    assert {candidate.pair for candidate in decision.candidates} == allowed
+
+
+def test_where_nothing_is_in_time_the_fastest_is_tried() -> None:
+    rule = ClusterRule(replace(make_snapshot(), seconds=SECONDS))
+    hurried = replace(LIMITS, deadline_s=0.5)
+    fastest = [decide(rule, query, hurried, PAIRS).candidates for query in topics()]
+    assert [[c.pair for c in candidates] for candidates in fastest] == [[CHEAP], [CHEAP], [MATH]]
+
+
+def test_the_fastest_is_sought_among_what_the_other_limits_admit() -> None:
+    rule = ClusterRule(replace(make_snapshot(), seconds=SECONDS))
+    hurried = replace(LIMITS, deadline_s=0.5, models=frozenset({"math", "strong"}))
+    assert decide(rule, topics()[0], hurried, PAIRS).pair == MATH
+    with pytest.raises(NoCandidate):
+        decide(rule, topics()[0], replace(hurried, max_cost_usd=1e-9), PAIRS)
+
+
+def test_a_pair_whose_seconds_nobody_knows_is_in_time() -> None:
+    rule = ClusterRule(replace(make_snapshot(), seconds=SECONDS), new_pair_prior())
+    hurried = replace(LIMITS, deadline_s=0.5)
+    assert decide(rule, topics()[0], hurried, (*PAIRS, NEW)).pair == NEW
+
+
+def test_between_clusters_the_seconds_are_shared_like_the_scores() -> None:
+    shared = replace(make_snapshot(), seconds=SECONDS, scales=(Scale(3, 2, 1.0),), temperature=0.5)
+    between = ((topics()[0] + topics()[1]) / np.sqrt(2)).astype(np.float32)
+    named = [
+        {c.pair for c in decide(ClusterRule(shared), between, replace(LIMITS, deadline_s=s), PAIRS)
+         .candidates}
+        for s in (16.4, 16.6)  # MATH takes 3 seconds in the one and 30 in the other
+    ]  # fmt: skip
+    assert named == [{CHEAP, STRONG}, {CHEAP, MATH, STRONG}]
+
+
 def test_a_pair_that_does_not_answer_now_is_no_candidate() -> None:
     rule = ClusterRule(make_snapshot())
     assert decide(rule, topics()[0], LIMITS, PAIRS, 1).pair == STRONG

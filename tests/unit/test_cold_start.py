@@ -89,6 +89,11 @@ def test_a_pair_over_the_cost_limit_is_never_a_candidate(rule: ColdStartRule) ->
     assert [c.pair for c in decision.candidates] == [PAIRS[0]]
 
 
+def test_nothing_is_known_of_seconds_so_a_short_deadline_removes_none(rule: ColdStartRule) -> None:
+    decision = decide(rule, query("maths"), limits(deadline_s=1e-3), PAIRS, 1)
+    assert {c.pair for c in decision.candidates} == set(PAIRS)
+
+
 def test_a_pair_that_does_not_answer_is_never_a_candidate(rule: ColdStartRule) -> None:
     assert decide(rule, query("maths"), limits(), PAIRS[:1], 1).pair == PAIRS[0]
 

@@ -1,4 +1,4 @@
-"""Which candidates a request admits: the caller's lists and dollars; for every rule."""
+"""Which candidates a request admits: the caller's lists, dollars and seconds; for every rule."""
 
 from __future__ import annotations
 
@@ -62,4 +62,20 @@ def affordable(limits: Limits, costs_usd: _Floats) -> NDArray[np.bool_]:
     if limits.max_cost_usd is None:
         return np.ones(len(costs_usd), np.bool_)
     within: NDArray[np.bool_] = costs_usd <= limits.max_cost_usd
+    return within
+
+
+def in_time(limits: Limits, seconds: _Floats) -> NDArray[np.bool_]:
+    """Whether each run is expected to end before the deadline.
+
+    Where none is, the fastest one counts as in time: a caller in a hurry would rather have an
+    attempt than a refusal.
+
+    Args:
+        limits: What the caller allows; seconds from now on.
+        seconds: (num_pairs,) expected of a run; 0 where unknown, which is always in time.
+    """
+    within: NDArray[np.bool_] = seconds <= limits.deadline_s
+    if len(within) and not within.any():
+        within[seconds.argmin()] = True
     return within

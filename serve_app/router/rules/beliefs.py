@@ -224,11 +224,15 @@ class ClusterBeliefs:
         self._seconds: NDArray[np.float32] = np.concatenate(
             [seconds, np.zeros(len(added), np.float32)]
         )
-        # (clusters, pairs): of a request of each cluster, for the caller's limit.
+        # (clusters, pairs): of a request of each cluster, for the caller's limits.
         rows = np.broadcast_to(
             added.astype(np.float32), (len(self._snapshot.centroids), len(added))
         )
         self._cluster_costs_usd = np.concatenate([self._snapshot.costs_usd, rows], axis=1)
+        self._cluster_seconds = np.concatenate(
+            [self._snapshot.seconds, np.zeros_like(rows)], axis=1
+        )
+        self._slowest_s = float(self._cluster_seconds.max())
 
     def _lay_out_qualities(self) -> None:
         snapshot, num_new = self._snapshot, len(self._new)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate
-from serve_app.router.rules.admission import Admission, affordable
+from serve_app.router.rules.admission import Admission, affordable, in_time
 from serve_app.router.rules.base import Answer, Batch, RoutingRequest, none_within_limits
 from serve_app.router.rules.beliefs import Beliefs, ClusterBeliefs, Place, Prior
 from serve_app.router.rules.utility import utility
@@ -31,7 +31,8 @@ class ClusterRule(ClusterBeliefs):
     """Chooses by what is believed of the pairs; learns from feedback.
 
     Invariants:
-        - What is expected to cost more than the caller allows is never a candidate.
+        - What is expected to cost more than the caller allows is never a candidate; what is
+          expected to take longer is one only where nothing else is, and then only the fastest.
         - One thread at a time.
     """
 
@@ -155,6 +156,9 @@ class ClusterRule(ClusterBeliefs):
         if limits.max_cost_usd is not None:
             costs_usd = place.weights @ self._cluster_costs_usd[place.nearest]
             admitted = admitted[affordable(limits, costs_usd[admitted])]
+        if limits.deadline_s < self._slowest_s:
+            seconds = place.weights @ self._cluster_seconds[place.nearest]
+            admitted = admitted[in_time(limits, seconds[admitted])]
         return admitted
 
     @staticmethod
