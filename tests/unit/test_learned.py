@@ -110,6 +110,15 @@ def test_it_thinks_once_and_only_where_there_is_a_planner() -> None:
     assert thinks.pair == MATH
 
 
+def test_a_planner_that_the_caller_does_not_allow_is_not_asked() -> None:
+    rule = LearnedRule(with_policy(think=15.0))
+    listed = replace(STEPS, models=frozenset({"cheap", "strong"}))
+    without = decide(rule, MATHS, listed, PAIRS, 1, planner="planner")
+    assert (without.action, without.can_think) == (Action.ROUTE, False)
+    within = decide(rule, MATHS, listed, PAIRS, 1, planner="strong")
+    assert (within.action, within.can_think) == (Action.THINK, True)
+
+
 def test_a_policy_that_never_learned_to_think_does_not() -> None:
     rule = LearnedRule(replace(with_policy(think=15.0), metadata={}))
     assert decide(rule, MATHS, STEPS, PAIRS, 1, planner="planner").action is Action.ROUTE
