@@ -123,6 +123,31 @@ class StopReason(StrEnum):
     """An unforeseen error."""
 
 
+class SpanKind(StrEnum):
+    """What a span is about."""
+
+    REQUEST = "request"
+    """The whole of it."""
+    DECISION = "decision"
+    """A question to the router."""
+    NODE = "node"
+    """A part of a pattern."""
+    PAIR = "pair"
+    """A step: the run of a pair."""
+    THOUGHT = "thought"
+    """A step: the run of the planner."""
+    MODEL = "model"
+    """A call of a model."""
+    TOOL = "tool"
+    """A call of a tool."""
+    VALIDATION = "validation"
+    """A check of what a model said."""
+
+
+Fact = str | int | float | bool
+"""A small thing that a span tells of itself, as a verdict or a count."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelMember:
     """One model of the pool, as the gateway and the router see it."""
@@ -354,6 +379,35 @@ class Circumstances:
 
 
 @dataclass(frozen=True, slots=True)
+class SpanRecord:
+    """What is told of a span: by a report, an event and the store."""
+
+    span_id: int
+    """Unique in its request; 0 is the request itself."""
+    parent_id: int | None
+    """`None`: it is the request itself."""
+    kind: SpanKind
+    name: str
+    """Of the model, tool, pair or node."""
+    began_s: float
+    """Seconds after the request began."""
+    seconds: float | None
+    """`None`: it is under way."""
+    error: str | None
+    """Why it failed; `None`: it did not. Of a tool or a check only the class of the error, because
+    its words may repeat what the tool was given."""
+    prompt_tokens: int
+    """Of it and everything below, as the other counts."""
+    completion_tokens: int
+    cost_usd: float
+    attributes: dict[str, Fact]
+    arguments: str | None = None
+    """What a tool was given, as JSON; `None`: nothing, or `store.keep_content` is off."""
+    text: str | None = None
+    """What a model said or a tool gave; `None`: nothing, or `store.keep_content` is off."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Everything about one finished request that the client, the log and the store may see."""
 
@@ -376,6 +430,10 @@ class Report:
     """Of a request of path 2; `None` on the other paths."""
     stop: StopReason = StopReason.ANSWERED
     """Why nothing more was done."""
+    spans: tuple[SpanRecord, ...] = ()
+    """What happened, each span after the one it is part of."""
+    num_dropped: int = 0
+    """Spans that were not kept."""
 
     @property
     def final_step(self) -> Step | None:
@@ -409,6 +467,8 @@ class ChatCall:
     """The caller's own tools; passed through to the chosen model."""
     tool_choice: Any = None
     explain: bool = False
+    events: bool = False
+    """Whether the stream tells of each span as it begins and ends."""
     note: str | None = None
     """What the planner said of the question; stands before it in the last user message."""
 

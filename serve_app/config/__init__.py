@@ -399,6 +399,9 @@ class StoreConfig(BaseConfig):
     retention_days: float | None = Field(default=90.0, gt=0)
     """Days that requests with their outcomes and verdicts, and jobs that are over, are kept;
     `None`: for ever. Labelled questions and their outcomes, snapshots and policies always stay."""
+    keep_content: bool = False
+    """Whether a request's trace keeps what tools were given and gave, what models said, and the
+    words of tools' errors: the first 64 KiB of each request. The question itself is always kept."""
     snapshots_dir: str = "snapshots"
     """Router snapshots, for all nodes of a cluster: a shared folder, where a relative one lies in
     `data_dir`, or a URL that `fsspec` knows (`s3://bucket/prefix`, `gs://bucket/prefix`; `${NAME}`

@@ -21,7 +21,7 @@ from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, Repli
 from serve_app.orchestrator.engines import call
 from serve_app.orchestrator.recovery import again, pause_s
 from serve_app.router.rules.base import Answer, RoutingRequest
-from serve_app.schemas import Decision, Limits, Seen
+from serve_app.schemas import Action, Decision, Fact, Limits, Seen
 
 _BATCH_SIZE = 32
 _MAX_IN_FLIGHT = 2
@@ -71,6 +71,18 @@ class _Waiting:
             self.answer.set_exception(answer)
         else:
             self.answer.set_result(answer)
+
+
+def facts_of(decision: Decision) -> dict[str, Fact]:
+    """What a decision's span tells of it."""
+    facts: dict[str, Fact] = {"action": str(decision.action)}
+    if decision.action is Action.ROUTE:
+        facts["pair"] = str(decision.pair)
+    return facts | {
+        "path": str(decision.path),
+        "confidence": decision.confidence,
+        "policy_version": decision.policy_version,
+    }
 
 
 class Decider:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,13 @@ from serve_app.errors import (
 from serve_app.models.watcher import PoolWatcher
 from serve_app.orchestrator.answer import Answer
 from serve_app.orchestrator.channel import Channel
-from serve_app.orchestrator.deciding import Decider
+from serve_app.orchestrator.deciding import Decider, facts_of
 from serve_app.orchestrator.engine import Engine, why_it_ended
 from serve_app.orchestrator.engines import ModelClients
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns import PATTERNS
 from serve_app.orchestrator.recovery import stop_of
-from serve_app.orchestrator.run import Course, Piece, Run
+from serve_app.orchestrator.run import Course, Piece, Run, SpanEvent
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.orchestrator.waking import Waker, awake_only, sleepers_last
 from serve_app.schemas import (
@@ -85,6 +85,7 @@ class Orchestrator:
             clients: Handles to the models; `None` makes them.
         """
         self._record = record
+        self._keeps_content = config.store.keep_content
         self._controller = controller
         self._suspicions: dict[str, asyncio.Task[None]] = {}
         self._clients = clients or ModelClients(self._suspect)
@@ -164,7 +165,7 @@ class Orchestrator:
         Raises:
             AtlasError: As `stream`.
         """
-        run = Run(call)
+        run = Run(call, keeps_content=self._keeps_content)
         wanted = await self._decide(run)
         with self._on_record(run):
             answer = await self._answer(run, wanted)
@@ -207,7 +208,8 @@ class Orchestrator:
 
         Yields:
             OpenAI `chat.completion.chunk` objects, the first with an `atlas` object that names the
-            pair and the path; then the report.
+            pair and the path; then the report. Where the caller wants events, also chunks without
+            choices, whose `atlas` object has the `event`: a span that began or ended.
 
         Raises:
             ModelNotFound: If `model` names nothing in the pool.
@@ -216,8 +218,8 @@ class Orchestrator:
             InvalidRequest: If the chosen engine refuses the request.
             AtlasError: What the last pair tried failed with.
         """
-        channel: Channel[Piece] = Channel()
-        run = Run(call, channel)
+        channel: Channel[Piece | SpanEvent] = Channel()
+        run = Run(call, channel, keeps_content=self._keeps_content)
         wanted = await self._decide(run)
         head = {
             "id": f"chatcmpl-{call.request_id}",
@@ -227,7 +229,11 @@ class Orchestrator:
         opened: set[int] = set()
         with self._on_record(run):
             async with aclosing(channel.read(self._answer(run, wanted))) as pieces:
-                async for pair, path, choices in pieces:
+                async for piece in pieces:
+                    if isinstance(piece, SpanEvent):
+                        yield head | _event_chunk(run, piece)
+                        continue
+                    pair, path, choices = piece
                     for choice in choices:
                         chunk = {**head, "model": str(pair)}
                         if not opened:
@@ -262,6 +268,7 @@ class Orchestrator:
             run.stop = StopReason.DEADLINE if over else StopReason.LEFT
             raise
         finally:
+            run.end()
             if run.is_traffic:
                 self._record(run.report(), run.call.limits.alpha)
 
@@ -324,14 +331,16 @@ class Orchestrator:
         """
         call, deadline, decider = run.call, run.budget.deadline, self._engine.decider
         try:
-            with run.trace.root.child(SpanKind.DECISION, "router"):
-                return await decider.decide(
+            with run.trace.root.child(SpanKind.DECISION, "router") as span:
+                embedding, decision = await decider.decide(
                     call.query,
                     limits,
                     deadline,
                     explain=call.explain,
                     request_id=call.request_id,
                 )
+                span.attributes |= facts_of(decision)
+                return embedding, decision
         except NoCandidate:
             if limits.max_cost_usd is None:
                 raise
@@ -366,6 +375,14 @@ class Orchestrator:
             raise NoCandidate(f"the model {pair.model_id!r} does not answer now ({state})")
         candidate = Candidate(pair, utility=0.0, quality=0.0, cost=0.0)
         return Decision((candidate,), DecidedBy.PINNED, 1.0, 1.0, 0, pool.pool_version)
+
+
+def _event_chunk(run: Run, event: SpanEvent) -> dict[str, Any]:
+    """What a chunk has that tells of a span; its choices are none, as with `include_usage`."""
+    assert run.decision is not None
+    pair, path = run.decision.pair, run.decision.path
+    told = {"event": {"type": event.phase, "span": asdict(event.span)}}
+    return {"model": str(pair), "choices": [], "atlas": {"path": path.value, **told}}
 
 
 _ENGINE_FIELDS = ("stop_reason", "token_ids", "routed_experts", "prompt_token_ids")

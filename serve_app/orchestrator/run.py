@@ -15,7 +15,7 @@ from serve_app.orchestrator.answer import Answer, Choice
 from serve_app.orchestrator.channel import Channel
 from serve_app.orchestrator.history import answer_numbers
 from serve_app.orchestrator.recovery import Move, Recovery, fault_of
-from serve_app.orchestrator.trace import Trace
+from serve_app.orchestrator.trace import Phase, Span, Trace
 from serve_app.schemas import (
     ChatCall,
     Circumstances,
@@ -24,6 +24,7 @@ from serve_app.schemas import (
     Limits,
     Pair,
     Report,
+    SpanRecord,
     Step,
     StopReason,
 )
@@ -36,6 +37,13 @@ class Piece(NamedTuple):
     path: DecidedBy
     choices: list[Choice]
     """Of one OpenAI chunk."""
+
+
+class SpanEvent(NamedTuple):
+    """A span that has begun or ended, on its way to a caller who wants to see it."""
+
+    phase: Phase
+    span: SpanRecord
 
 
 @dataclass
@@ -72,10 +80,12 @@ class Run:
     """One request under way."""
 
     call: ChatCall
-    channel: Channel[Piece] | None = None
+    channel: Channel[Piece | SpanEvent] | None = None
     """Where its pieces go; `None`: the answer is wanted whole."""
     is_traffic: bool = True
     """Whether it goes into the outcome log."""
+    keeps_content: bool = False
+    """Whether its trace tells what models and tools said."""
     decision: Decision | None = None
     """The first one."""
     embedding: NDArray[np.float32] | None = None
@@ -97,7 +107,9 @@ class Run:
         max_usd = self.call.limits.max_cost_usd
         caps = UNLIMITED if max_usd is None else Caps(usd=max_usd)
         self.budget = Budget(Deadline.after(self.call.limits.deadline_s), caps)
-        self.trace = Trace(self.call.request_id)
+        listen = self._tell if self.call.events and self.channel is not None else None
+        self.trace = Trace(self.call.request_id, listen, keeps_content=self.keeps_content)
+        self._last: Report | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -115,6 +127,11 @@ class Run:
             self.is_sent = True
             await self.channel.send(piece)
 
+    def _tell(self, phase: Phase, span: Span) -> None:
+        """Send word of a span on its way; the bound on spans bounds what may wait."""
+        if self.channel is not None:
+            self.channel.offer(SpanEvent(phase, span.record()))
+
     def move(self, failure: AtlasError, *, another: bool) -> Move:
         """What to do after a step has failed.
 
@@ -125,8 +142,15 @@ class Run:
         another = another and not self.budget.deadline.is_over()
         return self.recovery.move(fault_of(failure), sent=self.is_sent, another=another)
 
+    def end(self) -> None:
+        """Nothing more happens: what the report says from now on is the last word."""
+        self.trace.root.end(self.error)
+        self._last = self.report()
+
     def report(self) -> Report:
         """What happened so far."""
+        if self._last is not None:
+            return self._last
         assert self.decision is not None
         steps, course = self.steps, self.course
         return Report(
@@ -143,4 +167,6 @@ class Run:
             answer_step=self.answer.step if self.answer and self.error is None else None,
             circumstances=course.circumstances(steps) if course else None,
             stop=self.stop,
+            spans=self.trace.records(),
+            num_dropped=self.trace.num_dropped,
         )

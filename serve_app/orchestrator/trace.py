@@ -6,41 +6,38 @@ sees. Use is charged to a span and to every span above it.
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from serve_app.errors import AtlasError
-from serve_app.schemas import Step, ToolCall, Usage
+from serve_app.schemas import Fact, SpanKind, SpanRecord, Step, ToolCall, Usage
+
+__all__ = ["MAX_SPANS", "Listener", "Phase", "Span", "SpanKind", "Trace"]
 
 MAX_SPANS = 256
 """Spans kept of one request, steps not counted: limits of their own bound those."""
 MAX_BYTES = 1 << 20
 """Bytes of arguments and results of tools kept of one request."""
+MAX_CONTENT_BYTES = 64 << 10
+"""Bytes of texts in the records of one request, where content is kept."""
+MAX_ATTRIBUTES = 16
+"""Attributes in a span's record."""
+MAX_ATTRIBUTE_CHARS = 200
+"""Of an attribute's name and of its value."""
+MAX_ERROR_CHARS = 500
+"""Of an error in a record."""
 
+Phase = Literal["begin", "end"]
+Listener = Callable[[Phase, "Span"], None]
+"""Hears of a span when it begins and when it ends; must neither wait nor raise."""
 
-class SpanKind(StrEnum):
-    """What a span is about."""
-
-    REQUEST = "request"
-    """The whole of it."""
-    DECISION = "decision"
-    """A question to the router."""
-    NODE = "node"
-    """A part of a pattern."""
-    PAIR = "pair"
-    """A step: the run of a pair."""
-    THOUGHT = "thought"
-    """A step: the run of the planner."""
-    MODEL = "model"
-    """A call of a model."""
-    TOOL = "tool"
-    """A call of a tool."""
-    VALIDATION = "validation"
-    """A check of what a model said."""
+_QUOTING = (SpanKind.TOOL, SpanKind.VALIDATION)
+"""Kinds of spans whose errors repeat what a tool was given or a model said."""
 
 
 @dataclass(slots=True)
@@ -56,16 +53,26 @@ class Span:
     trace: Trace
     began_s: float
     """Monotonic clock."""
+    is_kept: bool = True
+    """Whether the trace has it."""
     seconds: float | None = None
     """`None`: it is under way."""
     error: str | None = None
     """Why it failed; `None`: it did not."""
+    fault: str | None = None
+    """Class of the exception that ended it; `None`: none did."""
     usage: Usage = field(default_factory=Usage)
     """Of it and everything below."""
+    attributes: dict[str, Fact] = field(default_factory=dict)
+    """Small facts, as a verdict or a count; a record has `MAX_ATTRIBUTES` of them."""
     step: Step | None = None
     """What a step came to."""
     tool_call: ToolCall | None = None
     """What a call of a tool came to."""
+    arguments: str | None = None
+    """What a tool was given, as JSON, where content is kept."""
+    text: str | None = None
+    """What a model said or a tool gave, where content is kept."""
     children: list[Span] = field(default_factory=list)
 
     def child(self, kind: SpanKind, name: str) -> Span:
@@ -83,10 +90,20 @@ class Span:
         """Say that it is over."""
         self.seconds = time.monotonic() - self.began_s
         self.error = error
+        if self.is_kept:
+            self.trace.tell("end", self)
 
     def called(self, call: ToolCall) -> None:
         """Say what a call of a tool came to, as far as there is room for the words."""
         self.tool_call = self.trace.fitted(call)
+        if self.trace.keeps_content:
+            given = json.dumps(call.arguments, ensure_ascii=False, default=str)
+            self.arguments, self.text = self.trace.cut(given), self.trace.cut(call.text)
+
+    def said(self, text: str | None) -> None:
+        """Say what a model said; kept where content is, as far as there is room."""
+        if self.trace.keeps_content and text is not None:
+            self.text = self.trace.cut(text)
 
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """Calls of tools below this span, in the order they began."""
@@ -97,6 +114,41 @@ class Span:
         yield self
         for child in self.children:
             yield from child.walk()
+
+    def kept_above(self) -> Span | None:
+        """The nearest span above that the trace has; `None`: this is the request itself."""
+        above = self.parent
+        while above is not None and not above.is_kept:
+            above = above.parent
+        return above
+
+    def record(self) -> SpanRecord:
+        """What may be told of it as it is now."""
+        above = self.kept_above()
+        return SpanRecord(
+            span_id=self.span_id,
+            parent_id=None if above is None else above.span_id,
+            kind=self.kind,
+            name=self.name,
+            began_s=self.began_s - self.trace.began_s,
+            seconds=self.seconds,
+            error=self._told_error(),
+            prompt_tokens=self.usage.prompt_tokens,
+            completion_tokens=self.usage.completion_tokens,
+            cost_usd=self.usage.cost_usd,
+            attributes=_bounded(self.attributes) if self.attributes else {},
+            arguments=self.arguments,
+            text=self.text,
+        )
+
+    def _told_error(self) -> str | None:
+        """Why it failed, in words only where those repeat nothing, or content is kept."""
+        error = self.error
+        if error is None:
+            return "failed" if self.tool_call is not None and not self.tool_call.ok else None
+        if self.kind in _QUOTING and not self.trace.keeps_content:
+            return self.fault or "failed"
+        return error[:MAX_ERROR_CHARS]
 
     def __enter__(self) -> Self:
         """It has begun already."""
@@ -109,8 +161,8 @@ class Span:
         trace: TracebackType | None,
     ) -> None:
         """End it, with the error that ends the block."""
-        said = error.message if isinstance(error, AtlasError) else None
-        self.end(said or (None if kind is None else kind.__name__))
+        self.fault = None if kind is None else kind.__name__
+        self.end(error.message if isinstance(error, AtlasError) else self.fault)
 
 
 class Trace:
@@ -119,19 +171,29 @@ class Trace:
     Invariants:
         - At most `MAX_SPANS` spans and every step are kept, with at most `MAX_BYTES` of what tools
           were given and gave.
-        - What is not kept is counted, and its use is charged all the same.
+        - What is not kept is counted, and its use is charged all the same; nobody hears of it.
+        - A record has no word of a prompt, an answer, an argument or a result unless content is
+          kept, and then at most `MAX_CONTENT_BYTES` in all.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self, name: str, listen: Listener | None = None, *, keeps_content: bool = False
+    ) -> None:
         """Begin.
 
         Args:
             name: Of the request.
+            listen: Hears of each span that is kept; `None`: nobody does.
+            keeps_content: Whether records have what models and tools said.
         """
         self.num_begun = 0
         self.num_dropped = 0
         """Spans that were not kept."""
+        self.keeps_content = keeps_content
+        self.began_s = time.monotonic()
+        self._listen = listen
         self._bytes_left = MAX_BYTES
+        self._content_left = MAX_CONTENT_BYTES
         self.root = self.begin(SpanKind.REQUEST, name, None)
 
     def begin(self, kind: SpanKind, name: str, parent: Span | None) -> Span:
@@ -139,12 +201,20 @@ class Trace:
         span = Span(self.num_begun, parent, kind, name, self, time.monotonic())
         self.num_begun += 1
         is_step = kind is SpanKind.PAIR or kind is SpanKind.THOUGHT
-        if parent is not None:
-            if is_step or self.num_begun - self.num_dropped <= MAX_SPANS:
-                parent.children.append(span)
-            else:
-                self.num_dropped += 1
+        if is_step or self.num_begun - self.num_dropped <= MAX_SPANS:
+            if (above := span.kept_above()) is not None:
+                above.children.append(span)
+        else:
+            self.num_dropped += 1
+            span.is_kept = False
+        if span.is_kept:
+            self.tell("begin", span)
         return span
+
+    def tell(self, phase: Phase, span: Span) -> None:
+        """Have the listener hear of a span."""
+        if self._listen is not None:
+            self._listen(phase, span)
 
     def fitted(self, call: ToolCall) -> ToolCall:
         """A call with no more words than there is room for."""
@@ -156,6 +226,27 @@ class Trace:
         self._bytes_left -= size
         return call
 
+    def cut(self, text: str) -> str:
+        """As much of a text as there is room for in the records."""
+        kept = text.encode("utf-8", "replace")[: self._content_left]
+        self._content_left -= len(kept)
+        return kept.decode("utf-8", "ignore")
+
     def steps(self) -> list[Step]:
         """What the steps that have ended came to, in the order they began."""
         return [span.step for span in self.root.walk() if span.step is not None]
+
+    def records(self) -> tuple[SpanRecord, ...]:
+        """What may be told of the spans as they are now, each after the one above it."""
+        return tuple(span.record() for span in self.root.walk())
+
+
+def _bounded(attributes: dict[str, Fact]) -> dict[str, Fact]:
+    """The first attributes, none too long, and no number that JSON lacks."""
+    kept: dict[str, Fact] = {}
+    for name, value in list(attributes.items())[:MAX_ATTRIBUTES]:
+        if isinstance(value, float) and not math.isfinite(value):
+            value = str(value)
+        short = value[:MAX_ATTRIBUTE_CHARS] if isinstance(value, str) else value
+        kept[name[:MAX_ATTRIBUTE_CHARS]] = short
+    return kept

@@ -112,3 +112,40 @@ async def test_a_run_that_ignores_its_end_holds_its_reader_only_so_long(
         await anext(pieces)
     may_end.set()
     await asyncio.wait(deaf)
+
+
+async def test_what_is_offered_waits_for_nobody_and_keeps_its_place() -> None:
+    channel: Channel[int] = Channel()
+
+    async def work() -> None:
+        for number in range(MAX_WAITING):
+            await channel.send(number)
+        for number in range(MAX_WAITING, 2 * MAX_WAITING):
+            channel.offer(number)
+        await channel.send(2 * MAX_WAITING)
+
+    read = []
+    async with asyncio.timeout(10), aclosing(channel.read(work())) as pieces:
+        first = await anext(pieces)
+        await asyncio.sleep(0.01)
+        read = [first, *[piece async for piece in pieces]]
+    assert read == list(range(2 * MAX_WAITING + 1))
+
+
+async def test_reading_what_was_offered_makes_no_room_for_more_pieces() -> None:
+    channel: Channel[int] = Channel()
+    sent = 0
+
+    async def work() -> None:
+        nonlocal sent
+        for _ in range(MAX_WAITING):
+            channel.offer(-1)
+        while True:
+            await channel.send(sent)
+            sent += 1
+
+    async with aclosing(channel.read(work())) as pieces:
+        offered = [await anext(pieces) for _ in range(MAX_WAITING)]
+        await asyncio.sleep(0.01)
+        assert offered == [-1] * MAX_WAITING
+        assert sent == MAX_WAITING

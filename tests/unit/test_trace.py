@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from serve_app.errors import EngineError
+from serve_app.errors import EngineError, ToolFailed
 from serve_app.orchestrator import trace as module
 from serve_app.orchestrator.trace import MAX_SPANS, SpanKind, Trace
 from serve_app.schemas import DecidedBy, Pair, Step, ToolCall, Usage
@@ -75,3 +77,91 @@ def test_steps_are_in_the_order_in_which_they_began() -> None:
     assert [a is b for a, b in zip(trace.steps(), (s.step for s in spans), strict=True)] == [
         True
     ] * 2
+
+
+def test_the_listener_hears_of_each_span_that_is_kept_when_it_begins_and_ends() -> None:
+    heard: list[tuple[str, int]] = []
+    trace = Trace("req_1", lambda phase, span: heard.append((phase, span.span_id)))
+    with trace.root.child(SpanKind.PAIR, "m@none") as pair, pair.child(SpanKind.MODEL, "m"):
+        pass
+    trace.root.end()
+    assert heard == [
+        ("begin", 0),
+        ("begin", 1),
+        ("begin", 2),
+        ("end", 2),
+        ("end", 1),
+        ("end", 0),
+    ]
+
+
+def test_nobody_hears_of_a_span_beyond_the_bound() -> None:
+    heard: list[int] = []
+    trace = Trace("req_1", lambda _, span: heard.append(span.span_id))
+    for _ in range(2 * MAX_SPANS):
+        trace.root.child(SpanKind.MODEL, "m").end()
+    assert max(heard) == MAX_SPANS - 1
+    assert len(heard) == 1 + 2 * (MAX_SPANS - 1)
+
+
+def test_a_step_below_a_span_that_was_not_kept_is_told_below_the_nearest_that_was() -> None:
+    trace = Trace("req_1")
+    node = trace.root.child(SpanKind.NODE, "vote")
+    for _ in range(MAX_SPANS):
+        dropped = node.child(SpanKind.NODE, "ask")
+    late = dropped.child(SpanKind.PAIR, "m@none")
+    late.charge(Usage(1, 2, 0.5))
+    assert trace.records()[-1].span_id == late.span_id
+    assert trace.records()[-1].parent_id == node.span_id
+    assert dropped.usage == Usage(1, 2, 0.5)
+
+
+def test_a_record_has_what_is_small_and_no_word_of_the_content() -> None:
+    trace = Trace("req_1")
+    with trace.root.child(SpanKind.MODEL, "m") as model:
+        model.said("secret")
+        model.charge(Usage(3, 4, 0.5))
+        model.attributes["count"] = 7
+    with trace.root.child(SpanKind.TOOL, "search") as tool:
+        tool.called(ToolCall("search", {"query": "secret"}, True, "secret", 0.1, {"a": "secret"}))
+    with pytest.raises(ToolFailed), trace.root.child(SpanKind.TOOL, "python"):
+        raise ToolFailed("ValueError: secret")
+    trace.root.child(SpanKind.VALIDATION, "m").end("this is no call: secret")
+    records = trace.records()
+    assert "secret" not in repr(records)
+    assert [record.error for record in records] == [None, None, None, "ToolFailed", "failed"]
+    said = records[1]
+    assert (said.prompt_tokens, said.completion_tokens, said.cost_usd) == (3, 4, 0.5)
+    assert (said.parent_id, said.attributes) == (0, {"count": 7})
+    assert 0 <= said.began_s <= said.began_s + (said.seconds or 0.0) < 10
+
+
+def test_where_content_is_kept_a_record_has_it_up_to_a_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_CONTENT_BYTES", 19)
+    trace = Trace("req_1", keeps_content=True)
+    with trace.root.child(SpanKind.TOOL, "search") as tool:
+        tool.called(ToolCall("search", {"q": "é"}, True, "found", 0.1))
+    with trace.root.child(SpanKind.MODEL, "m") as model:
+        model.said("äöüß and more")
+    _, search, answer = trace.records()
+    assert (search.arguments, search.text) == ('{"q": "é"}', "found")
+    assert answer.text == "ä"  # 16 of the 19 bytes are taken, and half a letter is none
+
+
+def test_a_call_that_was_refused_is_told_as_failed() -> None:
+    trace = Trace("req_1")
+    with trace.root.child(SpanKind.TOOL, "search") as tool:
+        tool.called(ToolCall("search", {}, False, "not run", 0.0))
+    assert trace.records()[1].error == "failed"
+
+
+def test_attributes_of_a_record_are_few_short_and_fit_for_json() -> None:
+    trace = Trace("req_1")
+    trace.root.attributes["ratio"] = math.inf
+    trace.root.attributes["why"] = "x" * 10_000
+    trace.root.attributes |= {f"a{number}": number for number in range(100)}
+    kept = trace.records()[0].attributes
+    assert len(kept) == module.MAX_ATTRIBUTES
+    assert (kept["ratio"], kept["why"]) == ("inf", "x" * module.MAX_ATTRIBUTE_CHARS)

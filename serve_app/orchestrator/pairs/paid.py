@@ -31,7 +31,7 @@ from serve_app.errors import (
     UnfitForPair,
 )
 from serve_app.models.protocol import ChatBody
-from serve_app.orchestrator.answer import Choice, ChunkMerger
+from serve_app.orchestrator.answer import Choice, ChunkMerger, text_of
 from serve_app.orchestrator.engines import ModelClients
 from serve_app.orchestrator.pairs.base import Emit, PairWork
 from serve_app.orchestrator.recovery import (
@@ -211,6 +211,7 @@ class PaidModels:
                 completion = await self._clients.complete(model_id, body, deadline)
                 self._charge(model_id, completion.get("usage"), span, held)
                 choices: list[Choice] = completion["choices"]
+                span.said(text_of(choices))
                 return choices
             merger, usage = ChunkMerger(), None
             try:
@@ -231,6 +232,7 @@ class PaidModels:
             choices = merger.choices()
             if not choices:
                 raise EngineError("the engine gave no choice")
+            span.said(text_of(choices))
             return choices
 
     def _affordable(self, model_id: str, body: ChatBody, budget: Budget) -> ChatBody:

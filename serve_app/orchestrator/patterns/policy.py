@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from serve_app.errors import AtlasError, NoCandidate
 from serve_app.orchestrator.answer import Answer, pieces_of
-from serve_app.orchestrator.deciding import UnderWay
+from serve_app.orchestrator.deciding import UnderWay, facts_of
 from serve_app.orchestrator.engine import FIRST_TRY_SHARE, Engine, StepPlan
 from serve_app.orchestrator.history import best_step, has_answer, seen
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages
@@ -152,10 +152,11 @@ class Policy:
             seconds_left = run.budget.deadline.remaining_s()
             limits = replace(course.limits, deadline_s=seconds_left)
             patience = run.budget.part(0.5).deadline.sooner(_ASK_AGAIN_S)
-            with run.trace.root.child(SpanKind.DECISION, "router"):
+            with run.trace.root.child(SpanKind.DECISION, "router") as span:
                 last_embedding, decision = await self._engine.decider.decide_next(
                     under_way, limits, patience
                 )
+                span.attributes |= facts_of(decision)
             if answer and last_embedding is not None:
                 course.answer_embeddings[len(steps) - 1] = last_embedding
         except AtlasError as error:
