@@ -33,7 +33,7 @@ from pydantic import (
     field_validator,
 )
 
-from serve_app.config import BaseConfig
+from serve_app.config.base import BaseConfig
 from serve_app.errors import ConfigError
 
 HELD_OUT_SHARE = 0.2

@@ -19,6 +19,9 @@ NO_TOOL = "none"
 LOCAL_OWNER = "local"
 """Owner of everything where no key is asked for: everybody."""
 
+PATTERN_PREFIX = "pattern:"
+"""Before a pattern's name, wherever a model or a pair could stand."""
+
 ToolKind = Literal["none", "function", "context", "sampling"]
 """How a tool joins a model: not at all, as a callable function, as text in the prompt, or by
 sampling and choosing."""
@@ -42,12 +45,22 @@ class Pair(NamedTuple):
     tool_id: str
 
     def __str__(self) -> str:
-        """`model_id@tool_id`."""
-        return f"{self.model_id}@{self.tool_id}"
+        """`model_id@tool_id`, or `pattern:<name>`."""
+        return self.model_id if self.is_pattern else f"{self.model_id}@{self.tool_id}"
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether it stands for a declared pattern."""
+        return self.model_id.startswith(PATTERN_PREFIX)
+
+    @classmethod
+    def of_pattern(cls, name: str) -> Pair:
+        """What stands for a declared pattern among the pairs."""
+        return cls(f"{PATTERN_PREFIX}{name}", NO_TOOL)
 
     @classmethod
     def parse(cls, text: str) -> Pair:
-        """Read `model_id@tool_id`, or `model_id` for plain generation."""
+        """Read `model_id@tool_id`, `model_id` for plain generation, or `pattern:<name>`."""
         model_id, _, tool_id = text.rpartition("@") if "@" in text else (text, "", NO_TOOL)
         return cls(model_id, tool_id)
 
@@ -113,6 +126,8 @@ class StopReason(StrEnum):
     """No further call of a tool was allowed."""
     REFUSED = "refused"
     """The request is wrong, or fits no candidate."""
+    DECLINED = "declined"
+    """A pattern found that it has no answer, and said so."""
     NO_CANDIDATE = "no_candidate"
     """Nothing in the pool could serve it."""
     FAILED = "failed"
@@ -136,6 +151,8 @@ class SpanKind(StrEnum):
     """A step: the run of a pair."""
     THOUGHT = "thought"
     """A step: the run of the planner."""
+    CALL = "call"
+    """A run of a pair inside a pattern."""
     MODEL = "model"
     """A call of a model."""
     TOOL = "tool"
@@ -170,6 +187,43 @@ class ModelMember:
 
 
 @dataclass(frozen=True, slots=True)
+class PatternMember:
+    """One declared pattern, and what it needs of the pool."""
+
+    name: str
+    pairs: frozenset[Pair] = frozenset()
+    """All of them have to answer."""
+    models: frozenset[str] = frozenset()
+    """Verifiers; all of them have to answer."""
+    choices: tuple[frozenset[Pair], ...] = ()
+    """Of each, one has to answer: where the pattern leaves the choice to the router."""
+    routable: bool = True
+    """Whether the router may choose it."""
+    missing: str | None = None
+    """What it names that the pool does not have, in words; `None`: nothing."""
+
+    @property
+    def pair(self) -> Pair:
+        """What stands for it among the pairs."""
+        return Pair.of_pattern(self.name)
+
+    def is_ready(self, ready: frozenset[Pair], models: frozenset[str]) -> bool:
+        """Whether all that it needs answers.
+
+        Args:
+            ready: Pairs that answer.
+            models: Models that answer.
+        """
+        plain = frozenset(Pair(model_id, NO_TOOL) for model_id in models)
+        return (
+            self.missing is None
+            and self.pairs <= ready | plain
+            and self.models <= models
+            and all(choice & ready for choice in self.choices)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class PoolState:
     """The pool at one version. Versions only rise."""
 
@@ -182,6 +236,32 @@ class PoolState:
     """The deployment with the pool as it is wanted now; `None`: not known."""
     revision: int | None = None
     """Of the desired pool; `None` before the store has told."""
+    patterns: tuple[PatternMember, ...] = ()
+    """Every declared pattern, ready or not."""
+
+    def candidates(self) -> tuple[Pair, ...]:
+        """What the router may choose among, ready or not: pairs and routable patterns."""
+        return (*self.pairs, *(p.pair for p in self.patterns if p.routable))
+
+    def ready_candidates(self) -> tuple[Pair, ...]:
+        """What the router may choose among now."""
+        ready = set(self.ready_patterns())
+        routable = [p.pair for p in self.patterns if p.routable and p.name in ready]
+        return (*self.ready_pairs(), *routable)
+
+    def ready_patterns(self, asleep: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        """Names of the patterns that can answer now.
+
+        Args:
+            asleep: Models that count as not ready.
+        """
+        models = frozenset(
+            m.model_id
+            for m in self.models
+            if m.state is MemberState.READY and m.model_id not in asleep
+        )
+        pairs = frozenset(p for p in self.ready_pairs() if p.model_id in models)
+        return tuple(p.name for p in self.patterns if p.is_ready(pairs, models))
 
     def ready_pairs(self) -> tuple[Pair, ...]:
         """Pairs that answer now."""
@@ -426,6 +506,10 @@ class Report:
     """Path 2: every decision in its order, the first one included; empty on the other paths."""
     answer_step: int | None = None
     """Index of the step whose answer was returned; `None` where none was."""
+    is_partial: bool = False
+    """Whether a cap cut the answer short; `stop` says which."""
+    sources: tuple[dict[str, Any], ...] = ()
+    """What the answer of a pattern rests on: `id`, `title` and `text` of each."""
     circumstances: Circumstances | None = None
     """Of a request of path 2; `None` on the other paths."""
     stop: StopReason = StopReason.ANSWERED

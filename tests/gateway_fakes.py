@@ -16,6 +16,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from serve_app.config import AtlasConfig
+from serve_app.config.patterns.check import members_of_patterns
 from serve_app.errors import EngineBusy, EngineError
 from serve_app.gateway.app import build_api
 from serve_app.jobs import Jobs
@@ -55,7 +56,10 @@ def gateway_config(**gateway: Any) -> AtlasConfig:
         for name in ("small", "large", "broken")
     ]
     tools = [{"type": "calculator", "tool_id": "calculator"}]
-    return AtlasConfig.model_validate({"models": models, "tools": tools, "gateway": gateway})
+    hello = {"name": "hello", "do": [{"ask": {"pair": "small"}}]}
+    return AtlasConfig.model_validate(
+        {"models": models, "tools": tools, "patterns": [hello], "gateway": gateway}
+    )
 
 
 class ScriptedOrchestrator:
@@ -80,6 +84,7 @@ class ScriptedOrchestrator:
             ),
             tools=("none", "calculator"),
             pairs=config.all_pairs(),
+            patterns=members_of_patterns(config),
         )
 
     def pool(self) -> PoolState:

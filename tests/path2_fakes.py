@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from serve_app.budget import Deadline
 from serve_app.config import AtlasConfig, StoreConfig
+from serve_app.config.patterns.check import members_of_patterns
 from serve_app.errors import DeadlineExceeded, EngineError, InvalidRequest
 from serve_app.models.engine_output import StreamChecker, checked_completion
 from serve_app.models.protocol import ChatBody
@@ -118,6 +119,7 @@ class Controller:
             models=tuple(ModelMember(m.model_id, MemberState.READY) for m in config.models),
             tools=tuple(tool.tool_id for tool in config.tools),
             pairs=config.all_pairs(),
+            patterns=members_of_patterns(config),
         )
 
     async def state(self, known_version: int = -1, watcher: str | None = None) -> PoolState:
@@ -199,7 +201,12 @@ def refuses_logprobs(body: ChatBody) -> Any:
     return InvalidRequest("no logprobs here") if body.get("logprobs") else "plain"
 
 
-def path2_config(folder: Path, store_url: str = StoreConfig().url, **router: Any) -> AtlasConfig:
+def path2_config(
+    folder: Path,
+    store_url: str = StoreConfig().url,
+    patterns: Sequence[Any] = (),
+    **router: Any,
+) -> AtlasConfig:
     """Three models without tools, the third one dear."""
     models = [
         {
@@ -214,6 +221,7 @@ def path2_config(folder: Path, store_url: str = StoreConfig().url, **router: Any
     return AtlasConfig.model_validate(
         {
             "models": models,
+            "patterns": patterns,
             "embedder": {"model": "test-encoder"},
             "router": {"refresh_interval_s": 0.05, "rollback": {"interval_s": 0.05}} | router,
             "data_dir": str(folder),
@@ -283,10 +291,13 @@ class Path2:
 
 @asynccontextmanager
 async def path2(
-    folder: Path, store_url: str = StoreConfig().url, **router: Any
+    folder: Path,
+    store_url: str = StoreConfig().url,
+    patterns: Sequence[Any] = (),
+    **router: Any,
 ) -> AsyncIterator[Path2]:
     """A deployment in this process."""
-    config = path2_config(folder, store_url, **router)
+    config = path2_config(folder, store_url, patterns, **router)
     store = await Store.open(config.store_url())
     embedder, controller = Handle(WordEmbedder()), Handle(Controller(config))
     replica = Router.__new__(Router)

@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from rl.ppo.randomise import EnvSettings
-from serve_app.config import BaseConfig
+from serve_app.config.base import BaseConfig
 from serve_app.errors import ConfigError
 
 Schedule = Annotated[list[tuple[int, float]], Field(min_length=2)]

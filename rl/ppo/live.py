@@ -87,7 +87,7 @@ class ServedPool:
                 "live training drives the pool, and no graph answers on this cluster: is "
                 "`atlas serve` running?"
             ) from None
-        return state.ready_pairs()
+        return state.ready_candidates()
 
     async def run(self, call: ChatCall) -> tuple[Report, AtlasError | None]:
         """See `Pool.run`."""

@@ -68,14 +68,18 @@ async def ready_pool(
 
 
 def _of(state: PoolState, models: frozenset[str] | None) -> ReadyPool:
-    wanted = [pair for pair in state.pairs if models is None or pair.model_id in models]
-    ready = set(state.ready_pairs())
+    wanted = [pair for pair in state.candidates() if models is None or pair.model_id in models]
+    ready = set(state.ready_candidates())
     left_out = tuple(pair for pair in wanted if pair not in ready)
     incomplete = {pair.model_id for pair in left_out}
     reasons = tuple(
         f"{member.model_id} is {member.state.value}" + (f": {member.reason}" * bool(member.reason))
         for member in state.models
         if member.model_id in incomplete
+    ) + tuple(
+        f"{pattern.pair}: {pattern.missing or 'a model that it needs does not answer'}"
+        for pattern in state.patterns
+        if pattern.pair in left_out
     )
     return ReadyPool(state, tuple(pair for pair in wanted if pair in ready), left_out, reasons)
 

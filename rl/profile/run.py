@@ -27,6 +27,7 @@ import ray
 from rl.profile.measure import RunSettings, measure_pair, measure_thought
 from rl.profile.ready_pool import ready_pool
 from serve_app.config import AtlasConfig
+from serve_app.config.patterns.check import needs_of, routed_pairs
 from serve_app.embedder import Embedder
 from serve_app.errors import ConfigError
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages, with_note
@@ -66,6 +67,8 @@ _MODEL_FIELDS = {
     "max_completion_tokens",
 }
 """Settings of a model that its answers depend on."""
+_CARD = {"answers", "examples", "routable"}
+"""Of a pattern: what the router reads; its answers do not depend on it."""
 _TOOL_EXTRAS = {"description", "examples", "price_usd_per_call"}
 """Settings of a tool that its results do not depend on."""
 
@@ -226,6 +229,8 @@ def fingerprint(config: AtlasConfig, pair: Pair, planner: str | None = None) -> 
         pair: Who answers.
         planner: Model that has spoken before; `None`: no planner.
     """
+    if pair.is_pattern:
+        return _of_pattern(config, pair)
     tool = next((tool for tool in config.tools if tool.tool_id == pair.tool_id), None)
     settings = [
         _of_model(config, pair.model_id),
@@ -233,6 +238,29 @@ def fingerprint(config: AtlasConfig, pair: Pair, planner: str | None = None) -> 
     ]
     if planner is not None:
         settings.append({"thought": thought_fingerprint(config, planner), "as": with_note("", "")})
+    return _digest(settings)
+
+
+def _of_pattern(config: AtlasConfig, pair: Pair) -> str:
+    """Hash of a pattern and of everything that it asks.
+
+    Where it leaves a choice to the router, that is every pair it may choose: what the router makes
+    of them is not part of the hash, so a promotion shifts what such a pattern's outcomes mean.
+    """
+    patterns = {Pair.of_pattern(pattern.name): pattern for pattern in config.patterns}
+    pattern = patterns[pair]
+    needs = needs_of(pattern)
+    asked = needs.pairs | {Pair.of_pattern(name) for name in needs.patterns}
+    for node in needs.routes:
+        asked |= set(routed_pairs(node, config))
+    tools = [tool for tool in config.tools if tool.tool_id in needs.tools]
+    settings = [
+        {k: v for k, v in pattern.as_written().items() if k not in _CARD},
+        [fingerprint(config, of) for of in sorted(asked)],
+        [_of_model(config, model_id) for model_id in sorted(needs.verifiers)],
+        [tool.model_dump(mode="json", exclude=_TOOL_EXTRAS) for tool in tools],
+        "routed" if needs.routes else "fixed",
+    ]
     return _digest(settings)
 
 

@@ -27,6 +27,7 @@ from serve_app.cli.console import (
     load,
     next_try,
 )
+from serve_app.cli.patterns import app as patterns_app
 from serve_app.cli.pool import app as pool_app
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, ClusterDied
@@ -41,6 +42,7 @@ app = typer.Typer(
 keys_app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(pool_app, name="pool")
+app.add_typer(patterns_app, name="patterns")
 
 
 @app.command()
@@ -149,7 +151,7 @@ def ask(
         float | None, typer.Option(help="Cost-quality dial in [0, 1]; 0 = quality only.")
     ] = None,
     pair: Annotated[
-        str, typer.Option(help="Model or model@tool to use instead of routing.")
+        str, typer.Option(help="Model, model@tool or pattern:NAME to use instead of routing.")
     ] = "atlas",
     explain: Annotated[bool, typer.Option(help="Show every candidate's scores.")] = False,
     stream: Annotated[bool, typer.Option(help="Print the answer as it comes.")] = False,

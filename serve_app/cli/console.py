@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -67,3 +67,33 @@ def api_errors(url: str) -> Iterator[None]:
         raise fail(f"nothing answers at {url}; is `atlas serve` running?") from None
     except openai.APIError as error:
         raise fail(error.message) from None
+
+
+class AdminClient:
+    """The admin API of a gateway."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        import openai
+
+        self._url = url
+        self._client = openai.OpenAI(base_url=f"{url}/v1/admin", api_key=api_key)
+
+    def call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """One call.
+
+        Raises:
+            typer.Exit: If it is refused, or nobody answers; the reason is printed.
+        """
+        client = self._client
+        with api_errors(self._url):
+            if method == "GET":
+                answer: Any = client.get(path, cast_to=object)
+            elif method == "DELETE":
+                answer = client.delete(path, cast_to=object)
+            elif method == "POST":
+                answer = client.post(path, cast_to=object, body=body)
+            elif method == "PUT":
+                answer = client.put(path, cast_to=object, body=body)
+            else:
+                answer = client.patch(path, cast_to=object, body=body)
+        return dict(answer)

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from serve_app.cli.console import (
     DEFAULT_URL,
+    AdminClient,
     KeyOption,
     UrlOption,
-    api_errors,
     console,
     fail,
     next_try,
@@ -32,40 +32,10 @@ Settings = Annotated[
 WaitOption = Annotated[bool, typer.Option("--wait", help="Return when it is done, or has failed.")]
 
 
-class _Admin:
-    """The admin API of a gateway."""
-
-    def __init__(self, url: str, api_key: str) -> None:
-        import openai
-
-        self._url = url
-        self._client = openai.OpenAI(base_url=f"{url}/v1/admin", api_key=api_key)
-
-    def call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """One call.
-
-        Raises:
-            typer.Exit: If it is refused, or nobody answers; the reason is printed.
-        """
-        client = self._client
-        with api_errors(self._url):
-            if method == "GET":
-                answer: Any = client.get(path, cast_to=object)
-            elif method == "DELETE":
-                answer = client.delete(path, cast_to=object)
-            elif method == "POST":
-                answer = client.post(path, cast_to=object, body=body)
-            elif method == "PUT":
-                answer = client.put(path, cast_to=object, body=body)
-            else:
-                answer = client.patch(path, cast_to=object, body=body)
-        return dict(answer)
-
-
 @app.command("list")
 def list_command(url: UrlOption = DEFAULT_URL, api_key: KeyOption = "none") -> None:
     """List the models and tools."""
-    admin = _Admin(url, api_key)
+    admin = AdminClient(url, api_key)
     console.print(_models_table(admin.call("GET", "/models")))
     table = Table("tool", "type", "USD per call", "models")
     for row in admin.call("GET", "/tools")["data"]:
@@ -82,7 +52,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Keep showing it, until Ctrl-C.")] = False,
 ) -> None:
     """Show where each model stands."""
-    admin = _Admin(url, api_key)
+    admin = AdminClient(url, api_key)
     table = _models_table(admin.call("GET", "/models"))
     if not watch:
         console.print(table)
@@ -104,7 +74,7 @@ def add_model(
     api_key: KeyOption = "none",
 ) -> None:
     """Add a model; it is routed to when it is warm."""
-    _change(_Admin(url, api_key), "POST", "/models", "added", wait, _read(settings))
+    _change(AdminClient(url, api_key), "POST", "/models", "added", wait, _read(settings))
 
 
 @app.command("update-model")
@@ -117,7 +87,7 @@ def update_model(
     """Give a model other settings; the new one takes over when it is warm."""
     model = _read(settings)
     path = f"/models/{model.get('model_id')}"
-    _change(_Admin(url, api_key), "PUT", path, "changed", wait, model)
+    _change(AdminClient(url, api_key), "PUT", path, "changed", wait, model)
 
 
 @app.command("remove-model")
@@ -128,7 +98,7 @@ def remove_model(
     api_key: KeyOption = "none",
 ) -> None:
     """Take a model out; what is under way ends first."""
-    _change(_Admin(url, api_key), "DELETE", f"/models/{model_id}", "removed", wait)
+    _change(AdminClient(url, api_key), "DELETE", f"/models/{model_id}", "removed", wait)
 
 
 @app.command("set-price")
@@ -141,7 +111,7 @@ def set_price(
 ) -> None:
     """Change what a model's tokens cost."""
     price = {"usd_per_1m_prompt_tokens": prompt, "usd_per_1m_completion_tokens": completion}
-    _Admin(url, api_key).call("PATCH", f"/models/{model_id}", price)
+    AdminClient(url, api_key).call("PATCH", f"/models/{model_id}", price)
     console.print(f"{model_id} changed", highlight=False)
 
 
@@ -156,14 +126,14 @@ def add_tool(
 ) -> None:
     """Add a tool."""
     tool = _read(settings)
-    _Admin(url, api_key).call("POST", "/tools", {"tool": tool, "models": model})
+    AdminClient(url, api_key).call("POST", "/tools", {"tool": tool, "models": model})
     console.print(f"{tool['tool_id']} added", highlight=False)
 
 
 @app.command("remove-tool")
 def remove_tool(tool_id: str, url: UrlOption = DEFAULT_URL, api_key: KeyOption = "none") -> None:
     """Take a tool out, and its pairs with it."""
-    _Admin(url, api_key).call("DELETE", f"/tools/{tool_id}")
+    AdminClient(url, api_key).call("DELETE", f"/tools/{tool_id}")
     console.print(f"{tool_id} removed", highlight=False)
 
 
@@ -188,7 +158,12 @@ def _read(settings: str) -> dict[str, Any]:
 
 
 def _change(
-    admin: _Admin, method: str, path: str, done: str, wait: bool, body: dict[str, Any] | None = None
+    admin: AdminClient,
+    method: str,
+    path: str,
+    done: str,
+    wait: bool,
+    body: dict[str, Any] | None = None,
 ) -> None:
     """Change one model, say that it is taken, and see it through if asked to."""
     taken = admin.call(method, path, body)
@@ -197,7 +172,7 @@ def _change(
         _wait(admin, taken)
 
 
-def _wait(admin: _Admin, taken: dict[str, Any]) -> None:
+def _wait(admin: AdminClient, taken: dict[str, Any]) -> None:
     """Show each change of a model until it is where it should be, or has failed."""
     model_id, began_s, known = taken["model_id"], time.monotonic(), None
     with console.status(f"{model_id} …"):

@@ -14,8 +14,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from serve_app.config.base import BaseConfig
+from serve_app.config.patterns.check import check_patterns
+from serve_app.config.patterns.files import read_patterns
+from serve_app.config.patterns.language import PatternConfig
 from serve_app.config.tools import MAX_DESCRIPTION_CHARS, BestOfConfig, Examples, ToolConfig
 from serve_app.environment import MAX_REQUEST_S
 from serve_app.errors import ConfigError
@@ -49,14 +53,6 @@ _HOST_PATTERN = r"^(\*\.)?[a-z0-9]([a-z0-9._-]*[a-z0-9])?$|^[0-9a-f.]*:[0-9a-f:.
 """A name or an address in lower case, without port or brackets."""
 
 
-class BaseConfig(BaseModel):
-    """Unknown keys fail, values never change, field docstrings become descriptions."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
 class AutoscalingConfig(BaseConfig):
     """Replica bounds of one deployment; Ray Serve's own names."""
 
@@ -83,7 +79,7 @@ class DeploymentConfig(BaseConfig):
     """CPUs each replica reserves in Ray; fractions are fine."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests a replica works on at once; more wait in the caller's queue."""
-    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Custom Ray resources each replica needs, for example `{cpu_node: 0.001}`: only nodes that
     have them get replicas."""
     max_replicas_per_node: int | None = Field(default=None, ge=1, le=100)
@@ -172,17 +168,17 @@ class LocalModelConfig(ModelBase):
     type: Literal["local"] = "local"
     model_source: str
     """A folder (starting with `.` or `/`) or a hub id."""
-    engine_kwargs: dict[str, Any] = {}
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """vLLM engine arguments, vLLM's own names. With `trust_remote_code` a model of the hub needs
     `revision` and `code_revision`: a commit, or `${NAME}` for an environment variable with one."""
-    bundle: dict[str, float] = {"CPU": 1.0}
+    bundle: dict[str, float] = Field(default_factory=lambda: {"CPU": 1.0})
     """Resources of each engine worker (Ray's names: CPU, GPU); one bundle per tensor- and
     pipeline-parallel rank."""
     num_cpus: float = Field(default=0.1, ge=0)
     """CPUs the Serve replica in front of the engine reserves."""
     accelerator_type: str | None = None
     """Ray accelerator type, for example `A100`; `None` takes any node with the resources."""
-    env: dict[str, str] = {}
+    env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the engine processes."""
     startup_memory_gib: float = Field(default=3.0, gt=0)
     """Memory one start takes at its peak; starts run side by side only as far as the node's free
@@ -228,7 +224,7 @@ class CustomModelConfig(ModelBase):
     type: Literal["custom"] = "custom"
     import_path: str = Field(pattern=r"^[\w.]+:\w+$")
     """`module:Class`; the class is made with `settings` as keyword arguments."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     num_cpus: float = Field(default=0.1, ge=0)
 
 
@@ -506,7 +502,7 @@ class PoolConfig(BaseConfig):
     retry_max_s: float = Field(default=600.0, gt=0)
     """Longest pause before a failed model is started again."""
     max_parallel_starts: int = Field(default=4, ge=1)
-    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Custom Ray resources that the controller needs, as in `DeploymentConfig`."""
     health_interval_s: float = Field(default=5.0, gt=0)
     """How often a pool at rest is looked at."""
@@ -522,6 +518,8 @@ class AtlasConfig(BaseConfig):
     tools: tuple[ToolConfig, ...] = Field(default=(), max_length=256)
     pairs: tuple[PairCardConfig, ...] = ()
     """Cards of single pairs."""
+    patterns: tuple[PatternConfig, ...] = Field(default=(), max_length=64)
+    """Ways to answer with several calls. In a file: names of files, or of folders with them."""
     embedder: EmbedderConfig = EmbedderConfig()
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()
@@ -646,8 +644,8 @@ def load_config(path: str | Path) -> AtlasConfig:
     """Read and check a configuration file.
 
     Raises:
-        ConfigError: If the file is missing, is not YAML, or a setting is wrong; the message names
-            the setting.
+        ConfigError: If the file is missing, is not YAML, or a setting or pattern is wrong; the
+            message names the setting, or the pattern and its node.
     """
     path = Path(path)
     try:
@@ -660,8 +658,13 @@ def load_config(path: str | Path) -> AtlasConfig:
         raise ConfigError(
             f"configuration {str(path)!r} must be a mapping, got {type(parsed).__name__}"
         )
+    resolved = _resolve_paths(parsed, path.absolute().parent)
+    if "patterns" in resolved:
+        resolved["patterns"] = read_patterns(resolved["patterns"])
     try:
-        return AtlasConfig.model_validate(_resolve_paths(parsed, path.absolute().parent))
+        config = AtlasConfig.model_validate(resolved)
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors()]
         raise ConfigError(f"configuration {str(path)!r}:\n" + "\n".join(lines)) from error
+    check_patterns(config)
+    return config

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic.json_schema import models_json_schema
 
 from serve_app.config import LimitsConfig, PriceConfig
+from serve_app.config.patterns.language import PatternConfig
 from serve_app.gateway.chat.wire import (
     ChatRequest,
     FeedbackRequest,
@@ -34,6 +35,7 @@ def openapi_document(limits: LimitsConfig, auth_mode: Literal["open", "required"
             (JobSubmission, "validation"),
             (ModelSubmission, "validation"),
             (ToolSubmission, "validation"),
+            (PatternConfig, "validation"),
             (PriceConfig, "validation"),
         ],
         ref_template=_REF,
@@ -48,7 +50,8 @@ def openapi_document(limits: LimitsConfig, auth_mode: Literal["open", "required"
             "version": _version(),
             "description": (
                 "OpenAI-compatible chat completions. `model: atlas` routes each request to a "
-                "(model, tool) pair; `<model_id>` or `<model_id>@<tool_id>` pins one."
+                "(model, tool) pair or a pattern; `<model_id>`, `<model_id>@<tool_id>` or "
+                "`pattern:<name>` pins one."
             ),
         },
         "paths": _paths(),
@@ -205,6 +208,30 @@ def _paths() -> Json:
                 {"202": _json_response("Accepted.", "ToolChange")},
                 errors=(400, 404, 429, 431, 500),
                 parameters=[_path_parameter("tool_id")],
+            )
+        },
+        "/v1/admin/patterns": {
+            "get": _operation(
+                "adminListPatterns",
+                "Patterns with their nodes, whether each answers now, and its worst case.",
+                {"200": _json_response("The patterns.", "AdminList")},
+                errors=(429, 431, 500),
+            ),
+            "post": _operation(
+                "putPattern",
+                "Add a pattern, or give one other nodes.",
+                {"202": _json_response("Accepted.", "PatternChange")},
+                body=_body("PatternConfig"),
+                errors=_CHANGE_ERRORS,
+            ),
+        },
+        "/v1/admin/patterns/{name}": {
+            "delete": _operation(
+                "removePattern",
+                "Remove a pattern.",
+                {"202": _json_response("Accepted.", "PatternChange")},
+                errors=(400, 404, 429, 431, 500),
+                parameters=[_path_parameter("name")],
             )
         },
         "/v1/admin/snapshots": {
@@ -384,11 +411,11 @@ def _list(of: Json) -> Json:
     return {"type": "array", "items": of}
 
 
-def _change(kind: str) -> Json:
+def _change(kind: str, name: str | None = None) -> Json:
     return _object(
         {
             "object": {"const": f"atlas.{kind}"},
-            f"{kind}_id": _STRING,
+            name or f"{kind}_id": _STRING,
             "change": {"enum": ["added", "changed", "removed"]},
             "revision": _COUNT,
         }
@@ -537,6 +564,7 @@ def _response_schemas() -> Json:
         ),
         "ModelChange": _change("model"),
         "ToolChange": _change("tool"),
+        "PatternChange": _change("pattern", "name"),
         "Status": _object({"status": _STRING}),
         "Document": {"type": "object"},
     }

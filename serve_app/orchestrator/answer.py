@@ -26,6 +26,10 @@ class Answer:
     """Number of the step that gave it."""
     stop: StopReason = StopReason.ANSWERED
     """Why nothing more was done."""
+    is_partial: bool = False
+    """Whether a cap cut it short; `stop` says which."""
+    sources: tuple[dict[str, Any], ...] = ()
+    """What the answer of a pattern rests on."""
 
 
 def text_of(choices: list[Choice]) -> str | None:

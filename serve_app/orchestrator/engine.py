@@ -11,14 +11,12 @@ from serve_app.orchestrator.answer import Answer, Choice, mean_logprob_of, text_
 from serve_app.orchestrator.deciding import Decider
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
+from serve_app.orchestrator.patterns.declared import Composed, PatternRunner
 from serve_app.orchestrator.run import Piece, Run
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.schemas import Action, ChatCall, DecidedBy, Pair, Step
 
 logger = logging.getLogger(__name__)
-
-FIRST_TRY_SHARE = 0.6
-"""Share of the time left that a step may take while another pair could still take over."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,13 @@ class Engine:
     """The pool, the router and the planner; one per gateway replica."""
 
     pairs: PairRunner
+    patterns: PatternRunner
     decider: Decider
     planner: str | None
     """Model that thinks."""
 
     async def step(self, run: Run, plan: StepPlan) -> Answer:
-        """Run a pair, or the planner.
+        """Run a candidate (a pair, or a declared pattern), or the planner.
 
         Raises:
             AtlasError: If it gives no answer.
@@ -74,7 +73,11 @@ class Engine:
         choices: list[Choice] = []
         error: str | None = None
         try:
-            choices = await self.pairs.run(work)
+            if plan.pair.is_pattern:
+                composed = await self.patterns.run(work)
+            else:
+                composed = Composed(await self.pairs.run(work))
+            choices = composed.choices
         except AtlasError as failure:
             error = failure.message
             raise
@@ -102,7 +105,15 @@ class Engine:
                 policy_version=plan.policy_version,
             )
         number = next(n for n, step in enumerate(run.steps) if step is span.step)
-        return Answer(choices, plan.pair, plan.path, number)
+        return Answer(
+            choices,
+            plan.pair,
+            plan.path,
+            number,
+            composed.stop,
+            composed.is_partial,
+            composed.sources,
+        )
 
 
 def why_it_ended(deadline: Deadline) -> str:

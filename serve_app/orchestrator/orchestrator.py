@@ -34,7 +34,8 @@ from serve_app.orchestrator.deciding import Decider, facts_of
 from serve_app.orchestrator.engine import Engine, why_it_ended
 from serve_app.orchestrator.engines import ModelClients
 from serve_app.orchestrator.pairs.runner import PairRunner
-from serve_app.orchestrator.patterns import PATTERNS
+from serve_app.orchestrator.patterns.builtin import PATTERNS
+from serve_app.orchestrator.patterns.declared import PatternRunner, can_be_pattern, check_call
 from serve_app.orchestrator.recovery import stop_of
 from serve_app.orchestrator.run import Course, Piece, Run, SpanEvent
 from serve_app.orchestrator.trace import SpanKind
@@ -91,7 +92,9 @@ class Orchestrator:
         self._clients = clients or ModelClients(self._suspect)
         self._waker = Waker(config.pool, self._clients)
         self._pairs = PairRunner(config, self._clients)
-        self._engine = Engine(self._pairs, Decider(embedder, router), config.router.planner)
+        decider = Decider(embedder, router)
+        self._declared = PatternRunner(self._pairs, decider, config)
+        self._engine = Engine(self._pairs, self._declared, decider, config.router.planner)
         self._patterns = {name: make(self._engine) for name, make in PATTERNS.items()}
         self._plain_tools: frozenset[str] = frozenset({NO_TOOL})
         self._watcher = PoolWatcher(controller, self._use)
@@ -103,6 +106,7 @@ class Orchestrator:
         )
         if pool.config is not None:
             self._pairs.use(pool.config)
+            self._declared.use(pool.config)
         self._plain_tools = frozenset(
             {NO_TOOL, *(t for t in pool.tools if self._pairs.kind(t) == "context")}
         )
@@ -282,9 +286,8 @@ class Orchestrator:
         assert run.decision is not None
         if wanted is not None:
             self._waker.wake(wanted)
-        chosen = run.decision.pair.model_id
-        if chosen in self._waker.asleep(self._watcher.state):
-            await self._waker.wait_for(chosen, run.budget.deadline)
+        for model_id in self._sleepers(run.decision.pair):
+            await self._waker.wait_for(model_id, run.budget.deadline)
         name = "single" if run.course is None or run.is_plain else "policy"
         run.answer = await self._patterns[name].run(run)
         return run.answer
@@ -296,7 +299,7 @@ class Orchestrator:
             The model that would have been chosen if it did not sleep; `None` where that is none.
         """
         if run.call.model != ROUTED:
-            run.decision = self._pinned(run.call.model)
+            run.decision = self._pinned(run.call)
             return None
         limits = run.call.limits
         if run.is_plain:
@@ -305,22 +308,42 @@ class Orchestrator:
                 self._plain_tools if limits.tools is None else limits.tools & self._plain_tools
             )
             limits = replace(limits, tools=allowed, max_steps=1)
+        if not can_be_pattern(run.call):
+            limits = self._without_patterns(limits)
         embedding, decision = await self._route(run, limits)
         wanted: str | None = None
         asleep = self._waker.asleep(self._watcher.state)
         if asleep:
             awake = awake_only(limits, self._watcher.state, asleep)
-            if decision.pair.model_id in asleep:
-                wanted = decision.pair.model_id
+            if self._sleepers(decision.pair):
+                wanted = self._sleepers(decision.pair)[0]
                 # Asked anew, because the choice among fewer has another propensity.
                 with contextlib.suppress(NoCandidate, BudgetExceeded):
                     embedding, decision = await self._route(run, awake)
-            if decision.pair.model_id not in asleep:
+            if not self._sleepers(decision.pair):
                 limits, decision = awake, sleepers_last(decision, asleep)
         run.embedding, run.decision = embedding, decision
         if decision.path is DecidedBy.POLICY:
             run.course = Course(limits, embedding, [decision])
         return wanted
+
+    def _sleepers(self, pair: Pair) -> list[str]:
+        """Models that sleep and that a candidate cannot do without."""
+        pool = self._watcher.state
+        asleep = self._waker.asleep(pool)
+        if not asleep or not pair.is_pattern:
+            return [pair.model_id] if pair.model_id in asleep else []
+        member = next(p for p in pool.patterns if p.pair == pair)
+        needed = member.models | {of.model_id for of in member.pairs}
+        for choice in member.choices:
+            if all(of.model_id in asleep for of in choice):
+                needed |= {next(iter(sorted(choice))).model_id}
+        return sorted(needed & asleep)
+
+    def _without_patterns(self, limits: Limits) -> Limits:
+        """Limits that leave pairs only."""
+        models = frozenset(member.model_id for member in self._watcher.state.models)
+        return replace(limits, models=models if limits.models is None else limits.models & models)
 
     async def _route(self, run: Run, limits: Limits) -> tuple[NDArray[np.float32], Decision]:
         """The (dim,) embedding of the query, and the router's decision.
@@ -355,15 +378,27 @@ class Orchestrator:
                 least_usd,
             ) from None
 
-    def _pinned(self, model: str) -> Decision:
+    def _pinned(self, call: ChatCall) -> Decision:
         """The decision the caller made.
 
         Raises:
-            ModelNotFound: If there is no such model or pair.
+            ModelNotFound: If there is no such model, pair or pattern.
             NoCandidate: If there is, but it does not answer now.
+            InvalidRequest: If it is a pattern, and the call is none for it.
         """
-        pair = Pair.parse(model)
+        model, pair = call.model, Pair.parse(call.model)
         pool = self._watcher.state
+        if pair.is_pattern:
+            check_call(call)
+            pattern = next((p for p in pool.patterns if p.pair == pair), None)
+            if pattern is None:
+                raise ModelNotFound(
+                    f"the pattern {model!r} does not exist; GET /v1/models lists what does", "model"
+                )
+            if pattern.name not in pool.ready_patterns():
+                why = f": {pattern.missing}" if pattern.missing else ""
+                raise NoCandidate(f"the pattern {model!r} does not answer now{why}")
+            return _decided(pair, pool)
         known_model = any(member.model_id == pair.model_id for member in pool.models)
         if pair not in pool.pairs and not (pair.tool_id == NO_TOOL and known_model):
             raise ModelNotFound(
@@ -373,8 +408,13 @@ class Orchestrator:
         if member is None or member.state is not MemberState.READY:
             state = member.state.value if member else "unknown"
             raise NoCandidate(f"the model {pair.model_id!r} does not answer now ({state})")
-        candidate = Candidate(pair, utility=0.0, quality=0.0, cost=0.0)
-        return Decision((candidate,), DecidedBy.PINNED, 1.0, 1.0, 0, pool.pool_version)
+        return _decided(pair, pool)
+
+
+def _decided(pair: Pair, pool: PoolState) -> Decision:
+    """The decision for a candidate that the caller named."""
+    candidate = Candidate(pair, utility=0.0, quality=0.0, cost=0.0)
+    return Decision((candidate,), DecidedBy.PINNED, 1.0, 1.0, 0, pool.pool_version)
 
 
 def _event_chunk(run: Run, event: SpanEvent) -> dict[str, Any]:

@@ -40,6 +40,8 @@ _T = TypeVar("_T")
 MAX_DEATHS = 2
 """Replicas of models that may die over one request before it fails. More than one, because a node
 that goes takes innocent requests with it; few, because the request may be what kills them."""
+FIRST_TRY_SHARE = 0.6
+"""Share of the time left that a candidate may take while another could still take over."""
 LONGEST_PAUSE_S = 4.0
 """Longest wait before a call is made again; who asks for a longer one is not asked again."""
 _AFTER_DEATH_S = 0.1

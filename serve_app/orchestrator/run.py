@@ -165,6 +165,8 @@ class Run:
             error=self.error,
             decisions=tuple(course.decisions) if course else (),
             answer_step=self.answer.step if self.answer and self.error is None else None,
+            is_partial=self.answer is not None and self.answer.is_partial,
+            sources=self.answer.sources if self.answer else (),
             circumstances=course.circumstances(steps) if course else None,
             stop=self.stop,
             spans=self.trace.records(),

@@ -17,7 +17,7 @@ from serve_app.config import PoolConfig
 from serve_app.errors import AtlasError, NoCandidate
 from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.engines import ModelClients
-from serve_app.schemas import Decision, Limits, MemberState, PoolState
+from serve_app.schemas import Decision, Limits, MemberState, Pair, PoolState
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +105,12 @@ class Waker:
 
 
 def awake_only(limits: Limits, pool: PoolState, asleep: frozenset[str]) -> Limits:
-    """The limits without the models that sleep."""
+    """The limits without the models that sleep, and the patterns that need them."""
     models = frozenset(member.model_id for member in pool.models)
-    allowed = models if limits.models is None else limits.models
-    return replace(limits, models=allowed - asleep)
+    patterns = frozenset(p.pair.model_id for p in pool.patterns)
+    allowed = models | patterns if limits.models is None else limits.models
+    awake = {Pair.of_pattern(name).model_id for name in pool.ready_patterns(asleep)}
+    return replace(limits, models=allowed - asleep - (patterns - awake))
 
 
 def sleepers_last(decision: Decision, asleep: frozenset[str]) -> Decision:

@@ -21,6 +21,8 @@ from serve_app.config import (
     ModelConfig,
     RemoteModelConfig,
 )
+from serve_app.config.patterns.check import functions_of
+from serve_app.config.patterns.language import PatternConfig
 from serve_app.config.tools import EncoderConfig, PythonConfig, RetrievalConfig, ToolConfig
 from serve_app.errors import InvalidRequest
 
@@ -47,6 +49,23 @@ class AllowList:
         self._encoders = {config.embedder.model, EncoderConfig().model}
         self._models = {model.model_id: model for model in config.models}
         self._tools = {tool.tool_id: tool for tool in config.tools}
+        self._patterns = {pattern.name: pattern for pattern in config.patterns}
+
+    def check_pattern(self, pattern: PatternConfig) -> None:
+        """See that a pattern names no Python function but those of the file's own.
+
+        Raises:
+            InvalidRequest: If it does.
+        """
+        of_file = self._patterns.get(pattern.name)
+        allowed = set() if of_file is None else functions_of(of_file)
+        named = functions_of(pattern) - allowed
+        if named:
+            raise InvalidRequest(
+                f"parallel.function: {min(named)!r} is code; only the configuration file can name "
+                "it",
+                "do",
+            )
 
     def check_model(self, model: ModelConfig) -> None:
         """See that a model names nothing that is not allowed.

@@ -25,6 +25,7 @@ from ray.serve.schema import ApplicationStatus
 
 from serve_app.budget import Budget, Deadline
 from serve_app.config import AtlasConfig, LocalModelConfig, ModelConfig, load_config
+from serve_app.config.patterns.check import members_of_patterns
 from serve_app.errors import (
     AtlasError,
     ConfigError,
@@ -465,6 +466,7 @@ class PoolController:
             models=tuple(members),
             tools=tuple(tool.tool_id for tool in self._config.tools),
             pairs=self._config.all_pairs(),
+            patterns=members_of_patterns(self._config),
             config=self._config,
             revision=self._revision,
         )

@@ -1,4 +1,4 @@
-"""The desired pool: the configuration file's models and tools, and what admins changed since.
+"""The desired pool: the configuration file's models, tools and patterns, and what admins changed.
 
 The store holds it, one revision after another (`serve_app.store.pool`); the controller brings the
 cluster there. A member that an admin changed stays as the admin left it until the file's own text
@@ -15,8 +15,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from serve_app.config import AtlasConfig, ModelConfig, PriceConfig
+from serve_app.config.patterns.check import check_pattern
+from serve_app.config.patterns.language import PatternConfig
 from serve_app.config.tools import ToolConfig
-from serve_app.errors import Conflict, InvalidRequest, NotFound, StoreError
+from serve_app.errors import ConfigError, Conflict, InvalidRequest, NotFound, StoreError
 from serve_app.pool.allow_list import AllowList
 from serve_app.schemas import NO_TOOL, Pair
 from serve_app.store import PoolRevision, Store, add_pool, newest_pool
@@ -32,19 +34,23 @@ _MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 _TOOL: TypeAdapter[ToolConfig] = TypeAdapter(ToolConfig)
 
 
-def members_of(config: AtlasConfig) -> tuple[Members, Members]:
-    """Models and tools of a configuration by id, as JSON."""
+def members_of(config: AtlasConfig) -> tuple[Members, Members, Members]:
+    """Models, tools and patterns of a configuration by id, as JSON."""
     return (
         {model.model_id: model.model_dump(mode="json") for model in config.models},
         {tool.tool_id: tool.model_dump(mode="json") for tool in config.tools},
+        {pattern.name: pattern.as_written() for pattern in config.patterns},
     )
 
 
-def with_pool(config: AtlasConfig, models: Members, tools: Members) -> AtlasConfig:
+def with_pool(
+    config: AtlasConfig, models: Members, tools: Members, patterns: Members
+) -> AtlasConfig:
     """A configuration with another pool.
 
     What elsewhere names a pair, model or tool that is not there is left out: the pool comes and
-    goes, and what names its parts must not keep it from doing so.
+    goes, and what names its parts must not keep it from doing so. A pattern stays, and does not
+    answer until what it names is there again.
 
     Raises:
         InvalidRequest: If it cannot work; the message names the setting.
@@ -65,6 +71,7 @@ def with_pool(config: AtlasConfig, models: Members, tools: Members) -> AtlasConf
         **{name: getattr(config, name) for name in AtlasConfig.model_fields},
         "models": admitted,
         "tools": list(tools.values()),
+        "patterns": list(patterns.values()),
         "pairs": tuple(card for card in config.pairs if Pair.parse(card.pair) in pairs),
         "router": router.model_copy(update=changed),
     }
@@ -115,8 +122,8 @@ class DesiredPool:
         Raises:
             StoreError: If the store is away.
         """
-        models, tools = members_of(self._config)
-        file = {"models": models, "tools": tools}
+        models, tools, patterns = members_of(self._config)
+        file = {"models": models, "tools": tools, "patterns": patterns}
         for _ in range(_TRIES):
             newest = await newest_pool(self._store)
             if newest is not None and newest.from_file == file:
@@ -139,7 +146,7 @@ class DesiredPool:
         """
         self._allowed.check_model(model)
 
-        def change(models: Members, tools: Members) -> None:
+        def change(models: Members, tools: Members, patterns: Members) -> None:
             if model.model_id in models:
                 raise Conflict(f"model {model.model_id!r} is in the pool; PUT changes it")
             _check_tools(model, tools)
@@ -151,7 +158,7 @@ class DesiredPool:
         """Give a model other settings; as `add_model`, and `NotFound` without it."""
         self._allowed.check_model(model)
 
-        def change(models: Members, tools: Members) -> None:
+        def change(models: Members, tools: Members, patterns: Members) -> None:
             _find(models, "model", model.model_id)
             _check_tools(model, tools)
             models[model.model_id] = model.model_dump(mode="json")
@@ -166,7 +173,7 @@ class DesiredPool:
             StoreError: If the store is away.
         """
 
-        def change(models: Members, tools: Members) -> None:
+        def change(models: Members, tools: Members, patterns: Members) -> None:
             settings = _find(models, "model", model_id)
             models[model_id] = {**settings, "price": price.model_dump(mode="json")}
 
@@ -181,7 +188,7 @@ class DesiredPool:
             StoreError: If the store is away.
         """
 
-        def change(models: Members, tools: Members) -> None:
+        def change(models: Members, tools: Members, patterns: Members) -> None:
             _find(models, "model", model_id)
             if len(models) == 1:
                 raise InvalidRequest(f"model {model_id!r} is the only one, and a pool needs one")
@@ -208,7 +215,7 @@ class DesiredPool:
         self._allowed.check_tool(tool)
         tool_id = tool.tool_id
 
-        def change(models: Members, tools: Members) -> None:
+        def change(models: Members, tools: Members, patterns: Members) -> None:
             if tool_id in tools:
                 raise Conflict(f"tool {tool_id!r} is in the pool; remove it first")
             tools[tool_id] = tool.model_dump(mode="json")
@@ -228,7 +235,7 @@ class DesiredPool:
             StoreError: If the store is away.
         """
 
-        def change(models: Members, tools: Members) -> None:
+        def change(models: Members, tools: Members, patterns: Members) -> None:
             _find(tools, "tool", tool_id)
             del tools[tool_id]
             for model_id, settings in models.items():
@@ -237,40 +244,85 @@ class DesiredPool:
 
         return await self._change(f"removed tool {tool_id}", change)
 
-    def _as_allowed(self, models: Members, tools: Members) -> AtlasConfig:
+    async def put_pattern(self, pattern: PatternConfig) -> tuple[int, bool]:
+        """Add a pattern, or give one other nodes.
+
+        Returns:
+            The revision of the pool that has it, and whether it is new.
+
+        Raises:
+            InvalidRequest: If it cannot run on the pool that is wanted, or the file does not allow
+                it.
+            StoreError: If the store is away.
+        """
+        self._allowed.check_pattern(pattern)
+        is_new = True
+
+        def change(models: Members, tools: Members, patterns: Members) -> None:
+            nonlocal is_new
+            is_new = pattern.name not in patterns
+            patterns[pattern.name] = pattern.as_written()
+            config = with_pool(self._config, models, tools, patterns)
+            try:
+                check_pattern(pattern, {of.name: of for of in config.patterns}, config)
+            except ConfigError as error:
+                raise InvalidRequest(error.message) from None
+
+        return await self._change(f"pattern {pattern.name}", change), is_new
+
+    async def remove_pattern(self, name: str) -> int:
+        """Take a pattern out; those that ask it do not answer any more. Returns the revision.
+
+        Raises:
+            NotFound: If there is no such pattern.
+            StoreError: If the store is away.
+        """
+
+        def change(models: Members, tools: Members, patterns: Members) -> None:
+            _find(patterns, "pattern", name)
+            del patterns[name]
+
+        return await self._change(f"removed pattern {name}", change)
+
+    def _as_allowed(self, models: Members, tools: Members, patterns: Members) -> AtlasConfig:
         """The configuration with these, less what the file does not allow.
 
         If the rest cannot work, the file's own pool is used.
         """
         check_model, check_tool = self._allowed.check_model, self._allowed.check_tool
+        check_nodes = self._allowed.check_pattern
         models = _kept(models, "model", lambda of: check_model(_MODEL.validate_python(of)))
         tools = _kept(tools, "tool", lambda of: check_tool(_TOOL.validate_python(of)))
+        patterns = _kept(
+            patterns, "pattern", lambda of: check_nodes(PatternConfig.model_validate(of))
+        )
         try:
-            return with_pool(self._config, models, tools)
+            return with_pool(self._config, models, tools, patterns)
         except InvalidRequest as error:
             logger.error("the file's own pool is used: %s", error.message)
             return self._config
 
-    def _wanted(self, newest: PoolRevision | None) -> tuple[Members, Members]:
-        """A revision's models and tools, with what changed in the file since."""
-        models, tools = members_of(self._config)
+    def _wanted(self, newest: PoolRevision | None) -> tuple[Members, Members, Members]:
+        """A revision's models, tools and patterns, with what changed in the file since."""
+        models, tools, patterns = members_of(self._config)
         if newest is None:
-            return models, tools
-        held_models, held_tools = _members(newest)
+            return models, tools, patterns
+        held_models, held_tools, held_patterns = _members(newest)
         before = newest.from_file
         return (
             _merged(held_models, before["models"], models),
             _merged(held_tools, before["tools"], tools),
+            _merged(held_patterns, before.get("patterns", {}), patterns),
         )
 
-    async def _change(self, what: str, change: Callable[[Members, Members], None]) -> int:
+    async def _change(self, what: str, change: Callable[[Members, Members, Members], None]) -> int:
         """Make a change on top of the newest revision; the revision it is in."""
         for _ in range(_TRIES):
             newest = await newest_pool(self._store) or await self.apply_file()
-            models, tools = _members(newest)
-            change(models, tools)
-            with_pool(self._config, models, tools)
-            written = await self._write(newest, models, tools, newest.from_file, what)
+            members = _members(newest)
+            change(*members)
+            with_pool(self._config, *members)
+            written = await self._write(newest, *members, newest.from_file, what)
             if written is not None:
                 return written.revision
         raise StoreError("the pool is being changed by too many at once; try again")
@@ -280,6 +332,7 @@ class DesiredPool:
         newest: PoolRevision | None,
         models: Members,
         tools: Members,
+        patterns: Members,
         from_file: Json,
         change: str,
     ) -> PoolRevision | None:
@@ -289,15 +342,17 @@ class DesiredPool:
             1 if newest is None else newest.revision + 1,
             models=tuple(models.values()),
             tools=tuple(tools.values()),
+            patterns=tuple(patterns.values()),
             from_file=from_file,
             change=change,
         )
 
 
-def _members(revision: PoolRevision) -> tuple[Members, Members]:
+def _members(revision: PoolRevision) -> tuple[Members, Members, Members]:
     return (
         {settings["model_id"]: settings for settings in revision.models},
         {settings["tool_id"]: settings for settings in revision.tools},
+        {settings["name"]: settings for settings in revision.patterns},
     )
 
 

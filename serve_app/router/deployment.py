@@ -102,7 +102,7 @@ class Router:
         """
         pool = self._watcher.state
         answers: list[Answer] = [NoCandidate("no model of the pool is ready")] * len(requests)
-        ready = pool.ready_pairs()
+        ready = pool.ready_candidates()
         if not ready:
             return answers
         groups: dict[int, tuple[Serving, list[int]]] = {}

@@ -33,10 +33,13 @@ class PoolRevision:
     tools: tuple[Json, ...]
     """Settings of every tool."""
     from_file: Json
-    """`models` and `tools` of the configuration file when it was last applied, by id."""
+    """`models`, `tools` and `patterns` of the configuration file when it was last applied, by
+    id."""
     change: str
     """What this revision changed, in a line."""
     created_unix_s: float
+    patterns: tuple[Json, ...] = ()
+    """Every pattern as it is written."""
 
 
 async def newest_pool(store: Store) -> PoolRevision | None:
@@ -71,6 +74,7 @@ async def add_pool(
     *,
     models: tuple[Json, ...],
     tools: tuple[Json, ...],
+    patterns: tuple[Json, ...] = (),
     from_file: Json,
     change: str,
 ) -> PoolRevision | None:
@@ -82,7 +86,7 @@ async def add_pool(
     Raises:
         StoreError: If the store is away.
     """
-    row = PoolRevision(revision, models, tools, from_file, change, time.time())
+    row = PoolRevision(revision, models, tools, from_file, change, time.time(), patterns)
     try:
         async with store.begin() as connection:
             await connection.execute(insert(PoolRevisionRow).values(asdict(row)))
@@ -95,4 +99,5 @@ async def add_pool(
 
 
 def _revision(row: RowMapping) -> PoolRevision:
-    return PoolRevision(**{**row, "models": tuple(row["models"]), "tools": tuple(row["tools"])})
+    lists = {name: tuple(row[name] or ()) for name in ("models", "tools", "patterns")}
+    return PoolRevision(**{**row, **lists})

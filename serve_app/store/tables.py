@@ -283,8 +283,10 @@ class PoolRevisionRow(Base):
     """Settings of every model."""
     tools: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     """Settings of every tool."""
+    patterns: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON, nullable=True)
+    """Every pattern as it is written; `None` in revisions from before there were any."""
     from_file: Mapped[dict[str, Any]] = mapped_column(JSON)
-    """`models` and `tools` of the configuration file when it was last applied, by id: what differs
-    from it was changed by an admin since."""
+    """`models`, `tools` and `patterns` of the configuration file when it was last applied, by id:
+    what differs from it was changed by an admin since."""
     change: Mapped[str] = mapped_column(String(300))
     created_unix_s: Mapped[float] = mapped_column(Float)

@@ -229,7 +229,7 @@ def honest(folder: Path, share: float, *replies: Any, **tools: Any) -> Bench:
     engines = Honest(says=bench.engines.says)
     engines.share, engines.started, engines.bench = share, [], bench
     bench.engines = engines
-    bench.pairs._parts.models._clients = engines
+    bench.pairs.parts.models._clients = engines
     return bench
 
 

@@ -38,7 +38,7 @@ WHOLE = (
     "ask", "explain", "environment", "keys create", "keys list", "keys revoke", "fit", "evaluate",
     "promote", "rollback", "snapshots", "pool list", "pool status",
     "pool add-model", "pool update-model", "pool remove-model", "pool set-price", "pool add-tool",
-    "pool remove-tool",
+    "pool remove-tool", "patterns check", "patterns list", "patterns add", "patterns remove",
 )  # fmt: skip
 
 _run: set[str] = set()
@@ -214,6 +214,52 @@ def test_the_pool_is_shown_and_changed(gateway: Loopback, tmp_path: Path) -> Non
     assert not {"few", "fresh"} & set(wanted())
     evil = json.dumps({**model, "env": {"LD_PRELOAD": "x"}})
     assert "env: only the configuration file" in atlas("pool add-model", evil, *option, code=1)
+
+
+CHAIN = """
+name: chain
+do:
+  - ask: {id: draft, pair: small@none, prompt: "Draft: {{question}}"}
+  - ask: {pair: large, prompt: "Mend: {{draft}}"}
+"""
+
+
+def test_patterns_are_listed_and_changed(gateway: Loopback, tmp_path: Path) -> None:
+    option = ("--url", gateway.url)
+
+    def wanted() -> dict[str, Any]:
+        newest = gateway.run(lambda: newest_pool(gateway.store))
+        return {} if newest is None else {of["name"]: of for of in newest.patterns}
+
+    file = tmp_path / "chain.yaml"
+    file.write_text(CHAIN)
+    assert "pattern:chain added" in atlas("patterns add", file, *option)
+    assert wanted()["chain"]["do"][1] == {"ask": {"pair": "large", "prompt": "Mend: {{draft}}"}}
+    file.write_text(CHAIN + "routable: false\n")
+    assert "pattern:chain changed" in atlas("patterns add", file, *option)
+    assert "pattern:hello" in atlas("patterns list", *option)
+    assert "pattern:chain removed" in atlas("patterns remove", "chain", *option)
+    assert "chain" not in wanted()
+    assert "there is no pattern" in atlas("patterns remove", "chain", *option, code=1)
+    file.write_text(CHAIN.replace("large", "nobody"))
+    assert "no pair 'nobody@none'" in atlas("patterns add", file, *option, code=1)
+
+
+SHIPPED = sorted(Path("configs/patterns").resolve().glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_the_worst_case_of_each_shipped_pattern_is_shown(file: Path) -> None:
+    shown = atlas("patterns check", file)
+    assert f"pattern:{file.stem}" in shown
+    assert "worst case" in shown
+
+
+def test_a_pattern_that_cannot_run_is_refused_with_its_node(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("name: bad\ndo: [{ask: {pair: nano-math, uses: [nothing]}}]\n")
+    said = atlas("patterns check", file, code=1)
+    assert "pattern 'bad', node do[0].ask: there is no 'nothing'" in said
 
 
 def test_what_a_cluster_needs_is_printed() -> None:

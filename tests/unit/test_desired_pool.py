@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from serve_app.config import AtlasConfig, CustomModelConfig, PriceConfig
+from serve_app.config.patterns.check import members_of_patterns
+from serve_app.config.patterns.language import PatternConfig
 from serve_app.config.tools import BestOfConfig, CalculatorConfig, NoneConfig
 from serve_app.errors import Conflict, InvalidRequest, NotFound
 from serve_app.pool import desired
@@ -238,3 +240,50 @@ async def test_every_revision_says_what_it_changed(store: Store) -> None:
         "removed tool calculator",
         "removed model c",
     ]
+
+
+def pattern(name: str, pair: str = "a", **fields: Any) -> PatternConfig:
+    node = {"ask": {"pair": pair} | fields}
+    return PatternConfig.model_validate({"name": name, "do": [node]})
+
+
+def names(pool: AtlasConfig) -> list[str]:
+    return [of.name for of in pool.patterns]
+
+
+async def test_a_pattern_is_added_changed_and_removed(store: Store) -> None:
+    pool = DesiredPool(FILE, store)
+    assert (await pool.put_pattern(pattern("p")))[1]
+    assert not (await pool.put_pattern(pattern("p", "b")))[1]
+    assert (await pool.current()).patterns == (pattern("p", "b"),)
+    await pool.remove_pattern("p")
+    assert names(await pool.current()) == []
+
+
+async def test_a_pattern_that_names_what_is_not_there_is_refused(store: Store) -> None:
+    with pytest.raises(InvalidRequest, match="there is no pair 'z@none'"):
+        await DesiredPool(FILE, store).put_pattern(pattern("p", "z"))
+
+
+async def test_a_model_goes_and_the_patterns_that_need_it_stay(store: Store) -> None:
+    pool = DesiredPool(FILE, store)
+    await pool.put_pattern(pattern("p", "b"))
+    await pool.remove_model("b")
+    wanted = await pool.current()
+    (member,) = members_of_patterns(wanted)
+    assert (names(wanted), member.missing) == (["p"], "there is no pair 'b@none' in the pool")
+
+
+async def test_a_pattern_of_the_file_follows_the_file(store: Store) -> None:
+    before = config(model("a"), patterns=[pattern("p").as_written()])
+    await DesiredPool(before, store).apply_file()
+    after = DesiredPool(config(model("a"), patterns=[pattern("q").as_written()]), store)
+    await after.apply_file()
+    assert names(await after.current()) == ["q"]
+
+
+async def test_a_function_can_be_named_in_the_file_alone(store: Store) -> None:
+    node = {"parallel": {"do": [{"ask": {"pair": "a"}}], "function": "os:getcwd"}}
+    evil = PatternConfig.model_validate({"name": "p", "do": [node]})
+    with pytest.raises(InvalidRequest, match="'os:getcwd' is code"):
+        await DesiredPool(FILE, store).put_pattern(evil)

@@ -16,6 +16,8 @@ import yaml
 
 from rl.cli.app import app as rl_app
 from serve_app.config import load_config
+from serve_app.config.patterns.check import check_pattern
+from serve_app.config.patterns.files import read_pattern
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), ROOT / "benchmarks/README.md", *(ROOT / "docs").glob("*.md")])
@@ -93,12 +95,15 @@ def yaml_blocks() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "block"), yaml_blocks())
-def test_every_yaml_block_of_the_pages_is_a_configuration_that_loads(
+def test_every_yaml_block_of_the_pages_is_a_configuration_or_a_pattern_that_loads(
     page: str, block: str, tmp_path: Path
 ) -> None:
-    assert block.startswith("# config: "), f"{page}: say what the block configures"
     path = tmp_path / "config.yaml"
     path.write_text(block)
+    if block.startswith("# pattern: "):
+        check_pattern(read_pattern(path), {}, load_config(str(ROOT / "configs/nano.yaml")))
+        return
+    assert block.startswith("# config: "), f"{page}: say what the block configures"
     assert load_config(str(path)).models
     assert yaml.safe_load(block)
 

@@ -316,7 +316,11 @@ def test_route_shows_the_decision_and_runs_nothing(gateway: Loopback) -> None:
 
 def test_models_lists_router_models_and_pairs(gateway: Loopback) -> None:
     models = {model.id: extension_of(model) for model in gateway.client().models.list()}
-    assert len(models) == 1 + 3 + 6
+    assert len(models) == 1 + 3 + 6 + 1
+    assert (models["pattern:hello"]["kind"], models["pattern:hello"]["state"]) == (
+        "pattern",
+        "ready",
+    )
     assert models["atlas"]["kind"] == "router"
     assert models["small"]["kind"] == "model"
     assert models["broken"]["state"] == "failed"
@@ -345,6 +349,35 @@ def test_administration_shows_no_secret_address_or_path(gateway: Loopback) -> No
     assert {row["tool_id"] for row in tools.json()["data"]} == {"none", "calculator"}
     for text in (models.text, tools.text):
         assert not any(word in text for word in ("secret", "SECRET", "127.0.0.1", "://"))
+
+
+def test_administration_shows_what_a_pattern_does_and_its_worst_case(gateway: Loopback) -> None:
+    (row,) = get(gateway, "/v1/admin/patterns").json()["data"]
+    assert row["pattern"] == {"name": "hello", "do": [{"ask": {"pair": "small"}}]}
+    assert row["worst_case"]["model_calls"] >= 1
+
+
+def test_a_pattern_is_named_as_the_model(gateway: Loopback) -> None:
+    assert ask(gateway, "hi", model="pattern:hello").choices[0].message.content == "hi"
+
+
+@pytest.mark.parametrize("extra", [{"n": 2}, {"stop": ["x"]}, {"logprobs": True}])
+def test_what_a_pattern_cannot_give_is_a_400(gateway: Loopback, extra: dict[str, Any]) -> None:
+    body = chat("hi", model="pattern:hello", **extra)
+    response = post(gateway, "/v1/chat/completions", body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, next(iter(extra)))
+
+
+def test_a_pattern_that_does_not_exist_is_a_404(gateway: Loopback) -> None:
+    response = post(gateway, "/v1/chat/completions", chat("hi", model="pattern:nobody"))
+    assert response.status_code == 404
+
+
+def test_a_pattern_over_http_names_its_wrong_field(gateway: Loopback) -> None:
+    body = {"name": "x", "do": [{"ask": {"pair": "small", "loops": 3}}]}
+    response = post(gateway, "/v1/admin/patterns", body)
+    assert response.status_code == 400
+    assert "loops" in response.json()["error"]["message"]
 
 
 # Request ids.

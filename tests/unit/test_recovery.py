@@ -31,6 +31,7 @@ from serve_app.orchestrator import recovery
 from serve_app.orchestrator.channel import Channel
 from serve_app.orchestrator.engine import Engine
 from serve_app.orchestrator.pairs.base import PairWork
+from serve_app.orchestrator.patterns.declared import PatternRunner
 from serve_app.orchestrator.patterns.single import Single
 from serve_app.orchestrator.recovery import TABLE, Fault, Move, RetryBudget
 from serve_app.orchestrator.run import Run
@@ -114,8 +115,8 @@ class Scene(Bench):
         engines.replies, engines.events = replies, self.events
         tools.failures, tools.events = failures, self.events
         tools.tool("calculator").effects = effects
-        self.pairs._parts.models._clients = engines
-        self.pairs._runner = self.pairs._parts.tools._runner = tools
+        self.pairs.parts.models._clients = engines
+        self.pairs._runner = self.pairs.parts.tools._runner = tools
 
     async def answer(self, *, has_next: bool) -> list[Any]:
         """The pieces of the answer, streamed as a client has it."""
@@ -132,7 +133,8 @@ class Scene(Bench):
         run = Run(call, channel)
         run.decision = Decision(candidates, DecidedBy.CLUSTERS, 1.0, 1.0, 1, 1)
         decider: Any = None  # nothing is asked of the router any more
-        pattern = Single(Engine(self.pairs, decider, None))
+        declared = PatternRunner(self.pairs, decider, self.config)
+        pattern = Single(Engine(self.pairs, declared, decider, None))
         return [piece async for piece in channel.read(pattern.run(run))]
 
 

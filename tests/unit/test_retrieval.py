@@ -267,7 +267,7 @@ def test_index_ties_go_to_the_earlier_sentence(corpus: Path) -> None:
     sentences = read_corpus(make_config(corpus))
     index = Index([sentences[0], sentences[0]], None)
     found = index.search("France", None, make_config(corpus, encoder=None))
-    assert [sentence for sentence, _ in found] == [sentences[0], sentences[0]]
+    assert [sentence for sentence, _, _ in found] == [sentences[0], sentences[0]]
 
 
 def test_real_encoder_ranks_by_meaning(tmp_path: Path) -> None:

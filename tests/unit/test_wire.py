@@ -331,7 +331,7 @@ def test_what_is_no_json_object_is_refused(body: bytes, words: str) -> None:
         ({"atlas": {"max_steps": 99}}, "atlas.max_steps", "at most 4"),
         ({"atlas": {"models": []}}, "atlas.models", "at least 1"),
         ({"atlas": {"models": "small"}}, "atlas.models", "list"),
-        ({"atlas": {"pattern": "vote"}}, "atlas.pattern", "patterns are not available yet"),
+        ({"atlas": {"pattern": "vote"}}, "atlas.pattern", "name a pattern as the model"),
         ({"atlas": {"other": 1}}, "atlas.other", "unknown parameter 'atlas.other'"),
         ({"metadata": {f"k{i}": "v" for i in range(17)}}, "metadata", "at most 16"),
     ],

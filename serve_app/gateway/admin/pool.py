@@ -1,4 +1,4 @@
-"""The pool over HTTP: admins add, change and remove models and tools.
+"""The pool over HTTP: admins add, change and remove models, tools and patterns.
 
 A handler only writes what is wanted to the store; the controller brings it about. So a change is
 taken in milliseconds, and how far it is stands at `GET /v1/admin/models`. What a model or tool may
@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.config import AtlasConfig, ModelConfig, PriceConfig
+from serve_app.config.patterns.language import PatternConfig
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.chat.parsing import parse_json, validate
 from serve_app.gateway.chat.pool_view import PoolView
@@ -26,7 +27,7 @@ Json = dict[str, Any]
 
 
 class PoolAdmin:
-    """The handlers of `/v1/admin/models` and `/v1/admin/tools`."""
+    """The handlers of `/v1/admin/models`, `/v1/admin/tools` and `/v1/admin/patterns`."""
 
     def __init__(self, config: AtlasConfig, store: Store, view: Callable[[], PoolView]) -> None:
         """Of a deployment.
@@ -92,6 +93,24 @@ class PoolAdmin:
         revision = await self._pool.remove_tool(tool_id)
         return _taken("tool", tool_id, "removed", revision, 202)
 
+    async def patterns(self, request: Request) -> Response:
+        """`GET /v1/admin/patterns`."""
+        view = self._view()
+        return _listed(view, view.admin_patterns())
+
+    async def put_pattern(self, request: Request) -> Response:
+        """`POST /v1/admin/patterns`."""
+        pattern = validate(PatternConfig, self._body(request), strict=True)
+        revision, is_new = await self._pool.put_pattern(pattern)
+        change = "added" if is_new else "changed"
+        return _taken("pattern", pattern.name, change, revision, 202)
+
+    async def remove_pattern(self, request: Request) -> Response:
+        """`DELETE /v1/admin/patterns/{name}`."""
+        name = request.path_params["name"]
+        revision = await self._pool.remove_pattern(name)
+        return _taken("pattern", name, "removed", revision, 202)
+
     def _body(self, request: Request) -> Json:
         return parse_json(request.scope["atlas"].body, self._max_depth)
 
@@ -107,7 +126,7 @@ def _listed(view: PoolView, rows: list[Json]) -> JsonResponse:
 def _taken(kind: str, name: str, change: str, revision: int, status: int) -> JsonResponse:
     body = {
         "object": f"atlas.{kind}",
-        f"{kind}_id": name,
+        "name" if kind == "pattern" else f"{kind}_id": name,
         "change": change,
         "revision": revision,
     }

@@ -33,9 +33,18 @@ def completion_extension(report: Report, *, alpha: float, explain: bool) -> Json
         "policy_version": decision.policy_version,
         "pool_version": decision.pool_version,
     }
+    if report.is_partial:
+        extension |= {"partial": True, "stopped_by": str(report.stop)}
+    if report.sources:
+        extension["sources"] = [_source(source) for source in report.sources]
     if explain:
         extension["decision"] = decision_object(decision)
     return extension
+
+
+def _source(source: Json) -> Json:
+    """A source as a caller sees it."""
+    return {name: source[name] for name in ("id", "title", "text") if name in source}
 
 
 def decision_object(decision: Decision) -> Json:

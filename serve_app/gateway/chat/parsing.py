@@ -114,7 +114,7 @@ def _invalid_request(error: ValidationError, body: dict[str, Any]) -> InvalidReq
     if first["type"] == "missing":
         return InvalidRequest(f"{path}: this field is required", path)
     if path == "atlas.pattern":
-        return InvalidRequest("atlas.pattern: patterns are not available yet; leave it out", path)
+        return InvalidRequest("atlas.pattern: name a pattern as the model, 'pattern:<name>'", path)
     if path.endswith(".type") and ".content[" in path and isinstance(value, str):
         return InvalidRequest(
             f"{path}: only text is served; content of type {_shown(value)} is not supported", path

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from serve_app.config import AtlasConfig
+from serve_app.config.patterns.bound import QUESTION_BYTES, bound_of
+from serve_app.config.patterns.language import PatternConfig
 from serve_app.errors import InvalidRequest, ModelNotFound, NoCandidate
 from serve_app.gateway.chat.wire import ROUTED_MODEL
-from serve_app.schemas import ChatCall, MemberState, ModelMember, Pair, PoolState
+from serve_app.orchestrator.patterns.declared import check_call
+from serve_app.schemas import ChatCall, MemberState, ModelMember, Pair, PatternMember, PoolState
 
 Json = dict[str, Any]
 
@@ -21,6 +24,7 @@ class PoolView:
         self._config = config
         self._members = {member.model_id: member for member in pool.models}
         self._pairs = {str(pair): pair for pair in pool.pairs}
+        self._patterns = {str(pattern.pair): pattern for pattern in pool.patterns}
         self._tools = frozenset(pool.tools) | {pair.tool_id for pair in pool.pairs}
 
     def check(self, call: ChatCall) -> None:
@@ -32,9 +36,12 @@ class PoolView:
             InvalidRequest: If an allow-list names what is not there, or forbids the pinned pair.
         """
         limits = call.limits
-        self._check_names(limits.models, self._members, "models")
+        self._check_names(limits.models, {**self._members, **self._patterns}, "models")
         self._check_names(limits.tools, self._tools, "tools")
         if call.model == ROUTED_MODEL:
+            return
+        if call.model in self._patterns:
+            self._check_pattern(call)
             return
         pair = self._pairs.get(call.model)
         member = self._members.get(call.model if pair is None else pair.model_id)
@@ -54,6 +61,17 @@ class PoolView:
                 f"atlas.tools does not allow the pinned tool {pair.tool_id!r}", "atlas.tools"
             )
 
+    def _check_pattern(self, call: ChatCall) -> None:
+        pattern, allowed = self._patterns[call.model], call.limits.models
+        check_call(call)
+        if allowed is not None and call.model not in allowed:
+            raise InvalidRequest(
+                f"atlas.models does not allow the pinned pattern {call.model!r}", "atlas.models"
+            )
+        if pattern.name not in self.pool.ready_patterns():
+            why = pattern.missing or "a model that it needs does not answer"
+            raise NoCandidate(f"the pattern {call.model!r} does not answer now: {why}", "model")
+
     @staticmethod
     def _check_names(
         wanted: frozenset[str] | None, known: frozenset[str] | dict[str, Any], field: str
@@ -65,11 +83,12 @@ class PoolView:
                 )
 
     def entries(self) -> list[Json]:
-        """Everything a request may name as `model`: the router, each model, each pair."""
+        """What a request may name as `model`: the router, each model, each pair, each pattern."""
         return [
             self._entry(ROUTED_MODEL),
             *(self._entry(model_id) for model_id in self._members),
             *(self._entry(name) for name in self._pairs),
+            *(self._entry(name) for name in self._patterns),
         ]
 
     def entry(self, name: str) -> Json:
@@ -78,7 +97,8 @@ class PoolView:
         Raises:
             ModelNotFound: If there is none of that name.
         """
-        if name != ROUTED_MODEL and name not in self._members and name not in self._pairs:
+        known = {ROUTED_MODEL, *self._members, *self._pairs, *self._patterns}
+        if name not in known:
             raise ModelNotFound(
                 f"the model {_shortened(name)!r} does not exist; see /v1/models", "model"
             )
@@ -93,6 +113,8 @@ class PoolView:
                 "pool_version": self.pool.pool_version,
             }
             return _openai_model(name, 0.0, extension)
+        if name in self._patterns:
+            return _openai_model(name, 0.0, self._pattern_state(self._patterns[name]))
         pair = self._pairs.get(name)
         member = self._members[name if pair is None else pair.model_id]
         extension = {
@@ -104,6 +126,15 @@ class PoolView:
         if pair is not None:
             extension |= {"model_id": pair.model_id, "tool_id": pair.tool_id}
         return _openai_model(name, member.since_unix_s, extension | self._price(member, pair))
+
+    def _pattern_state(self, pattern: PatternMember) -> Json:
+        ready = pattern.name in self.pool.ready_patterns()
+        return {
+            "kind": "pattern",
+            "state": str(MemberState.READY) if ready else "unavailable",
+            "reason": pattern.missing,
+            "pool_version": self.pool.pool_version,
+        }
 
     def _price(self, member: ModelMember, pair: Pair | None) -> Json:
         """Prices of what the configuration knows; nothing for a model that is leaving."""
@@ -145,6 +176,21 @@ class PoolView:
             rows.append(row)
         return rows
 
+    def admin_patterns(self) -> list[Json]:
+        """Each pattern with its nodes, whether it answers now, and its worst case."""
+        configured = {pattern.name: pattern for pattern in self._config.patterns}
+        rows = []
+        for member in self.pool.patterns:
+            row: Json = {"name": member.name, **self._pattern_state(member)}
+            row["routable"] = member.routable
+            pattern = configured.get(member.name)
+            if pattern is not None:
+                row["pattern"] = pattern.as_written()
+            if pattern is not None and member.missing is None:
+                row["worst_case"] = worst_case(pattern, self._config)
+            rows.append(row)
+        return rows
+
     def admin_tools(self) -> list[Json]:
         """Each tool with its settings; no path, environment or key."""
         configured = {tool.tool_id: tool for tool in self._config.tools}
@@ -166,6 +212,19 @@ class PoolView:
                 }
             rows.append(row)
         return rows
+
+
+def worst_case(pattern: PatternConfig, config: AtlasConfig) -> Json:
+    """The most that a pattern uses for a conversation of `QUESTION_BYTES`."""
+    bound = bound_of(pattern, config, QUESTION_BYTES)
+    return {
+        "question_bytes": QUESTION_BYTES,
+        "model_calls": int(bound.model_calls),
+        "tool_calls": int(bound.tool_calls),
+        "tokens": int(bound.tokens),
+        "usd": bound.usd,
+        "seconds": min(bound.seconds, config.gateway.limits.default_deadline_s),
+    }
 
 
 def _openai_model(name: str, created_unix_s: float, extension: Json) -> Json:

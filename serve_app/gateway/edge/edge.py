@@ -32,6 +32,7 @@ from serve_app.gateway.edge.proxy import body_held_back
 from serve_app.gateway.edge.rate import RateLimiter
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint, RouteTable
 from serve_app.gateway.edge.shares import Shares
+from serve_app.schemas import PATTERN_PREFIX
 from serve_app.telemetry import (
     GATEWAY_ONGOING,
     GATEWAY_REQUESTS,
@@ -220,7 +221,7 @@ class Edge:
                 answered = False
                 raise
             finally:
-                kind = (exchange.rule.name, exchange.line.model, reply.is_stream)
+                kind = (exchange.rule.name, _worked_on(exchange.line), reply.is_stream)
                 self._admission.leave(place, kind, answered=answered)
         finally:
             self._work_shares.leave(exchange.owner)
@@ -303,6 +304,12 @@ def _read_headers(scope: Scope, exchange: Exchange) -> tuple[dict[bytes, bytes],
                 exchange.line.client_request_id = headers[name].decode("ascii")
             break
     return headers, size
+
+
+def _worked_on(line: RequestLine) -> str | None:
+    """What a request is compared with: a pattern takes longer than a pair, whoever chose it."""
+    is_pattern = line.pair is not None and line.pair.startswith(PATTERN_PREFIX)
+    return line.pair if is_pattern else line.model
 
 
 def _was_answered(line: RequestLine) -> bool | None:

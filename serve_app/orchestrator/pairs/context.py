@@ -18,7 +18,7 @@ async def run(work: PairWork, parts: Parts) -> list[Choice]:
     """
     query = work.call.query[:MAX_QUERY_CHARS]
     try:
-        text = await parts.tools.run(work, {"query": query})
+        result = await parts.tools.run(work, {"query": query})
     except ToolRetry:
         # The query is the caller's, and no model can mend it.
         raise UnfitForPair(
@@ -26,6 +26,6 @@ async def run(work: PairWork, parts: Parts) -> list[Choice]:
             "name a pair without retrieval",
             "messages",
         ) from None
-    found = text.removesuffix(query_line(query))
+    found = result.text.removesuffix(query_line(query))
     work.change_question(lambda _: with_question(found, work.call.query))
     return await plain.run(work, parts)

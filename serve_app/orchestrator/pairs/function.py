@@ -166,7 +166,7 @@ async def _call(work: PairWork, parts: Parts, tool_call: dict[str, Any]) -> str:
         work.refused(arguments, error.message)
         return _told(work, error)
     try:
-        return await parts.tools.run(work, arguments)
+        return (await parts.tools.run(work, arguments)).text
     except BudgetExceeded:
         refusal = "the request's budget covers no further call; answer without it"
         work.refused(arguments, refusal)

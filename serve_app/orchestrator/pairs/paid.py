@@ -44,7 +44,7 @@ from serve_app.orchestrator.recovery import (
 )
 from serve_app.orchestrator.trace import Span, SpanKind
 from serve_app.schemas import ToolCall, Usage
-from serve_app.tools.base import Tool
+from serve_app.tools.base import Tool, ToolResult
 from serve_app.tools.runner import ToolRunner
 
 logger = logging.getLogger(__name__)
@@ -307,7 +307,7 @@ class PaidTools:
         """A tool's description and settings."""
         return self._runner.tool(tool_id)
 
-    async def run(self, work: PairWork, arguments: dict[str, Any]) -> str:
+    async def run(self, work: PairWork, arguments: dict[str, Any]) -> ToolResult:
         """Run the pair's tool as a Ray task; again where its worker died and the table allows it.
 
         Raises:
@@ -324,7 +324,7 @@ class PaidTools:
             logger.warning("tool %s: its worker died; calling it again", work.pair.tool_id)
         return await self._call(work, arguments)
 
-    async def _call(self, work: PairWork, arguments: dict[str, Any]) -> str:
+    async def _call(self, work: PairWork, arguments: dict[str, Any]) -> ToolResult:
         tool_id = work.pair.tool_id
         tool = self._runner.tool(tool_id)
         most = Use(usd=tool.config.price_usd_per_call, tool_calls=1)
@@ -350,4 +350,4 @@ class PaidTools:
             span.called(
                 ToolCall(tool_id, arguments, True, outcome.text, outcome.seconds, outcome.data)
             )
-        return outcome.text
+        return outcome

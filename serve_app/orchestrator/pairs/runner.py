@@ -37,14 +37,14 @@ class PairRunner:
             runner: Runs the tools; `None` makes one.
         """
         self._runner = runner or ToolRunner(config.tools, config.data_path() / "cache")
-        self._parts = Parts(
+        self.parts = Parts(
             PaidModels(clients), PaidTools(self._runner), config.gateway.limits.max_tool_rounds
         )
-        self._parts.models.use(config.models)
+        self.parts.models.use(config.models)
 
     def use(self, config: AtlasConfig) -> None:
         """Take over a changed pool; what was there stays usable for requests under way."""
-        self._parts.models.use(config.models)
+        self.parts.models.use(config.models)
         self._runner.use(config.tools)
 
     async def start(self) -> None:
@@ -76,4 +76,4 @@ class PairRunner:
             raise InvalidRequest(
                 f"n: the pair {work.pair} gives one answer, got {num_choices}", "n"
             )
-        return await JOINS[kind](work, self._parts)
+        return await JOINS[kind](work, self.parts)

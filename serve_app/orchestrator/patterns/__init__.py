@@ -1,10 +1,1 @@
-"""Ways to answer a request with runs of pairs: one module per pattern, and a line for each here."""
-
-from collections.abc import Callable, Mapping
-
-from serve_app.orchestrator.engine import Engine
-from serve_app.orchestrator.patterns.base import Pattern
-from serve_app.orchestrator.patterns.policy import Policy
-from serve_app.orchestrator.patterns.single import Single
-
-PATTERNS: Mapping[str, Callable[[Engine], Pattern]] = {"single": Single, "policy": Policy}
+"""Ways to answer a request: one module per pattern."""

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from serve_app.errors import AtlasError, NoCandidate
 from serve_app.orchestrator.answer import Answer, pieces_of
 from serve_app.orchestrator.deciding import UnderWay, facts_of
-from serve_app.orchestrator.engine import FIRST_TRY_SHARE, Engine, StepPlan
+from serve_app.orchestrator.engine import Engine, StepPlan
 from serve_app.orchestrator.history import best_step, has_answer, seen
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages
-from serve_app.orchestrator.recovery import Move
+from serve_app.orchestrator.recovery import FIRST_TRY_SHARE, Move
 from serve_app.orchestrator.run import Course, Piece, Run
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.router.policy.features import MAX_STEPS
@@ -84,7 +84,9 @@ class Policy:
         best = best_step(run.steps)
         if best is None:
             raise failure
-        answer = replace(answers[best], stop=stop)
+        answer = answers[best]
+        if not answer.is_partial and answer.stop is StopReason.ANSWERED:
+            answer = replace(answer, stop=stop)
         await run.send(Piece(answer.pair, answer.path, pieces_of(answer.choices)))
         return answer
 

@@ -6,8 +6,8 @@ import logging
 
 from serve_app.errors import AtlasError, BudgetExceeded, NoCandidate
 from serve_app.orchestrator.answer import Answer
-from serve_app.orchestrator.engine import FIRST_TRY_SHARE, Engine, StepPlan
-from serve_app.orchestrator.recovery import Move
+from serve_app.orchestrator.engine import Engine, StepPlan
+from serve_app.orchestrator.recovery import FIRST_TRY_SHARE, Move
 from serve_app.orchestrator.run import Run
 from serve_app.schemas import DecidedBy
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig, PriceConfig
+from serve_app.config.patterns.bound import typical_usd
 from serve_app.router.rules.admission import Admission, affordable
 from serve_app.router.rules.base import Answer, Batch, RoutingRequest, none_within_limits
 from serve_app.router.rules.utility import normalised_cost, utility
@@ -37,7 +38,7 @@ class PairCard:
 
 
 def pair_cards(config: AtlasConfig) -> tuple[PairCard, ...]:
-    """The card of every configured pair.
+    """The card of every configured pair, and of every pattern that the router may choose.
 
     A pair's own examples speak for it. A pair without a card of its own borrows its model's and
     tool's examples.
@@ -61,6 +62,11 @@ def pair_cards(config: AtlasConfig) -> tuple[PairCard, ...]:
             tool.num_samples if tool is not None and tool.type == "best_of" else 1,
         )
         cards.append(PairCard(pair, texts, cost_usd))
+    priced = {card.pair: card.cost_usd for card in cards}
+    for pattern in (of for of in config.patterns if of.routable):
+        texts = (pattern.answers or pattern.name, *pattern.examples)
+        cost_usd = typical_usd(pattern, config, priced)
+        cards.append(PairCard(Pair.of_pattern(pattern.name), texts, cost_usd))
     return tuple(cards)
 
 

@@ -125,7 +125,7 @@ class Index:
 
     def search(
         self, query: str, vector: NDArray[np.float32] | None, config: RetrievalConfig
-    ) -> list[tuple[Sentence, float]]:
+    ) -> list[tuple[Sentence, float, float | None]]:
         """Rank by words and by meaning, and fuse: score = sum of 1 / (rrf_k + rank).
 
         Args:
@@ -134,7 +134,8 @@ class Index:
             config: How many, and the fusion's constants.
 
         Returns:
-            At most `top_k` sentences with their scores, best first.
+            At most `top_k` sentences, best first, with their scores and their cosine similarities
+            to the query; `None` without embeddings.
         """
         scores: dict[int, float] = {}
         known = [word for word in dict.fromkeys(words(query)) if word in self._vocabulary]
@@ -149,7 +150,11 @@ class Index:
                 if i in scores or similarity[i] >= config.min_similarity:
                     scores[i] = scores.get(i, 0.0) + 1 / (config.rrf_k + rank)
         order = sorted(scores, key=lambda i: (-scores[i], i))[: config.top_k]
-        return [(self.sentences[i], scores[i]) for i in order]
+        near = None if vector is None or self.embeddings is None else self.embeddings @ vector
+        return [
+            (self.sentences[i], scores[i], None if near is None else round(float(near[i]), 6))
+            for i in order
+        ]
 
 
 def _best(scores: NDArray[np.float32], count: int) -> list[int]:
@@ -273,7 +278,7 @@ class Retrieval(Tool):
 
         Returns:
             Lines `[1] sentence` and, where it fits, `query_line`; `data["sources"]` has id, title,
-            score and text of each.
+            score, similarity and text of each.
 
         Raises:
             ToolRetry: If the query has no words.
@@ -290,15 +295,16 @@ class Retrieval(Tool):
         found = index.search(query, vector, self.config)
         if not found:
             return ToolResult(NO_SOURCES, {"sources": []})
-        lines = [f"[{i}] {sentence.text}" for i, (sentence, _) in enumerate(found, start=1)]
+        lines = [f"[{i}] {sentence.text}" for i, (sentence, _, _) in enumerate(found, start=1)]
         sources = [
             {
                 "id": sentence.source_id,
                 "title": sentence.title or sentence.source_id.rpartition("#")[0],
                 "score": round(score, 6),
+                "similarity": similarity,
                 "text": sentence.text,
             }
-            for sentence, score in found
+            for sentence, score, similarity in found
         ]
         text = "\n".join(lines)
         with_query = text + query_line(query)

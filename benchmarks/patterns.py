@@ -1,0 +1,350 @@
+"""What do the shipped patterns reach on questions that one pair cannot answer, and at what cost?
+
+How to run: `python -m benchmarks.patterns --out FILE.json [--url URL] [--questions N]`. Without a
+URL it serves the nano pool itself. It asks composed questions (`configs/nano/composed.jsonl`) and
+ordinary ones (`configs/nano/questions.jsonl`), all held out, of every pattern, of every pair and of
+`atlas`, and scores the answers as a profile does. The engine's own cost is measured in this process
+with models that answer at once.
+
+Results to expect: see `benchmarks/README.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.serving import free_port, machine, show_targets
+from benchmarks.stats import Target
+from serve_app import environment
+from serve_app.budget import Budget, Deadline
+from serve_app.config import load_config
+from serve_app.config.patterns.language import PatternConfig
+from serve_app.models.protocol import ChatBody
+from serve_app.orchestrator.engines import ModelClients
+from serve_app.orchestrator.pairs.base import PairWork
+from serve_app.orchestrator.pairs.runner import PairRunner
+from serve_app.orchestrator.patterns.declared import PatternRunner
+from serve_app.orchestrator.trace import Trace
+from serve_app.questions import Question, read_questions
+from serve_app.schemas import ChatCall, Limits, Pair
+from serve_app.scoring import Answer, score
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "nano.yaml"
+SERVE = (sys.executable, "-m", "serve_app.cli.app", "serve")
+_AT_ONCE = 6
+_READY_TIMEOUT_S = 600.0
+_RESAMPLES = 2000
+_OWN_COST_RUNS = 400
+
+console = Console(width=140)
+
+
+@dataclass(slots=True)
+class Row:
+    """What one name reached on one set of questions."""
+
+    name: str
+    questions: str
+    score: float
+    low: float
+    """With `high`: 95% interval over questions."""
+    high: float
+    usd_per_1000: float
+    seconds: float
+    """Mean of a request."""
+    failed: int
+    partial: int
+    scores: list[float] = field(default_factory=list)
+    usd: list[float] = field(default_factory=list)
+
+
+async def ask_all(url: str, name: str, set_name: str, questions: Sequence[Question]) -> Row:
+    """Ask every question once, greedily."""
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def ask(question: Question) -> tuple[float, dict[str, Any]]:
+        async with gate:
+            try:
+                completion = await client.chat.completions.create(
+                    model=name,
+                    messages=[{"role": "user", "content": question.query}],
+                    temperature=0,
+                )
+            except openai.APIError:
+                return 0.0, {}
+        scored = await score(question, Answer(completion.choices[0].message.content))
+        return scored.score, (completion.model_extra or {})["atlas"]
+
+    answers = await asyncio.gather(*map(ask, questions))
+    await client.close()
+    scores = [value for value, _ in answers]
+    seen = [extension for _, extension in answers if extension]
+    low, high = interval(scores)
+    return Row(
+        name,
+        set_name,
+        float(np.mean(scores)),
+        low,
+        high,
+        1000 * float(np.mean([e["cost_usd"] for e in seen] or [0.0])),
+        float(np.mean([e["seconds"] for e in seen] or [0.0])),
+        len(answers) - len(seen),
+        sum(bool(e.get("partial")) for e in seen),
+        scores,
+        [extension.get("cost_usd", 0.0) for _, extension in answers],
+    )
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of a mean."""
+    rng, array = np.random.default_rng(seed), np.asarray(values, np.float64)
+    means = array[rng.integers(0, len(array), (_RESAMPLES, len(array)))].mean(axis=1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def difference(first: Row, second: Row) -> tuple[float, float]:
+    """95% interval of the mean difference of two rows on the same questions."""
+    return interval([a - b for a, b in zip(first.scores, second.scores, strict=True)])
+
+
+def question_sets(count: int) -> dict[str, list[Question]]:
+    """The held-out questions by what they ask for, at most `count` of each."""
+    composed = list(read_questions(ROOT / "configs/nano/composed.jsonl"))
+    simple = list(read_questions(ROOT / "configs/nano/questions.jsonl"))
+    held = [q for q in (*composed, *simple) if q.effective_split != "train"]
+    sets: dict[str, list[Question]] = {}
+    for question in held:
+        sets.setdefault(question.domain or "other", []).append(question)
+    return {name: questions[:count] for name, questions in sets.items()}
+
+
+PATTERNS = {
+    "compound": ("split-and-solve",),
+    "hops": ("split-and-solve",),
+    "refusal": ("look-up-or-refuse",),
+    "facts": ("look-up-or-refuse", "split-and-solve"),
+    "repair": ("write-and-test",),
+    "math": ("cheap-first", "ask-three", "split-and-solve"),
+    "code": ("split-and-solve",),
+}
+"""Which patterns each set of questions is asked of, beside `atlas` and every pair."""
+DRAFT, DEAR = "nano-code@none", "nano-math@calculator"
+
+
+def judge(rows: dict[tuple[str, str], Row], own_ms: float) -> list[Target]:
+    """What the issue asks for."""
+    found: list[Target] = []
+
+    def pooled(name: str, sets: Sequence[str]) -> Row:
+        parts = [rows[name, of] for of in sets]
+        scores = [value for part in parts for value in part.scores]
+        usd = [value for part in parts for value in part.usd]
+        low, high = interval(scores)
+        mean = float(np.mean(scores))
+        return Row(name, "+".join(sets), mean, low, high, 0.0, 0.0, 0, 0, scores, usd)
+
+    both = ("compound", "hops")
+    pairs = {name for name, of in rows if "@" in name and of == "compound"}
+    best = max((pooled(name, both) for name in sorted(pairs)), key=lambda row: row.score)
+    split = pooled("pattern:split-and-solve", both)
+    found.append(Target("split-and-solve: all parts right", split.score, ">=", 0.6))
+    found.append(Target(f"best single pair ({best.name})", best.score, "<=", 0.15))
+    refused = rows["pattern:look-up-or-refuse", "refusal"]
+    found.append(Target("look-up-or-refuse: refused unanswerable", refused.score, ">=", 0.9))
+    cheap, dear = rows["pattern:cheap-first", "math"], rows[DEAR, "math"]
+    found.append(
+        Target("cheap-first: dollars of its dear arm", sum(cheap.usd) / sum(dear.usd), "<=", 0.8)
+    )
+    found.append(
+        Target("cheap-first: upper end of its gain", difference(cheap, dear)[1], ">=", 0.0)
+    )
+    tested, draft = rows["pattern:write-and-test", "repair"], rows[DRAFT, "repair"]
+    found.append(
+        Target("write-and-test: lower end of its gain", difference(tested, draft)[0], ">=", 1e-9)
+    )
+    found.append(Target("a pattern of one ask: ms more than its pair", own_ms, "<=", 0.5))
+    return found
+
+
+async def refused_answerable(url: str, questions: Sequence[Question]) -> float:
+    """Share of answerable questions that `look-up-or-refuse` refuses."""
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def refuses(question: Question) -> bool:
+        async with gate:
+            completion = await client.chat.completions.create(
+                model="pattern:look-up-or-refuse",
+                messages=[{"role": "user", "content": question.query}],
+                temperature=0,
+            )
+        return (completion.choices[0].message.content or "").startswith("I don't know")
+
+    said = await asyncio.gather(*map(refuses, questions))
+    await client.close()
+    return sum(said) / len(said)
+
+
+class InstantClients(ModelClients):
+    """Models that answer at once, in this process."""
+
+    async def complete(self, model_id: str, body: ChatBody, deadline: Deadline) -> dict[str, Any]:
+        """A short answer."""
+        message = {"role": "assistant", "content": "36"}
+        usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
+        return {"choices": [{"index": 0, "message": message}], "usage": usage}
+
+    async def stream(
+        self, model_id: str, body: ChatBody, deadline: Deadline
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Not asked for here."""
+        raise NotImplementedError
+        yield {}
+
+
+async def own_cost_ms() -> float:
+    """Median milliseconds that a pattern of one `ask` adds to the same pair."""
+    node = {"ask": {"pair": "nano-math@none"}}
+    pattern = PatternConfig.model_validate({"name": "one", "do": [node]})
+    config = load_config(CONFIG).model_copy(update={"patterns": (pattern,)})
+    pairs = PairRunner(config, InstantClients())
+    nobody: Any = None  # nothing is routed
+    runner = PatternRunner(pairs, nobody, config)
+    call = ChatCall(
+        "req_1", "x", ({"role": "user", "content": "What is 15% of 240?"},), {}, Limits(0.0, 30.0)
+    )
+
+    async def timed(pair: Pair, run: Callable[[PairWork], Any]) -> float:
+        work = PairWork(pair, call, Budget(Deadline.after(30)), Trace("req_1").root)
+        began_s = time.perf_counter()
+        await run(work)
+        return time.perf_counter() - began_s
+
+    plain, composed = [], []
+    for _ in range(_OWN_COST_RUNS):
+        plain.append(await timed(Pair("nano-math", "none"), pairs.run))
+        composed.append(await timed(Pair.of_pattern("one"), runner.run))
+    return 1e3 * float(np.median(composed) - np.median(plain))
+
+
+@contextmanager
+def served(url: str | None) -> Iterator[str]:
+    """A URL of the nano pool: the one that is given, or that of a graph for the block."""
+    if url is not None:
+        yield url
+        return
+    port, haproxy = free_port(), environment.make_haproxy_folder()
+    with tempfile.TemporaryDirectory() as folder:
+        places = environment.haproxy_places(haproxy) | {
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "ATLAS_DATA_DIR": f"{folder}/data",
+        }
+        output = Path(folder) / "output"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                [*SERVE, "--config", str(CONFIG), "--port", str(port)],
+                cwd=ROOT,
+                env={**os.environ, **places},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            ends_s = time.monotonic() + _READY_TIMEOUT_S
+            while b"ready at" not in output.read_bytes():
+                if process.poll() is not None or time.monotonic() > ends_s:
+                    raise SystemExit(f"the graph did not start:\n{output.read_text()}")
+                time.sleep(1.0)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+
+
+def ready_pairs(url: str) -> list[str]:
+    """Names of the pairs that answer."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    about = [(model.id, (model.model_extra or {})["atlas"]) for model in client.models.list()]
+    return [name for name, of in about if (of["kind"], of["state"]) == ("pair", "ready")]
+
+
+def main() -> None:
+    """Ask, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--url", help="a running graph of the nano pool; none: one is started")
+    parser.add_argument("--questions", type=int, default=60, help="at most, of each kind")
+    args = parser.parse_args()
+    own_ms = asyncio.run(own_cost_ms())
+    sets = question_sets(args.questions)
+    rows: dict[tuple[str, str], Row] = {}
+    with served(args.url) as url:
+        pairs = ready_pairs(url)
+        asked = [
+            (name, of)
+            for of in sets
+            for name in (
+                "atlas",
+                *(f"pattern:{pattern}" for pattern in PATTERNS.get(of, ())),
+                *pairs,
+            )
+        ]
+        for name, of in track(asked, "questions", console=console):
+            rows[name, of] = asyncio.run(ask_all(url, name, of, sets[of]))
+        wrongly = asyncio.run(refused_answerable(url, sets["facts"]))
+    targets = judge(rows, own_ms)
+    targets.insert(3, Target("look-up-or-refuse: refused answerable", wrongly, "<=", 0.05))
+    table = Table("asked", "questions", "score", "95%", "$ per 1000", "seconds", "failed")
+    for row in rows.values():
+        if "@" not in row.name or row.score == max(
+            other.score for other in rows.values() if other.questions == row.questions
+        ):
+            table.add_row(
+                row.name,
+                row.questions,
+                f"{row.score:.3f}",
+                f"{row.low:.2f} to {row.high:.2f}",
+                f"{row.usd_per_1000:.5f}",
+                f"{row.seconds:.2f}",
+                str(row.failed),
+            )
+    console.print(table)
+    show_targets(targets)
+    record = {
+        "machine": {
+            name: value for name, value in machine().items() if name != "serve_environment"
+        },
+        "questions": {name: len(questions) for name, questions in sets.items()},
+        "rows": [
+            {name: value for name, value in asdict(row).items() if name not in ("scores", "usd")}
+            for row in rows.values()
+        ],
+        "targets": [target.as_json() for target in targets],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

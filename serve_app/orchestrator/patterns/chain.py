@@ -1,0 +1,101 @@
+"""Nodes one after the other, each on record and within its time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from serve_app.budget import Deadline
+from serve_app.config.patterns.language import NodeBase
+from serve_app.errors import AtlasError, ServiceError
+from serve_app.orchestrator.patterns.scope import Result, Scope, Status, failed, is_cap
+from serve_app.orchestrator.trace import SpanKind
+
+logger = logging.getLogger(__name__)
+
+RunNode = Callable[..., Awaitable[Result]]
+NODES: dict[type[NodeBase], RunNode] = {}
+"""How each kind of node runs; filled by `nodes`."""
+
+
+async def run_node(node: NodeBase, scope: Scope, **options: Any) -> Result:
+    """Run one node; whatever happens to it is its result.
+
+    Only faults of ours are logged: a failure that is foreseen is on record in the trace.
+
+    Args:
+        node: The node.
+        scope: What it is given.
+        options: Of its kind, for whoever knows it.
+    """
+    budget = scope.budget
+    if node.seconds is not None:
+        budget = budget.child(Deadline.after(node.seconds))
+    name = node.kind if node.id is None else f"{node.kind} {node.id}"
+    with scope.span.child(SpanKind.NODE, name) as span:
+        try:
+            result = await NODES[type(node)](
+                node, replace(scope, budget=budget, span=span), **options
+            )
+        except AtlasError as failure:
+            result = failed(failure)
+        except Exception:
+            logger.exception("request %s: %s failed", scope.work.call.request_id, name)
+            result = failed(ServiceError(f"the node {name!r} failed"))
+        span.attributes["status"] = result.status.value
+        if result.failure is not None:
+            span.error = result.failure.message
+    return result
+
+
+async def run_chain(
+    nodes: Sequence[NodeBase], scope: Scope, *, answer: str | None = None
+) -> Result:
+    """Run nodes in their order until one refuses, fails or is cut short by a cap.
+
+    Args:
+        nodes: At least one.
+        scope: What they see first; each sees the results of those before it.
+        answer: Id of the one whose result is the chain's; `None`: the last.
+
+    Returns:
+        The result of that node. If a cap ended the chain before it was done, what there was of an
+        answer, as partial.
+    """
+    wanted = answer or nodes[-1].id
+    results: dict[str, Result] = {}
+    last = Result()
+    spoiled = False
+    for number, node in enumerate(nodes):
+        inner = replace(
+            scope,
+            results={**scope.results, **results},
+            streams=scope.streams and number == len(nodes) - 1 and wanted in (None, node.id),
+        )
+        result = await run_node(node, inner)
+        if result.status is Status.REFUSED:
+            return result
+        if result.status is Status.FAILED:
+            return _cut_short(result, results, last, answer)
+        spoiled = spoiled or result.status is Status.PARTIAL
+        last = result
+        if node.id is not None:
+            results[node.id] = result
+    found = results[answer] if answer is not None else last
+    if spoiled and found.status is Status.OK:
+        return replace(found, status=Status.PARTIAL)
+    return found
+
+
+def _cut_short(
+    result: Result, results: Mapping[str, Result], last: Result, answer: str | None
+) -> Result:
+    """What a chain comes to whose node failed."""
+    if not is_cap(result.failure):
+        return result
+    there = results.get(answer, last) if answer is not None else last
+    if not there.text:
+        return result
+    return replace(there, status=Status.PARTIAL, failure=result.failure)

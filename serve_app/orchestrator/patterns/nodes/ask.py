@@ -1,0 +1,217 @@
+"""`ask`: a pair, the router's choice of one, or another pattern."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import replace
+from typing import Any
+
+import jsonschema
+
+from serve_app.budget import Budget
+from serve_app.config.patterns.bound import ROUTED_TRIES
+from serve_app.config.patterns.language import ROUTE, AskNode
+from serve_app.errors import AtlasError, EngineError
+from serve_app.orchestrator.answer import Choice, mean_logprob_of, text_of
+from serve_app.orchestrator.deciding import facts_of
+from serve_app.orchestrator.pairs.base import PairWork
+from serve_app.orchestrator.patterns.scope import Result, Scope, Status, by_deadline
+from serve_app.orchestrator.recovery import FIRST_TRY_SHARE, Move, fault_of
+from serve_app.orchestrator.trace import SpanKind
+from serve_app.schemas import PATTERN_PREFIX, ChatCall, Decision, Limits, Pair
+from serve_app.tools.builtin.retrieval import with_question
+
+logger = logging.getLogger(__name__)
+
+_PASSED_ON = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
+"""Of the caller's sampling parameters."""
+_CITATION = re.compile(r"\[(\d{1,3})\]")
+_FENCE = re.compile(r"^\s*```(?:json)?\s*\n(.*?)\n?```\s*$", re.DOTALL)
+_MAX_FAULT_CHARS = 300
+
+
+async def run(node: AskNode, scope: Scope, *, wants_logprobs: bool = False) -> Result:
+    """Ask, and once more where the answer does not fit the schema that is asked for.
+
+    Raises:
+        AtlasError: If there is no answer.
+    """
+    call = call_of(node, scope)
+    result = await _asked(node, scope, call, wants_logprobs)
+    if node.output is None:
+        return result
+    data, fault = read_json(result.text, node.output)
+    if fault is not None:
+        scope.span.child(SpanKind.VALIDATION, "output").end(fault)
+        told = (
+            f"That does not fit: {fault}. Answer with JSON alone that fits this schema: "
+            f"{json.dumps(node.output)}"
+        )
+        again = (
+            {"role": "assistant", "content": result.shown},
+            {"role": "user", "content": told},
+        )
+        call = replace(call, messages=(*call.messages, *again))
+        result = await _asked(node, scope, call, wants_logprobs)
+        data, fault = read_json(result.text, node.output)
+    if fault is not None:
+        raise EngineError(f"the answer does not fit the schema that was asked for: {fault}")
+    return replace(result, data=data)
+
+
+async def _asked(node: AskNode, scope: Scope, call: ChatCall, wants_logprobs: bool) -> Result:
+    if node.pair.startswith(PATTERN_PREFIX):
+        # Not at the top: patterns run nodes, and this node runs patterns.
+        from serve_app.orchestrator.patterns.declared import run_pattern
+
+        name = node.pair.removeprefix(PATTERN_PREFIX)
+        inner = replace(scope, work=replace(scope.work, call=call))
+        result = await run_pattern(scope.parts.patterns[name], inner)
+        if result.status is Status.FAILED and result.failure is not None:
+            raise result.failure
+        return replace(result, max_bytes=node.max_bytes)
+    pairs = [Pair.parse(node.pair)]
+    if node.pair == ROUTE:
+        pairs = await _routed(node, scope, call)
+    for rank, pair in enumerate(pairs):
+        has_next = rank < len(pairs) - 1
+        budget = scope.budget.part(FIRST_TRY_SHARE) if has_next else scope.budget
+        try:
+            return await _run_pair(node, scope, pair, call, budget, has_next, wants_logprobs)
+        except AtlasError as failure:
+            another = has_next and not scope.budget.deadline.is_over()
+            move = scope.work.recovery.move(
+                fault_of(failure), sent=scope.work.num_sent > 0, another=another
+            )
+            if move is not Move.ANOTHER:
+                raise
+            logger.info("request %s: %s failed; another pair", call.request_id, pair)
+    raise AssertionError("a node asks at least one pair")
+
+
+async def _run_pair(
+    node: AskNode,
+    scope: Scope,
+    pair: Pair,
+    call: ChatCall,
+    budget: Budget,
+    has_next: bool,
+    wants_logprobs: bool,
+) -> Result:
+    with scope.span.child(SpanKind.CALL, str(pair)) as span:
+        sent = 0
+
+        async def emit(choices: list[Choice]) -> None:
+            nonlocal sent
+            sent += 1
+            await scope.work.send(choices)
+
+        work = PairWork(
+            pair=pair,
+            call=call,
+            budget=budget,
+            span=span,
+            emit=emit if scope.streams and scope.work.emit is not None else None,
+            recovery=scope.work.recovery,
+            has_next=has_next,
+            wants_logprobs=wants_logprobs,
+        )
+        choices = await by_deadline(scope.parts.pairs.run(work), budget, f"the pair {pair}")
+    text = text_of(choices) or ""
+    offered = scope.results[node.cite].sources if node.cite is not None else ()
+    return Result(
+        text=text,
+        choices=tuple(choices),
+        pair=pair,
+        mean_logprob=mean_logprob_of(choices),
+        sources=cited(text, offered),
+        max_bytes=node.max_bytes,
+        is_sent=sent > 0,
+    )
+
+
+async def _routed(node: AskNode, scope: Scope, call: ChatCall) -> list[Pair]:
+    """The router's choice, and the next one."""
+    config, asked = scope.parts.config, call.limits
+    models = {model.model_id for model in config.models}
+    for allowed in (node.route.models, asked.models):
+        models &= models if allowed is None else set(allowed)
+    tools = (
+        node.route.tools
+        if asked.tools is None or node.route.tools is None
+        else tuple(asked.tools & set(node.route.tools))
+    )
+    left_usd = scope.budget.left.usd
+    limits = Limits(
+        alpha=asked.alpha if node.route.alpha is None else node.route.alpha,
+        deadline_s=scope.budget.deadline.remaining_s(),
+        max_cost_usd=None if left_usd == float("inf") else left_usd,
+        models=frozenset(models),
+        tools=asked.tools if tools is None else frozenset(tools),
+    )
+    with scope.span.child(SpanKind.DECISION, "router") as span:
+        decision: Decision
+        _, decision = await scope.parts.decider.decide(call.query, limits, scope.budget.deadline)
+        pairs = [candidate.pair for candidate in decision.candidates[:ROUTED_TRIES]]
+        span.attributes |= facts_of(decision)
+    return pairs
+
+
+def call_of(node: AskNode, scope: Scope) -> ChatCall:
+    """What the pair is asked: the node's prompt, or the caller's own messages."""
+    call = scope.work.call
+    messages = list(call.messages)
+    if node.prompt is not None:
+        messages = [{"role": "user", "content": scope.fill(node.prompt)}]
+        if node.system is not None:
+            messages.insert(0, {"role": "system", "content": scope.fill(node.system)})
+    used = [scope.results[name].shown for name in node.uses]
+    if used:
+        messages = _with_sources(messages, "\n".join(used))
+    sampling: dict[str, Any] = {
+        name: call.sampling[name] for name in _PASSED_ON if name in call.sampling
+    }
+    sampling["max_tokens"] = node.max_tokens
+    if scope.streams and "max_tokens" in call.sampling:
+        sampling["max_tokens"] = min(node.max_tokens, call.sampling["max_tokens"])
+    if node.temperature is not None:
+        sampling["temperature"] = node.temperature
+    if node.output is not None:
+        sampling["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": node.id or "output", "schema": node.output},
+        }
+    return replace(call, messages=tuple(messages), sampling=sampling, tools=(), tool_choice=None)
+
+
+def _with_sources(messages: list[dict[str, Any]], found: str) -> list[dict[str, Any]]:
+    for number in reversed(range(len(messages))):
+        if messages[number]["role"] == "user":
+            question = messages[number].get("content") or ""
+            messages[number] = {**messages[number], "content": with_question(found, question)}
+            break
+    return messages
+
+
+def cited(text: str, sources: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """The sources that a text cites; all of them where it cites none by number."""
+    numbers = dict.fromkeys(int(number) for number in _CITATION.findall(text))
+    return tuple(sources[n - 1] for n in numbers if 0 < n <= len(sources)) if numbers else sources
+
+
+def read_json(text: str, schema: dict[str, Any]) -> tuple[Any, str | None]:
+    """A model's JSON, and what is wrong with it; `None`: nothing."""
+    fenced = _FENCE.match(text)
+    try:
+        data = json.loads(fenced[1] if fenced else text)
+        jsonschema.validate(data, schema)
+    except json.JSONDecodeError as error:
+        return None, f"it is not JSON: {error.msg}"
+    except (RecursionError, ValueError):
+        return None, "it is not JSON"
+    except jsonschema.ValidationError as error:
+        where = "".join(f"[{part!r}]" for part in error.absolute_path)
+        return None, f"{where or 'it'}: {error.message}"[:_MAX_FAULT_CHARS]
+    return data, None

@@ -1,0 +1,68 @@
+"""`cascade`: cheap to dear, until an answer is good enough."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import re2
+
+from serve_app.config.patterns.language import AskNode, CascadeNode
+from serve_app.errors import AtlasError
+from serve_app.orchestrator.patterns.chain import run_node
+from serve_app.orchestrator.patterns.nodes.verify import score_of
+from serve_app.orchestrator.patterns.scope import Result, Scope, Status, failed, is_cap
+from serve_app.tools.builtin.best_of import answer_key
+
+
+async def run(node: CascadeNode, scope: Scope) -> Result:
+    """Ask rung after rung.
+
+    Returns:
+        The first answer that is accepted, or the last one. Where a cap keeps the next rung from
+        answering, the last answer there is, as partial.
+
+    Raises:
+        AtlasError: What the last rung failed with, where no rung gave an answer.
+    """
+    earlier: list[Result] = []
+    result = failed(AtlasError("no rung was asked"))
+    wants_logprobs = node.accept.min_logprob is not None
+    for number, rung in enumerate(node.of):
+        is_last = number == len(node.of) - 1
+        inner = replace(scope, streams=scope.streams and is_last)
+        result = await run_node(rung, inner, wants_logprobs=wants_logprobs and not is_last)
+        scope.span.attributes["rung"] = number
+        if result.status is Status.FAILED:
+            if earlier and is_cap(result.failure):
+                return replace(earlier[-1], status=Status.PARTIAL, failure=result.failure)
+            continue
+        if is_last or await _is_accepted(node, rung, result, earlier, scope):
+            return result
+        earlier.append(result)
+    if earlier:  # the dear one failed: a doubtful answer is better than none
+        return replace(earlier[-1], status=Status.PARTIAL, failure=result.failure)
+    return result
+
+
+async def _is_accepted(
+    node: CascadeNode, rung: AskNode, result: Result, earlier: list[Result], scope: Scope
+) -> bool:
+    accept, key = node.accept, answer_key(result.text)
+    if result.status is not Status.OK or key is None:
+        return False
+    logprob = -math.inf if result.mean_logprob is None else result.mean_logprob
+    if accept.min_logprob is not None and logprob < accept.min_logprob:
+        return False
+    if accept.agrees and key not in {answer_key(before.text) for before in earlier}:
+        return False
+    if accept.pattern is not None and not re2.fullmatch(accept.pattern, result.shown):
+        return False
+    if accept.verifier is not None:
+        try:
+            score = await score_of(result.shown, accept.verifier, scope)
+        except AtlasError:
+            return False
+        scope.span.attributes["score"] = round(score, 4)
+        return score >= accept.min_score
+    return True

@@ -1,0 +1,109 @@
+"""`parallel`: nodes side by side, put together; without waiting for more than are needed."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from serve_app.config.patterns.check import WORD_BYTES
+from serve_app.config.patterns.language import AskNode, ParallelNode
+from serve_app.errors import AtlasError, EngineError, ServiceError
+from serve_app.orchestrator.patterns.chain import run_node
+from serve_app.orchestrator.patterns.scope import (
+    Result,
+    Scope,
+    Status,
+    by_deadline,
+    end,
+    is_cap,
+)
+
+
+async def run(node: ParallelNode, scope: Scope) -> Result:
+    """Run them until enough have succeeded, end the others, and join the results.
+
+    Returns:
+        The joined result. It is partial where a cap kept some from ending.
+
+    Raises:
+        AtlasError: What one failed with, where too few succeeded.
+    """
+    inner = replace(scope, streams=False)
+    if node.each is None:
+        works = [run_node(branch, inner) for branch in node.do]
+    else:
+        (branch,) = node.do
+        works = [run_node(branch, inner.seeing(item=Result(text=item))) for item in node.each]
+    needed = 1 if node.join == "first" else node.quorum or len(works)
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        running = set(tasks)
+        while running and sum(_succeeded(task) for task in tasks) < needed:
+            _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await end(*tasks)
+    results = [task.result() for task in tasks if task.done() and not task.cancelled()]
+    good = [result for result in results if result.is_usable]
+    scope.span.attributes |= {"succeeded": len(good), "of": len(tasks)}
+    failures = [result.failure for result in results if result.status is Status.FAILED]
+    enough = len(good) >= needed
+    if not enough and not (good and any(is_cap(failure) for failure in failures)):
+        refused = next((r for r in results if r.status is Status.REFUSED), None)
+        if refused is not None:
+            return refused
+        raise next((f for f in failures if f is not None), EngineError("too few succeeded"))
+    joined = await _joined(node, good, scope)
+    is_whole = enough and all(result.status is Status.OK for result in good)
+    if is_whole or joined.status is not Status.OK:
+        return joined
+    failure = next((result.failure for result in good if result.failure), None)
+    cap = next((f for f in failures if is_cap(f)), failure)
+    return replace(joined, status=Status.PARTIAL, failure=cap)
+
+
+def _succeeded(task: asyncio.Future[Result]) -> bool:
+    return task.done() and not task.cancelled() and task.result().status is Status.OK
+
+
+async def _joined(node: ParallelNode, results: Sequence[Result], scope: Scope) -> Result:
+    if node.function is not None:
+        texts = [result.shown for result in results]
+        called = asyncio.to_thread(_call, node.function, texts)
+        return Result(text=await by_deadline(called, scope.budget, "the function"))
+    if isinstance(node.join, AskNode):
+        return await run_node(node.join, scope.seeing(answers=together(results)))
+    if node.join == "first":
+        return next((r for r in results if r.status is Status.OK), results[0])
+    joined = together(results)
+    return replace(joined, max_bytes=sum(result.max_bytes for result in results))
+
+
+def together(results: Sequence[Result]) -> Result:
+    """Results line by line."""
+    return Result(
+        text="\n".join(result.shown for result in results),
+        data=[result.shown for result in results],
+        sources=tuple(source for result in results for source in result.sources),
+        max_bytes=WORD_BYTES,
+    )
+
+
+def _call(path: str, texts: list[str]) -> str:
+    """A Python function's word on some texts.
+
+    Raises:
+        ServiceError: If it cannot be found, fails, or gives no text.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function: Callable[[list[str]], str] = getattr(importlib.import_module(module), name)
+        said = function(texts)
+    except AtlasError:
+        raise
+    except Exception as error:
+        raise ServiceError(f"the function {path!r} failed: {type(error).__name__}") from error
+    if not isinstance(said, str):
+        raise ServiceError(f"the function {path!r} gave no text")
+    return said

@@ -1,0 +1,23 @@
+"""`tool`: a call of a tool with arguments that are written down."""
+
+from __future__ import annotations
+
+from serve_app.config.patterns.language import ToolNode
+from serve_app.orchestrator.patterns.scope import Result, Scope, by_deadline
+
+
+async def run(node: ToolNode, scope: Scope) -> Result:
+    """Call it.
+
+    Raises:
+        AtlasError: If the arguments are wrong, or the call fails.
+    """
+    tools, work = scope.parts.pairs.parts.tools, scope.tool_work(node.tool)
+    called = tools.run(work, scope.filled(node.arguments))
+    result = await by_deadline(called, scope.budget, f"the tool {node.tool!r}")
+    return Result(
+        text=result.text,
+        data=result.data or None,
+        sources=tuple(result.data.get("sources", ())),
+        max_bytes=node.max_bytes,
+    )

@@ -1,0 +1,107 @@
+"""`verify`: checks of a result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import re2
+
+from serve_app.config.patterns.language import VerifyNode
+from serve_app.errors import EngineError, ToolRetry, ToolTimeout
+from serve_app.models.verifier import read_score, scoring_body
+from serve_app.orchestrator.patterns import facts
+from serve_app.orchestrator.patterns.examples import trial_of
+from serve_app.orchestrator.patterns.nodes.ask import read_json
+from serve_app.orchestrator.patterns.scope import Result, Scope, Status, by_deadline
+from serve_app.orchestrator.trace import SpanKind
+
+_FAULT = "fault"
+"""Key in `data` of what is wrong with a result that is kept all the same."""
+
+
+async def run(node: VerifyNode, scope: Scope) -> Result:
+    """Check.
+
+    Returns:
+        The result that was checked, if nothing is wrong with it or the node keeps it all the same;
+        else a refusal.
+
+    Raises:
+        EngineError: If something is wrong, and the node says so.
+        AtlasError: If the check itself cannot be made.
+    """
+    checked = scope.results[node.of]
+    result, fault = await _check(node, checked, scope)
+    scope.span.attributes["passed"] = fault is None
+    if fault is None:
+        return result
+    scope.span.attributes["fault"] = fault[:200]
+    if node.otherwise == "fail":
+        raise EngineError(f"the answer does not pass the check {node.check!r}: {fault}")
+    if node.otherwise == "refuse":
+        return Result(Status.REFUSED, text=scope.fill(node.say))
+    return replace(checked, data={_FAULT: fault})
+
+
+def objection(result: Result) -> str | None:
+    """What a check that kept its result had to say of it; `None`: nothing."""
+    return result.data.get(_FAULT) if isinstance(result.data, dict) else None
+
+
+async def _check(node: VerifyNode, checked: Result, scope: Scope) -> tuple[Result, str | None]:
+    """The result, with what the check adds to it, and what is wrong with it."""
+    text = checked.text.strip()
+    sources = checked.sources if node.sources is None else scope.results[node.sources].sources
+    fault: str | None = None
+    match node.check:
+        case "schema":
+            assert node.output is not None
+            data, fault = read_json(text, node.output)
+            checked = replace(checked, data=data)
+        case "pattern":
+            if not re2.fullmatch(node.pattern, text):
+                fault = "it does not match the pattern"
+        case "length":
+            if not node.min_chars <= len(text) <= node.max_chars:
+                fault = f"it has {len(text)} characters"
+        case "grounded":
+            fault = facts.ungrounded(text, [source["text"] for source in sources])
+        case "citations":
+            fault = facts.wrong_citations(text, len(sources))
+        case "examples":
+            fault = await _failing_examples(node, text, scope)
+        case "verifier":
+            assert node.verifier is not None
+            score = await score_of(text, node.verifier, scope)
+            scope.span.attributes["score"] = round(score, 4)
+            fault = None if score >= node.min_score else f"the verifier gives it {score:.2f}"
+    return checked, fault
+
+
+async def score_of(text: str, verifier: str, scope: Scope) -> float:
+    """What a verifier gives an answer to the question, in [0, 1].
+
+    Raises:
+        AtlasError: If it gives no score.
+    """
+    models = scope.parts.pairs.parts.models
+    messages = scoring_body(scope.question, text)["messages"]
+    body = models.body(verifier, {}, messages)
+    with scope.span.child(SpanKind.VALIDATION, verifier) as span:
+        asked = models.complete_all(scope.work, verifier, [body], scope.budget, span)
+        (completion,) = await by_deadline(asked, scope.budget, f"the verifier {verifier!r}")
+    return read_score(completion)
+
+
+async def _failing_examples(node: VerifyNode, text: str, scope: Scope) -> str | None:
+    """Which examples of the question the answer's code fails; `None`: none, or there are none."""
+    trial = trial_of(text, scope.question)
+    if trial is None:
+        return None
+    assert node.tool is not None
+    ran = scope.parts.pairs.parts.tools.run(scope.tool_work(node.tool), {"code": trial.program})
+    try:
+        said = (await by_deadline(ran, scope.budget, f"the tool {node.tool!r}")).text
+    except (ToolRetry, ToolTimeout) as failure:  # what the program does
+        said = failure.message
+    return trial.failures(said)

@@ -1,0 +1,123 @@
+"""`vote`: several are asked, and most of them decide."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass, field, replace
+
+from serve_app.config.patterns.language import ROUTE, VoteNode
+from serve_app.errors import AtlasError, EngineError
+from serve_app.orchestrator.patterns.chain import run_node
+from serve_app.orchestrator.patterns.scope import Result, Scope, end, is_cap
+from serve_app.orchestrator.trace import SpanKind
+from serve_app.schemas import PATTERN_PREFIX, Limits, Pair
+from serve_app.tools.builtin.best_of import answer_key
+
+_SURE = (0.05, 0.95)
+"""Range in which a quality is believed."""
+_LEAST_WEIGHT = 0.1
+"""Of the voice of a pair that is more often wrong than right: it may still break a tie."""
+
+
+@dataclass
+class _Side:
+    """Those who say the same."""
+
+    weight: float = 0.0
+    results: list[tuple[float, Result]] = field(default_factory=list)
+
+    @property
+    def best(self) -> Result:
+        """What its weightiest voice said."""
+        return max(self.results, key=lambda pair: pair[0])[1]
+
+
+async def run(node: VoteNode, scope: Scope) -> Result:
+    """Ask all at once; end as soon as no voice that is still to come can change the outcome.
+
+    Returns:
+        The answer of the weightiest voice of the winning side. `data` has `sides`, each with its
+        `answer`, `weight` and `pairs`, and `conflict`, whether there was more than one.
+
+    Raises:
+        AtlasError: If nobody answers.
+    """
+    weights = await _weights(node, scope)
+    inner = replace(scope, streams=False)
+    tasks = [asyncio.ensure_future(run_node(ask, inner)) for ask in node.of]
+    sides: dict[str, _Side] = {}
+    failures: list[AtlasError] = []
+    try:
+        left = dict(zip(tasks, weights, strict=True))
+        while left and not _is_decided(sides, sum(left.values())):
+            done, _ = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=tasks.index):
+                weight, result = left.pop(task), task.result()
+                key = answer_key(result.text) if result.is_usable else None
+                if result.failure is not None:
+                    failures.append(result.failure)
+                if key is not None:
+                    side = sides.setdefault(key, _Side())
+                    side.weight += weight
+                    side.results.append((weight, result))
+    finally:
+        await end(*tasks)
+    if not sides:
+        raise next(iter(sorted(failures, key=is_cap)), EngineError("nobody gave an answer"))
+    ordered = sorted(sides.values(), key=lambda side: -side.weight)
+    said = [
+        {
+            "answer": side.best.shown,
+            "weight": round(side.weight, 4),
+            "pairs": [str(result.pair) for _, result in side.results],
+        }
+        for side in ordered
+    ]
+    scope.span.attributes |= {
+        "sides": len(said),
+        "voices": sum(len(side.results) for side in ordered),
+        "weight": round(ordered[0].weight, 4),
+    }
+    return replace(ordered[0].best, data={"sides": said, "conflict": len(said) > 1})
+
+
+def _is_decided(sides: dict[str, _Side], weight_left: float) -> bool:
+    weights = sorted((side.weight for side in sides.values()), reverse=True)
+    return bool(weights) and weights[0] > sum(weights[1:2]) + weight_left
+
+
+async def _weights(node: VoteNode, scope: Scope) -> list[float]:
+    """The weight of each voice; all the same where the router knows nothing or is away."""
+    pairs = [
+        None if ask.pair == ROUTE or ask.pair.startswith(PATTERN_PREFIX) else Pair.parse(ask.pair)
+        for ask in node.of
+    ]
+    if node.weights == "equal" or not any(pairs):
+        return [1.0] * len(pairs)
+    limits = Limits(
+        alpha=0.0,
+        deadline_s=scope.budget.deadline.remaining_s(),
+        models=frozenset(pair.model_id for pair in pairs if pair is not None),
+    )
+    patience = scope.budget.part(0.25).deadline
+    try:
+        with scope.span.child(SpanKind.DECISION, "weights"):
+            _, decision = await scope.parts.decider.decide(
+                scope.question, limits, patience, explain=True
+            )
+    except AtlasError:
+        return [1.0] * len(pairs)
+    quality = {candidate.pair: candidate.quality for candidate in decision.candidates}
+    return [log_odds(quality.get(pair, 0.5)) if pair else 1.0 for pair in pairs]
+
+
+def log_odds(quality: float) -> float:
+    """What a voice weighs that is right with this probability (Nitzan and Paroush, 1982).
+
+    Args:
+        quality: In [0, 1].
+    """
+    low, high = _SURE
+    believed = min(max(quality, low), high)
+    return max(_LEAST_WEIGHT, math.log(believed / (1 - believed)))
