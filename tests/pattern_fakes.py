@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from serve_app.budget import UNLIMITED, Budget, Caps, Deadline
 from serve_app.config import AtlasConfig
@@ -20,6 +18,7 @@ from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns.declared import Composed, PatternRunner
 from serve_app.orchestrator.trace import Span, Trace
+from serve_app.router.rules.base import RoutingRequest
 from serve_app.schemas import Candidate, ChatCall, DecidedBy, Decision, Limits, Pair
 from serve_app.tools.base import ToolResult
 from serve_app.tools.runner import ToolRunner
@@ -110,12 +109,10 @@ class Chooser:
         self.order: dict[Pair, float] = {Pair("small", "none"): 0.6, Pair("large", "none"): 0.9}
         self.limits: list[Limits] = []
 
-    async def decide(
-        self, embeddings: NDArray[np.float32], limits: list[Limits], *rest: Any
-    ) -> list[Decision]:
-        self.limits += limits
+    async def decide(self, requests: Sequence[RoutingRequest]) -> list[Decision]:
+        self.limits += [request.limits for request in requests]
         candidates = tuple(Candidate(pair, q, q, 0.0) for pair, q in self.order.items())
-        return [Decision(candidates, DecidedBy.CLUSTERS, 1.0, 1.0, 1, 7) for _ in limits]
+        return [Decision(candidates, DecidedBy.CLUSTERS, 1.0, 1.0, 1, 7) for _ in requests]
 
 
 class PatternBench:
