@@ -47,8 +47,9 @@ _MESSAGE_BYTES = 128
 """Of a message in JSON, its content left out."""
 _TOKEN_BYTES = 8
 """Of the text of a token that a model wrote, where the text is read again."""
-_REPAIR_BYTES = 1024
-"""What a model is told of an answer that does not fit."""
+_REPAIR_BYTES = 2048
+"""What a model is told of an answer that does not fit, the schema left out; or of a tool's schema,
+the description left out."""
 _DEATHS = 2
 """Calls that are made again over one request because a replica died."""
 
@@ -186,8 +187,8 @@ class Bounds:
 
     def _cascade(self, node: CascadeNode, seen: Mapping[str, NodeBase]) -> Bound:
         bound = self._chain(node.of, seen)
-        if node.accept.min_logprob is not None:  # an engine may refuse to give them
-            bound = bound.then(Bound(len(node.of)))
+        if node.accept.min_logprob is not None:  # each call may be refused once because of them
+            bound = bound.then(Bound(bound.model_calls))
         if node.accept.verifier is not None:
             rated = max(max_bytes_of(ask) for ask in node.of)
             once = self._verifier(node.accept.verifier, rated)
@@ -197,7 +198,8 @@ class Bounds:
     def _critique(self, node: CritiqueNode, seen: Mapping[str, NodeBase]) -> Bound:
         critics = self._beside([self.of_node(critic, seen) for critic in node.critics])
         checks = [critic for critic in node.critics if isinstance(critic, VerifyNode)]
-        again = self._beside([self.of_node(check, seen) for check in checks])
+        revised = {**seen, "draft": node.revise}
+        again = self._beside([self.of_node(check, revised) for check in checks])
         draft, revise = self.of_node(node.draft, seen), self.of_node(node.revise, seen)
         return draft.then(critics).then(revise).then(again)
 
@@ -223,13 +225,15 @@ class Bounds:
         return total
 
     def _ask(self, node: AskNode, seen: Mapping[str, NodeBase]) -> Bound:
-        prompt = self._prompt_bytes(node, seen)
+        prompt, repaired = self._prompt_bytes(node, seen), 1
+        if node.output is not None:
+            told = node.max_bytes + len(json.dumps(node.output)) + _REPAIR_BYTES
+            prompt, repaired = prompt + 2 * told, 2
         if node.pair.startswith(PATTERN_PREFIX):
-            inner = self._patterns[node.pair.removeprefix(PATTERN_PREFIX)]
-            return Bounds(self._config, prompt).of_pattern(inner)
-        repaired = 1 if node.output is None else 2
-        if repaired > 1:
-            prompt += node.max_tokens * _TOKEN_BYTES + _REPAIR_BYTES
+            inner = self._patterns.get(node.pair.removeprefix(PATTERN_PREFIX))
+            if inner is None:
+                return Bound()  # it was removed; the pattern does not run
+            return Bounds(self._config, prompt).of_pattern(inner).times(repaired)
         if node.pair != ROUTE:
             one = self._pair(Pair.parse(node.pair), prompt, node.max_tokens)
             return one.times(repaired)
@@ -264,7 +268,7 @@ class Bounds:
         if tool is None or pair.tool_id == NO_TOOL:
             return self._reply(model, prompt, max_tokens, tries)
         called = self._tool(tool.tool_id)
-        read = 4 * tool.max_result_chars + _MESSAGE_BYTES
+        read = 6 * tool.max_result_chars + _MESSAGE_BYTES
         if tool.kind == "context":
             return called.then(self._reply(model, prompt + read, max_tokens, tries))
         if isinstance(tool, BestOfConfig):
@@ -274,7 +278,7 @@ class Bounds:
                 sampled = sampled.then(self._verifier(tool.verifier, rated).times(tool.num_samples))
             return called.then(sampled)
         rounds = self._config.gateway.limits.max_tool_rounds
-        bound, schema = Bound(), _REPAIR_BYTES
+        bound, schema = Bound(), _REPAIR_BYTES + 6 * len(tool.description)
         for number in range(rounds + 2):  # each call, the answer, and one that is repaired
             grown = number * (max_tokens * _TOKEN_BYTES + read)
             bound = bound.then(self._reply(model, prompt + schema + grown, max_tokens, tries))

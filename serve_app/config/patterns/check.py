@@ -149,7 +149,7 @@ def check_patterns(config: AtlasConfig) -> None:
 def check_pattern(
     pattern: PatternConfig, patterns: Mapping[str, PatternConfig], config: AtlasConfig
 ) -> None:
-    """Check one pattern.
+    """Check one pattern, and those that ask it.
 
     Args:
         pattern: The pattern.
@@ -160,13 +160,23 @@ def check_pattern(
         ConfigError: If it cannot run; the message names the node.
     """
     patterns = {**patterns, pattern.name: pattern}
+    way = _cycle(pattern.name, patterns, ())
+    if way:
+        raise ConfigError(f"pattern {pattern.name!r} asks itself: {way}")
     missing = unmet(pattern, patterns, config)
     if missing:
         raise ConfigError(f"pattern {pattern.name!r}: {missing[0]}")
-    _check_cycle(pattern.name, patterns, ())
-    if depth_of(pattern, patterns) > MAX_DEPTH:
-        raise ConfigError(f"pattern {pattern.name!r}: nodes are nested more than {MAX_DEPTH} deep")
-    _Checker(pattern, patterns).check()
+    asking = [
+        of
+        for of in patterns.values()
+        if of.name != pattern.name
+        and not unmet(of, patterns, config)
+        and pattern in _asked(of.name, patterns)
+    ]
+    for of in (pattern, *asking):
+        if depth_of(of, patterns) > MAX_DEPTH:
+            raise ConfigError(f"pattern {of.name!r}: nodes are nested more than {MAX_DEPTH} deep")
+        _Checker(of, patterns).check()
 
 
 def unmet(
@@ -176,6 +186,9 @@ def unmet(
 
     Patterns that it asks are followed.
     """
+    way = _cycle(pattern.name, patterns, ())
+    if way:
+        return [f"it asks itself: {way}"]
     seen: set[str] = set()
     missing: list[str] = []
     _collect_unmet(pattern, patterns, config, seen, missing)
@@ -274,12 +287,18 @@ def depth_of(pattern: PatternConfig, patterns: Mapping[str, PatternConfig]) -> i
     return max(of(node) for node in pattern.do)
 
 
-def _check_cycle(name: str, patterns: Mapping[str, PatternConfig], above: tuple[str, ...]) -> None:
+def _cycle(name: str, patterns: Mapping[str, PatternConfig], above: tuple[str, ...]) -> str | None:
+    """The way on which a pattern, or one that it asks, asks itself; `None`: there is none."""
     if name in above:
-        way = " -> ".join((*above[above.index(name) :], name))
-        raise ConfigError(f"pattern {name!r} asks itself: {way}")
-    for inner in sorted(needs_of(patterns[name]).patterns):
-        _check_cycle(inner, patterns, (*above, name))
+        return " -> ".join((*above[above.index(name) :], name))
+    if name not in patterns:
+        return None
+    ways = (_cycle(inner, patterns, (*above, name)) for inner in sorted(_names_in(patterns[name])))
+    return next((way for way in ways if way), None)
+
+
+def _names_in(pattern: PatternConfig) -> set[str]:
+    return needs_of(pattern).patterns
 
 
 class _Checker:
@@ -364,7 +383,7 @@ class _Checker:
                 self._references(references_in(node.query), seen, where)
             case VerifyNode():
                 for name in filter(None, (node.of, node.sources)):
-                    self._name(name, seen, where)
+                    self._result(name, seen, where)
                 self._references(references_in(node.say), seen, where)
             case RefuseNode():
                 if node.when is not None:
@@ -386,7 +405,7 @@ class _Checker:
                 where, "stream: only the last thing a pattern does can stream its text"
             )
         for name in (*node.uses, *((node.cite,) if node.cite else ())):
-            self._name(name, seen, where)
+            self._result(name, seen, where)
         templates = [text for text in (node.prompt, node.system) if text is not None]
         self._references(references_in(templates), seen, where)
         size = sum(len(text.encode()) for text in templates)
@@ -431,6 +450,11 @@ class _Checker:
                     raise self._fail(where, f"{reference}: {node.id!r} has no 'output'")
                 if keys and keys[0] not in node.output["properties"]:
                     raise self._fail(where, f"{reference}: 'output' has no {keys[0]!r}")
+
+    def _result(self, name: str, seen: Mapping[str, NodeBase | None], where: str) -> None:
+        if name == QUESTION:
+            raise self._fail(where, f"{QUESTION!r} is no result; name a node before it")
+        self._name(name, seen, where)
 
     def _name(self, name: str, seen: Mapping[str, NodeBase | None], where: str) -> NodeBase | None:
         if name not in seen:

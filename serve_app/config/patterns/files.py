@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from serve_app.config.patterns.language import PatternConfig
 from serve_app.errors import ConfigError
 
-MAX_PROMPT_CHARS = 32_768
 _TEXTS = ("prompt", "system", "say")
 
 
@@ -26,7 +25,7 @@ def read_pattern(path: Path) -> PatternConfig:
         parsed = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read pattern {str(path)!r}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"pattern {str(path)!r} is not YAML: {error}") from error
     try:
         return PatternConfig.model_validate(_with_prompts(parsed, path.parent))
@@ -76,3 +75,5 @@ def _text(text: str, base: Path) -> str:
         return (base / text).read_text().rstrip("\n")
     except OSError as error:
         raise ConfigError(f"cannot read prompt {text!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt {text!r} is not UTF-8") from error

@@ -7,9 +7,12 @@ before it runs (`bound`). What spans nodes is checked in `check`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
+import re2
+from jsonschema import SchemaError
+from jsonschema.validators import validator_for
 from pydantic import (
     BeforeValidator,
     Field,
@@ -33,8 +36,9 @@ NodeId = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 MaxBytes = Annotated[int, Field(ge=16, le=32_768)]
 
 
-def _checked_template(text: str) -> str:
-    Template.parse(text)
+def _checked_template(text: Any) -> Any:
+    if isinstance(text, str):
+        Template.parse(text)
     return text
 
 
@@ -49,6 +53,49 @@ def _checked_reference(text: Any) -> Any:
 
 
 ReferenceText = Annotated[str, BeforeValidator(_checked_reference)]
+
+
+def _checked_expression(text: Any) -> Any:
+    if isinstance(text, str):
+        options = re2.Options()
+        options.log_errors = False
+        try:
+            re2.compile(text, options)
+        except re2.error as error:
+            raise ValueError(f"{text!r} is no RE2 expression: {error}") from None
+    return text
+
+
+Expression = Annotated[str, Field(max_length=500), BeforeValidator(_checked_expression)]
+"""RE2 expression that the whole of a text must match."""
+
+
+def _checked_schema(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        try:
+            validator_for(schema).check_schema(schema)
+        except SchemaError as error:
+            raise ValueError(f"it is no JSON schema: {error.message}") from None
+        for reference in _references_of(schema):
+            if not reference.startswith("#"):
+                raise ValueError(f"a schema refers to itself alone ('#...'), got {reference!r}")
+    return schema
+
+
+def _references_of(schema: Any) -> Iterator[str]:
+    """What the `$ref`s of a schema say."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        for inner in schema.values():
+            yield from _references_of(inner)
+    elif isinstance(schema, list):
+        for inner in schema:
+            yield from _references_of(inner)
+
+
+Schema = Annotated[dict[str, Any], BeforeValidator(_checked_schema)]
+"""A JSON schema that refers to nothing outside itself."""
 
 
 class Condition(BaseConfig):
@@ -67,7 +114,7 @@ class Condition(BaseConfig):
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if not self.model_fields_set:
+        if all(getattr(self, name) is None for name in type(self).model_fields):
             raise ValueError(f"name a condition: {', '.join(type(self).model_fields)}")
         return self
 
@@ -80,7 +127,7 @@ class NodeBase(BaseConfig):
     """What every node has."""
 
     id: NodeId | None = None
-    """Name under which later nodes see the result; `None`: none sees it."""
+    """Name under which later nodes of the same list see the result; `None`: none sees it."""
     seconds: float | None = Field(default=None, gt=0, le=600)
     """Longest time it may take; `None`: what the pattern has left."""
 
@@ -147,7 +194,7 @@ class AskNode(NodeBase):
     """Results that stand before the question, each with its sources numbered."""
     cite: NodeId | None = None
     """Result whose sources the answer may cite as `[1]`; those it does cite are its own sources."""
-    output: dict[str, Any] | None = None
+    output: Schema | None = None
     """JSON schema of the answer, an object with `properties`; it is asked again once where the
     answer does not fit."""
     max_tokens: int = Field(default=512, ge=1, le=8192)
@@ -265,7 +312,7 @@ class Accept(BaseConfig):
     """Least score that the verifier gives."""
     agrees: bool = False
     """Whether an earlier rung has to have said the same; the first rung is never accepted by it."""
-    pattern: str | None = Field(default=None, max_length=500)
+    pattern: Expression | None = None
     """RE2 expression that the whole answer must match."""
 
     @model_validator(mode="after")
@@ -327,8 +374,8 @@ class VerifyNode(NodeBase):
     `length`: it has so many characters. `grounded`: its numbers and names stand in the sources.
     `citations`: it cites, and only sources that there are. `examples`: its Python code does what
     the examples in the question say. `verifier`: a model scores it."""
-    output: dict[str, Any] | None = None
-    pattern: str | None = Field(default=None, max_length=500)
+    output: Schema | None = None
+    pattern: Expression | None = None
     min_chars: int = Field(default=1, ge=0)
     max_chars: int = Field(default=100_000, ge=1)
     sources: NodeId | None = None
@@ -414,7 +461,8 @@ class PatternConfig(BaseConfig):
     do: tuple[Node, ...] = Field(min_length=1)
     """What is done, one after the other."""
     answer: NodeId | None = None
-    """The node under `do` whose result is the answer; `None`: the last one."""
+    """The node under `do` whose result is the answer; `None`: the last one, a `refuse` that did not
+    refuse left out."""
 
     def as_written(self) -> dict[str, Any]:
         """As JSON, with what was written and nothing else."""

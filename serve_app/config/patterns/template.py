@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-_REFERENCE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
+_REFERENCE = re.compile(r"\{\{([^{}]*)\}\}")
+_CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32)], " ")
+"""Control characters other than blanks; each takes 6 bytes in JSON."""
 _PATH = re.compile(r"[a-z][a-z0-9_]*(\.[A-Za-z0-9_]+)*")
 
 
@@ -55,7 +57,7 @@ class Template:
         parts: list[str | Reference] = []
         end = 0
         for match in _REFERENCE.finditer(text):
-            parts += [text[end : match.start()], Reference.parse(match[1])]
+            parts += [text[end : match.start()], Reference.parse(match[1].strip())]
             end = match.end()
         parts.append(text[end:])
         for part in parts:
@@ -102,6 +104,6 @@ def filled(value: Any, value_of: Callable[[Reference], str]) -> Any:
 
 
 def cut(text: str, max_bytes: int) -> str:
-    """A text with no more than so many bytes of UTF-8."""
-    encoded = text.encode("utf-8", "replace")
-    return text if len(encoded) <= max_bytes else encoded[:max_bytes].decode("utf-8", "ignore")
+    """A text with no more than so many bytes of UTF-8, and without control characters."""
+    encoded = text.translate(_CONTROL).encode("utf-8", "replace")
+    return encoded[:max_bytes].decode("utf-8", "ignore")

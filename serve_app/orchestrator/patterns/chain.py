@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from serve_app.budget import Deadline
-from serve_app.config.patterns.language import NodeBase
+from serve_app.config.patterns.check import max_bytes_of
+from serve_app.config.patterns.language import NodeBase, RefuseNode
 from serve_app.errors import AtlasError, ServiceError
 from serve_app.orchestrator.patterns.scope import Result, Scope, Status, failed, is_cap
 from serve_app.orchestrator.trace import SpanKind
@@ -47,7 +48,7 @@ async def run_node(node: NodeBase, scope: Scope, **options: Any) -> Result:
         span.attributes["status"] = result.status.value
         if result.failure is not None:
             span.error = result.failure.message
-    return result
+    return replace(result, max_bytes=min(result.max_bytes, max_bytes_of(node)))
 
 
 async def run_chain(
@@ -58,7 +59,8 @@ async def run_chain(
     Args:
         nodes: At least one.
         scope: What they see first; each sees the results of those before it.
-        answer: Id of the one whose result is the chain's; `None`: the last.
+        answer: Id of the one whose result is the chain's; `None`: the last, a `refuse` that did
+            not refuse left out.
 
     Returns:
         The result of that node. If a cap ended the chain before it was done, what there was of an
@@ -67,7 +69,7 @@ async def run_chain(
     wanted = answer or nodes[-1].id
     results: dict[str, Result] = {}
     last = Result()
-    spoiled = False
+    spoiled: Result | None = None
     for number, node in enumerate(nodes):
         inner = replace(
             scope,
@@ -79,13 +81,15 @@ async def run_chain(
             return result
         if result.status is Status.FAILED:
             return _cut_short(result, results, last, answer)
-        spoiled = spoiled or result.status is Status.PARTIAL
-        last = result
+        if spoiled is None and result.status is Status.PARTIAL:
+            spoiled = result
+        if not isinstance(node, RefuseNode):
+            last = result
         if node.id is not None:
             results[node.id] = result
     found = results[answer] if answer is not None else last
-    if spoiled and found.status is Status.OK:
-        return replace(found, status=Status.PARTIAL)
+    if spoiled is not None and found.status is Status.OK:
+        return replace(found, status=Status.PARTIAL, failure=spoiled.failure)
     return found
 
 
@@ -93,7 +97,7 @@ def _cut_short(
     result: Result, results: Mapping[str, Result], last: Result, answer: str | None
 ) -> Result:
     """What a chain comes to whose node failed."""
-    if not is_cap(result.failure):
+    if not is_cap(result.failure) or result.is_sent:
         return result
     there = results.get(answer, last) if answer is not None else last
     if not there.text:

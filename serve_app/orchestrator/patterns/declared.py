@@ -11,7 +11,7 @@ from serve_app.config import AtlasConfig
 from serve_app.config.patterns.bound import Bound, bound_of, question_bytes
 from serve_app.config.patterns.language import PatternConfig
 from serve_app.errors import InvalidRequest, ModelNotFound, ServiceError
-from serve_app.orchestrator.answer import Choice, pieces_of
+from serve_app.orchestrator.answer import Choice, finish, pieces_of
 from serve_app.orchestrator.deciding import Decider
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
@@ -97,13 +97,15 @@ class PatternRunner:
         if pattern is None:
             raise ModelNotFound(f"the pattern {name!r} does not exist any more", "model")
         check_call(work.call)
-        scope = Scope(self._parts, work, work.budget, work.span, streams=work.emit is not None)
+        scope = Scope(self._parts, work, work.budget, work.span, streams=True)
         result = await run_pattern(pattern, scope)
         if result.status is Status.FAILED:
             raise result.failure or ServiceError(f"the pattern {name!r} failed")
         choices = _choices(result)
         if not result.is_sent:
             await work.send(pieces_of(choices))
+        elif any(choice.get("finish_reason") is None for choice in result.choices):
+            await work.send([finish(choice) for choice in choices])  # its end was not sent
         return Composed(choices, result.stop, result.status is Status.PARTIAL, result.sources)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 _WORD = re.compile(r"[^\W\d_][^\W_]*(?:['\u2019-][^\W_]+)*")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _CITATION = re.compile(r"\[(\d{1,3})\]")
-_SENTENCE_START = re.compile(r"(?:^|[.!?:]\s+|\n\s*)$")
 _COMMON = frozenset(
     """
     a about after all also an and any are as at be because but by can could did do does each
@@ -35,16 +34,22 @@ def names_in(text: str) -> list[str]:
     found: list[str] = []
     matches = list(_WORD.finditer(text))
     for number, match in enumerate(matches):
-        word = match[0]
+        word, before = match[0], text[matches[number - 1].end() if number else 0 : match.start()]
         if not word[0].isupper() or word.casefold() in _COMMON:
             continue
-        if _SENTENCE_START.search(text[: match.start()]):
+        if number == 0 or _ends_sentence(before):
             following = matches[number + 1] if number + 1 < len(matches) else None
             gap = "" if following is None else text[match.end() : following.start()]
             if following is None or gap != " " or not following[0][0].isupper():
                 continue
         found.append(word)
     return found
+
+
+def _ends_sentence(gap: str) -> bool:
+    """Whether a sentence begins after what stands between two words."""
+    said = gap.rstrip()
+    return "\n" in gap[len(said) :] or (said != gap and said.endswith((".", "!", "?", ":")))
 
 
 def numbers_in(text: str) -> list[str]:

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from serve_app.budget import Budget
 from serve_app.config import AtlasConfig
-from serve_app.config.patterns.check import MAX_PROMPT_BYTES, QUESTION
+from serve_app.config.patterns.check import QUESTION
 from serve_app.config.patterns.language import Condition, PatternConfig, Predicate
 from serve_app.config.patterns.template import Reference, Template, cut, filled
-from serve_app.errors import AtlasError, BudgetExceeded, DeadlineExceeded
+from serve_app.errors import AtlasError, BudgetExceeded, DeadlineExceeded, EngineError
 from serve_app.orchestrator.answer import Choice
 from serve_app.orchestrator.deciding import Decider
 from serve_app.orchestrator.pairs.base import PairWork
@@ -73,7 +73,11 @@ class Result:
     failure: AtlasError | None = None
     """Why it failed, or was cut short."""
     is_sent: bool = False
-    """Whether its text is on its way to the caller."""
+    """Whether its text is on its way to the caller; of a failed one, some of it."""
+    num_citable: int | None = None
+    """Sources that its text may cite by number; `None`: as many as it has."""
+    fault: str | None = None
+    """What a check has found wrong with it that kept it all the same."""
 
     @property
     def is_usable(self) -> bool:
@@ -121,7 +125,8 @@ class Scope:
     results: Mapping[str, Result] = field(default_factory=dict)
     """By id, and by the words `item`, `answers`, `draft`, `objections`, `subtask`."""
     streams: bool = False
-    """Whether its text goes to the caller as it comes."""
+    """Whether its text goes to the caller as it comes, if the caller wants it so: it is the last
+    thing that is done."""
 
     def seeing(self, **results: Result) -> Scope:
         """This view with more results."""
@@ -141,7 +146,8 @@ class Scope:
             return None
         head, *keys = reference.path or ("text",)
         if head == "count":
-            return len(result.sources) if result.sources or not result.data else len(result.data)
+            counted = isinstance(result.data, str | list | dict) and not result.sources
+            return len(result.data) if counted else len(result.sources)
         if head == "status":
             return result.status.value
         if head == "text":
@@ -160,7 +166,9 @@ class Scope:
         if value is None:
             return ""
         said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        return said if reference.name == QUESTION else cut(said, MAX_PROMPT_BYTES)
+        if reference.name == QUESTION:
+            return said
+        return cut(said, self.results[reference.name].max_bytes)
 
     def fill(self, template: str) -> str:
         """A template with its references filled, once."""
@@ -200,13 +208,19 @@ def _holds(condition: Condition, value: Any) -> bool:
         "gt": lambda wanted: number is not None and number > wanted,
         "ge": lambda wanted: number is not None and number >= wanted,
         "one_of": lambda wanted: text.casefold() in {name.strip().casefold() for name in wanted},
-        "empty": lambda wanted: (not value and value != 0 and value is not False) == wanted,
+        "empty": lambda wanted: _is_empty(value) == wanted,
     }
     return all(
         check(getattr(condition, name))
         for name, check in checks.items()
         if getattr(condition, name) is not None
     )
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, list | dict) and not value)
 
 
 def _number(value: Any) -> float | None:
@@ -236,6 +250,7 @@ async def by_deadline(work: Coroutine[Any, Any, _T], budget: Budget, name: str) 
 
     Raises:
         DeadlineExceeded: If it is not done in time.
+        EngineError: If something else ended it.
         BaseException: What it fails with.
     """
     if budget.deadline.is_over():
@@ -244,6 +259,8 @@ async def by_deadline(work: Coroutine[Any, Any, _T], budget: Budget, name: str) 
     task = asyncio.get_running_loop().create_task(work)
     try:
         await asyncio.wait({task}, timeout=max(budget.seconds_left, 0.0))
+        if task.cancelled():
+            raise EngineError(f"{name} was ended before it was done")
         if task.done():
             return task.result()
     finally:

@@ -13,11 +13,11 @@ import jsonschema
 from serve_app.budget import Budget
 from serve_app.config.patterns.bound import ROUTED_TRIES
 from serve_app.config.patterns.language import ROUTE, AskNode
-from serve_app.errors import AtlasError, EngineError
-from serve_app.orchestrator.answer import Choice, mean_logprob_of, text_of
+from serve_app.errors import AtlasError, EngineError, NoCandidate
+from serve_app.orchestrator.answer import Choice, ChunkMerger, mean_logprob_of, text_of
 from serve_app.orchestrator.deciding import facts_of
 from serve_app.orchestrator.pairs.base import PairWork
-from serve_app.orchestrator.patterns.scope import Result, Scope, Status, by_deadline
+from serve_app.orchestrator.patterns.scope import Result, Scope, Status, by_deadline, is_cap
 from serve_app.orchestrator.recovery import FIRST_TRY_SHARE, Move, fault_of
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.schemas import PATTERN_PREFIX, ChatCall, Decision, Limits, Pair
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 _PASSED_ON = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
 """Of the caller's sampling parameters."""
 _CITATION = re.compile(r"\[(\d{1,3})\]")
-_FENCE = re.compile(r"^\s*```(?:json)?\s*\n(.*?)\n?```\s*$", re.DOTALL)
 _MAX_FAULT_CHARS = 300
 
 
@@ -40,7 +39,7 @@ async def run(node: AskNode, scope: Scope, *, wants_logprobs: bool = False) -> R
     """
     call = call_of(node, scope)
     result = await _asked(node, scope, call, wants_logprobs)
-    if node.output is None:
+    if node.output is None or not result.is_usable:
         return result
     data, fault = read_json(result.text, node.output)
     if fault is not None:
@@ -55,6 +54,8 @@ async def run(node: AskNode, scope: Scope, *, wants_logprobs: bool = False) -> R
         )
         call = replace(call, messages=(*call.messages, *again))
         result = await _asked(node, scope, call, wants_logprobs)
+        if not result.is_usable:
+            return result
         data, fault = read_json(result.text, node.output)
     if fault is not None:
         raise EngineError(f"the answer does not fit the schema that was asked for: {fault}")
@@ -67,10 +68,13 @@ async def _asked(node: AskNode, scope: Scope, call: ChatCall, wants_logprobs: bo
         from serve_app.orchestrator.patterns.declared import run_pattern
 
         name = node.pair.removeprefix(PATTERN_PREFIX)
-        inner = replace(scope, work=replace(scope.work, call=call))
+        if name not in scope.parts.patterns:
+            raise NoCandidate(f"the pattern {name!r} does not exist any more")
+        work = replace(scope.work, call=call)
+        inner = replace(scope, work=work, streams=_streams(node, scope))
         result = await run_pattern(scope.parts.patterns[name], inner)
-        if result.status is Status.FAILED and result.failure is not None:
-            raise result.failure
+        if node.cite is not None and result.is_usable:
+            result = _citing(result, scope.results[node.cite].sources)
         return replace(result, max_bytes=node.max_bytes)
     pairs = [Pair.parse(node.pair)]
     if node.pair == ROUTE:
@@ -100,36 +104,60 @@ async def _run_pair(
     has_next: bool,
     wants_logprobs: bool,
 ) -> Result:
-    with scope.span.child(SpanKind.CALL, str(pair)) as span:
-        sent = 0
+    """One run of a pair.
 
-        async def emit(choices: list[Choice]) -> None:
-            nonlocal sent
-            sent += 1
-            await scope.work.send(choices)
+    Returns:
+        Its answer. Where pieces of it are out when it ends too early, what is out: as partial if a
+        cap ended it, else as failed.
 
-        work = PairWork(
-            pair=pair,
-            call=call,
-            budget=budget,
-            span=span,
-            emit=emit if scope.streams and scope.work.emit is not None else None,
-            recovery=scope.work.recovery,
-            has_next=has_next,
-            wants_logprobs=wants_logprobs,
-        )
-        choices = await by_deadline(scope.parts.pairs.run(work), budget, f"the pair {pair}")
-    text = text_of(choices) or ""
-    offered = scope.results[node.cite].sources if node.cite is not None else ()
-    return Result(
-        text=text,
+    Raises:
+        AtlasError: If it fails, and no text is out.
+    """
+    sent, status, ended = ChunkMerger(), Status.OK, None
+
+    async def emit(choices: list[Choice]) -> None:
+        await scope.work.send(choices)
+        sent.add(choices)
+
+    try:
+        with scope.span.child(SpanKind.CALL, str(pair)) as span:
+            work = PairWork(
+                pair=pair,
+                call=call,
+                budget=budget,
+                span=span,
+                emit=emit if _streams(node, scope) and scope.work.emit is not None else None,
+                recovery=scope.work.recovery,
+                has_next=has_next,
+                wants_logprobs=wants_logprobs,
+            )
+            choices = await by_deadline(scope.parts.pairs.run(work), budget, f"the pair {pair}")
+    except AtlasError as failure:
+        choices, ended = sent.choices(), failure
+        if not text_of(choices):
+            raise
+        status = Status.PARTIAL if is_cap(failure) else Status.FAILED
+    result = Result(
+        status,
+        text=text_of(choices) or "",
         choices=tuple(choices),
         pair=pair,
         mean_logprob=mean_logprob_of(choices),
-        sources=cited(text, offered),
         max_bytes=node.max_bytes,
-        is_sent=sent > 0,
+        failure=ended,
+        is_sent=bool(sent.choices()),
     )
+    return _citing(result, scope.results[node.cite].sources) if node.cite is not None else result
+
+
+def _streams(node: AskNode, scope: Scope) -> bool:
+    """Whether its text may go to the caller before all of it is there."""
+    return scope.streams and node.output is None and node.stream is not False
+
+
+def _citing(result: Result, sources: tuple[dict[str, Any], ...]) -> Result:
+    """An answer with those of the sources that it cites."""
+    return replace(result, sources=cited(result.text, sources), num_citable=len(sources))
 
 
 async def _routed(node: AskNode, scope: Scope, call: ChatCall) -> list[Pair]:
@@ -201,11 +229,18 @@ def cited(text: str, sources: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any
     return tuple(sources[n - 1] for n in numbers if 0 < n <= len(sources)) if numbers else sources
 
 
+def _unfenced(text: str) -> str:
+    """What stands in a block of code, if the whole text is one."""
+    first, newline, rest = text.partition("\n")
+    if newline and first.rstrip() in ("```", "```json") and rest.endswith("```"):
+        return rest.removesuffix("```")
+    return text
+
+
 def read_json(text: str, schema: dict[str, Any]) -> tuple[Any, str | None]:
     """A model's JSON, and what is wrong with it; `None`: nothing."""
-    fenced = _FENCE.match(text)
     try:
-        data = json.loads(fenced[1] if fenced else text)
+        data = json.loads(_unfenced(text.strip()))
         jsonschema.validate(data, schema)
     except json.JSONDecodeError as error:
         return None, f"it is not JSON: {error.msg}"

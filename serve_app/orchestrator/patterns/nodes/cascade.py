@@ -11,7 +11,7 @@ from serve_app.config.patterns.language import AskNode, CascadeNode
 from serve_app.errors import AtlasError
 from serve_app.orchestrator.patterns.chain import run_node
 from serve_app.orchestrator.patterns.nodes.verify import score_of
-from serve_app.orchestrator.patterns.scope import Result, Scope, Status, failed, is_cap
+from serve_app.orchestrator.patterns.scope import Result, Scope, Status, failed
 from serve_app.tools.builtin.best_of import answer_key
 
 
@@ -33,9 +33,9 @@ async def run(node: CascadeNode, scope: Scope) -> Result:
         inner = replace(scope, streams=scope.streams and is_last)
         result = await run_node(rung, inner, wants_logprobs=wants_logprobs and not is_last)
         scope.span.attributes["rung"] = number
-        if result.status is Status.FAILED:
-            if earlier and is_cap(result.failure):
-                return replace(earlier[-1], status=Status.PARTIAL, failure=result.failure)
+        if result.is_sent:
+            return result
+        if not result.is_usable and not (is_last and result.status is Status.REFUSED):
             continue
         if is_last or await _is_accepted(node, rung, result, earlier, scope):
             return result

@@ -7,7 +7,6 @@ from dataclasses import replace
 from serve_app.config.patterns.check import WORD_BYTES
 from serve_app.config.patterns.language import AskNode, CritiqueNode, VerifyNode
 from serve_app.orchestrator.patterns.chain import run_node
-from serve_app.orchestrator.patterns.nodes.verify import objection
 from serve_app.orchestrator.patterns.scope import Result, Scope, Status, is_cap, side_by_side
 
 _CONTENT = "ok"
@@ -29,7 +28,7 @@ async def run(node: CritiqueNode, scope: Scope) -> Result:
     draft = await run_node(node.draft, inner)
     if not draft.is_usable:
         return draft
-    objections, cap = await _objections(node, draft, inner)
+    objections, before, cap = await _objections(node, draft, inner)
     scope.span.attributes["objections"] = len(objections)
     if cap is not None:
         return replace(draft, status=Status.PARTIAL, failure=cap.failure)
@@ -44,18 +43,26 @@ async def run(node: CritiqueNode, scope: Scope) -> Result:
     checks = [critic for critic in node.critics if isinstance(critic, VerifyNode)]
     after = await _failed_checks(checks, revised, inner)
     scope.span.attributes["objections_after"] = after
-    return draft if after > len(objections) else revised
+    return draft if after > before else revised
 
 
 async def _objections(
     node: CritiqueNode, draft: Result, scope: Scope
-) -> tuple[list[str], Result | None]:
-    """What the critics object to, and the critic that a cap ended; `None`: there is none."""
+) -> tuple[list[str], int, Result | None]:
+    """What the critics object to, how many of those are checks, and the critic that a cap ended.
+
+    `None`: a cap ended none.
+    """
     seen = scope.seeing(draft=draft)
     works = {str(n): _criticise(critic, draft, seen) for n, critic in enumerate(node.critics)}
-    said = (await side_by_side(works)).values()
+    said = list((await side_by_side(works)).values())
+    checks = sum(
+        isinstance(of, VerifyNode)
+        for of, (_, words) in zip(node.critics, said, strict=True)
+        if words
+    )
     cap = next((result for result, _ in said if is_cap(result.failure)), None)
-    return [words for _, words in said if words], cap
+    return [words for _, words in said if words], checks, cap
 
 
 async def _criticise(
@@ -64,7 +71,7 @@ async def _criticise(
     """What one critic came to, and its objection; one that fails has none."""
     if isinstance(critic, VerifyNode):
         result = await run_node(critic.model_copy(update={"otherwise": "keep"}), scope)
-        return result, objection(result)
+        return result, result.fault
     result = await run_node(critic, scope)
     if not result.is_usable or result.text.strip().casefold().startswith(_CONTENT):
         return result, None

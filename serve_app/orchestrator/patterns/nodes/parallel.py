@@ -73,7 +73,10 @@ async def _joined(node: ParallelNode, results: Sequence[Result], scope: Scope) -
         called = asyncio.to_thread(_call, node.function, texts)
         return Result(text=await by_deadline(called, scope.budget, "the function"))
     if isinstance(node.join, AskNode):
-        return await run_node(node.join, scope.seeing(answers=together(results)))
+        joined = await run_node(node.join, scope.seeing(answers=together(results)))
+        if joined.status is Status.FAILED and is_cap(joined.failure) and not joined.is_sent:
+            return replace(together(results), status=Status.PARTIAL, failure=joined.failure)
+        return joined
     if node.join == "first":
         return next((r for r in results if r.status is Status.OK), results[0])
     joined = together(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,7 +87,7 @@ async def run(node: PlanNode, scope: Scope) -> Result:
             if done[name].is_usable
         ]
         joined = await run_node(node.join, scope.seeing(answers=together(named)))
-        if joined.status is Status.FAILED and is_cap(joined.failure):
+        if joined.status is Status.FAILED and is_cap(joined.failure) and not joined.is_sent:
             joined = replace(
                 together(good), status=Status.PARTIAL, failure=joined.failure, data=None
             )
@@ -185,6 +186,9 @@ def _kept_back(node: PlanNode, budget: Budget) -> Budget:
         return budget
     share = 1 - node.reserve
     left = budget.left
-    whole = Caps(*(int(value * share) if value != float("inf") else value for value in left))
-    caps = whole._replace(usd=left.usd * share, tokens=left.tokens * share)
+    calls, tool_calls = (
+        value if value == math.inf else max(min(value, 1.0), float(int(value * share)))
+        for value in (left.model_calls, left.tool_calls)
+    )
+    caps = Caps(left.usd * share, left.tokens * share, calls, tool_calls)
     return budget.child(budget.deadline.sooner(share * max(budget.seconds_left, 0.0)), caps)

@@ -34,23 +34,19 @@ async def run(node: VerifyNode, scope: Scope) -> Result:
     result, fault = await _check(node, checked, scope)
     scope.span.attributes["passed"] = fault is None
     if fault is None:
-        return result
+        return replace(result, fault=None)
     scope.span.attributes["fault"] = fault[:200]
     if node.otherwise == "fail":
         raise EngineError(f"the answer does not pass the check {node.check!r}: {fault}")
     if node.otherwise == "refuse":
         return Result(Status.REFUSED, text=scope.fill(node.say))
-    return replace(checked, data={_FAULT: fault})
-
-
-def objection(result: Result) -> str | None:
-    """What a check that kept its result had to say of it; `None`: nothing."""
-    return result.data.get(_FAULT) if isinstance(result.data, dict) else None
+    return replace(checked, data={_FAULT: fault}, fault=fault)
 
 
 async def _check(node: VerifyNode, checked: Result, scope: Scope) -> tuple[Result, str | None]:
     """The result, with what the check adds to it, and what is wrong with it."""
     text = checked.text.strip()
+    num_citable = checked.num_citable if node.sources is None else None
     sources = checked.sources if node.sources is None else scope.results[node.sources].sources
     fault: str | None = None
     match node.check:
@@ -67,12 +63,13 @@ async def _check(node: VerifyNode, checked: Result, scope: Scope) -> tuple[Resul
         case "grounded":
             fault = facts.ungrounded(text, [source["text"] for source in sources])
         case "citations":
-            fault = facts.wrong_citations(text, len(sources))
+            count = len(sources) if num_citable is None else num_citable
+            fault = facts.wrong_citations(text, count)
         case "examples":
             fault = await _failing_examples(node, text, scope)
         case "verifier":
             assert node.verifier is not None
-            score = await score_of(text, node.verifier, scope)
+            score = await score_of(checked.shown.strip(), node.verifier, scope)
             scope.span.attributes["score"] = round(score, 4)
             fault = None if score >= node.min_score else f"the verifier gives it {score:.2f}"
     return checked, fault

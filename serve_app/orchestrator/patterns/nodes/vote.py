@@ -6,10 +6,10 @@ import asyncio
 import math
 from dataclasses import dataclass, field, replace
 
-from serve_app.config.patterns.language import ROUTE, VoteNode
+from serve_app.config.patterns.language import ROUTE, AskNode, VoteNode
 from serve_app.errors import AtlasError, EngineError
 from serve_app.orchestrator.patterns.chain import run_node
-from serve_app.orchestrator.patterns.scope import Result, Scope, end, is_cap
+from serve_app.orchestrator.patterns.scope import Result, Scope, Status, end, is_cap
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.schemas import PATTERN_PREFIX, Limits, Pair
 from serve_app.tools.builtin.best_of import answer_key
@@ -38,7 +38,9 @@ async def run(node: VoteNode, scope: Scope) -> Result:
 
     Returns:
         The answer of the weightiest voice of the winning side. `data` has `sides`, each with its
-        `answer`, `weight` and `pairs`, and `conflict`, whether there was more than one.
+        `answer`, `weight` and `pairs`, and `conflict`, whether there was more than one. It is
+        partial where voices that a cap ended could have changed the outcome; a refusal where
+        nobody answers and somebody refuses.
 
     Raises:
         AtlasError: If nobody answers.
@@ -48,6 +50,7 @@ async def run(node: VoteNode, scope: Scope) -> Result:
     tasks = [asyncio.ensure_future(run_node(ask, inner)) for ask in node.of]
     sides: dict[str, _Side] = {}
     failures: list[AtlasError] = []
+    cut_short, refused = 0.0, None
     try:
         left = dict(zip(tasks, weights, strict=True))
         while left and not _is_decided(sides, sum(left.values())):
@@ -55,15 +58,20 @@ async def run(node: VoteNode, scope: Scope) -> Result:
             for task in sorted(done, key=tasks.index):
                 weight, result = left.pop(task), task.result()
                 key = answer_key(result.text) if result.is_usable else None
+                if result.status is Status.REFUSED:
+                    refused = result
                 if result.failure is not None:
                     failures.append(result.failure)
+                    cut_short += weight if key is None and is_cap(result.failure) else 0.0
                 if key is not None:
                     side = sides.setdefault(key, _Side())
                     side.weight += weight
-                    side.results.append((weight, result))
+                    side.results.append((weight, _named(result, node.of[tasks.index(task)])))
     finally:
         await end(*tasks)
     if not sides:
+        if refused is not None:
+            return refused
         raise next(iter(sorted(failures, key=is_cap)), EngineError("nobody gave an answer"))
     ordered = sorted(sides.values(), key=lambda side: -side.weight)
     said = [
@@ -79,7 +87,16 @@ async def run(node: VoteNode, scope: Scope) -> Result:
         "voices": sum(len(side.results) for side in ordered),
         "weight": round(ordered[0].weight, 4),
     }
-    return replace(ordered[0].best, data={"sides": said, "conflict": len(said) > 1})
+    best = replace(ordered[0].best, data={"sides": said, "conflict": len(said) > 1})
+    if best.status is not Status.OK or not cut_short or _is_decided(sides, cut_short):
+        return best
+    return replace(best, status=Status.PARTIAL, failure=next(filter(is_cap, failures)))
+
+
+def _named(result: Result, ask: AskNode) -> Result:
+    """A voice with a pair to name it by: where a pattern spoke, the pattern."""
+    is_pattern = ask.pair.startswith(PATTERN_PREFIX)
+    return replace(result, pair=Pair.parse(ask.pair)) if is_pattern else result
 
 
 def _is_decided(sides: dict[str, _Side], weight_left: float) -> bool:
