@@ -11,8 +11,8 @@ from dataclasses import dataclass
 _FENCE = "```"
 _MAX_LINE_CHARS = 500
 _RETURNS = re.compile(
-    r"^(?:[-*]\s*)?`?(?P<call>[A-Za-z_]\w*\(.*\))\s*"
-    r"(?:==|=>|->|returns|should return|must return|gives)\s*(?P<value>.+?)`?[.,;]?\s*$"
+    r"^(?:[-*]\s*)?`?(?P<call>[A-Za-z_]\w*\(.*\))`?\s*"
+    r"(?:==|=>|->|returns|should return|must return|gives)\s*`?(?P<value>.+?)`?[.,;]?\s*$"
 )
 _EXPECTED = re.compile(
     r"(?P<call>[A-Za-z_]\w*\(.*?\)) (?:returned|returns|raised|raises|gave|gives) .*, "
@@ -108,7 +108,8 @@ def code_of(text: str) -> str:
     for line in text.splitlines():
         said = line.strip()
         if not said.startswith(_FENCE):
-            block.append(line)
+            if inside is not None:
+                block.append(line)
         elif inside is None:
             inside, block = said.removeprefix(_FENCE).strip().casefold(), []
         else:
