@@ -48,6 +48,11 @@ class Pair(NamedTuple):
         """`model_id@tool_id`, or `pattern:<name>`."""
         return self.model_id if self.is_pattern else f"{self.model_id}@{self.tool_id}"
 
+    @staticmethod
+    def is_name(text: str) -> bool:
+        """Whether a text is a pair or a pattern as they are written."""
+        return "@" in text or text.startswith(PATTERN_PREFIX)
+
     @property
     def is_pattern(self) -> bool:
         """Whether it stands for a declared pattern."""

@@ -38,7 +38,7 @@ def graph_config(port: int) -> dict[str, Any]:
     """The shipped nano configuration, with scripted engines, a remote model and a broken one beside
     it."""
     config: dict[str, Any] = yaml.safe_load(
-        Path("configs/nano.yaml").read_text().replace("./nano/", f"{Path.cwd()}/configs/nano/")
+        Path("configs/nano.yaml").read_text().replace("./", f"{Path.cwd()}/configs/")
     )
     del config["router"]["snapshot"]  # tests of the learning loop promote their own
     config["pool"] = {**config.get("pool", {}), "allow_custom_models": True}

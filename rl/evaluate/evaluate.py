@@ -34,6 +34,7 @@ from rl.profile.outcomes import Outcomes
 from serve_app.router.rules.base import Deciding
 from serve_app.router.rules.gate import NEAR_ORACLE
 from serve_app.router.rules.utility import utility
+from serve_app.schemas import Pair
 
 CANDIDATE = "candidate"
 SERVING = "serving"
@@ -300,7 +301,7 @@ def show(report: EvaluationReport, console: Console) -> None:
     for heading in ("score", "$ per 1000", "utility", "steps"):
         table.add_column(heading, no_wrap=True)
     for name, figures in shown.contenders.items():
-        if "@" not in name:
+        if not Pair.is_name(name):
             table.add_row(name.replace("_", " "), *_cells(figures, ""))
     table.add_row("difference", *_cells(shown.difference, "+"), style="bold")
     console.print(table)

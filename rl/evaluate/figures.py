@@ -8,6 +8,7 @@ from typing import Any
 
 from rl.evaluate.evaluate import CANDIDATE, ORACLE, RANDOM, SERVING, EvaluationReport
 from serve_app.router.rules.gate import NEAR_ORACLE
+from serve_app.schemas import Pair
 
 _COLOURS = {CANDIDATE: "#cc3311", SERVING: "#0077bb", ORACLE: "#aaaaaa", RANDOM: "#000000"}
 _OTHER_COLOURS = ("#44aa99", "#ddaa33", "#aa4499", "#88ccee")
@@ -35,8 +36,8 @@ def draw_pareto(report: EvaluationReport, path: Path) -> None:
         if point.cost_usd > 0
     ]
     least_usd = min(paid, default=1.0) / 10  # where what is free is drawn
-    pairs = [name for name in report.frontiers if "@" in name]
-    others = [name for name in report.frontiers if "@" not in name and name not in _COLOURS]
+    pairs = [name for name in report.frontiers if Pair.is_name(name)]
+    others = [name for name in report.frontiers if name not in (*pairs, *_COLOURS)]
     colours = _COLOURS | {
         name: _OTHER_COLOURS[number % len(_OTHER_COLOURS)] for number, name in enumerate(others)
     }

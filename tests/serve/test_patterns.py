@@ -1,0 +1,89 @@
+"""The shipped patterns of the nano pool, through the OpenAI client, on real engines and tools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+
+from tests.conftest import Graph
+
+pytestmark = pytest.mark.serve
+
+
+@pytest.fixture(scope="module")
+def client(graph: Graph) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{graph.url}/v1", api_key="none", max_retries=0)
+
+
+def ask(client: openai.OpenAI, pattern: str, question: str) -> tuple[str, dict[str, Any]]:
+    completion = client.chat.completions.create(
+        model=f"pattern:{pattern}",
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+    )
+    extension: dict[str, Any] = (completion.model_extra or {})["atlas"]
+    return completion.choices[0].message.content or "", extension
+
+
+def test_a_question_with_two_parts_is_split_and_both_are_answered(client: openai.OpenAI) -> None:
+    question = "What is the capital of Japan, and what is 15% of 240?"
+    answer, extension = ask(client, "split-and-solve", question)
+    assert "Tokyo" in answer
+    assert "36" in answer
+    assert extension["pair"] == "pattern:split-and-solve"
+
+
+def test_a_fact_is_looked_up_before_a_sum_on_it(client: openai.OpenAI) -> None:
+    answer, _ = ask(client, "split-and-solve", "Multiply the atomic number of oxygen by 12.")
+    assert "96" in answer
+
+
+def test_what_the_corpus_says_is_answered_with_its_source(client: openai.OpenAI) -> None:
+    answer, extension = ask(
+        client, "look-up-or-refuse", "Which architect designed the Fatin Tower?"
+    )
+    (source, *_) = extension["sources"]
+    assert answer.strip(". ") in source["text"]
+
+
+def test_what_the_corpus_does_not_say_is_refused(client: openai.OpenAI) -> None:
+    answer, extension = ask(client, "look-up-or-refuse", "Who designed the Zorgalin Tower?")
+    assert answer.startswith("I don't know")
+    assert "partial" not in extension
+
+
+def test_a_sum_is_done_as_cheaply_as_it_can_be(client: openai.OpenAI) -> None:
+    answer, _ = ask(client, "cheap-first", "What is 17 times 24?")
+    assert "408" in answer
+
+
+def test_three_voices_agree_on_a_sum(client: openai.OpenAI) -> None:
+    answer, _ = ask(client, "ask-three", "What is 15% of 240?")
+    assert "36" in answer
+
+
+def test_ten_figures_of_one_list_come_line_by_line(client: openai.OpenAI) -> None:
+    answer, extension = ask(client, "check-ten", "[4, 8, 15, 16, 23, 42]")
+    assert len(answer.splitlines()) >= 8
+    assert "108" in answer
+    assert extension["usage"]["completion_tokens"] > 0
+
+
+def test_code_is_tried_on_the_examples_of_the_question(client: openai.OpenAI) -> None:
+    question = (
+        "Write a function that returns the sum of a list of numbers.\nsolution([1, 2, 3]) == 6"
+    )
+    answer, _ = ask(client, "write-and-test", question)
+    assert "def solution" in answer
+
+
+def test_the_worst_case_of_each_shipped_pattern_covers_what_it_used(
+    client: openai.OpenAI,
+) -> None:
+    listed: Any = client.get("/admin/patterns", cast_to=object)
+    worst = {row["name"]: row["worst_case"] for row in listed["data"]}
+    _, extension = ask(client, "ask-three", "What is 15% of 240?")
+    assert extension["usage"]["total_tokens"] <= worst["ask-three"]["tokens"]
+    assert extension["cost_usd"] <= worst["ask-three"]["usd"]
