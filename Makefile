@@ -35,8 +35,12 @@ $(STAMP): $(LOCK) $(TORCH_LOCK) pyproject.toml
 serve: setup
 	@$(BIN)/atlas serve --config $(CONFIG)
 
+# Two at a time, then one by one what starts Ray or measures time. `worksteal` keeps the tests of a module together, which
+# share what is slow to make, and runs tests that share an id, which `loadfile` drops. One thread each for linear algebra:
+# more would wait for each other, spinning.
 test: setup
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not serial" -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -m serial
 
 check: setup
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports && $(BIN)/mypy

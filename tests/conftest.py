@@ -4,6 +4,7 @@ test that asks."""
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,33 @@ from serve_app.schemas import PoolState
 from tests.haproxy import free_port, own_ports
 
 os.environ.update(own_ports())
+
+STARTS_RAY = {"graph", "ray_session", "cluster"}
+"""Fixtures that start Ray."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as serial what starts Ray by a fixture, or says that it needs the graph."""
+    for item in items:
+        fixtures: list[str] = getattr(item, "fixturenames", [])
+        if item.get_closest_marker("serve") or not STARTS_RAY.isdisjoint(fixtures):
+            item.add_marker(pytest.mark.serial)
+
+
+@pytest.fixture(autouse=True)
+def _only_serial_tests_start_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Two clusters at once would be too much for a small machine."""
+    before = _ray_runs()
+    yield
+    if request.node.get_closest_marker("serial") is None:
+        assert _ray_runs() == before, "a test that starts Ray needs the marker `serial`"
+
+
+def _ray_runs() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
 
 BEHAVIOURS = ("echo", "fail", "refuse", "hang", "break", "drip", "loop", "bad_call")
 

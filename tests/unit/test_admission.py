@@ -259,6 +259,7 @@ async def flooded(folder: Path, **limits: Any) -> list[float]:
     return took
 
 
+@pytest.mark.serial
 async def test_behind_the_real_edge_answers_are_fast_where_they_would_queue(tmp_path: Path) -> None:
     bounds = {"initial_ongoing_requests": 8, "min_ongoing_requests": 4}
     taken = await flooded(tmp_path / "adapting", **bounds)

@@ -118,6 +118,7 @@ HOSTILE_ANSWERS = {
 }
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("answer", HOSTILE_ANSWERS.values(), ids=list(HOSTILE_ANSWERS))
 def test_no_answer_takes_long_to_compare(answer: str) -> None:
     began_s = time.thread_time()

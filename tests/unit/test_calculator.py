@@ -157,6 +157,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(("expression", "reason"), REFUSED)
 def test_what_has_no_value_is_refused_with_the_reason(expression: str, reason: str) -> None:
     begin = time.monotonic()
@@ -168,6 +169,7 @@ def test_what_has_no_value_is_refused_with_the_reason(expression: str, reason: s
 ALPHABET = "0123456789.+-*/%^(), epilnsqrtaco!=π√²xfg"
 
 
+@pytest.mark.serial
 @given(st.text(alphabet=ALPHABET, max_size=60))
 @settings(max_examples=500, deadline=None, derandomize=True)
 def test_any_text_gives_a_number_or_a_refusal_in_bounded_time(text: str) -> None:

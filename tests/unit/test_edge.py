@@ -83,6 +83,7 @@ def length(body: bytes | int) -> bytes:
     return b"content-length: %d\r\n\r\n" % (body if isinstance(body, int) else len(body))
 
 
+@pytest.mark.serial
 def test_a_declared_length_over_the_limit_is_refused_before_the_body(gateway: Loopback) -> None:
     began = time.monotonic()
     response = gateway.raw(HEAD + length(4097))
@@ -129,6 +130,7 @@ def test_an_endless_body_is_cut_off(gateway: Loopback) -> None:
     assert status_of(response) == 413
 
 
+@pytest.mark.serial
 def test_a_body_that_stops_half_way_is_a_408(gateway: Loopback) -> None:
     began = time.monotonic()
     response = gateway.raw(HEAD + length(100) + b'{"model"')
@@ -271,6 +273,7 @@ def test_a_body_on_an_unknown_path_is_not_waited_for(gateway: Loopback) -> None:
     assert status_of(response) == 404
 
 
+@pytest.mark.serial
 def test_too_many_at_once_are_refused_in_milliseconds_and_probes_are_not(
     gateway: Loopback,
 ) -> None:

@@ -21,6 +21,8 @@ with warnings.catch_warnings():
     from serve_app.models.local import JsonLLMServer, _raise_if_error, llm_config
     from serve_app.models.process_reward import ProcessRewardServer
 
+pytestmark = pytest.mark.serial  # what builds a GPU graph starts Ray
+
 NANO = Path("configs/nano/weights").absolute()
 GPU_POOL = load_config("configs/gpu-7b.yaml").models
 GPU_MODELS = [model for model in GPU_POOL if isinstance(model, LocalModelConfig)]

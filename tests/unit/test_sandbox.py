@@ -154,6 +154,7 @@ def test_runs_of_two_threads_take_turns(server: SandboxServer) -> None:
     assert sorted(result.stdout for result in results) == [f"{i}\n" for i in range(6)]
 
 
+@pytest.mark.serial
 def test_waiting_for_another_run_counts_against_the_deadline(server: SandboxServer) -> None:
     assert server.pid is not None
     process = psutil.Process(server.pid)
@@ -177,6 +178,7 @@ def slow_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "slow_to_import"
 
 
+@pytest.mark.serial
 def test_start_counts_against_the_deadline_and_goes_on_after_it(slow_package: str) -> None:
     server = SandboxServer((slow_package,))
     begin = time.monotonic()
@@ -190,6 +192,7 @@ def test_start_counts_against_the_deadline_and_goes_on_after_it(slow_package: st
     server.close()
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("size", [10, 1 << 20], ids=["small", "larger-than-a-pipe"])
 def test_server_that_does_not_answer_is_replaced_in_time(size: int) -> None:
     server = SandboxServer()

@@ -105,6 +105,7 @@ BOMBS = [
 ]
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(("code", "options", "stopped_by"), BOMBS)
 def test_bomb_is_stopped_in_time(
     run: Run, server: SandboxServer, code: str, options: dict[str, Any], stopped_by: str | None
@@ -280,6 +281,7 @@ time.sleep(5)
     assert result.stopped_by == "threads" or "can't start new thread" in result.stderr
 
 
+@pytest.mark.serial
 def test_cpu_limit_counts_all_threads(run: Run) -> None:
     result = run("while True: pass", deadline_s=30, cpu_seconds=1)
     assert result.timed_out

@@ -174,6 +174,7 @@ def test_code_that_does_not_reach_the_end_of_its_tests_is_wrong(code: str) -> No
     assert measure(unit_tests(), Answer(code)) == 0.0
 
 
+@pytest.mark.serial
 async def test_hung_code_ends_at_the_time_limit_and_leaves_the_loop_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -187,6 +188,7 @@ async def test_hung_code_ends_at_the_time_limit_and_leaves_the_loop_free(
     assert time.monotonic() - begin < 5
 
 
+@pytest.mark.serial
 def test_sandbox_that_hangs_fails_the_scoring_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     measure(unit_tests(), Answer(CODE))  # starts the sandbox
     monkeypatch.setattr(scoring, "TESTS_TIMEOUT_S", 0.5)
@@ -347,6 +349,7 @@ REPEATED = [
 REPEATED += ["\\boxed{", "=", "```", "####", "(", "1 x 10", "٣", ".", "a1.", "\ufdfa"]
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("asked", PURE, ids=lambda asked: asked.metric.name)
 @pytest.mark.parametrize("part", REPEATED, ids=repr)
 def test_time_does_not_explode_with_the_length_of_an_answer(asked: Question, part: str) -> None:

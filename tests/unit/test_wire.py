@@ -483,6 +483,7 @@ WORST_BODIES = {
 }
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("body", WORST_BODIES.values(), ids=list(WORST_BODIES))
 def test_no_body_takes_long_to_check(body: dict[str, Any]) -> None:
     encoded = json.dumps({"model": "atlas", "messages": [USER], **body}).encode()
