@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -421,7 +421,7 @@ def _event_chunk(run: Run, event: SpanEvent) -> dict[str, Any]:
     """What a chunk has that tells of a span; its choices are none, as with `include_usage`."""
     assert run.decision is not None
     pair, path = run.decision.pair, run.decision.path
-    told = {"event": {"type": event.phase, "span": asdict(event.span)}}
+    told = {"event": {"type": event.phase, "span": event.span._asdict()}}
     return {"model": str(pair), "choices": [], "atlas": {"path": path.value, **told}}
 
 

@@ -49,6 +49,7 @@ from serve_app.store.profiles import (
     read_thoughts,
 )
 from serve_app.store.retention import Retention, delete_old
+from serve_app.store.traces import StoredTrace, read_trace
 
 __all__ = [
     "ApiKey",
@@ -67,6 +68,7 @@ __all__ = [
     "Scope",
     "SnapshotInfo",
     "Store",
+    "StoredTrace",
     "Verdict",
     "add_feedback",
     "add_job",
@@ -95,6 +97,7 @@ __all__ = [
     "rated_trajectories",
     "read_profile",
     "read_thoughts",
+    "read_trace",
     "read_verdicts",
     "revoke_key",
     "serving_policies",

@@ -1,9 +1,9 @@
 """Outcomes of finished requests: a queue beside the request path, and the batches it writes.
 
 In come `Report`s, from `OutcomeLog.record`, which never waits; out go rows of `requests`,
-`outcomes`, and of `trajectories` and `shadow_decisions` where there is such a thing. What must stay
-true: a recorded report survives the death of this process, and a store that is slow or away costs
-memory and disk up to a bound and then outcomes, never a request.
+`outcomes`, `spans`, and of `trajectories` and `shadow_decisions` where there is such a thing. What
+must stay true: a recorded report survives the death of this process, and a store that is slow or
+away costs memory and disk up to a bound and then outcomes, never a request.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import logging
 import sys
 import time
@@ -27,7 +28,7 @@ from serve_app.errors import StoreError
 from serve_app.schemas import Action, Report
 from serve_app.store.database import Store, is_transient
 from serve_app.store.journal import Journal
-from serve_app.store.tables import OutcomeRow, RequestRow, ShadowRow, TrajectoryRow
+from serve_app.store.tables import OutcomeRow, RequestRow, ShadowRow, TraceRow, TrajectoryRow
 from serve_app.telemetry import (
     STORE_DROPPED,
     STORE_RECOVERED,
@@ -354,6 +355,7 @@ class OutcomeLog:
                         (OutcomeRow, [outcome for row in new for outcome in row.outcomes]),
                         (TrajectoryRow, [row.trajectory for row in new if row.trajectory]),
                         (ShadowRow, [row.shadow for row in new if row.shadow]),
+                        (TraceRow, [row.trace for row in new if row.trace]),
                     ):
                         if added:
                             await connection.execute(insert(table), added)
@@ -439,6 +441,8 @@ class _Rows:
     outcomes: list[_Values]
     trajectory: _Values | None
     shadow: _Values | None
+    trace: _Values | None = None
+    """`None` also in lines of the journal that an earlier version wrote."""
 
 
 _ROW_BYTES = 2_048
@@ -451,6 +455,8 @@ def _size(rows: _Rows) -> int:
     long += [outcome["error"] for outcome in rows.outcomes]
     if rows.trajectory is not None:
         long.append(rows.trajectory["answer_embeddings"])
+    if rows.trace is not None:
+        long.append(rows.trace["spans"])
     calls = sum(len(outcome["tool_calls"]) for outcome in rows.outcomes)
     short = 2 + len(rows.outcomes) + calls
     return short * _ROW_BYTES + sum(sys.getsizeof(value) for value in long if value is not None)
@@ -545,7 +551,7 @@ def _rows(entry: _Entry) -> _Rows:
         }
         for index, step in enumerate(report.steps)
     ]
-    return _Rows(request, outcomes, _trajectory(report), _shadow(report))
+    return _Rows(request, outcomes, _trajectory(report), _shadow(report), _trace(report))
 
 
 def _trajectory(report: Report) -> _Values | None:
@@ -596,4 +602,20 @@ def _shadow(report: Report) -> _Values | None:
         "path": str(shadow.path),
         "confidence": shadow.confidence,
         "propensity": shadow.propensity,
+    }
+
+
+def _trace(report: Report) -> _Values | None:
+    if not report.spans:
+        return None
+    told = [span._asdict() for span in report.spans]
+    try:
+        spans = orjson.dumps(told).decode()
+    except TypeError:  # a lone surrogate, which no database takes
+        spans = json.dumps(told, ensure_ascii=False).encode("utf-8", "replace").decode()
+    return {
+        "request_id": report.request_id,
+        "stop": str(report.stop),
+        "num_dropped": report.num_dropped,
+        "spans": spans,
     }

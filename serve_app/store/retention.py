@@ -1,7 +1,8 @@
 """Retention: what is stored of requests and jobs is deleted after a time.
 
 Labelled questions, their outcomes, snapshots, policies, the pool and keys stay: the router is made
-of them. A request goes with all that hangs on it: outcomes, trajectory, shadow decision, feedback.
+of them. A request goes with all that hangs on it: outcomes, trajectory, shadow decision,
+spans, feedback.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from serve_app.store.tables import (
     OutcomeRow,
     RequestRow,
     ShadowRow,
+    TraceRow,
     TrajectoryRow,
 )
 
@@ -124,7 +126,7 @@ async def _delete_requests(connection: AsyncConnection, before_unix_s: float) ->
     )
     ids = list(await connection.scalars(oldest))
     if ids:
-        for table in (FeedbackRow, OutcomeRow, TrajectoryRow, ShadowRow, RequestRow):
+        for table in (FeedbackRow, OutcomeRow, TrajectoryRow, ShadowRow, TraceRow, RequestRow):
             await connection.execute(delete(table).where(table.request_id.in_(ids)))
     return len(ids)
 

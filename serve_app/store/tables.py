@@ -119,6 +119,24 @@ class ShadowRow(Base):
     propensity: Mapped[float] = mapped_column(Float)
 
 
+class TraceRow(Base):
+    """What happened in one request.
+
+    One row holds all its spans: one insert writes them, one key reads them, none searches in them.
+    """
+
+    __tablename__ = "spans"
+
+    request_id: Mapped[str] = mapped_column(ForeignKey("requests.request_id"), primary_key=True)
+    stop: Mapped[str] = mapped_column(String(16))
+    """Why nothing more was done."""
+    num_dropped: Mapped[int] = mapped_column(Integer)
+    """Spans that were not kept."""
+    spans: Mapped[str] = mapped_column(Text)
+    """JSON list of `schemas.SpanRecord`, each after the one it is part of; as text, because the
+    journal has the same."""
+
+
 class FeedbackRow(Base):
     """The owner's verdict on a request; one per request."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import httpx2
+import orjson
 import pytest
 from sqlalchemy import text
 
@@ -22,8 +23,17 @@ from serve_app.errors import StoreAway, StoreError, Unauthorized
 from serve_app.gateway.deployment import Gateway
 from serve_app.gateway.edge.auth import Authenticator
 from serve_app.schemas import Usage
-from serve_app.store import Journal, OutcomeLog, Scope, Store, create_key, revoke_key
-from serve_app.store.tables import OutcomeRow, RequestRow
+from serve_app.store import (
+    Journal,
+    OutcomeLog,
+    Scope,
+    Store,
+    create_key,
+    outcomes,
+    read_trace,
+    revoke_key,
+)
+from serve_app.store.tables import OutcomeRow, RequestRow, TraceRow
 from serve_app.telemetry import Metric
 from tests.path2_fakes import Controller, Handle, WordEmbedder, path2_config
 from tests.unit.test_store import report, rows
@@ -260,6 +270,27 @@ async def test_what_was_written_just_before_the_death_is_not_written_twice(
     assert (await in_order(store), log.dropped) == (ids(20), 0)
     assert counts.of["store/outcomes_recovered"] == 0
     await log.close()
+
+
+async def test_a_line_of_an_earlier_version_is_written_without_what_it_lacks(
+    store: Store, folder: Path
+) -> None:
+    journal = Journal(folder, MIB)
+    values = orjson.loads(outcomes._to_line(outcomes._rows(outcomes._Entry(report(), 0.5, 1.0))))
+    del values["trace"]
+    journal.append(orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE), in_memory=True)
+    journal.close()
+    assert await take_over(store, folder, until=1) == ["req_1"]
+    assert await rows(store, TraceRow) == []
+
+
+async def test_a_trace_goes_through_the_journal(store: Store, folder: Path) -> None:
+    journal = Journal(folder, MIB)
+    line = outcomes._to_line(outcomes._rows(outcomes._Entry(report(), 0.5, 1.0)))
+    journal.append(line, in_memory=True)
+    journal.close()
+    await take_over(store, folder, until=1)
+    assert (await read_trace(store, "req_1", "key_1")).spans == report().spans
 
 
 async def test_a_damaged_line_costs_only_itself(store: Store, folder: Path) -> None:

@@ -22,6 +22,7 @@ from serve_app.store.tables import (
     RequestRow,
     ShadowRow,
     SnapshotRow,
+    TraceRow,
     TrajectoryRow,
 )
 from tests.unit.test_store import report
@@ -105,7 +106,7 @@ async def test_what_is_old_goes_whole_and_the_rest_stays(
     await fill(store, old=10, new=2)
     await fill_other(store)
     assert await delete_old(store, time.time() - 90 * DAY_S) == 11
-    for table in (RequestRow, OutcomeRow, TrajectoryRow, ShadowRow):
+    for table in (RequestRow, OutcomeRow, TrajectoryRow, ShadowRow, TraceRow):
         assert await ids(store, table) == {"new_0", "new_1"}
     assert await ids(store, FeedbackRow) == {"new_1"}
     assert await ids(store, JobRow, "job_id") == {"old_running", "new_over"}

@@ -21,7 +21,19 @@ from sqlalchemy.engine import Connection
 
 from serve_app.errors import ConfigError, Conflict, NotFound, StoreError, Unauthorized
 from serve_app.gateway.edge.auth import Authenticator
-from serve_app.schemas import Candidate, DecidedBy, Decision, Pair, Report, Step, ToolCall, Usage
+from serve_app.schemas import (
+    Candidate,
+    DecidedBy,
+    Decision,
+    Pair,
+    Report,
+    SpanKind,
+    SpanRecord,
+    Step,
+    StopReason,
+    ToolCall,
+    Usage,
+)
 from serve_app.store import (
     OutcomeLog,
     Scope,
@@ -32,6 +44,7 @@ from serve_app.store import (
     hash_key,
     list_keys,
     outcomes,
+    read_trace,
     revoke_key,
 )
 from serve_app.store.tables import ApiKeyRow, Base, FeedbackRow, OutcomeRow, RequestRow
@@ -76,9 +89,25 @@ def report(request_id: str = "req_1", **changes: Any) -> Report:
         pool_version=3,
     )
     whole = Report(
-        request_id, decision, (failed, answered), usage, 3.0, "what?", b"\1\2\3\4", "key_1"
+        request_id,
+        decision,
+        (failed, answered),
+        usage,
+        3.0,
+        "what?",
+        b"\1\2\3\4",
+        "key_1",
+        spans=spans(request_id),
     )
     return replace(whole, **changes)
+
+
+def spans(request_id: str, error: str = "broke") -> tuple[SpanRecord, ...]:
+    root = SpanRecord(0, None, SpanKind.REQUEST, request_id, 0.0, 3.0, None, 7, 5, 0.25, {})
+    failed = SpanRecord(
+        1, 0, SpanKind.PAIR, "large@none", 0.5, 1.0, error, 0, 0, 0.0, {"accepted": False, "n": 2}
+    )
+    return root, failed
 
 
 async def rows(store: Store, table: type[Base]) -> list[Any]:
@@ -503,3 +532,37 @@ async def test_a_killed_process_loses_nothing_it_had_acknowledged(store_url: str
     assert await log.flush()
     await log.close()
     await store.close()
+
+
+# Traces.
+
+
+async def test_a_trace_is_read_as_it_was_reported_by_its_owner(store: Store) -> None:
+    log = await fast_log(store)
+    recorded = report(stop=StopReason.STEPS, num_dropped=4)
+    log.record(recorded)
+    assert await log.flush()
+    trace = await read_trace(store, "req_1", "key_1")
+    assert (trace.spans, trace.stop, trace.num_dropped) == (recorded.spans, StopReason.STEPS, 4)
+    assert (trace.usage, trace.seconds, trace.error) == (recorded.usage, 3.0, None)
+    assert (trace.pair, trace.path) == (recorded.decision.pair, recorded.decision.path)
+    await log.close()
+
+
+async def test_a_trace_of_another_owner_is_as_unknown_as_one_that_is_not(store: Store) -> None:
+    log = await fast_log(store)
+    log.record(report())
+    assert await log.flush()
+    for request_id, owner in (("req_1", "key_2"), ("req_2", "key_1")):
+        with pytest.raises(NotFound) as caught:
+            await read_trace(store, request_id, owner)
+        assert caught.value.args == (f"no request {request_id!r}", "request_id")
+    await log.close()
+
+
+async def test_a_trace_with_text_that_no_database_takes_is_stored_without_it(store: Store) -> None:
+    log = await fast_log(store)
+    log.record(report(spans=spans("req_1", "a\0b\ud800c")))
+    assert await log.flush()
+    assert (await read_trace(store, "req_1", "key_1")).spans[1].error == "a\0b?c"
+    await log.close()

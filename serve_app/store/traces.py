@@ -1,0 +1,99 @@
+"""Traces of finished requests, for their owners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import orjson
+from sqlalchemy import select
+
+from serve_app.errors import NotFound
+from serve_app.schemas import DecidedBy, Pair, SpanKind, SpanRecord, StopReason, Usage
+from serve_app.store.database import Store
+from serve_app.store.tables import RequestRow, TraceRow
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTrace:
+    """What happened in one finished request."""
+
+    request_id: str
+    created_unix_s: float
+    """When it ended."""
+    pair: Pair
+    """First chosen."""
+    path: DecidedBy
+    """Who chose it."""
+    confidence: float
+    propensity: float
+    policy_version: int
+    pool_version: int
+    usage: Usage
+    seconds: float
+    error: str | None
+    """Why it failed; `None`: it was answered."""
+    stop: StopReason
+    """Why nothing more was done."""
+    spans: tuple[SpanRecord, ...]
+    """Each after the one it is part of; never empty."""
+    num_dropped: int
+    """Spans that were not kept."""
+
+
+async def read_trace(store: Store, request_id: str, owner: str) -> StoredTrace:
+    """What happened in a request.
+
+    Args:
+        store: Where it is kept.
+        request_id: The request's id, as its response said.
+        owner: Who wants to know; must be who asked.
+
+    Raises:
+        NotFound: If there is no such request of this owner; whether another has it is not told.
+        StoreError: If the store is away.
+    """
+    query = (
+        select(
+            RequestRow.created_unix_s,
+            RequestRow.model_id,
+            RequestRow.tool_id,
+            RequestRow.path,
+            RequestRow.confidence,
+            RequestRow.propensity,
+            RequestRow.policy_version,
+            RequestRow.pool_version,
+            RequestRow.prompt_tokens,
+            RequestRow.completion_tokens,
+            RequestRow.cost_usd,
+            RequestRow.seconds,
+            RequestRow.error,
+            TraceRow.stop,
+            TraceRow.spans,
+            TraceRow.num_dropped,
+        )
+        .join(TraceRow, TraceRow.request_id == RequestRow.request_id)
+        .where(RequestRow.request_id == request_id, RequestRow.owner == owner)
+    )
+    async with store.begin() as connection:
+        row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise NotFound(f"no request {request_id!r}", "request_id")
+    return StoredTrace(
+        request_id=request_id,
+        created_unix_s=row.created_unix_s,
+        pair=Pair(row.model_id, row.tool_id),
+        path=DecidedBy(row.path),
+        confidence=row.confidence,
+        propensity=row.propensity,
+        policy_version=row.policy_version,
+        pool_version=row.pool_version,
+        usage=Usage(row.prompt_tokens, row.completion_tokens, row.cost_usd),
+        seconds=row.seconds,
+        error=row.error,
+        stop=StopReason(row.stop),
+        spans=tuple(
+            SpanRecord(**span | {"kind": SpanKind(span["kind"])})
+            for span in orjson.loads(row.spans)
+        ),
+        num_dropped=row.num_dropped,
+    )
