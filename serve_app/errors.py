@@ -54,7 +54,8 @@ class AtlasError(Exception):
     code: str | None = None
     """`error.code` in OpenAI's error shape."""
     stop: str | None = None
-    """Why the run ended that failed with it, a `schemas.StopReason`; `None`: no run had begun."""
+    """Why the request ended that failed with it, a `schemas.StopReason`; `None`: no run had begun,
+    and the error's class does not tell."""
 
     @property
     def message(self) -> str:
@@ -258,6 +259,7 @@ class DeadlineExceeded(ServiceError):
     status_code = 504
     error_type = "timeout_error"
     code = "deadline_exceeded"
+    stop = "deadline"
 
 
 class ToolError(AtlasError):

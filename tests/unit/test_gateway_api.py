@@ -537,6 +537,31 @@ def test_each_request_writes_one_line_with_its_facts(
     assert float(fields["seconds"]) > 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_line_says_that_the_gateways_deadline_ended_a_request(
+    gateway: Loopback, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    caplog.set_level("INFO", "serve_app.gateway")
+    body = chat("!stall x" if stream else "!hang", stream=stream, atlas={"deadline_s": 0.2})
+    request_id = post(gateway, "/v1/chat/completions", body).headers["x-request-id"]
+    assert eventually(lambda: any(request_id in line for line in caplog.messages))
+    (line,) = [line for line in caplog.messages if f"request_id={request_id}" in line]
+    assert "error=DeadlineExceeded stop=deadline" in line
+
+
+def test_the_line_says_that_a_client_left(
+    gateway: Loopback, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "serve_app.gateway")
+    with ask(gateway, "!trickle" + " x" * 500, stream=True) as answer:
+        next(iter(answer))
+        request_id = answer.response.headers["x-request-id"]
+    assert eventually(lambda: any(request_id in line for line in caplog.messages))
+    (line,) = [line for line in caplog.messages if f"request_id={request_id}" in line]
+    assert "status=499" in line
+    assert "stop=left" in line
+
+
 def test_a_hostile_model_name_cannot_forge_a_log_line(
     gateway: Loopback, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -32,7 +32,7 @@ from serve_app.gateway.edge.proxy import body_held_back
 from serve_app.gateway.edge.rate import RateLimiter
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint, RouteTable
 from serve_app.gateway.edge.shares import Shares
-from serve_app.schemas import PATTERN_PREFIX
+from serve_app.schemas import PATTERN_PREFIX, StopReason
 from serve_app.telemetry import (
     GATEWAY_ONGOING,
     GATEWAY_REQUESTS,
@@ -122,9 +122,9 @@ class Edge:
         try:
             await self._pass(scope, receive, reply, exchange)
         except ClientLeft:
-            exchange.line.status = CLIENT_LEFT
+            exchange.line.status, exchange.line.stop = CLIENT_LEFT, StopReason.LEFT
         except asyncio.CancelledError:
-            exchange.line.status = CLIENT_LEFT
+            exchange.line.status, exchange.line.stop = CLIENT_LEFT, StopReason.LEFT
             raise
         except Exception as error:
             exchange.line.error = type(error).__name__
