@@ -30,6 +30,8 @@ from serve_app.schemas import (
     Pair,
     PoolState,
     Report,
+    SpanKind,
+    SpanRecord,
     Step,
     ToolCall,
     Usage,
@@ -176,6 +178,12 @@ class ScriptedOrchestrator:
             query=call.query,
             embedding=b"\0\0\0\0",
             owner=call.owner,
+            spans=(
+                SpanRecord(
+                    0, None, SpanKind.REQUEST, call.request_id, 0, 0.02, None, 7, 5, 0.25, {}
+                ),
+                SpanRecord(1, 0, SpanKind.PAIR, str(PAIR), 0.0, 0.02, None, 7, 5, 0.25, {}),
+            ),
         )
         self._outcomes.record(report, call.limits.alpha)
         return report

@@ -29,6 +29,8 @@ from serve_app.cli.console import (
 )
 from serve_app.cli.patterns import app as patterns_app
 from serve_app.cli.pool import app as pool_app
+from serve_app.cli.traces import ask_with_events
+from serve_app.cli.traces import trace as trace_command
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, ClusterDied
 from serve_app.gateway.edge.hosts import is_loopback
@@ -43,6 +45,7 @@ keys_app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(pool_app, name="pool")
 app.add_typer(patterns_app, name="patterns")
+app.command("trace")(trace_command)
 
 
 @app.command()
@@ -155,6 +158,9 @@ def ask(
     ] = "atlas",
     explain: Annotated[bool, typer.Option(help="Show every candidate's scores.")] = False,
     stream: Annotated[bool, typer.Option(help="Print the answer as it comes.")] = False,
+    trace: Annotated[
+        bool, typer.Option(help="Show each decision and call as it begins and ends.")
+    ] = False,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = "none",
 ) -> None:
@@ -169,7 +175,10 @@ def ask(
         "extra_body": {"atlas": options},
     }
     with api_errors(url):
-        if stream:
+        if trace:
+            options["events"] = True
+            extension = ask_with_events(client, request)
+        elif stream:
             extension = None
             for chunk in client.chat.completions.create(stream=True, **request):
                 extension = (chunk.model_extra or {}).get("atlas", extension)

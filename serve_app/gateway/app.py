@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -28,6 +28,7 @@ from serve_app.gateway.chat.extension import completion_extension, decision_obje
 from serve_app.gateway.chat.parsing import parse_json, validate
 from serve_app.gateway.chat.pool_view import PoolView
 from serve_app.gateway.chat.streaming import ChunkShaper, EventStream
+from serve_app.gateway.chat.trajectory import Trajectory
 from serve_app.gateway.chat.wire import ChatRequest, FeedbackRequest
 from serve_app.gateway.edge.auth import Authenticator
 from serve_app.gateway.edge.edge import Edge
@@ -47,18 +48,22 @@ from serve_app.store import (
     add_feedback,
     list_policies,
     list_snapshots,
+    read_trace,
 )
 from serve_app.telemetry import GATEWAY_COST_USD, GATEWAY_TOKENS, MetricSink, NoMetrics
+
+T = TypeVar("T")
 
 Json = dict[str, Any]
 
 DEADLINE_GRACE_S = 0.25
 """Seconds that the orchestrator has after a deadline to answer with its own, fuller error."""
 
-FEEDBACK_PATIENCE_S = 1.0
-"""Outcomes are written behind the response: how long feedback waits for its request to appear."""
+PATIENCE_S = 1.0
+"""Outcomes are written behind the response: how long feedback, and who wants to see a request's
+trace, waits for the request to appear."""
 
-_FEEDBACK_POLL_S = 0.05
+_POLL_S = 0.05
 
 
 class Orchestrator(Protocol):
@@ -80,7 +85,8 @@ class Orchestrator(Protocol):
 
         Yields:
             OpenAI `chat.completion.chunk` objects with the pair as `model`, then the report. The
-            first chunk may have an `atlas` object with `pair` and `path`, for the headers.
+            first chunk may have an `atlas` object with `pair` and `path`, for the headers. Where
+            the call wants events, chunks without choices have an `atlas` object with `event`.
 
         Raises:
             AtlasError: Before the first chunk as `complete`; after it, and the answer is cut off.
@@ -130,6 +136,7 @@ def build_api(
             Endpoint("POST", "/v1/chat/completions", api.chat_completions, Scope.CHAT),
             Endpoint("POST", "/v1/route", api.route, Scope.CHAT),
             Endpoint("POST", "/v1/feedback", api.feedback, Scope.FEEDBACK),
+            Endpoint("GET", "/v1/trajectories/{request_id}", api.trajectory, Scope.CHAT),
             Endpoint("GET", "/v1/models", api.models, Scope.CHAT),
             Endpoint("GET", "/v1/models/{model_id:path}", api.model, Scope.CHAT),
             Endpoint("GET", "/v1/admin/models", pool.models, Scope.ADMIN),
@@ -248,23 +255,43 @@ class _Api:
         said = validate(FeedbackRequest, parse_json(exchange.body, self._limits.max_json_depth))
         self._feedback_rate.take(exchange.owner)
         score = min(1.0, max(0.0, said.score))
-        patience_s = FEEDBACK_PATIENCE_S if looks_like_request_id(said.request_id) else 0.0
+        await self._once_written(
+            exchange,
+            said.request_id,
+            lambda: add_feedback(self._store, said.request_id, exchange.owner, score, said.comment),
+        )
+        return JsonResponse(
+            {"object": "atlas.feedback", "request_id": said.request_id, "score": score}
+        )
+
+    async def trajectory(self, request: Request) -> Response:
+        """`GET /v1/trajectories/{request_id}`."""
+        exchange: Exchange = request.scope["atlas"]
+        request_id = request.path_params["request_id"].removeprefix("chatcmpl-")
+        trace = await self._once_written(
+            exchange, request_id, lambda: read_trace(self._store, request_id, exchange.owner)
+        )
+        return JsonResponse(Trajectory.of(trace).model_dump(mode="json"))
+
+    async def _once_written(
+        self, exchange: Exchange, request_id: str, work: Callable[[], Awaitable[T]]
+    ) -> T:
+        """Do something with a finished request, once the store has it.
+
+        Raises:
+            NotFound: If the store does not have it in time.
+        """
+        patience_s = PATIENCE_S if looks_like_request_id(request_id) else 0.0
         if patience_s:
             await self._outcomes.flush(patience_s)
         while True:
             try:
-                await add_feedback(
-                    self._store, said.request_id, exchange.owner, score, said.comment
-                )
-                break
+                return await work()
             except NotFound:
                 # Another replica may have answered the request, and not written it yet.
                 if exchange.elapsed_s() >= patience_s:
                     raise
-                await asyncio.sleep(_FEEDBACK_POLL_S)
-        return JsonResponse(
-            {"object": "atlas.feedback", "request_id": said.request_id, "score": score}
-        )
+                await asyncio.sleep(_POLL_S)
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""

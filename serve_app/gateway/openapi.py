@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from serve_app.config import LimitsConfig, PriceConfig
 from serve_app.config.patterns.language import PatternConfig
+from serve_app.gateway.chat.trajectory import Trajectory
 from serve_app.gateway.chat.wire import (
     ChatRequest,
     FeedbackRequest,
@@ -37,6 +38,7 @@ def openapi_document(limits: LimitsConfig, auth_mode: Literal["open", "required"
             (ToolSubmission, "validation"),
             (PatternConfig, "validation"),
             (PriceConfig, "validation"),
+            (Trajectory, "serialization"),
         ],
         ref_template=_REF,
     )
@@ -127,6 +129,15 @@ def _paths() -> Json:
                 {"200": _json_response("Kept.", "Feedback")},
                 body=_body("FeedbackRequest"),
                 errors=(400, 404, 408, 409, 413, 415, 429, 431, 500, 503),
+            )
+        },
+        "/v1/trajectories/{request_id}": {
+            "get": _operation(
+                "getTrajectory",
+                "What happened in one of your requests: decisions, calls and checks as a tree.",
+                {"200": _json_response("The request, and its spans.", "Trajectory")},
+                errors=(404, 429, 431, 500, 503),
+                parameters=[_path_parameter("request_id")],
             )
         },
         "/v1/models": {

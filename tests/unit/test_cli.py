@@ -35,8 +35,8 @@ CLUSTER = {
 }
 """Commands that only begin here, and what runs them, or what they call, whole."""
 WHOLE = (
-    "ask", "explain", "environment", "keys create", "keys list", "keys revoke", "fit", "evaluate",
-    "promote", "rollback", "snapshots", "pool list", "pool status",
+    "ask", "explain", "trace", "environment", "keys create", "keys list", "keys revoke", "fit",
+    "evaluate", "promote", "rollback", "snapshots", "pool list", "pool status",
     "pool add-model", "pool update-model", "pool remove-model", "pool set-price", "pool add-tool",
     "pool remove-tool", "patterns check", "patterns list", "patterns add", "patterns remove",
 )  # fmt: skip
@@ -179,6 +179,8 @@ def test_a_question_is_asked_and_explained(gateway: Loopback) -> None:
     option = ("--url", gateway.url)
     assert "one two" in atlas("ask", "one two", *option, "--alpha", 0.5)
     assert "one two" in atlas("ask", "one two", *option, "--stream")
+    request_id = gateway.orchestrator.calls[-1].request_id
+    assert "pair small@calculator" in atlas("trace", request_id, *option)
     assert "small@calculator" in atlas("explain", "one two", *option)
     assert "nothing answers at" in atlas("ask", "x", "--url", "http://127.0.0.1:1", code=1)
     assert "nothing answers at" in atlas("explain", "x", "--url", "http://127.0.0.1:1", code=1)

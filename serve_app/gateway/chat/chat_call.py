@@ -66,6 +66,7 @@ def to_chat_call(
             else request.tool_choice
         ),
         explain=request.atlas is not None and request.atlas.explain,
+        events=request.atlas is not None and request.atlas.events,
     )
 
 
@@ -87,6 +88,8 @@ def _check_bounds(request: ChatRequest, limits: LimitsConfig) -> None:
 def _check_contradictions(request: ChatRequest) -> None:
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options: only allowed with 'stream': true", "stream_options")
+    if request.atlas is not None and request.atlas.events and not request.stream:
+        raise InvalidRequest("atlas.events: only allowed with 'stream': true", "atlas.events")
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs: only allowed with 'logprobs': true", "top_logprobs")
     old, new = request.max_tokens, request.max_completion_tokens

@@ -35,7 +35,8 @@ class ChunkShaper:
 
     With `include_usage`, both ride on a last chunk without choices, as OpenAI sends it. Without,
     every chunk has a choice, because clients index it: so the object rides on the last of those,
-    and a chunk that may be the last is held back until the next one shows that it was not.
+    and a chunk that may be the last is held back until the next one shows that it was not. An
+    event, which the caller asked for, has no choice, and passes at once.
     """
 
     def __init__(self, *, include_usage: bool) -> None:
@@ -51,10 +52,11 @@ class ChunkShaper:
         if used:
             self._usage = used
         if not chunk.get("choices"):
+            if "event" in chunk.get("atlas", {}):
+                self._head = self._head or _head_of(chunk)
+                yield chunk
             return
-        self._head = {
-            name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk
-        }
+        self._head = _head_of(chunk)
         if self._include_usage:
             chunk["usage"] = None
             yield chunk
@@ -78,6 +80,10 @@ class ChunkShaper:
             last = {**self._head, "choices": [choice]}
         last["atlas"] = extension
         return last
+
+
+def _head_of(chunk: Json) -> Json:
+    return {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
 
 
 class EventStream(Response):

@@ -223,6 +223,9 @@ class AtlasOptions(Wire):
     """Reserved."""
     explain: bool = False
     """Return every candidate with its score."""
+    events: bool = False
+    """With `stream`: tell of each decision, call and check as it begins and ends, in chunks without
+    choices."""
 
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
