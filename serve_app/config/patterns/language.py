@@ -314,11 +314,14 @@ class Accept(BaseConfig):
     """Whether an earlier rung has to have said the same; the first rung is never accepted by it."""
     pattern: Expression | None = None
     """RE2 expression that the whole answer must match."""
+    unless: Expression | None = None
+    """RE2 expression that the whole answer must not match, for example of a model that says that it
+    does not know."""
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if not self.model_fields_set - {"min_score"}:
-            raise ValueError("accept: name min_logprob, verifier, agrees or pattern")
+            raise ValueError("accept: name min_logprob, verifier, agrees, pattern or unless")
         return self
 
 

@@ -56,11 +56,14 @@ async def _is_accepted(
         return False
     if accept.agrees and key not in {answer_key(before.text) for before in earlier}:
         return False
-    if accept.pattern is not None and not re2.fullmatch(accept.pattern, result.shown):
+    shown = result.shown.strip()
+    if accept.pattern is not None and not re2.fullmatch(accept.pattern, shown):
+        return False
+    if accept.unless is not None and re2.fullmatch(accept.unless, shown):
         return False
     if accept.verifier is not None:
         try:
-            score = await score_of(result.shown, accept.verifier, scope)
+            score = await score_of(shown, accept.verifier, scope)
         except AtlasError:
             return False
         scope.span.attributes["score"] = round(score, 4)
