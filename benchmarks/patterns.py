@@ -143,13 +143,13 @@ PATTERNS = {
     "compound": ("split-and-solve",),
     "hops": ("split-and-solve",),
     "refusal": ("look-up-or-refuse",),
-    "facts": ("look-up-or-refuse", "split-and-solve"),
+    "facts": ("cheap-first", "look-up-or-refuse", "split-and-solve"),
     "repair": ("write-and-test",),
-    "math": ("cheap-first", "ask-three", "split-and-solve"),
+    "math": ("ask-three", "split-and-solve"),
     "code": ("split-and-solve",),
 }
 """Which patterns each set of questions is asked of, beside `atlas` and every pair."""
-DRAFT, DEAR = "nano-code@none", "nano-math@calculator"
+DRAFT, DEAR = "nano-code@none", "nano-facts@retrieval"
 
 
 def judge(rows: dict[tuple[str, str], Row], own_ms: float) -> list[Target]:
@@ -172,7 +172,7 @@ def judge(rows: dict[tuple[str, str], Row], own_ms: float) -> list[Target]:
     found.append(Target(f"best single pair ({best.name})", best.score, "<=", 0.15))
     refused = rows["pattern:look-up-or-refuse", "refusal"]
     found.append(Target("look-up-or-refuse: refused unanswerable", refused.score, ">=", 0.9))
-    cheap, dear = rows["pattern:cheap-first", "math"], rows[DEAR, "math"]
+    cheap, dear = rows["pattern:cheap-first", "facts"], rows[DEAR, "facts"]
     found.append(
         Target("cheap-first: dollars of its dear arm", sum(cheap.usd) / sum(dear.usd), "<=", 0.8)
     )

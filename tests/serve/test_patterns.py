@@ -12,6 +12,10 @@ from tests.conftest import Graph
 pytestmark = pytest.mark.serve
 
 
+IN_CORPUS = "Which architect designed the Tabin Tower?"
+"""The corpus says: Ida Bujor."""
+
+
 @pytest.fixture(scope="module")
 def client(graph: Graph) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{graph.url}/v1", api_key="none", max_retries=0)
@@ -41,9 +45,7 @@ def test_a_fact_is_looked_up_before_a_sum_on_it(client: openai.OpenAI) -> None:
 
 
 def test_what_the_corpus_says_is_answered_with_its_source(client: openai.OpenAI) -> None:
-    answer, extension = ask(
-        client, "look-up-or-refuse", "Which architect designed the Fatin Tower?"
-    )
+    answer, extension = ask(client, "look-up-or-refuse", IN_CORPUS)
     (source, *_) = extension["sources"]
     assert answer.strip(". ") in source["text"]
 
@@ -54,9 +56,11 @@ def test_what_the_corpus_does_not_say_is_refused(client: openai.OpenAI) -> None:
     assert "partial" not in extension
 
 
-def test_a_sum_is_done_as_cheaply_as_it_can_be(client: openai.OpenAI) -> None:
-    answer, _ = ask(client, "cheap-first", "What is 17 times 24?")
-    assert "408" in answer
+def test_a_fact_that_the_model_knows_is_not_looked_up(client: openai.OpenAI) -> None:
+    answer, known = ask(client, "cheap-first", "What is the capital of Japan?")
+    _, unknown = ask(client, "cheap-first", IN_CORPUS)
+    assert answer == "Tokyo"
+    assert known["cost_usd"] < unknown["cost_usd"]
 
 
 def test_three_voices_agree_on_a_sum(client: openai.OpenAI) -> None:

@@ -55,3 +55,24 @@ async def test_a_store_of_an_earlier_schema_is_read_whole(revision: str, tmp_pat
         assert await newest_pool(store) is None
     finally:
         await store.close()
+
+
+async def test_a_pool_from_before_there_were_patterns_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        command.upgrade(configuration(connection), "0004")
+        connection.execute(
+            text(
+                "INSERT INTO pool_revisions (revision, models, tools, from_file, change, "
+                "created_unix_s) VALUES (1, '[]', '[]', '{}', 'the configuration', 1.0)"
+            )
+        )
+    engine.dispose()
+    store = await Store.open(f"sqlite+aiosqlite:///{path}")
+    try:
+        newest = await newest_pool(store)
+    finally:
+        await store.close()
+    assert newest is not None
+    assert newest.patterns == ()
