@@ -178,7 +178,7 @@ async def test_a_router_that_hangs_leaves_the_answer_in_time(
     tmp_path: Path, hanging: Hanging
 ) -> None:
     bench = bench_of(tmp_path, [DRAFT, {"ask": {"pair": "route"}}], hanging.politely)
-    bench.chooser.decide = lambda *_: hanging.politely(None)  # type: ignore[method-assign,assignment,return-value]
+    bench.chooser.decide = lambda *_: hanging.politely(None)  # type: ignore[method-assign,assignment]
     result, late_s = await ended(bench)
     assert isinstance(result, Composed)
     assert (text_of(result.choices), result.stop) == ("5", StopReason.DEADLINE)
@@ -187,7 +187,7 @@ async def test_a_router_that_hangs_leaves_the_answer_in_time(
 
 async def test_a_router_that_hangs_does_not_keep_a_vote(tmp_path: Path, hanging: Hanging) -> None:
     bench = bench_of(tmp_path, [{"vote": {"of": [LARGE, LARGE]}}], hanging.politely)
-    bench.chooser.decide = lambda *_: hanging.politely(None)  # type: ignore[method-assign,assignment,return-value]
+    bench.chooser.decide = lambda *_: hanging.politely(None)  # type: ignore[method-assign,assignment]
     composed = await bench.run(seconds=2.0)
     assert (text_of(composed.choices), composed.stop) == ("5", StopReason.ANSWERED)
 
