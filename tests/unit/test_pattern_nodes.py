@@ -14,6 +14,7 @@ import pytest
 from serve_app.budget import Caps
 from serve_app.errors import (
     AtlasError,
+    BudgetExceeded,
     DeadlineExceeded,
     EngineBusy,
     EngineError,
@@ -1276,3 +1277,43 @@ async def test_a_pair_that_is_slow_leaves_time_for_the_next(bench: Make) -> None
 async def test_a_late_answer_is_a_deadline(bench: Make) -> None:
     with pytest.raises(DeadlineExceeded):
         await bench(do(ask("small")), small=never).run(seconds=0.2)
+
+
+async def test_a_lead_without_a_plan_is_told_what_is_wrong(bench: Make) -> None:
+    deployment = bench(do("{plan: {lead: {ask: {pair: lead}}, worker: {ask: {pair: small}}}}"))
+    deployment.engines.says["lead"] = "no plan"
+    await deployment.ask("What?")
+    first, second = deployment.engines.asked("lead")
+    assert len(first["messages"]) == 1
+    assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
+    assert "it is not JSON" in second["messages"][-1]["content"]
+
+
+async def test_a_long_question_without_a_plan_is_an_error_and_not_cut(bench: Make) -> None:
+    deployment = bench(do("{plan: {lead: {ask: {pair: lead}}, worker: {ask: {pair: small}}}}"))
+    deployment.engines.says["lead"] = "no plan"
+    with pytest.raises(EngineError, match="the lead gives no plan"):
+        await deployment.run("word " * 2000)
+    assert deployment.engines.asked("small") == []
+
+
+async def test_sentences_that_were_looked_up_are_no_answer_at_a_cap(bench: Make) -> None:
+    deployment = bench(
+        do("{retrieve: {id: found, corpus: handbook}}", "{ask: {pair: small, uses: [found]}}")
+    )
+    sources = {"sources": [{"id": "1", "title": "", "text": "A sentence.", "similarity": 1.0}]}
+    deployment.tools.says["handbook"] = ToolResult("[1] A sentence.", sources)
+    deployment.engines.says["small"] = BudgetExceeded("no more", None, 1.0, "usd")
+    with pytest.raises(BudgetExceeded):
+        await deployment.run()
+
+
+async def test_a_quorum_that_cannot_be_reached_any_more_is_not_waited_for(bench: Make) -> None:
+    deployment = bench(
+        do("{parallel: {do: [{ask: {pair: small}}, {ask: {pair: large}}], quorum: 2}}")
+    )
+    deployment.engines.says["small"] = EngineError("broken")
+    deployment.engines.says["large"] = lambda body: asyncio.sleep(60)
+    with pytest.raises(EngineError, match="broken"):
+        await deployment.run(seconds=50.0)
+    assert deployment.budget.seconds_left > 20

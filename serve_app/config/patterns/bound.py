@@ -204,7 +204,8 @@ class Bounds:
         return draft.then(critics).then(revise).then(again)
 
     def _plan(self, node: PlanNode, seen: Mapping[str, NodeBase]) -> Bound:
-        lead = self.of_node(node.lead, seen).times(2)  # once more where it is no plan
+        told = self._ask(node.lead, seen, is_told=True).within(node.lead.seconds)
+        lead = self.of_node(node.lead, seen).then(told)
         bound = lead.then(self.of_node(node.worker, seen).times(node.max_subtasks))
         if isinstance(node.join, AskNode):
             bound = bound.then(self.of_node(node.join, seen))
@@ -224,8 +225,11 @@ class Bounds:
             total = total.beside(bound)
         return total
 
-    def _ask(self, node: AskNode, seen: Mapping[str, NodeBase]) -> Bound:
+    def _ask(self, node: AskNode, seen: Mapping[str, NodeBase], *, is_told: bool = False) -> Bound:
+        """One `ask`; where it is told of an earlier answer, with that in the prompt."""
         prompt, repaired = self._prompt_bytes(node, seen), 1
+        if is_told:
+            prompt += 2 * (node.max_bytes + _REPAIR_BYTES)
         if node.output is not None:
             told = node.max_bytes + len(json.dumps(node.output)) + _REPAIR_BYTES
             prompt, repaired = prompt + 2 * told, 2

@@ -27,6 +27,7 @@ def completion_extension(report: Report, *, alpha: float, explain: bool) -> Json
         "alpha": alpha,
         "steps": [_step(step) for step in report.steps],
         "answer_step": report.answer_step,
+        "stop": str(report.stop),
         "usage": usage(report.usage),
         "seconds": report.seconds,
         "cost_usd": report.usage.cost_usd,

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from serve_app.budget import Deadline
 from serve_app.config.patterns.check import max_bytes_of
-from serve_app.config.patterns.language import NodeBase, RefuseNode
+from serve_app.config.patterns.language import (
+    AskNode,
+    NodeBase,
+    RefuseNode,
+    RetrieveNode,
+    ToolNode,
+    VerifyNode,
+)
 from serve_app.errors import AtlasError, ServiceError
 from serve_app.orchestrator.patterns.scope import Result, Scope, Status, failed, is_cap
 from serve_app.orchestrator.trace import SpanKind
@@ -68,7 +75,7 @@ async def run_chain(
     """
     wanted = answer or nodes[-1].id
     results: dict[str, Result] = {}
-    last = Result()
+    last = said = Result()
     spoiled: Result | None = None
     for number, node in enumerate(nodes):
         inner = replace(
@@ -80,11 +87,13 @@ async def run_chain(
         if result.status is Status.REFUSED:
             return result
         if result.status is Status.FAILED:
-            return _cut_short(result, results, last, answer)
+            return _cut_short(result, results.get(answer or "") or said)
         if spoiled is None and result.status is Status.PARTIAL:
             spoiled = result
         if not isinstance(node, RefuseNode):
             last = result
+        if _speaks(node):
+            said = result
         if node.id is not None:
             results[node.id] = result
     found = results[answer] if answer is not None else last
@@ -93,13 +102,16 @@ async def run_chain(
     return found
 
 
-def _cut_short(
-    result: Result, results: Mapping[str, Result], last: Result, answer: str | None
-) -> Result:
-    """What a chain comes to whose node failed."""
+def _speaks(node: NodeBase) -> bool:
+    """Whether a node's text may stand in for an answer: no source, no label, no verdict."""
+    silent = ToolNode | RetrieveNode | RefuseNode | VerifyNode
+    return not isinstance(node, silent) and not (isinstance(node, AskNode) and node.output)
+
+
+def _cut_short(result: Result, there: Result) -> Result:
+    """What a chain comes to whose node failed, with what there was of an answer before."""
     if not is_cap(result.failure) or result.is_sent:
         return result
-    there = results.get(answer, last) if answer is not None else last
     if not there.text:
         return result
     return replace(there, status=Status.PARTIAL, failure=result.failure)

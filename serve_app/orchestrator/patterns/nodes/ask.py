@@ -31,28 +31,38 @@ _CITATION = re.compile(r"\[(\d{1,3})\]")
 _MAX_FAULT_CHARS = 300
 
 
-async def run(node: AskNode, scope: Scope, *, wants_logprobs: bool = False) -> Result:
+async def run(
+    node: AskNode,
+    scope: Scope,
+    *,
+    wants_logprobs: bool = False,
+    repairs: tuple[Result, str] | None = None,
+) -> Result:
     """Ask, and once more where the answer does not fit the schema that is asked for.
+
+    Args:
+        node: Says whom, and what.
+        scope: What it sees.
+        wants_logprobs: Whether to have the engine's log-probabilities.
+        repairs: An earlier answer to the same, and what was wrong with it.
 
     Raises:
         AtlasError: If there is no answer.
     """
     call = call_of(node, scope)
+    if repairs is not None:
+        call = _told(call, *repairs)
     result = await _asked(node, scope, call, wants_logprobs)
     if node.output is None or not result.is_usable:
         return result
     data, fault = read_json(result.text, node.output)
     if fault is not None:
         scope.span.child(SpanKind.VALIDATION, "output").end(fault)
-        told = (
-            f"That does not fit: {fault}. Answer with JSON alone that fits this schema: "
-            f"{json.dumps(node.output)}"
+        call = _told(
+            call,
+            result,
+            f"{fault}. Answer with JSON alone that fits this schema: {json.dumps(node.output)}",
         )
-        again = (
-            {"role": "assistant", "content": result.shown},
-            {"role": "user", "content": told},
-        )
-        call = replace(call, messages=(*call.messages, *again))
         result = await _asked(node, scope, call, wants_logprobs)
         if not result.is_usable:
             return result
@@ -60,6 +70,15 @@ async def run(node: AskNode, scope: Scope, *, wants_logprobs: bool = False) -> R
     if fault is not None:
         raise EngineError(f"the answer does not fit the schema that was asked for: {fault}")
     return replace(result, data=data)
+
+
+def _told(call: ChatCall, result: Result, fault: str) -> ChatCall:
+    """The same call with the answer to it, and what is wrong with that answer."""
+    again = (
+        {"role": "assistant", "content": result.shown},
+        {"role": "user", "content": f"That does not fit: {fault}"},
+    )
+    return replace(call, messages=(*call.messages, *again))
 
 
 async def _asked(node: AskNode, scope: Scope, call: ChatCall, wants_logprobs: bool) -> Result:

@@ -40,25 +40,25 @@ async def run(node: ParallelNode, scope: Scope) -> Result:
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         running = set(tasks)
-        while running and sum(_succeeded(task) for task in tasks) < needed:
+        while running and (good := sum(map(_succeeded, tasks))) < needed <= good + len(running):
             _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
     finally:
         await end(*tasks)
     results = [task.result() for task in tasks if task.done() and not task.cancelled()]
-    good = [result for result in results if result.is_usable]
-    scope.span.attributes |= {"succeeded": len(good), "of": len(tasks)}
+    usable = [result for result in results if result.is_usable]
+    scope.span.attributes |= {"succeeded": len(usable), "of": len(tasks)}
     failures = [result.failure for result in results if result.status is Status.FAILED]
-    enough = len(good) >= needed
-    if not enough and not (good and any(is_cap(failure) for failure in failures)):
+    enough = len(usable) >= needed
+    if not enough and not (usable and any(is_cap(failure) for failure in failures)):
         refused = next((r for r in results if r.status is Status.REFUSED), None)
         if refused is not None:
             return refused
         raise next((f for f in failures if f is not None), EngineError("too few succeeded"))
-    joined = await _joined(node, good, scope)
-    is_whole = enough and all(result.status is Status.OK for result in good)
+    joined = await _joined(node, usable, scope)
+    is_whole = enough and all(result.status is Status.OK for result in usable)
     if is_whole or joined.status is not Status.OK:
         return joined
-    failure = next((result.failure for result in good if result.failure), None)
+    failure = next((result.failure for result in usable if result.failure), None)
     cap = next((f for f in failures if is_cap(f)), failure)
     return replace(joined, status=Status.PARTIAL, failure=cap)
 

@@ -52,7 +52,8 @@ class Subtask:
 async def run(node: PlanNode, scope: Scope) -> Result:
     """Split, work, join.
 
-    A lead that gives no plan is asked once more; then the task is done as one part. A part whose
+    A lead that gives no plan is told so and asked once more; then the task is done as one part, if
+    it is no longer than a part may be. A part whose
     question, filled in, is that of an earlier part takes the earlier answer: nothing is asked
     twice.
 
@@ -104,7 +105,8 @@ async def _split(node: PlanNode, scope: Scope) -> tuple[list[Subtask] | None, Re
     lead = Result()
     fault: str | None = None
     for _ in range(2):
-        lead = await run_node(node.lead, scope)
+        repairs = None if fault is None else (lead, fault)
+        lead = await run_node(node.lead, scope, repairs=repairs)
         if lead.status is Status.REFUSED or is_cap(lead.failure):
             return None, lead
         if lead.status is Status.FAILED:
@@ -114,6 +116,8 @@ async def _split(node: PlanNode, scope: Scope) -> tuple[list[Subtask] | None, Re
         if subtasks is not None:
             return subtasks, lead
     scope.span.attributes["fault"] = (fault or "")[:200]
+    if len(scope.question.encode("utf-8", "replace")) > WORD_BYTES:
+        return None, failed(EngineError(f"the lead gives no plan: {fault}"))
     whole = Template((scope.question,))
     return [Subtask("a", whole, frozenset())], lead
 
