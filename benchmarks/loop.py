@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,13 @@ class Result:
     """Policy versions that decided."""
 
 
-async def run(url: str, model: str, questions: list[Question]) -> Result:
-    """Ask every question once, greedily."""
+async def ask_each(
+    url: str, model: str, questions: Sequence[Question]
+) -> list[tuple[float, dict[str, Any]]]:
+    """Ask every question once, greedily; its score, and the answer's `atlas` object.
+
+    A request that fails scores 0, with an empty object.
+    """
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     gate = asyncio.Semaphore(_AT_ONCE)
 
@@ -63,6 +69,12 @@ async def run(url: str, model: str, questions: list[Question]) -> Result:
 
     answers = await asyncio.gather(*(ask(question) for question in questions))
     await client.close()
+    return answers
+
+
+async def run(url: str, model: str, questions: Sequence[Question]) -> Result:
+    """Ask every question once, and sum up."""
+    answers = await ask_each(url, model, questions)
     seen = [extension for _, extension in answers if extension]
     pairs: dict[str, int] = {}
     for extension in seen:
