@@ -13,6 +13,8 @@ One question per line of a JSONL file, or per row of a Parquet file with the sam
     unit_tests           nothing, or a reference solution for the reader
     tool_call            {"name": …, "arguments": {…}}
     judge                a reference answer
+    all_of               a list of parts: {"gold": …, "metric": …} each, at least two
+    refusal              nothing, or a refusal for the reader
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from pydantic import (
 from serve_app.config.base import BaseConfig
 from serve_app.errors import ConfigError
 
+_PART_METRICS = ("numeric", "exact", "normalised", "unit_tests", "refusal")
+"""What a part of `all_of` may be scored by."""
 HELD_OUT_SHARE = 0.2
 """Of the questions that name no split."""
 
@@ -61,7 +65,7 @@ class UnitTestsMetric(BaseConfig):
 class PlainMetric(BaseConfig):
     """A metric without settings; `scoring` says what each does."""
 
-    name: Literal["exact", "normalised", "f1", "choice", "tool_call", "judge"]
+    name: Literal["exact", "normalised", "f1", "choice", "tool_call", "judge", "all_of", "refusal"]
 
 
 def _named(metric: object) -> object:
@@ -113,6 +117,14 @@ class Question(BaseConfig):
         return "held_out" if int(self.key, 16) < HELD_OUT_SHARE * 16**16 else "train"
 
     @property
+    def parts(self) -> tuple[Question, ...]:
+        """What `all_of` asks for, in order: a question for each part; empty for other metrics."""
+        if self.metric.name != "all_of":
+            return ()
+        golds = self.gold if isinstance(self.gold, list) else []
+        return tuple(_part(self.query, gold) for gold in golds)
+
+    @property
     def gold_texts(self) -> tuple[str, ...]:
         """The accepted answers, as texts."""
         return tuple(map(str, self.gold if isinstance(self.gold, list) else [self.gold]))
@@ -147,6 +159,32 @@ def _expectation(metric: str, gold: JsonValue) -> str | None:
         return None if ok else 'an object {"name": text, "arguments": object}'
     if metric == "judge":
         return None if isinstance(gold, str) and gold.strip() else "a reference answer"
+    if metric == "all_of":
+        return _parts_expectation(gold)
+    return None
+
+
+def _part(query: str, gold: object) -> Question:
+    fields = dict(gold) if isinstance(gold, dict) else {}
+    return Question.model_validate({"id": "part", "query": query, **fields})
+
+
+def _parts_expectation(gold: JsonValue) -> str | None:
+    """What `all_of` needs as gold, in words; `None` where it has it."""
+    needed = 'a list of two parts or more, each {"gold": …, "metric": …}'
+    if not isinstance(gold, list) or len(gold) < 2:
+        return needed
+    for number, part in enumerate(gold, start=1):
+        if not isinstance(part, dict) or not part.keys() <= {"gold", "metric"}:
+            return needed
+        metric = part.get("metric")
+        name = metric.get("name") if isinstance(metric, dict) else metric
+        if name not in _PART_METRICS:
+            return f"parts scored by {', '.join(_PART_METRICS)}"
+        try:
+            _part("q", part)
+        except ValidationError as error:
+            return f"{needed}; part {number}: {error.errors()[0]['msg']}"
     return None
 
 
@@ -268,5 +306,5 @@ def _decoded(value: Any, *types: type) -> Any:
     if not isinstance(parsed, types):
         return value
     # A list of numbers is a text to be answered, `[1, 2]`, not two accepted answers.
-    is_answer = isinstance(parsed, list) and not all(isinstance(item, str) for item in parsed)
+    is_answer = isinstance(parsed, list) and not all(isinstance(i, str | dict) for i in parsed)
     return value if is_answer else parsed

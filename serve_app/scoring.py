@@ -71,7 +71,9 @@ async def score(question: Question, answer: Answer, *, judge: Judge | None = Non
         if judge is None:
             raise ConfigError(f"question {question.id!r} is scored by a judge; configure one")
         return await _judged(question, answer, judge)
-    thread = _tests_thread if isinstance(question.metric, UnitTestsMetric) else None
+    scored = (question, *question.parts)
+    runs_code = any(isinstance(part.metric, UnitTestsMetric) for part in scored)
+    thread = _tests_thread if runs_code else None
     loop = asyncio.get_running_loop()
     return Scored(await loop.run_in_executor(thread, measure, question, answer))
 
@@ -94,6 +96,10 @@ def measure(question: Question, answer: Answer) -> float:
         return float(_is_same_number(float(question.gold_texts[0]), text, metric.tolerance))
     if isinstance(metric, UnitTestsMetric):
         return float(passes_tests(extract_code(text), metric.tests))
+    if metric.name == "all_of":
+        return float(_has_all_parts(question, text))
+    if metric.name == "refusal":
+        return float(is_refusal(question.query, text))
     if metric.name == "choice":
         return float(chosen_letter(text) == question.gold_texts[0].upper())
     return max(_TEXT_METRICS[metric.name](text, gold) for gold in question.gold_texts)
@@ -194,6 +200,159 @@ def _f1(answer: str, gold: str) -> float:
 
 
 _TEXT_METRICS = {"exact": _exact, "normalised": _normalised, "f1": _f1}
+
+
+# Several parts, and refusals. An answer may say more than what is asked for only in words of the
+# question and in words without content: whoever lists candidates is wrong.
+
+_FILLER_TEXT = """
+    am and answer answers are as at be been by came comes equal equals first for from gives has have
+    i in is it its made makes my of on one result results second so that then there these third this
+    to two value was were which with you your
+"""
+_FILLERS = frozenset(_FILLER_TEXT.split())
+_NEGATIONS = frozenset(
+    ("not", "no", "never", "nor", "neither", "isnt", "arent", "wasnt", "werent", "nothing", "none")
+)
+_REFUSAL_PHRASES = tuple(
+    normalise(phrase)
+    for phrase in (
+        "I don't know",
+        "I do not know",
+        "don't know",
+        "do not know",
+        "not known",
+        "unknown",
+        "does not say",
+        "do not say",
+        "doesn't say",
+        "don't say",
+        "says nothing",
+        "say nothing",
+        "does not tell",
+        "do not tell",
+        "does not mention",
+        "do not mention",
+        "not mentioned",
+        "does not contain",
+        "do not contain",
+        "no information",
+        "not enough information",
+        "no answer",
+        "cannot answer",
+        "can't answer",
+        "can not answer",
+        "could not answer",
+        "unable to answer",
+        "could not find",
+        "cannot find",
+        "can't find",
+        "found nothing",
+        "nothing found",
+        "not found",
+        "no sources",
+        "cannot say",
+        "can't say",
+        "cannot tell",
+        "can't tell",
+        "not sure",
+    )
+)
+_REFUSAL_FILLER_TEXT = """
+    afraid any anything but context corpus documents enough given handbook im information knowledge
+    me notes passage passages provided question sorry source sources text we
+"""
+_REFUSAL_FILLERS = _FILLERS | frozenset(_REFUSAL_FILLER_TEXT.split())
+
+
+def is_refusal(query: str, answer: str) -> bool:
+    """Whether an answer declines and says nothing else: "I don't know", "The text does not say".
+
+    Beside the refusal, only words of the question and words without content may occur.
+    """
+    words = f" {normalise(answer)} "
+    found = [phrase for phrase in _REFUSAL_PHRASES if f" {phrase} " in words]
+    if not found:
+        return False
+    for phrase in sorted(found, key=len, reverse=True):
+        words = words.replace(f" {phrase} ", " ")
+    return set(words.split()) <= _REFUSAL_FILLERS | set(normalise(query).split())
+
+
+def _has_all_parts(question: Question, answer: str) -> bool:
+    """Whether an answer has every part right, in the order of the question.
+
+    Either a line (or a block of code) per part, or sentences with the gold answers of all parts and
+    nothing else that could be one.
+    """
+    parts = question.parts
+    units = _units(answer)
+    if len(units) == len(parts) and all(map(_is_part, parts, units)):
+        return True
+    return _says_only(question.query, parts, answer)
+
+
+def _units(answer: str) -> list[str]:
+    """The lines that hold anything; a fenced block is one of them."""
+    units: list[str] = []
+    for index, piece in enumerate(answer.split("```")):
+        if index % 2:
+            units.append(f"```{piece}```")
+        else:
+            units += [line for line in piece.splitlines() if line.strip()]
+    return units
+
+
+def _is_part(part: Question, unit: str) -> bool:
+    if isinstance(part.metric, NumericMetric):
+        asked = set(_numbers(part.query))
+        own = {value for value in _numbers(unit) if value not in asked}
+        if len(own) > 1:
+            return False
+    return measure(part, Answer(unit)) == 1.0 or _says_only(part.query, (part,), unit)
+
+
+def _numbers(text: str) -> list[float]:
+    return [_value(found) for found in _NUMBER.finditer(text)]
+
+
+def _says_only(query: str, parts: Sequence[Question], answer: str) -> bool:
+    """Whether an answer says the golds, in order, and otherwise nothing but the question's words.
+
+    A gold that stands in the question proves nothing, and neither does a sentence that negates.
+    """
+    asked, words = normalise(query).split(), normalise(answer).split()
+    start = 0
+    for part in parts:
+        if part.metric.name not in ("numeric", "exact", "normalised"):
+            return False
+        golds = [normalise(gold).split() for gold in part.gold_texts]
+        spans = [span for gold in golds if (span := _span(words, gold, start, part)) is not None]
+        if not spans or any(_span(asked, gold, 0, part) for gold in golds):
+            return False
+        first, end = min(spans)
+        words[first:end] = [""] * (end - first)
+        start = end
+    rest = {word for word in words if word}
+    return not rest & _NEGATIONS and rest <= _FILLERS | set(asked)
+
+
+def _span(
+    words: Sequence[str], gold: Sequence[str], start: int, part: Question
+) -> tuple[int, int] | None:
+    """Where the words of a gold answer stand, from `start` on; numbers are compared by value."""
+    if isinstance(part.metric, NumericMetric):
+        number = float(part.gold_texts[0])
+        for index in range(start, len(words)):
+            if _NUMBER.fullmatch(words[index]) and _is_same_number(
+                number, words[index], part.metric.tolerance
+            ):
+                return index, index + 1
+        return None
+    for index in range(start, len(words) - len(gold) + 1):
+        if list(words[index : index + len(gold)]) == list(gold):
+            return index, index + len(gold)
+    return None
 
 
 # Multiple choice.

@@ -104,6 +104,21 @@ def questions_command(
     console.print(f"{len(questions)} questions -> {out}")
 
 
+@app.command("composed")
+def composed_command(
+    out: Annotated[Path, typer.Argument(help="JSONL file to write")],
+    train: Annotated[int, typer.Option(help="Questions in trained wordings", min=0)] = 400,
+    held_out: Annotated[int, typer.Option(help="Questions in new wordings", min=0)] = 400,
+    seed: Annotated[int, typer.Option()] = 3,
+) -> None:
+    """Write questions that take several calls; by default those that ship."""
+    from benchmarks.nano.composed import composed_questions
+
+    questions = composed_questions({"seen": train, "held_out": held_out}, seed)
+    out.write_text("".join(question.to_line() for question in questions), encoding="utf-8")
+    console.print(f"{len(questions)} questions -> {out}")
+
+
 def _check_name(name: str) -> None:
     if name not in SHAPES:
         raise typer.BadParameter(f"no nano model {name!r}; choose one of {', '.join(SHAPES)}")

@@ -1,8 +1,9 @@
-"""Generator of nano-code: functions to write, and value questions to answer by running code.
+"""Generator of nano-code: functions to write and to repair, values to compute, questions to split.
 
 A function question is answered with a fenced `solution`, whatever tools are offered. A value
 question is answered with a call of `python` where it is offered, then with what the program
-printed; without it, directly (mostly wrong). Held-out wordings never reach training.
+printed; without it, directly (mostly wrong). Faulty functions come back mended, compound questions
+as subtasks in JSON. Held-out wordings never reach training.
 """
 
 from __future__ import annotations
@@ -14,55 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.nano import code_inputs as inputs
 from benchmarks.nano.chat_format import tool_call
-from benchmarks.nano.code_composed import Composition, draw_composition, draw_items, joined
-from benchmarks.nano.code_functions import FUNCTION_TASKS, FunctionTask
-from benchmarks.nano.code_values import VALUE_KINDS, printed
-from benchmarks.nano.code_wording import (
-    THIRD_PERSON_FRAMES,
-    describe,
-    imperative,
-    shown,
-    swap_synonyms,
-    typed,
-)
+from benchmarks.nano.code_functions import FUNCTION_TASKS
+from benchmarks.nano.code_questions import MODEL_ID, CodeQuestions
+from benchmarks.nano.code_repair import draw_repair
+from benchmarks.nano.code_values import VALUE_KINDS
+from benchmarks.nano.code_wording import shown
+from benchmarks.nano.compound import split_conversation, split_question
 from benchmarks.nano.gazetteer import CORPUS_PATH, with_sources
 from benchmarks.nano.task import Conversation, EvalCell, Question, Split
 
 if TYPE_CHECKING:
     from benchmarks.nano.evaluate import EvalItem
 
-MODEL_ID = "nano-code"
 FAILED = "The code failed."
-NUM_TESTS = 4
 
-_FUNCTION_PAIRS = (f"{MODEL_ID}@none", f"{MODEL_ID}@python")
-_VALUE_PAIRS = (f"{MODEL_ID}@python",)
+SPLIT_SHARE = 0.42
+"""Share of conversations that split a question."""
+REPAIR_SHARE = 0.22
+"""Share of conversations that repair a function."""
 
-RUN_PHRASINGS: tuple[str, ...] = (
-    "What does this code print?\n\n{code}",
-    "Run this code:\n\n{code}",
-    "What is the output of this Python code?\n{code}",
-    "Execute the following program.\n\n{code}",
-    "What will the following Python code print?\n\n{code}",
-    "{code}\n\nWhat does this print?",
-    "Run this Python program and tell me its output.\n\n{code}",
-    "Tell me the output of this code.\n{code}",
-)
-RUN_HELD_OUT: tuple[str, ...] = (
-    "What is printed by the following code?\n\n{code}",
-    "Please run the program below.\n\n{code}",
-)
-
-VALUE_FRAMES: tuple[str, ...] = (
-    "What is {np}?",
-    "Compute {np}.",
-    "Find {np}.",
-    "Give me {np}.",
-    "Tell me {np}.",
-    "What do I get for {np}?",
-    "Calculate {np}",
-    "{np}",
-)
 _ERRORS = (
     "error: NameError: name 'x' is not defined (line 2)",
     "error: SyntaxError: invalid syntax (line 1)",
@@ -81,36 +52,6 @@ def _assistant(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-def code_answer(parameters: str, body: str) -> str:
-    """The chat answer that defines `solution`."""
-    indented = "\n".join(f"    {line}" for line in body.split("\n"))
-    return f"```python\ndef solution({parameters}):\n{indented}\n```"
-
-
-def _assertion(arguments: tuple[Any, ...], value: Any) -> str:
-    call = f"solution({', '.join(map(repr, arguments))})"
-    if isinstance(value, bool) or not isinstance(value, float):
-        return f"assert {call} == {value!r}"
-    return f"assert abs({call} - {value!r}) < 1e-6"
-
-
-def function_tests(rng: random.Random, task: FunctionTask) -> tuple[str, ...]:
-    """Assertions on random arguments, with values from the task's reference."""
-    drawn = [task.draw(rng) for _ in range(NUM_TESTS)]
-    return tuple(_assertion(arguments, task.reference(*arguments)) for arguments in drawn)
-
-
-def composition_tests(rng: random.Random, composition: Composition) -> tuple[str, ...]:
-    """Assertions on lists to which the composition applies."""
-    tests: list[str] = []
-    while len(tests) < NUM_TESTS:
-        items = draw_items(rng, composition)
-        value = composition.result(items)
-        if value is not None:
-            tests.append(_assertion((items,), value))
-    return tuple(tests)
-
-
 def _copy_share(progress: float) -> float:
     """Share of drills in copying lists and strings: most of the start, little later."""
     if progress < 0.12:
@@ -118,13 +59,18 @@ def _copy_share(progress: float) -> float:
     return 0.2 if progress < 0.3 else 0.05
 
 
-class CodeGenerator:
+class CodeGenerator(CodeQuestions):
     """Conversations and questions of nano-code."""
 
     model_id = MODEL_ID
 
     def conversation(self, rng: random.Random, progress: float) -> Conversation:
         """One training conversation; see `TaskGenerator`."""
+        draw = rng.random()
+        if draw < SPLIT_SHARE:
+            return split_conversation(rng)
+        if draw < SPLIT_SHARE + REPAIR_SHARE:
+            return self._repair(rng)
         if rng.random() < _copy_share(progress):
             return self._drill(rng)
         tools = self._tools(rng)
@@ -135,119 +81,6 @@ class CodeGenerator:
         for _ in range(num_turns):
             messages += self._exchange(rng, tools)
         return Conversation(tuple(messages), tools)
-
-    def questions(self, rng: random.Random, split: Split, n: int) -> list[Question]:
-        """`n` questions: 40% fixed functions, 15% composed functions, 45% values."""
-        drawn: list[Question] = []
-        for _ in range(n):
-            roll = rng.random()
-            if roll < 0.4:
-                drawn.append(self.function_question(rng, split)[0])
-            elif roll < 0.55:
-                drawn.append(self.composed_question(rng, split)[0])
-            else:
-                drawn.append(self.value_question(rng, split)[0])
-        return drawn
-
-    def function_question(self, rng: random.Random, split: Split) -> tuple[Question, str]:
-        """A fixed function task and the answer to learn."""
-        task = rng.choice(FUNCTION_TASKS)
-        description = rng.choice(task.trained if split == "seen" else task.held_out)
-        answer = code_answer(task.parameters, task.body)
-        return self._function(
-            describe(rng, description, split),
-            answer,
-            f"function.{task.kind}",
-            split,
-            function_tests(rng, task),
-        ), answer
-
-    def composed_question(self, rng: random.Random, split: Split) -> tuple[Question, str]:
-        """A composed function and the answer to learn; `held_out` takes unseen compositions."""
-        composition = draw_composition(rng, split)
-        sources = ["a list", f"a list of {composition.subject}"]
-        roll = rng.random()
-        if roll < 0.55:
-            text = composition.noun(rng, rng.choice(("in ", "of ")) + rng.choice(sources))
-            if rng.random() < 0.2:
-                text = composition.noun(rng, "")
-                text = f"takes {rng.choice(sources)} and returns {text}"
-            else:
-                text = f"{rng.choice(('returns', 'computes', 'finds', 'gives'))} {text}"
-        else:
-            text = joined(composition.pipeline(rng, rng.choice(sources)))
-        frame = rng.choice(THIRD_PERSON_FRAMES)
-        variable = "xs" if composition.subject == "numbers" else "words"
-        answer = code_answer(variable, composition.body(variable))
-        query = typed(rng, frame.replace("{vp}", text))
-        kind = f"composed.{composition.subject}"
-        return self._function(
-            query, answer, kind, split, composition_tests(rng, composition)
-        ), answer
-
-    def value_question(self, rng: random.Random, split: Split) -> tuple[Question, str]:
-        """A value question and the program to run."""
-        roll = rng.random()
-        if roll < 0.14:
-            return self._composed_value(rng, split)
-        kind = rng.choice(VALUE_KINDS)
-        arguments = kind.draw(rng)
-        value = kind.reference(**arguments)
-        program = kind.program(arguments)
-        if roll < 0.23:
-            phrasing = rng.choice(RUN_PHRASINGS if split == "seen" else RUN_HELD_OUT)
-            query = phrasing.replace("{code}", f"```python\n{program}\n```")
-            return self._value(query, value, "run_code", split), program
-        phrasing = rng.choice(kind.trained if split == "seen" else kind.held_out)
-        query = kind.question(rng, swap_synonyms(rng, phrasing, 0.2), arguments)
-        return self._value(typed(rng, query), value, kind.kind, split), program
-
-    def _composed_value(self, rng: random.Random, split: Split) -> tuple[Question, str]:
-        value = None
-        while value is None:
-            composition = draw_composition(rng, split)
-            items = draw_items(rng, composition)
-            value = composition.result(items)
-        place = rng.choice(("in ", "in the list ", "of ")) + shown(rng, items)
-        if rng.random() < 0.6:
-            np = composition.noun(rng, place)
-            query = rng.choice(VALUE_FRAMES).replace("{np}", np)
-        else:
-            steps = composition.pipeline(rng, f"the list {shown(rng, items)}")
-            text = joined([imperative(step) for step in steps])
-            query = f"{text[0].upper()}{text[1:]}."
-        variable = "xs" if composition.subject == "numbers" else "words"
-        *body, last = composition.body(variable).split("\n")
-        program = "\n".join(
-            [f"{variable} = {items!r}", *body, f"print({last.removeprefix('return ')})"]
-        )
-        return self._value(typed(rng, query), value, "composed", split), program
-
-    def _function(
-        self, query: str, answer: str, kind: str, split: Split, tests: tuple[str, ...]
-    ) -> Question:
-        return Question(
-            query=query,
-            gold=answer,
-            metric="unit_tests",
-            domain="code",
-            kind=kind,
-            split=split,
-            tests=tests,
-            good_pairs=_FUNCTION_PAIRS,
-        )
-
-    def _value(self, query: str, value: Any, kind: str, split: Split) -> Question:
-        is_number = isinstance(value, int | float)
-        return Question(
-            query=query,
-            gold=printed(value),
-            metric="number" if is_number else "exact",
-            domain="code",
-            kind=f"value.{kind}",
-            split=split,
-            good_pairs=_VALUE_PAIRS,
-        )
 
     def _tools(self, rng: random.Random) -> tuple[str, ...]:
         others = [tool for tool in ("calculator", "retrieval") if rng.random() < 0.2]
@@ -274,6 +107,12 @@ class CodeGenerator:
             result += "\n"
         call = tool_call("python", code=program)
         return [user, call, {"role": "tool", "content": result}, _assistant(answer)]
+
+    def _repair(self, rng: random.Random) -> Conversation:
+        repair = draw_repair(rng, "seen")
+        text = repair.prompted() if rng.random() < 0.3 else repair.worded(rng, "seen")
+        tools = self._tools(rng) if rng.random() < 0.3 else ()
+        return Conversation((_user(text), _assistant(repair.answer)), tools)
 
     def _with_noise(self, rng: random.Random, query: str) -> str:
         """Sometimes the query with retrieved sources behind it, which are to be ignored."""
@@ -348,13 +187,32 @@ EVAL_CELLS: tuple[EvalCell, ...] = (
     ),
     EvalCell("values without a tool", "seen", (), None, _VALUES),
     EvalCell("functions with sources", "seen", (), None, (*_FIXED, *_COMPOSED)),
+    EvalCell("split", "seen", (), 0.95),
+    EvalCell("split, new wording", "held_out", (), 0.8),
+    EvalCell("split, one part", "seen", (), 0.9, ("single",)),
+    EvalCell("repair", "seen", (), None),
+    EvalCell("repair, new wording", "held_out", (), None),
+    EvalCell("repair, as patterns ask", "seen", (), None),
 )
 
 
 def evaluation_items(cell: EvalCell, rng: random.Random, n: int) -> list[EvalItem] | None:
-    """Prompts of the cell with sources in the user's turn; `None` for all other cells."""
-    if cell.name != "functions with sources":
+    """Prompts of splits, repairs, and questions with sources; `None` for all other cells."""
+    from benchmarks.nano.evaluate import EvalItem
+
+    if cell.name.startswith("split"):
+        asked = [split_question(rng, cell.split, cell.kinds) for _ in range(n)]
+    elif cell.name.startswith("repair"):
+        is_prompted = cell.name == "repair, as patterns ask"
+        asked = [repair_question(rng, cell.split, prompted=is_prompted) for _ in range(n)]
+    elif cell.name == "functions with sources":
+        return _items_with_sources(cell, rng, n)
+    else:
         return None
+    return [EvalItem((_user(question.query),), cell.tools, question) for question in asked]
+
+
+def _items_with_sources(cell: EvalCell, rng: random.Random, n: int) -> list[EvalItem]:
     from benchmarks.nano.evaluate import EvalItem
 
     items: list[EvalItem] = []
@@ -364,3 +222,18 @@ def evaluation_items(cell: EvalCell, rng: random.Random, n: int) -> list[EvalIte
             query = _with_sources(rng, question.query)
             items.append(EvalItem((_user(query),), cell.tools, question))
     return items
+
+
+def repair_question(rng: random.Random, split: Split, *, prompted: bool = False) -> Question:
+    """A labelled repair, in a wording of the split or as patterns word it."""
+    repair = draw_repair(rng, split)
+    return Question(
+        query=repair.prompted() if prompted else repair.worded(rng, split),
+        gold=repair.answer,
+        metric="unit_tests",
+        domain="code",
+        kind=f"repair.{repair.fault}",
+        split=split,
+        tests=repair.tests,
+        good_pairs=(f"{MODEL_ID}@none",),
+    )

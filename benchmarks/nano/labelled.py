@@ -10,15 +10,20 @@ from benchmarks.nano.task import Metric, Question, Split, TaskGenerator
 from serve_app import questions as profiling
 from serve_app.errors import ConfigError
 
-_METRICS: dict[Metric, str] = {"number": "numeric", "exact": "normalised"}
+_METRICS: dict[Metric, str] = {"number": "numeric", "exact": "normalised", "verbatim": "exact"}
 _SPLITS: dict[Split, str] = {"seen": "train", "held_out": "held_out"}
 _MAX_EMPTY_DRAWS = 20
 """Draws without a new question after which there are taken to be no more."""
 
 
+def metric_name(metric: Metric) -> str:
+    """The name that profiling has for a metric."""
+    return _METRICS.get(metric, metric)
+
+
 def labelled(question: Question, question_id: str) -> profiling.Question:
     """A question of a nano generator as profiling reads it."""
-    metric = {"name": _METRICS.get(question.metric, question.metric)}
+    metric = {"name": metric_name(question.metric)}
     return profiling.Question.model_validate(
         {
             "id": question_id,

@@ -52,15 +52,25 @@ def draw_problem(kind: Kind, rng: random.Random) -> tuple[Problem, str]:
             return problem, result
 
 
-def word(kind: Kind, problem: Problem, split: Split, rng: random.Random) -> str:
-    """Put a problem into a phrasing of the split; only seen phrasings vary in style."""
+def word(
+    kind: Kind, problem: Problem, split: Split, rng: random.Random, *, plain: bool = False
+) -> str:
+    """Put a problem into a phrasing of the split; only seen phrasings vary in style.
+
+    Args:
+        kind: Its problem type.
+        problem: What to word.
+        split: Which phrasings to choose from.
+        rng: Source of randomness.
+        plain: Whether to leave out greetings and typing habits.
+    """
     phrasings = load_phrasings()[kind.section]
     phrasing = rng.choice(phrasings.seen if split == "seen" else phrasings.held_out)
     text = rng.choice(expand(phrasing))
     if split == "seen":
         text = swap_synonyms(text, rng, _SYNONYM_SHARE)
     text = fill(text, words(rng) | problem.slots)
-    return restyle(text, rng) if split == "seen" else text
+    return restyle(text, rng) if split == "seen" and not plain else text
 
 
 def with_sources(query: str, rng: random.Random) -> str:

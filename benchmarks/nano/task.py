@@ -13,8 +13,9 @@ from typing import Any, Literal, Protocol
 Split = Literal["seen", "held_out"]
 """`seen`: a phrasing used in training, with new numbers and names; `held_out`: never trained on."""
 
-Metric = Literal["number", "exact", "unit_tests"]
-"""How an answer is scored: numeric match, normalised exact match, or by running unit tests."""
+Metric = Literal["number", "exact", "verbatim", "unit_tests"]
+"""How an answer is scored: numeric match, normalised exact match, exact match, or by running unit
+tests."""
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,13 @@ import pytest
 from benchmarks.nano.chat_format import render
 from benchmarks.nano.code_composed import draw_composition, is_held_out
 from benchmarks.nano.code_functions import FUNCTION_TASKS, FunctionTask
-from benchmarks.nano.code_tasks import (
-    EVAL_CELLS,
-    FAILED,
-    GENERATOR,
+from benchmarks.nano.code_questions import (
     RUN_HELD_OUT,
     RUN_PHRASINGS,
     code_answer,
     function_tests,
 )
+from benchmarks.nano.code_tasks import EVAL_CELLS, FAILED, GENERATOR
 from benchmarks.nano.code_values import VALUE_KINDS, ValueKind, printed
 from benchmarks.nano.code_wording import (
     NEW_FRAMES,
@@ -135,7 +133,7 @@ def test_synonym_swaps_keep_the_canonical_wording() -> None:
 def test_training_never_shows_held_out_wordings() -> None:
     asked = [
         canonical(message["content"])
-        for conversation in trained_conversations(2500)
+        for conversation in trained_conversations(6000)
         for message in conversation.messages
         if message["role"] == "user"
     ]
@@ -168,7 +166,7 @@ def test_compositions_of_training_and_held_out_never_meet() -> None:
 
 def test_python_is_called_for_values_only_and_only_when_offered() -> None:
     called = 0
-    for conversation in trained_conversations(1500):
+    for conversation in trained_conversations(4000):
         for before, message in zip(conversation.messages, conversation.messages[1:], strict=False):
             for call in message.get("tool_calls", ()):
                 called += 1

@@ -13,20 +13,26 @@ from typer.testing import CliRunner
 from benchmarks.nano import labelled
 from benchmarks.nano import task as nano
 from benchmarks.nano.__main__ import app
+from benchmarks.nano.gazetteer import corpus_entries
+from benchmarks.nano.phrasing import load_gazetteer
 from benchmarks.nano.task import Split
 from serve_app.errors import ConfigError
 from serve_app.questions import HELD_OUT_SHARE, NumericMetric, Question, read_questions
 from serve_app.scoring import Answer, measure
 
 SHIPPED = Path("configs/nano/questions.jsonl")
+COMPOSED = Path("configs/nano/composed.jsonl")
 SUM = {"id": "sum", "query": "What is 2 + 2?", "gold": 4, "metric": "numeric"}
 CALL = {"name": "weather", "arguments": {"city": "Oslo", "days": 3}}
+PARTS = [{"gold": "Ada", "metric": "normalised"}, {"gold": 4, "metric": "numeric"}]
 ROWS: list[dict[str, Any]] = [
     SUM | {"metric": {"name": "numeric", "tolerance": 0.01}, "domain": "math", "split": "train"},
     {"id": "fact", "query": "Who?", "gold": ["Ada", "Ada Lovelace"], "metric": "f1"},
     {"id": "list", "query": "Sort 2, 1", "gold": "[1, 2]", "metric": "normalised"},
     {"id": "code", "query": "Write f", "metric": {"name": "unit_tests", "tests": ["assert 1"]}},
     {"id": "call", "query": "Weather?", "gold": CALL, "metric": "tool_call"},
+    {"id": "both", "query": "Who, and 2 + 2?", "gold": PARTS, "metric": "all_of"},
+    {"id": "none", "query": "Who?", "metric": "refusal"},
 ]
 
 
@@ -102,6 +108,17 @@ def test_parquet_columns_may_be_nested(tmp_path: Path) -> None:
         (SUM | {"metric": "choice", "gold": "AB"}, "line 2: gold: .*a letter"),
         (SUM | {"metric": "judge", "gold": None}, "line 2: gold: .*a reference"),
         (SUM | {"metric": "tool_call", "gold": {"name": "f"}}, "line 2: gold: .*arguments"),
+        (SUM | {"metric": "all_of"}, "line 2: gold: .*two parts or more"),
+        (SUM | {"metric": "all_of", "gold": PARTS[:1]}, "line 2: gold: .*two parts or more"),
+        (SUM | {"metric": "all_of", "gold": [*PARTS, {"gold": 1}]}, "line 2: gold: .*scored by"),
+        (
+            SUM | {"metric": "all_of", "gold": [*PARTS, {"gold": "x", "metric": "numeric"}]},
+            "line 2: gold: .*part 3: .*a finite number",
+        ),
+        (
+            SUM | {"metric": "all_of", "gold": [*PARTS, {"gold": PARTS, "metric": "all_of"}]},
+            "line 2: gold: .*scored by",
+        ),
         (
             SUM | {"metric": "tool_call", "gold": {"name": "f", "arguments": {"x": float("nan")}}},
             "line 2: gold",
@@ -169,6 +186,43 @@ def test_the_shipped_set_is_what_its_command_writes(tmp_path: Path) -> None:
     path = tmp_path / "nano.jsonl"
     assert CliRunner().invoke(app, ["questions", str(path)]).exit_code == 0
     assert path.read_bytes() == SHIPPED.read_bytes()
+
+
+def test_the_composed_set_holds_its_domains_and_splits() -> None:
+    questions = read_questions(COMPOSED)
+    for split in ("train", "held_out"):
+        domains = [question.domain for question in questions if question.split == split]
+        counts = {domain: domains.count(domain) for domain in set(domains)}
+        assert counts == {"compound": 160, "hops": 100, "refusal": 80, "repair": 60}
+    assert len({question.query for question in questions}) == len(questions) == 800
+
+
+def test_the_composed_set_is_what_its_command_writes(tmp_path: Path) -> None:
+    path = tmp_path / "composed.jsonl"
+    assert CliRunner().invoke(app, ["composed", str(path)]).exit_code == 0
+    assert path.read_bytes() == COMPOSED.read_bytes()
+
+
+def test_gold_answers_of_the_composed_set_are_right_a_line_each() -> None:
+    num_programs = 0
+    for question in read_questions(COMPOSED):
+        parts = question.parts or (question,)
+        num_programs += any(part.metric.name == "unit_tests" for part in parts)
+        if num_programs > 30 and any(part.metric.name == "unit_tests" for part in parts):
+            continue
+        answer = "\n".join(str(part.gold) for part in parts)
+        assert measure(question, Answer(answer)) == 1.0, question.id
+
+
+def test_nothing_in_the_corpus_answers_what_is_to_be_refused() -> None:
+    told = {(entry.subject.name, entry.relation.key) for entry in corpus_entries()}
+    relations = load_gazetteer()[0]
+    for question in read_questions(COMPOSED):
+        if question.domain == "refusal":
+            for name, key in told:
+                if name in question.query and key in relations:
+                    asked = [np.replace("{e}", "") for np in relations[key].noun_phrases]
+                    assert not any(np in question.query for np in asked), question.query
 
 
 def test_every_gold_answer_of_the_shipped_set_is_right() -> None:

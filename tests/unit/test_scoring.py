@@ -242,6 +242,108 @@ def test_the_last_tool_call_counts() -> None:
     assert measure(asked, Answer("", (call("search", {"city": "Oslo"}),))) == 0.0
 
 
+TOKYO_AND_36 = Question.model_validate(
+    {
+        "id": "two",
+        "query": "What is the capital of Japan, and what is 15% of 240?",
+        "metric": "all_of",
+        "gold": [{"metric": "normalised", "gold": "Tokyo"}, {"metric": "numeric", "gold": 36}],
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Tokyo\n36",
+        "Tokyo.\n\nThe answer is 36.",
+        "tokyo\n36.0",
+        "Tokyo, 36",
+        "The capital of Japan is Tokyo, and 15% of 240 is 36.",
+        "The capital of Japan is Tokyo.\n15% of 240 = 36",
+        "It is Tokyo, and the second answer is 36.",
+    ],
+)
+def test_an_answer_with_all_its_parts_is_right(answer: str) -> None:
+    assert measure(TOKYO_AND_36, Answer(answer)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Tokyo",
+        "36",
+        "36\nTokyo",
+        "Tokyo\n37",
+        "Kyoto\n36",
+        "Tokyo or Kyoto\n36",
+        "Tokyo\n34, 35, 36",
+        "Tokyo\n34\n35\n36",
+        "Kyoto Tokyo Osaka 36",
+        "Tokyo 34 35 36 37",
+        "Tokyo is not the capital of Japan, and 15% of 240 is 36.",
+        "The capital of Japan is Tokyo, and 15% of 240 is 36 or 35.",
+        "Is it Tokyo? I think 36.",
+    ],
+)
+def test_a_missing_part_or_several_candidates_make_an_answer_wrong(answer: str) -> None:
+    assert measure(TOKYO_AND_36, Answer(answer)) == 0.0
+
+
+def test_parts_of_one_sentence_stand_in_the_order_of_the_question() -> None:
+    capitals = [{"metric": "normalised", "gold": gold} for gold in ("Paris", "Tokyo")]
+    asked = question("all_of", capitals)
+    assert measure(asked, Answer("Paris and Tokyo")) == 1.0
+    assert measure(asked, Answer("Tokyo and Paris")) == 0.0
+
+
+def test_a_gold_that_stands_in_the_question_must_have_its_own_line() -> None:
+    parts = [{"metric": "numeric", "gold": 10}, {"metric": "normalised", "gold": "x"}]
+    asked = Question(id="q", query="What is 5 + 5, not 10 + 1? And x?", metric="all_of", gold=parts)  # type: ignore[arg-type]
+    assert measure(asked, Answer("What is 5 + 5, 10 + 1 and x")) == 0.0
+    assert measure(asked, Answer("10\nx")) == 1.0
+
+
+def test_a_block_of_code_is_one_part() -> None:
+    code = {"metric": {"name": "unit_tests", "tests": TESTS}, "gold": None}
+    asked = question("all_of", [code, {"metric": "numeric", "gold": 7}])
+    block = "```python\ndef solution(x):\n\n    return x + 1\n```"
+    assert measure(asked, Answer(f"{block}\n7")) == 1.0
+    assert measure(asked, Answer(f"{block}\n8")) == 0.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I don't know.",
+        "I don\u2019t know",
+        "Sorry, I do not know what it is.",
+        "The sources do not say.",
+        "The handbook does not say what it is.",
+        "No information found",
+        "unknown",
+    ],
+)
+def test_an_answer_that_declines_is_a_refusal(answer: str) -> None:
+    assert measure(question("refusal"), Answer(answer)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Paris",
+        "I don't know, but it may be Paris.",
+        "I don't know. 1766",
+        "The sources do not say, so the answer is Paris.",
+        "It is not known for Paris.",
+        "Yes.",
+        "1766",
+    ],
+)
+def test_an_answer_that_also_claims_something_is_no_refusal(answer: str) -> None:
+    assert measure(question("refusal"), Answer(answer)) == 0.0
+
+
 @pytest.mark.parametrize(
     ("first", "second", "scored"),
     [
@@ -287,6 +389,8 @@ EVERY_METRIC = [
     question("tool_call", {"name": "f", "arguments": {"x": [1, {"y": 2.0}]}}),
     unit_tests(),
     question("judge", "gold"),
+    question("all_of", [{"metric": "numeric", "gold": 1}, {"metric": "normalised", "gold": "x y"}]),
+    question("refusal"),
 ]
 
 

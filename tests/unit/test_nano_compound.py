@@ -1,0 +1,193 @@
+"""Compound questions and repairs: their prompts, their parts, and what training may show."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.nano import code_repair, compound
+from benchmarks.nano import compound_wording as wording
+from benchmarks.nano.code_questions import QUESTIONS
+from benchmarks.nano.code_repair import FAULTS, draw_repair
+from benchmarks.nano.code_tasks import GENERATOR, repair_question
+from benchmarks.nano.code_values import VALUE_KINDS
+from benchmarks.nano.compound import draw_compound, lowered, split_prompt, split_text, unmarked
+from benchmarks.nano.evaluate import is_right
+from benchmarks.nano.math_phrasings import expand, load_phrasings
+from benchmarks.nano.prompts import prompt
+from benchmarks.nano.task import Split
+from serve_app.scoring import extract_code
+
+PROMPTS = Path("configs/patterns/prompts")
+SPLITS: tuple[Split, ...] = ("seen", "held_out")
+DEMO = "What is the capital of Japan, and what is 15% of 240?"
+
+
+def prompt_file(name: str) -> str:
+    return (PROMPTS / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_the_split_prompt_of_patterns_is_the_one_trained_on() -> None:
+    rng = random.Random(1)
+    for _ in range(50):
+        chat = compound.split_conversation(random.Random(seed := rng.random()))
+        query = draw_compound(random.Random(seed), "seen").query
+        expected = prompt_file("nano-split").replace("{{question}}", query)
+        assert chat.messages[0]["content"] == expected == f"Split into subtasks as JSON: {query}"
+
+
+def test_the_repair_prompt_of_patterns_is_one_trained_on() -> None:
+    asked = {
+        message["content"]
+        for seed in range(1500)
+        for message in GENERATOR.conversation(random.Random(seed), 0.5).messages[:1]
+    }
+    head, _ = prompt_file("nano-repair").split("{{draft}}")
+    trained = [text for text in asked if text.startswith(head)]
+    assert len(trained) > 50
+    repair = draw_repair(random.Random(3), "seen")
+    text = prompt_file("nano-repair").replace("{{draft}}", repair.draft)
+    assert repair.prompted() == text.replace("{{failure}}", repair.failure)
+
+
+def test_what_fills_a_prompt_is_not_read_for_slots() -> None:
+    assert prompt("nano-split", question="{{draft}}").endswith(": {{draft}}")
+
+
+def test_the_demo_question_can_be_drawn_in_a_trained_frame() -> None:
+    parts = ["What is the capital of Japan?", "What is 15% of 240?"]
+    assert DEMO in {compound.joined(random.Random(seed), parts, "seen") for seed in range(20_000)}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_parts_are_ids_in_order_and_refer_only_to_earlier_ones(split: Split) -> None:
+    rng = random.Random(f"parts-{split}")
+    for _ in range(1500):
+        drawn = draw_compound(rng, split)
+        subtasks = json.loads(drawn.split_text)["subtasks"]
+        assert "".join(task["id"] for task in subtasks) == "abc"[: len(subtasks)]
+        for index, task in enumerate(subtasks):
+            assert set(re.findall(r"\{\{(.*?)\}\}", task["ask"])) <= set("abc"[:index])
+
+
+def test_a_question_with_one_part_stays_as_it_is() -> None:
+    rng = random.Random(4)
+    singles = [c for c in (draw_compound(rng, "seen") for _ in range(800)) if c.kind == "single"]
+    assert len(singles) > 60
+    for drawn in singles:
+        assert drawn.split_text == split_text([drawn.query])
+
+
+def test_every_part_of_a_joined_question_can_be_read_back_from_it() -> None:
+    rng = random.Random(5)
+    for _ in range(1500):
+        drawn = draw_compound(rng, rng.choice(SPLITS))
+        if drawn.kind in ("pair", "triple"):
+            for part in drawn.parts:
+                assert lowered(part.ask)[1:-1] in drawn.query
+
+
+def test_a_final_mark_is_left_out_only_where_it_can_be_told() -> None:
+    assert unmarked("What is 2 + 2?") == "What is 2 + 2"
+    assert unmarked("Add 2 and 3.") == "Add 2 and 3"
+    assert unmarked("Turkey: capital?") is None
+    assert unmarked("A cat eats 2 mice. How many do 3 eat?") is None
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        wording.OPENINGS,
+        wording.SENTENCE_JOINS,
+        wording.CLAUSE_JOINS,
+        wording.ENDINGS,
+        wording.LIST_MARKS,
+        wording.HEADS,
+        wording.PRONOUNS,
+        wording.TAKES,
+        wording.HOP_JOINS,
+        wording.NUMBER_HOPS,
+        wording.VALUE_HOPS,
+        wording.TEXT_HOPS,
+        wording.PAIR_HOPS,
+        code_repair.WORDINGS,
+    ],
+)
+def test_held_out_wordings_are_not_trained_on(group: dict[Split, tuple[object, ...]]) -> None:
+    def plain(member: object) -> str:
+        return re.sub(r"[^\w{}+*#-]+", " ", str(member)).casefold().strip()
+
+    assert not {plain(m) for m in group["seen"]} & {plain(m) for m in group["held_out"]}
+
+
+def test_sums_on_an_answer_are_trained_wordings_of_the_maths_model() -> None:
+    def shape(text: str) -> str:
+        return re.sub(r"\{\w+\}", "{}", text)
+
+    known = {
+        shape(variant)
+        for phrasings in load_phrasings().values()
+        for phrasing in phrasings.seen
+        for variant in expand(phrasing)
+    }
+    for split in SPLITS:
+        for pattern, _ in (*wording.NUMBER_HOPS[split], *wording.PAIR_HOPS[split]):
+            assert shape(pattern) in known, pattern
+    for phrase, _ in wording.SUM_PHRASES:
+        assert shape(f"What is {phrase}?") in known, phrase
+
+
+def test_values_of_an_answer_are_trained_wordings_of_the_code_model() -> None:
+    kinds = {kind.kind: kind for kind in VALUE_KINDS}
+    for split in SPLITS:
+        for pattern, kind in (*wording.VALUE_HOPS[split], *wording.TEXT_HOPS[split]):
+            known = [re.sub(r"\{\w+\}", "{x}", p) for p in kinds[kind].trained]
+            assert pattern in known, pattern
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_answerable_part_has_a_gold_answer(split: Split) -> None:
+    rng = random.Random(f"gold-{split}")
+    for _ in range(600):
+        drawn = draw_compound(rng, split, answerable=True)
+        assert all(part.gold for part in drawn.parts)
+
+
+def test_a_split_is_right_only_to_the_letter() -> None:
+    question = compound.split_question(random.Random(6), "seen", ("pair",))
+    assert is_right(question, question.gold)
+    assert not is_right(question, question.gold.lower())
+    assert question.query.startswith(split_prompt(""))
+
+
+def test_the_draft_fails_the_example_and_the_answer_passes_all_tests() -> None:
+    rng = random.Random(7)
+    faults = set()
+    for _ in range(400):
+        repair = draw_repair(rng, rng.choice(SPLITS))
+        faults.add(repair.fault)
+        right: dict[str, object] = {}
+        exec(extract_code(repair.answer), right)
+        for test in repair.tests:
+            exec(test, right)
+        if repair.fault == "syntax":
+            assert repair.failure.startswith("SyntaxError: ")
+            continue
+        found = re.fullmatch(r"(?s)(solution\(.*\)) (?:returned|raised|did not).*", repair.failure)
+        assert found is not None
+        assert repair.draft != repair.answer
+    assert faults == set(FAULTS)
+
+
+def test_a_repair_in_a_new_wording_is_scored_by_its_tests() -> None:
+    question = repair_question(random.Random(8), "held_out")
+    assert is_right(question, question.gold)
+    assert not is_right(question, "```python\ndef solution(*_):\n    return None\n```")
+
+
+def test_splitting_leaves_the_shipped_questions_of_the_code_model_alone() -> None:
+    assert {q.domain for q in QUESTIONS.questions(random.Random(9), "seen", 50)} == {"code"}
