@@ -206,9 +206,9 @@ _TEXT_METRICS = {"exact": _exact, "normalised": _normalised, "f1": _f1}
 # question and in words without content: whoever lists candidates is wrong.
 
 _FILLER_TEXT = """
-    am and answer answers are as at be been by came comes equal equals first for from gives has have
-    i in is it its made makes my of on one result results second so that then there these third this
-    to two value was were which with you your
+am and answer answers are as at be been by came comes equal equals first for from gives has have
+i in is it its made makes my of on one result results second so that then there these third this
+to two value was were which with you your
 """
 _FILLERS = frozenset(_FILLER_TEXT.split())
 _NEGATIONS = frozenset(
@@ -237,6 +237,7 @@ _REFUSAL_PHRASES = tuple(
         "does not contain",
         "do not contain",
         "no information",
+        "no information found",
         "not enough information",
         "no answer",
         "cannot answer",
@@ -259,8 +260,8 @@ _REFUSAL_PHRASES = tuple(
     )
 )
 _REFUSAL_FILLER_TEXT = """
-    afraid any anything but context corpus documents enough given handbook im information knowledge
-    me notes passage passages provided question sorry source sources text we
+afraid any anything but context corpus documents enough found given handbook im information
+knowledge me notes passage passages provided question sorry source sources text we
 """
 _REFUSAL_FILLERS = _FILLERS | frozenset(_REFUSAL_FILLER_TEXT.split())
 

@@ -59,6 +59,8 @@ WORDINGS: dict[Split, tuple[str, ...]] = {
 
 _MAX_STEPS = 20_000
 """Lines that a faulty function may run."""
+_MAX_SIZE = 10_000
+"""Characters, items or bits of a value that it may make: some faults double a value per line."""
 _SWAPS: dict[Fault, tuple[tuple[str, str], ...]] = {
     "operator": (
         (r" \+ ", " - "),
@@ -281,6 +283,12 @@ class _TooLong(Exception):
     pass
 
 
+def _is_large(value: object) -> bool:
+    if isinstance(value, int):
+        return value.bit_length() > _MAX_SIZE
+    return isinstance(value, str | list) and len(value) > _MAX_SIZE
+
+
 def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...], expected: Any) -> str | None:
     """What went wrong; `None` where the value is right."""
     steps = 0
@@ -288,7 +296,7 @@ def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...], expected:
     def count(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal steps
         steps += 1
-        if steps > _MAX_STEPS:
+        if steps > _MAX_STEPS or any(map(_is_large, frame.f_locals.values())):
             raise _TooLong
         return count
 

@@ -378,7 +378,7 @@ def joined(rng: random.Random, asks: Sequence[str], split: Split) -> str:
 
 def _listed(rng: random.Random, asks: Sequence[str], split: Split) -> str:
     marks = rng.choice(wording.LIST_MARKS[split])
-    gap = "\n" if marks[0][0] in "-*+" or rng.random() < 0.5 else " "
+    gap = "\n" if marks[0][0] in "-*>" or rng.random() < 0.5 else " "
     return gap.join(mark + ask for mark, ask in zip(marks, asks, strict=False))
 
 

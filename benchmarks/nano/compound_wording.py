@@ -211,10 +211,10 @@ LIST_MARKS: dict[Split, tuple[tuple[str, str, str], ...]] = {
     ),
     "held_out": (
         ("Part one: ", "Part two: ", "Part three: "),
-        ("[1] ", "[2] ", "[3] "),
-        ("A: ", "B: ", "C: "),
-        ("1 - ", "2 - ", "3 - "),
-        ("+ ", "+ ", "+ "),
+        ("Item 1: ", "Item 2: ", "Item 3: "),
+        ("Alpha: ", "Beta: ", "Gamma: "),
+        ("No. 1: ", "No. 2: ", "No. 3: "),
+        ("> ", "> ", "> "),
     ),
 }
 
@@ -270,7 +270,12 @@ HOP_JOINS: Wordings = {
         ". Finally, {b}",
         ". With it known, {b}",
     ),
-    "held_out": (". Afterwards {b}", ", next {b}", ". Once you know, {b}", " - then {b}"),
+    "held_out": (
+        ". Afterwards {b}",
+        " and in the next step {b}",
+        ". Once you know, {b}",
+        " - then {b}",
+    ),
 }
 """What links a sum on an answer to the part that asks for it."""
 

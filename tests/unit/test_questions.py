@@ -45,7 +45,7 @@ def write(folder: Path, *rows: object) -> Path:
 
 def test_a_file_is_read_in_its_order_and_empty_lines_are_skipped(tmp_path: Path) -> None:
     questions = read_questions(write(tmp_path, ROWS[0], "", *ROWS[1:], ""))
-    assert [question.id for question in questions] == ["sum", "fact", "list", "code", "call"]
+    assert [question.id for question in questions] == [row["id"] for row in ROWS]
     assert questions[0].metric == NumericMetric(tolerance=0.01)
 
 
