@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 FAILED = "The code failed."
 
-SPLIT_SHARE = 0.42
+SPLIT_SHARE = 0.5
 """Share of conversations that split a question."""
-REPAIR_SHARE = 0.22
+REPAIR_SHARE = 0.18
 """Share of conversations that repair a function."""
 
 _ERRORS = (

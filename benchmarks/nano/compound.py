@@ -18,13 +18,16 @@ from benchmarks.nano.code_questions import QUESTIONS
 from benchmarks.nano.code_values import VALUE_KINDS, printed
 from benchmarks.nano.math_numbers import number
 from benchmarks.nano.math_problems import HARD_KINDS, KINDS
-from benchmarks.nano.phrasing import load_facts, load_gazetteer
+from benchmarks.nano.phrasing import Subject, load_facts, load_gazetteer
 from benchmarks.nano.prompts import prompt
 from benchmarks.nano.task import Conversation, Metric, Question, Split
 from serve_app.errors import ToolRetry
 from serve_app.tools.builtin.calculator import evaluate
 
 IDS = "abc"
+_WEIGHTS = (15, 36, 9, 9, 18, 4, 3, 6)
+_TRAINED_WEIGHTS = (12, 30, 15, 15, 18, 5, 5, 12)
+"""The kinds that are hard to split come more often in training."""
 PROMPT_NAME = "nano-split"
 MAX_PART_CHARS = 130
 
@@ -105,7 +108,7 @@ def split_prompt(query: str) -> str:
 
 def split_conversation(rng: random.Random) -> Conversation:
     """One training conversation that splits a question."""
-    compound = draw_compound(rng, "seen")
+    compound = draw_compound(rng, "seen", weights=_TRAINED_WEIGHTS)
     return Conversation(
         (
             {"role": "user", "content": split_prompt(compound.query)},
@@ -130,7 +133,12 @@ def split_question(rng: random.Random, split: Split, kinds: Sequence[str] = ()) 
 
 
 def draw_compound(
-    rng: random.Random, split: Split, *, new_names: bool = False, answerable: bool = False
+    rng: random.Random,
+    split: Split,
+    *,
+    new_names: bool = False,
+    answerable: bool = False,
+    weights: Sequence[int] = _WEIGHTS,
 ) -> Compound:
     """A random compound question.
 
@@ -139,6 +147,8 @@ def draw_compound(
         split: Whether its frame is a trained one; its parts are always in trained wordings.
         new_names: Whether invented names are reserved ones, which training never shows.
         answerable: Whether every part has a gold answer.
+        weights: How often each kind is drawn: single, pair, triple, phrases, hop, hop_pair,
+            hop_chain, mixed.
     """
     source = _Parts(rng, new_names=new_names, answerable=answerable)
     makers: tuple[Callable[[_Parts, Split], Compound], ...] = (
@@ -151,7 +161,6 @@ def draw_compound(
         _hop_chain,
         _mixed,
     )
-    weights = (15, 36, 9, 9, 18, 4, 3, 6)
     return rng.choices(makers, weights)[0](source, split)
 
 
@@ -200,7 +209,7 @@ class _Parts:
         if draw < 0.7:
             name = self._name()
             real = rng.choice(list(load_facts()[0].values()))
-            return Part(real.question(rng, facts_tasks.Subject(name, name), "seen"))
+            return Part(real.question(rng, Subject(name, name), "seen"))
         relations, types, _ = load_gazetteer()
         entity_type = rng.choice(list(types))
         subject = gazetteer.invented_subject(rng, entity_type, reserved=self.new_names)

@@ -299,7 +299,8 @@ def test_parts_of_one_sentence_stand_in_the_order_of_the_question() -> None:
 
 def test_a_gold_that_stands_in_the_question_must_have_its_own_line() -> None:
     parts = [{"metric": "numeric", "gold": 10}, {"metric": "normalised", "gold": "x"}]
-    asked = Question(id="q", query="What is 5 + 5, not 10 + 1? And x?", metric="all_of", gold=parts)  # type: ignore[arg-type]
+    fields = {"id": "q", "query": "What is 5 + 5, not 10 + 1? And x?", "metric": "all_of"}
+    asked = Question.model_validate({**fields, "gold": parts})
     assert measure(asked, Answer("What is 5 + 5, 10 + 1 and x")) == 0.0
     assert measure(asked, Answer("10\nx")) == 1.0
 
