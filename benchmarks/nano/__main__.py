@@ -29,10 +29,13 @@ def train_command(
     muon_lr: Annotated[float, typer.Option()] = 0.02,
     adamw_lr: Annotated[float, typer.Option()] = 3e-3,
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step, with padding")] = 2048,
+    split_share: Annotated[float, typer.Option(help="Share of splits", min=0, max=0.9)] = 0.0,
+    repair_share: Annotated[float, typer.Option(help="Share of repairs", min=0, max=0.9)] = 0.0,
 ) -> None:
     """Train one model from scratch on this machine's CPU."""
     _log_to_console()
     _check_name(name)
+    from benchmarks.nano.skills import with_skills
     from benchmarks.nano.trainer import TrainingSettings, train
 
     if minutes is None and tokens is None:
@@ -47,7 +50,13 @@ def train_command(
         batch_tokens=batch_tokens,
         warm_start=warm_start,
     )
-    train(f"nano-{name}", load_generator(name), out or weights_dir(name), settings)
+    try:
+        generator = with_skills(
+            load_generator(name), split_share=split_share, repair_share=repair_share
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    train(f"nano-{name}", generator, out or weights_dir(name), settings)
 
 
 @app.command("eval")
@@ -56,6 +65,7 @@ def eval_command(
     model_dir: Annotated[Path | None, typer.Option(help="Weights, for one model")] = None,
     n: Annotated[int, typer.Option(help="Questions per cell", min=1)] = 300,
     seed: Annotated[int, typer.Option()] = 1,
+    skills: Annotated[bool, typer.Option(help="Measure splitting and repair too")] = False,
     wrong: Annotated[Path | None, typer.Option(help="JSONL of wrong answers to write")] = None,
 ) -> None:
     """Evaluate models through vLLM; prints the table and saves it next to the weights."""
@@ -69,7 +79,7 @@ def eval_command(
         raise typer.BadParameter("--model-dir goes with exactly one model name")
     everything, mistakes = [], []
     for name in chosen:
-        rows, missed = evaluate_model(name, model_dir, n=n, seed=seed)
+        rows, missed = evaluate_model(name, model_dir, n=n, seed=seed, skills=skills)
         save(rows, (model_dir or weights_dir(name)) / "eval.json", seed=seed)
         everything += rows
         mistakes += missed

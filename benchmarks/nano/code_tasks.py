@@ -1,9 +1,8 @@
-"""Generator of nano-code: functions to write and to repair, values to compute, questions to split.
+"""Generator of nano-code: functions to write, and value questions to answer by running code.
 
 A function question is answered with a fenced `solution`, whatever tools are offered. A value
 question is answered with a call of `python` where it is offered, then with what the program
-printed; without it, directly (mostly wrong). Faulty functions come back mended, compound questions
-as subtasks in JSON. Held-out wordings never reach training.
+printed; without it, directly (mostly wrong). Held-out wordings never reach training.
 """
 
 from __future__ import annotations
@@ -17,22 +16,15 @@ from benchmarks.nano import code_inputs as inputs
 from benchmarks.nano.chat_format import tool_call
 from benchmarks.nano.code_functions import FUNCTION_TASKS
 from benchmarks.nano.code_questions import MODEL_ID, CodeQuestions
-from benchmarks.nano.code_repair import draw_repair
 from benchmarks.nano.code_values import VALUE_KINDS
 from benchmarks.nano.code_wording import shown
-from benchmarks.nano.compound import split_conversation, split_question
 from benchmarks.nano.gazetteer import CORPUS_PATH, with_sources
-from benchmarks.nano.task import Conversation, EvalCell, Question, Split
+from benchmarks.nano.task import Conversation, EvalCell
 
 if TYPE_CHECKING:
     from benchmarks.nano.evaluate import EvalItem
 
 FAILED = "The code failed."
-
-SPLIT_SHARE = 0.5
-"""Share of conversations that split a question."""
-REPAIR_SHARE = 0.18
-"""Share of conversations that repair a function."""
 
 _ERRORS = (
     "error: NameError: name 'x' is not defined (line 2)",
@@ -66,11 +58,6 @@ class CodeGenerator(CodeQuestions):
 
     def conversation(self, rng: random.Random, progress: float) -> Conversation:
         """One training conversation; see `TaskGenerator`."""
-        draw = rng.random()
-        if draw < SPLIT_SHARE:
-            return split_conversation(rng)
-        if draw < SPLIT_SHARE + REPAIR_SHARE:
-            return self._repair(rng)
         if rng.random() < _copy_share(progress):
             return self._drill(rng)
         tools = self._tools(rng)
@@ -107,12 +94,6 @@ class CodeGenerator(CodeQuestions):
             result += "\n"
         call = tool_call("python", code=program)
         return [user, call, {"role": "tool", "content": result}, _assistant(answer)]
-
-    def _repair(self, rng: random.Random) -> Conversation:
-        repair = draw_repair(rng, "seen")
-        text = repair.prompted() if rng.random() < 0.3 else repair.worded(rng, "seen")
-        tools = self._tools(rng) if rng.random() < 0.3 else ()
-        return Conversation((_user(text), _assistant(repair.answer)), tools)
 
     def _with_noise(self, rng: random.Random, query: str) -> str:
         """Sometimes the query with retrieved sources behind it, which are to be ignored."""
@@ -187,32 +168,13 @@ EVAL_CELLS: tuple[EvalCell, ...] = (
     ),
     EvalCell("values without a tool", "seen", (), None, _VALUES),
     EvalCell("functions with sources", "seen", (), None, (*_FIXED, *_COMPOSED)),
-    EvalCell("split", "seen", (), 0.95),
-    EvalCell("split, new wording", "held_out", (), 0.8),
-    EvalCell("split, one part", "seen", (), 0.9, ("single",)),
-    EvalCell("repair", "seen", (), None),
-    EvalCell("repair, new wording", "held_out", (), None),
-    EvalCell("repair, as patterns ask", "seen", (), None),
 )
 
 
 def evaluation_items(cell: EvalCell, rng: random.Random, n: int) -> list[EvalItem] | None:
-    """Prompts of splits, repairs, and questions with sources; `None` for all other cells."""
-    from benchmarks.nano.evaluate import EvalItem
-
-    if cell.name.startswith("split"):
-        asked = [split_question(rng, cell.split, cell.kinds) for _ in range(n)]
-    elif cell.name.startswith("repair"):
-        is_prompted = cell.name == "repair, as patterns ask"
-        asked = [repair_question(rng, cell.split, prompted=is_prompted) for _ in range(n)]
-    elif cell.name == "functions with sources":
-        return _items_with_sources(cell, rng, n)
-    else:
+    """Prompts of the cell with sources in the user's turn; `None` for all other cells."""
+    if cell.name != "functions with sources":
         return None
-    return [EvalItem((_user(question.query),), cell.tools, question) for question in asked]
-
-
-def _items_with_sources(cell: EvalCell, rng: random.Random, n: int) -> list[EvalItem]:
     from benchmarks.nano.evaluate import EvalItem
 
     items: list[EvalItem] = []
@@ -222,18 +184,3 @@ def _items_with_sources(cell: EvalCell, rng: random.Random, n: int) -> list[Eval
             query = _with_sources(rng, question.query)
             items.append(EvalItem((_user(query),), cell.tools, question))
     return items
-
-
-def repair_question(rng: random.Random, split: Split, *, prompted: bool = False) -> Question:
-    """A labelled repair, in a wording of the split or as patterns word it."""
-    repair = draw_repair(rng, split)
-    return Question(
-        query=repair.prompted() if prompted else repair.worded(rng, split),
-        gold=repair.answer,
-        metric="unit_tests",
-        domain="code",
-        kind=f"repair.{repair.fault}",
-        split=split,
-        tests=repair.tests,
-        good_pairs=(f"{MODEL_ID}@none",),
-    )

@@ -26,7 +26,7 @@ from serve_app.tools.builtin.calculator import evaluate
 
 IDS = "abc"
 _WEIGHTS = (15, 36, 9, 9, 18, 4, 3, 6)
-_TRAINED_WEIGHTS = (12, 30, 15, 15, 18, 5, 5, 12)
+TRAINED_WEIGHTS = (12, 30, 15, 15, 18, 5, 5, 12)
 """The kinds that are hard to split come more often in training."""
 PROMPT_NAME = "nano-split"
 MAX_PART_CHARS = 130
@@ -108,7 +108,7 @@ def split_prompt(query: str) -> str:
 
 def split_conversation(rng: random.Random) -> Conversation:
     """One training conversation that splits a question."""
-    compound = draw_compound(rng, "seen", weights=_TRAINED_WEIGHTS)
+    compound = draw_compound(rng, "seen", weights=TRAINED_WEIGHTS)
     return Conversation(
         (
             {"role": "user", "content": split_prompt(compound.query)},

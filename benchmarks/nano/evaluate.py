@@ -27,6 +27,7 @@ from rich.table import Table
 from benchmarks.nano.chat_format import tool_schemas
 from benchmarks.nano.labelled import labelled
 from benchmarks.nano.registry import load_cells, load_generator, task_module, weights_dir
+from benchmarks.nano.skills import SKILL_CELLS, skill_items
 from benchmarks.nano.task import TOOL_PARAMETERS, EvalCell, Question
 from serve_app.errors import ToolRetry
 from serve_app.scoring import Answer, measure
@@ -137,6 +138,8 @@ def run_builtin_tool(tool_id: str, arguments: Mapping[str, Any]) -> str:
 def cell_items(name: str, cell: EvalCell, seed: int, n: int) -> list[EvalItem]:
     """The prompts of a cell, the same for the same seed."""
     rng = random.Random(f"{seed}-{name}-{cell.name}")
+    if cell in SKILL_CELLS:
+        return skill_items(cell, rng, n)
     custom = getattr(task_module(name), "evaluation_items", None)
     if custom is not None:
         items: list[EvalItem] | None = custom(cell, rng, n)
@@ -272,7 +275,12 @@ def summarize(model_id: str, cell: EvalCell, results: Sequence[ItemResult]) -> C
 
 
 def evaluate_model(
-    name: str, model_dir: Path | None = None, *, n: int = 300, seed: int = 1
+    name: str,
+    model_dir: Path | None = None,
+    *,
+    n: int = 300,
+    seed: int = 1,
+    skills: bool = False,
 ) -> tuple[list[CellResult], list[dict[str, Any]]]:
     """Evaluate one nano model on all its cells.
 
@@ -281,6 +289,7 @@ def evaluate_model(
         model_dir: Folder of the weights; `None` = the shipped ones.
         n: Prompts per cell.
         seed: Seed of the questions.
+        skills: Whether to measure splitting and repair too.
 
     Returns:
         The rows of the table, and every wrong answer for reading.
@@ -288,7 +297,7 @@ def evaluate_model(
     engine = load_engine(model_dir or weights_dir(name))
     rows: list[CellResult] = []
     wrong: list[dict[str, Any]] = []
-    for cell in load_cells(name):
+    for cell in (*load_cells(name), *(SKILL_CELLS if skills else ())):
         results = evaluate_items(engine, cell_items(name, cell, seed, n))
         rows.append(summarize(f"nano-{name}", cell, results))
         logger.info("%s %s: %.3f", name, cell.name, rows[-1].accuracy)

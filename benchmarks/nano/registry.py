@@ -37,9 +37,8 @@ SHAPES: dict[str, ModelShape] = {
 """Per short name; the model id is `nano-<name>`."""
 
 TOKENS: dict[str, int] = {"math": 7_600_000, "facts": 10_500_000, "code": 8_500_000}
-"""Training budgets from scratch: 20 to 35 minutes of one idle core. Tokens rather than minutes, so
-that a run comes out the same on a busy machine. The shipped nano-code is such a run on functions
-and values alone, continued with splitting and repair in the mix (`docs/nano.md`)."""
+"""Training budgets that reach the published figures: 20 to 35 minutes of one idle core. Tokens
+rather than minutes, so that a run comes out the same on a busy machine."""
 
 
 def task_module(name: str) -> ModuleType:

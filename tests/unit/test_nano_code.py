@@ -133,7 +133,7 @@ def test_synonym_swaps_keep_the_canonical_wording() -> None:
 def test_training_never_shows_held_out_wordings() -> None:
     asked = [
         canonical(message["content"])
-        for conversation in trained_conversations(6000)
+        for conversation in trained_conversations(2500)
         for message in conversation.messages
         if message["role"] == "user"
     ]
@@ -166,7 +166,7 @@ def test_compositions_of_training_and_held_out_never_meet() -> None:
 
 def test_python_is_called_for_values_only_and_only_when_offered() -> None:
     called = 0
-    for conversation in trained_conversations(4000):
+    for conversation in trained_conversations(1500):
         for before, message in zip(conversation.messages, conversation.messages[1:], strict=False):
             for call in message.get("tool_calls", ()):
                 called += 1

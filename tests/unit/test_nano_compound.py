@@ -11,15 +11,21 @@ import pytest
 
 from benchmarks.nano import code_repair, compound
 from benchmarks.nano import compound_wording as wording
-from benchmarks.nano.code_questions import QUESTIONS
 from benchmarks.nano.code_repair import FAULTS, draw_repair
-from benchmarks.nano.code_tasks import GENERATOR, repair_question
+from benchmarks.nano.code_tasks import GENERATOR
 from benchmarks.nano.code_values import VALUE_KINDS
 from benchmarks.nano.compound import draw_compound, lowered, split_prompt, split_text, unmarked
-from benchmarks.nano.evaluate import is_right
+from benchmarks.nano.evaluate import cell_items, is_right
 from benchmarks.nano.math_phrasings import expand, load_phrasings
 from benchmarks.nano.prompts import prompt
-from benchmarks.nano.task import Split
+from benchmarks.nano.registry import SHAPES, load_generator
+from benchmarks.nano.skills import (
+    SKILL_CELLS,
+    repair_conversation,
+    repair_question,
+    with_skills,
+)
+from benchmarks.nano.task import EvalCell, Split
 from serve_app.scoring import extract_code
 
 PROMPTS = Path("configs/patterns/prompts")
@@ -35,7 +41,8 @@ def test_the_split_prompt_of_patterns_is_the_one_trained_on() -> None:
     rng = random.Random(1)
     for _ in range(50):
         chat = compound.split_conversation(random.Random(seed := rng.random()))
-        query = draw_compound(random.Random(seed), "seen").query
+        drawn = draw_compound(random.Random(seed), "seen", weights=compound.TRAINED_WEIGHTS)
+        query = drawn.query
         expected = prompt_file("nano-split").replace("{{question}}", query)
         assert chat.messages[0]["content"] == expected == f"Split into subtasks as JSON: {query}"
 
@@ -43,8 +50,8 @@ def test_the_split_prompt_of_patterns_is_the_one_trained_on() -> None:
 def test_the_repair_prompt_of_patterns_is_one_trained_on() -> None:
     asked = {
         message["content"]
-        for seed in range(1500)
-        for message in GENERATOR.conversation(random.Random(seed), 0.5).messages[:1]
+        for seed in range(300)
+        for message in repair_conversation(random.Random(seed)).messages[:1]
     }
     head, _ = prompt_file("nano-repair").split("{{draft}}")
     trained = [text for text in asked if text.startswith(head)]
@@ -189,5 +196,24 @@ def test_a_repair_in_a_new_wording_is_scored_by_its_tests() -> None:
     assert not is_right(question, "```python\ndef solution(*_):\n    return None\n```")
 
 
-def test_splitting_leaves_the_shipped_questions_of_the_code_model_alone() -> None:
-    assert {q.domain for q in QUESTIONS.questions(random.Random(9), "seen", 50)} == {"code"}
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_skills_come_in_their_shares_and_the_rest_are_the_models_own(name: str) -> None:
+    mixed = with_skills(load_generator(name), split_share=0.4, repair_share=0.2)
+    rng = random.Random(9)
+    first = [mixed.conversation(rng, 0.5).messages[-1]["content"] for _ in range(500)]
+    splits = sum(text.startswith('{"subtasks"') for text in first)
+    assert 150 < splits < 250
+    assert mixed.model_id == f"nano-{name}"
+
+
+def test_without_shares_the_model_trains_on_its_own_tasks_only() -> None:
+    assert with_skills(GENERATOR) is GENERATOR
+    with pytest.raises(ValueError, match="leave no own tasks"):
+        with_skills(GENERATOR, split_share=0.6, repair_share=0.4)
+
+
+@pytest.mark.parametrize("cell", SKILL_CELLS, ids=lambda cell: cell.name)
+def test_every_cell_of_skills_yields_its_prompts(cell: EvalCell) -> None:
+    items = cell_items("code", cell, seed=1, n=20)
+    assert len(items) == 20
+    assert all(item.question.split == cell.split for item in items)
