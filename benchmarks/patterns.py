@@ -139,17 +139,13 @@ def _is_in_corpus(question: Question) -> bool:
 
 
 PATTERNS = {
-    "compound": ("split-and-solve",),
-    "hops": ("split-and-solve",),
     "refusal": ("look-up-or-refuse",),
-    "facts": ("cheap-first", "look-up-or-refuse", "split-and-solve"),
+    "facts": ("cheap-first", "look-up-or-refuse"),
     "look-ups": ("look-up-or-refuse", "cheap-first"),
-    "repair": ("write-and-test",),
-    "math": ("ask-three", "split-and-solve"),
-    "code": ("split-and-solve",),
+    "math": ("ask-three",),
 }
 """Which patterns each set of questions is asked of, beside `atlas` and every pair."""
-DRAFT, DEAR = "nano-code@none", "nano-facts@retrieval"
+DEAR = "nano-facts@retrieval"
 
 
 def judge(rows: dict[tuple[str, str], Row], own_ms: float) -> list[Target]:
@@ -167,9 +163,7 @@ def judge(rows: dict[tuple[str, str], Row], own_ms: float) -> list[Target]:
     both = ("compound", "hops")
     pairs = {name for name, of in rows if "@" in name and of == "compound"}
     best = max((pooled(name, both) for name in sorted(pairs)), key=lambda row: row.score)
-    split = pooled("pattern:split-and-solve", both)
-    found.append(Target("split-and-solve: all parts right", split.score, ">=", 0.6))
-    found.append(Target(f"best single pair ({best.name})", best.score, "<=", 0.15))
+    found.append(Target(f"composed: best single pair ({best.name})", best.score, "<=", 0.15))
     refused = rows["pattern:look-up-or-refuse", "refusal"]
     found.append(Target("look-up-or-refuse: refused unanswerable", refused.score, ">=", 0.9))
     answerable = rows["pattern:look-up-or-refuse", "look-ups"]
@@ -181,10 +175,6 @@ def judge(rows: dict[tuple[str, str], Row], own_ms: float) -> list[Target]:
     )
     found.append(
         Target("cheap-first: upper end of its gain", difference(cheap, dear)[1], ">=", 0.0)
-    )
-    tested, draft = rows["pattern:write-and-test", "repair"], rows[DRAFT, "repair"]
-    found.append(
-        Target("write-and-test: lower end of its gain", difference(tested, draft)[0], ">=", 1e-9)
     )
     found.append(Target("a pattern of one ask: ms more than its pair", own_ms, "<=", 0.5))
     return found

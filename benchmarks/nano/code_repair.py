@@ -125,7 +125,7 @@ class Repair:
 
     def prompted(self) -> str:
         """The request as patterns word it."""
-        return prompt(PROMPT_NAME, draft=self.draft, failure=self.failure)
+        return prompt(PROMPT_NAME, draft=self.draft, objections=self.failure)
 
 
 def draw_repair(rng: random.Random, split: Split) -> Repair:

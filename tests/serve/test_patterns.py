@@ -31,19 +31,6 @@ def ask(client: openai.OpenAI, pattern: str, question: str) -> tuple[str, dict[s
     return completion.choices[0].message.content or "", extension
 
 
-def test_a_question_with_two_parts_is_split_and_both_are_answered(client: openai.OpenAI) -> None:
-    question = "What is the capital of Japan, and what is 15% of 240?"
-    answer, extension = ask(client, "split-and-solve", question)
-    assert "Tokyo" in answer
-    assert "36" in answer
-    assert extension["pair"] == "pattern:split-and-solve"
-
-
-def test_a_fact_is_looked_up_before_a_sum_on_it(client: openai.OpenAI) -> None:
-    answer, _ = ask(client, "split-and-solve", "Multiply the atomic number of oxygen by 12.")
-    assert "96" in answer
-
-
 def test_what_the_corpus_says_is_answered_with_its_source(client: openai.OpenAI) -> None:
     answer, extension = ask(client, "look-up-or-refuse", IN_CORPUS)
     (source, *_) = extension["sources"]
@@ -73,14 +60,6 @@ def test_ten_figures_of_one_list_come_line_by_line(client: openai.OpenAI) -> Non
     assert len(answer.splitlines()) >= 8
     assert "108" in answer
     assert extension["usage"]["completion_tokens"] > 0
-
-
-def test_code_is_tried_on_the_examples_of_the_question(client: openai.OpenAI) -> None:
-    question = (
-        "Write a function that returns the sum of a list of numbers.\nsolution([1, 2, 3]) == 6"
-    )
-    answer, _ = ask(client, "write-and-test", question)
-    assert "def solution" in answer
 
 
 def test_the_worst_case_of_each_shipped_pattern_covers_what_it_used(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +101,26 @@ async def test_a_triage_note_has_the_urgency_and_a_second_opinion(tmp_path: Path
     made = bench(tmp_path, small=triage("urgent"), large=large)
     assert await made.ask("My foot hurts.", name="clinical-triage") == "Urgent, by [1]."
     assert "urgency urgent, second opinion urgent" in made.prompts("large")[-1]
+
+
+async def test_a_question_with_two_parts_is_split_and_both_are_answered(tmp_path: Path) -> None:
+    def large(body: Any) -> str:
+        parts = [{"id": "a", "ask": "atomic number?"}, {"id": "b", "ask": "{{a}} times 12?"}]
+        return json.dumps({"subtasks": parts})
+
+    said = {"atomic number?": "8", "8 times 12?": "96"}
+    made = bench(tmp_path, large=large, small=lambda body: said[body["messages"][-1]["content"]])
+    assert await made.ask("Multiply it by 12.", name="split-and-solve") == "96"
+
+
+async def test_code_that_fails_an_example_is_written_anew_once(tmp_path: Path) -> None:
+    right = "```python\ndef f(x):\n    return x + 2\n```"
+    made = bench(tmp_path, small="```python\ndef f(x):\n    return x\n```", large=right)
+    made.tools.says["python"] = lambda arguments: (
+        subprocess.run(
+            [sys.executable, "-c", arguments["code"]], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    assert await made.ask("Write f.\nf(1) == 3", name="write-and-test") == right
+    (asked,) = made.prompts("large")
+    assert "f(1) returned 1, expected 3" in asked

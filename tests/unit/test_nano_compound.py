@@ -58,7 +58,7 @@ def test_the_repair_prompt_of_patterns_is_one_trained_on() -> None:
     assert len(trained) > 50
     repair = draw_repair(random.Random(3), "seen")
     text = prompt_file("nano-repair").replace("{{draft}}", repair.draft)
-    assert repair.prompted() == text.replace("{{failure}}", repair.failure)
+    assert repair.prompted() == text.replace("{{objections}}", repair.failure)
 
 
 def test_what_fills_a_prompt_is_not_read_for_slots() -> None:
