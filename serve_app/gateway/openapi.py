@@ -507,7 +507,9 @@ def _response_schemas() -> Json:
         "object": {"const": "model"},
         "created": _COUNT,
         "owned_by": _STRING,
-        "atlas": _object({"kind": {"enum": ["router", "model", "pair"]}, "state": _STRING}),
+        "atlas": _object(
+            {"kind": {"enum": ["router", "model", "pair", "pattern"]}, "state": _STRING}
+        ),
     }
     job = {
         "object": {"const": "atlas.job"},

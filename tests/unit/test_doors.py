@@ -56,7 +56,10 @@ def endpoints(gateway: Loopback) -> list[Endpoint]:
 
 def example(endpoint: Endpoint) -> str:
     """A path of the endpoint that names things that exist."""
-    parameters = {"model_id": "small", "tool_id": "calculator", "job_id": "job_1"}
+    parameters = {
+        "model_id": "small", "tool_id": "calculator", "job_id": "job_1", "name": "hello",
+        "request_id": "req_1",
+    }  # fmt: skip
     return endpoint.path_format.format(**parameters)
 
 
