@@ -22,7 +22,9 @@ import pytest
 from serve_app.config import LimitsConfig
 from serve_app.errors import RateLimited
 from serve_app.gateway.edge.admission import _MAX_KINDS, AdmissionLimit, Place
+from serve_app.gateway.edge.edge import worked_on
 from serve_app.schemas import ChatCall
+from serve_app.telemetry import RequestLine
 from tests.gateway_fakes import Loopback, eventually, running_gateway
 
 Length = Callable[[random.Random], float]
@@ -267,3 +269,19 @@ async def test_behind_the_real_edge_answers_are_fast_where_they_would_queue(tmp_
     assert len(queued) == 40 * 20
     assert 0 < len(taken) < len(queued)
     assert median(taken) < 0.5 * median(queued)
+
+
+@pytest.mark.parametrize(
+    ("model", "pair", "kind"),
+    [
+        ("atlas", "small@none", "atlas"),
+        ("atlas", "pattern:slow", "pattern:slow"),
+        ("small", "small@none", "small"),
+        ("atlas", None, "atlas"),
+    ],
+)
+def test_a_request_that_a_pattern_answers_is_compared_with_its_like(
+    model: str, pair: str | None, kind: str
+) -> None:
+    """A plan takes many times as long as a pair, and is no sign of load."""
+    assert worked_on(RequestLine("req_1", model=model, pair=pair)) == kind

@@ -221,7 +221,7 @@ class Edge:
                 answered = False
                 raise
             finally:
-                kind = (exchange.rule.name, _worked_on(exchange.line), reply.is_stream)
+                kind = (exchange.rule.name, worked_on(exchange.line), reply.is_stream)
                 self._admission.leave(place, kind, answered=answered)
         finally:
             self._work_shares.leave(exchange.owner)
@@ -306,7 +306,7 @@ def _read_headers(scope: Scope, exchange: Exchange) -> tuple[dict[bytes, bytes],
     return headers, size
 
 
-def _worked_on(line: RequestLine) -> str | None:
+def worked_on(line: RequestLine) -> str | None:
     """What a request is compared with: a pattern takes longer than a pair, whoever chose it."""
     is_pattern = line.pair is not None and line.pair.startswith(PATTERN_PREFIX)
     return line.pair if is_pattern else line.model
