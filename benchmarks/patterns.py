@@ -39,8 +39,8 @@ from serve_app import environment
 from serve_app.budget import Budget, Deadline
 from serve_app.config import load_config
 from serve_app.config.patterns.language import PatternConfig
+from serve_app.models.clients import ModelClients
 from serve_app.models.protocol import ChatBody
-from serve_app.orchestrator.engines import ModelClients
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns.declared import PatternRunner

@@ -25,9 +25,9 @@ from serve_app.budget import Deadline
 from serve_app.config import AtlasConfig, StoreConfig
 from serve_app.config.patterns.check import members_of_patterns
 from serve_app.errors import DeadlineExceeded, EngineError, InvalidRequest
+from serve_app.models.clients import ModelClients
 from serve_app.models.engine_output import StreamChecker, checked_completion
 from serve_app.models.protocol import ChatBody
-from serve_app.orchestrator.engines import ModelClients
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.router.deployment import Router
 from serve_app.router.snapshots.library import SnapshotLibrary

@@ -13,7 +13,7 @@ from serve_app.config import AtlasConfig
 from serve_app.config.patterns.check import check_patterns
 from serve_app.config.patterns.language import PatternConfig
 from serve_app.orchestrator.answer import Choice, text_of
-from serve_app.orchestrator.deciding import Decider
+from serve_app.orchestrator.decision_client import Decider
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns.declared import Composed, PatternRunner

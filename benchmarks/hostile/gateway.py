@@ -25,8 +25,8 @@ from serve_app.budget import Deadline
 from serve_app.config import AtlasConfig
 from serve_app.gateway.app import build_api
 from serve_app.jobs import Jobs
+from serve_app.models.clients import ModelClients
 from serve_app.models.protocol import ChatBody
-from serve_app.orchestrator.engines import ModelClients
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.schemas import MemberState, ModelMember, PoolState
 from serve_app.store import OutcomeLog, Store

@@ -1,1 +1,1 @@
-"""Model applications (local, remote, custom) and the controller of the pool."""
+"""What a model application is (local, remote, custom), and how it is called."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from serve_app.budget import Budget, Deadline
 from serve_app.errors import AtlasError, ServiceError
 from serve_app.orchestrator.answer import Answer, Choice, mean_logprob_of, text_of
-from serve_app.orchestrator.deciding import Decider
+from serve_app.orchestrator.decision_client import Decider
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns.declared import Composed, PatternRunner

@@ -27,19 +27,19 @@ from serve_app.errors import (
     NoCandidate,
     ServiceError,
 )
+from serve_app.models.clients import ModelClients
 from serve_app.models.watcher import PoolWatcher
 from serve_app.orchestrator.answer import Answer
 from serve_app.orchestrator.channel import Channel
-from serve_app.orchestrator.deciding import Decider, facts_of
+from serve_app.orchestrator.decision_client import Decider, facts_of
 from serve_app.orchestrator.engine import Engine, why_it_ended
-from serve_app.orchestrator.engines import ModelClients
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns.builtin import PATTERNS
 from serve_app.orchestrator.patterns.declared import PatternRunner, can_be_pattern, check_call
 from serve_app.orchestrator.recovery import stop_of
 from serve_app.orchestrator.run import Course, Piece, Run, SpanEvent
+from serve_app.orchestrator.scale_to_zero import Waker, awake_only, sleepers_last
 from serve_app.orchestrator.trace import SpanKind
-from serve_app.orchestrator.waking import Waker, awake_only, sleepers_last
 from serve_app.schemas import (
     NO_TOOL,
     Candidate,

@@ -31,9 +31,9 @@ from serve_app.errors import (
     ConfigError,
     UnreadableCall,
 )
+from serve_app.models.clients import ModelClients
 from serve_app.models.deploy import application_name, deploy_model, register_connectors
 from serve_app.models.protocol import ChatBody
-from serve_app.orchestrator.engines import ModelClients
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.recovery import again

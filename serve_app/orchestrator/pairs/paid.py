@@ -30,9 +30,9 @@ from serve_app.errors import (
     ToolWorkerDied,
     UnfitForPair,
 )
+from serve_app.models.clients import ModelClients
 from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.answer import Choice, ChunkMerger, text_of
-from serve_app.orchestrator.engines import ModelClients
 from serve_app.orchestrator.pairs.base import Emit, PairWork
 from serve_app.orchestrator.recovery import (
     LONGEST_PAUSE_S,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from serve_app.config import AtlasConfig
 from serve_app.errors import InvalidRequest
+from serve_app.models.clients import ModelClients
 from serve_app.orchestrator.answer import Choice
-from serve_app.orchestrator.engines import ModelClients
 from serve_app.orchestrator.pairs import context, function, plain, sampling
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.join import Join, Parts

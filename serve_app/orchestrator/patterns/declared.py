@@ -12,7 +12,7 @@ from serve_app.config.patterns.bound import Bound, bound_of, question_bytes
 from serve_app.config.patterns.language import PatternConfig
 from serve_app.errors import InvalidRequest, ModelNotFound, ServiceError
 from serve_app.orchestrator.answer import Choice, finish, pieces_of
-from serve_app.orchestrator.deciding import Decider
+from serve_app.orchestrator.decision_client import Decider
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns import nodes as nodes  # fills the table of nodes

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from serve_app.errors import AtlasError, NoCandidate
 from serve_app.orchestrator.answer import Answer, pieces_of
-from serve_app.orchestrator.deciding import UnderWay, facts_of
+from serve_app.orchestrator.decision_client import UnderWay, facts_of
 from serve_app.orchestrator.engine import Engine, StepPlan
 from serve_app.orchestrator.history import best_step, has_answer, seen
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages

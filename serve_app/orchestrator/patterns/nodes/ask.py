@@ -15,7 +15,7 @@ from serve_app.config.patterns.bound import ROUTED_TRIES
 from serve_app.config.patterns.language import ROUTE, AskNode
 from serve_app.errors import AtlasError, EngineError, NoCandidate
 from serve_app.orchestrator.answer import Choice, ChunkMerger, mean_logprob_of, text_of
-from serve_app.orchestrator.deciding import facts_of
+from serve_app.orchestrator.decision_client import facts_of
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.patterns.scope import Result, Scope, Status, by_deadline, is_cap
 from serve_app.orchestrator.recovery import FIRST_TRY_SHARE, Move, fault_of

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from serve_app.budget import Deadline
 from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, ReplicaDied
-from serve_app.orchestrator.engines import call
+from serve_app.models.clients import call
 from serve_app.orchestrator.recovery import again, pause_s
 from serve_app.router.rules.base import Answer, RoutingRequest
 from serve_app.schemas import Action, Decision, Fact, Limits, Seen

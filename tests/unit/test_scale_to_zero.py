@@ -13,7 +13,7 @@ import pytest
 from serve_app.budget import Deadline
 from serve_app.config import AtlasConfig, PoolConfig
 from serve_app.errors import EngineError, NoCandidate
-from serve_app.orchestrator.waking import Waker
+from serve_app.orchestrator.scale_to_zero import Waker
 from serve_app.schemas import DecidedBy
 from tests.path2_fakes import MODELS, Engines, Path2, path2, path2_config, plain_snapshot
 from tests.policy_data import with_policy

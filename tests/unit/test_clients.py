@@ -11,8 +11,7 @@ import pytest
 
 from serve_app.budget import Deadline
 from serve_app.errors import DeadlineExceeded, EngineBusy, EngineError
-from serve_app.orchestrator import engines
-from serve_app.orchestrator.engines import ModelClients
+from serve_app.models.clients import ModelClients
 from tests.path2_fakes import Method
 
 
@@ -57,7 +56,7 @@ def clients(**options: Any) -> ModelClients:
 async def test_a_controller_that_does_not_answer_holds_nobody_and_one_thread(
     controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "_FIND_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("serve_app.models.clients._FIND_TIMEOUT_S", 0.05)
     models = clients()
     calls = [models.complete("m", {}, Deadline.after(30)) for _ in range(20)]
     results = await asyncio.gather(*calls, return_exceptions=True)

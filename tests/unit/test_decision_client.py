@@ -17,7 +17,7 @@ from serve_app.errors import (
     NoCandidate,
     ReplicaDied,
 )
-from serve_app.orchestrator.deciding import Decider, UnderWay
+from serve_app.orchestrator.decision_client import Decider, UnderWay
 from serve_app.router.rules.base import Answer, RoutingRequest
 from serve_app.schemas import Candidate, DecidedBy, Decision, Limits, Pair, Seen
 from tests.path2_fakes import Method

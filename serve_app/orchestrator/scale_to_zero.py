@@ -15,8 +15,8 @@ from dataclasses import replace
 from serve_app.budget import Deadline
 from serve_app.config import PoolConfig
 from serve_app.errors import AtlasError, NoCandidate
+from serve_app.models.clients import ModelClients
 from serve_app.models.protocol import ChatBody
-from serve_app.orchestrator.engines import ModelClients
 from serve_app.schemas import Decision, Limits, MemberState, Pair, PoolState
 
 logger = logging.getLogger(__name__)
