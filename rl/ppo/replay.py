@@ -30,8 +30,8 @@ from rl.ppo.table import Bool, Float, Index, ReplayTable, View
 from rl.profile.dataset import Dataset, read_dataset
 from serve_app.config import AtlasConfig
 from serve_app.embedder import TextEncoder, find_model
+from serve_app.embedder.onnx_export import source_key
 from serve_app.errors import ConfigError
-from serve_app.onnx_export import source_key
 from serve_app.private_files import make_private_folder
 from serve_app.router.policy.features import DESCRIPTOR_DIM, NO_ANSWER, project
 from serve_app.router.rules.clusters import ClusterRule

@@ -1,44 +1,12 @@
-"""Names of metrics and log fields, declared once, and the sinks that take them.
+"""Names of metrics, declared once, and the sinks that take them.
 
 Slash-grouped names are ours; a sink maps them to what its backend allows (`gateway/requests`
-becomes `atlas_gateway_requests` in Prometheus). Importing this module needs no Ray.
+becomes `atlas_gateway_requests` in Prometheus).
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from logging.handlers import MemoryHandler
 from typing import Any, Literal, NamedTuple, Protocol
-
-SERVE_LOGGING = {"enable_access_log": False}
-"""For every deployment: the gateway logs a line per request, and one more per hop would cost more
-than it says."""
-
-
-@contextmanager
-def log_files_kept() -> Iterator[None]:
-    """Give Serve's log buffers their files back, whatever closes them meanwhile.
-
-    vLLM sets up its logging with `logging.config.dictConfig`, which closes every handler of the
-    process, and Serve's buffer of a replica's log file loses the file. The log ends there, and
-    worse: Serve's controller, started again, asks each replica for the file's name, takes the
-    error for a failed replica and ends the engine (Ray 2.60).
-    """
-    buffers = [
-        (handler, handler.target)
-        for handler in logging.getLogger("ray.serve").handlers
-        if isinstance(handler, MemoryHandler)
-    ]
-    try:
-        yield
-    finally:
-        for buffer, file in buffers:
-            buffer.setTarget(file)
 
 
 class Metric(NamedTuple):
@@ -163,52 +131,3 @@ class RayMetrics:
         if metric.kind == "gauge":
             return metrics.Gauge(name, metric.description, metric.tags)
         return metrics.Histogram(name, metric.description, list(metric.boundaries), metric.tags)
-
-
-@dataclass(slots=True)
-class RequestLine:
-    """The one log line of a request; field names are the log's, in this order.
-
-    Filled while the request runs, written when its last byte is out. `None` fields are left out.
-    """
-
-    request_id: str
-    method: str = ""
-    route: str = ""
-    """Path of the request."""
-    status: int = 0
-    """HTTP status; 499 when the client left before the end."""
-    seconds: float = 0.0
-    model: str | None = None
-    """What the client asked for."""
-    pair: str | None = None
-    """What answered."""
-    path: str | None = None
-    """Who decided."""
-    policy_version: int | None = None
-    owner: str | None = None
-    steps: int | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    cost_usd: float | None = None
-    error: str | None = None
-    """Class of the error."""
-    stop: str | None = None
-    """Why nothing more was done for the request: a `schemas.StopReason`."""
-    client_request_id: str | None = None
-
-    def __str__(self) -> str:
-        """`key=value` pairs; text that could be taken for more than a value is quoted."""
-        values = ((name, getattr(self, name)) for name in _REQUEST_LINE_FIELDS)
-        return " ".join(f"{name}={_logged(value)}" for name, value in values if value is not None)
-
-
-def _logged(value: str | int | float) -> str:
-    if isinstance(value, float):
-        return f"{value:.6f}"
-    text = str(value)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text)
-
-
-_PLAIN = re.compile(r"[!#-<>-~]+")
-_REQUEST_LINE_FIELDS = tuple(spec.name for spec in fields(RequestLine))

@@ -1,16 +1,12 @@
-"""Text in, unit vectors out: the sentence encoder, its batching, and the deployment around them.
+"""Text in, unit vectors out, in the process that asks.
 
 Vectors are those of sentence-transformers for the same weights, cut at `max_tokens`. With the
 `onnx` backend neither torch nor transformers is imported: the graph is built once from the weights,
 kept in a cache on disk that several processes may use at once, and mapped into memory from there.
-
-Batching waits for nobody: while one batch runs, the texts that arrive form the next one. A lone
-text goes at once. Nothing here imports Ray, so tools and training use the same encoder.
 """
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import importlib.util
 import json
@@ -18,24 +14,27 @@ import logging
 import os
 import shutil
 import tempfile
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.config import AtlasConfig, EmbedderConfig
+from serve_app.config import EmbedderConfig
+from serve_app.embedder.onnx_export import (
+    GRAPH_FILE,
+    export_encoder,
+    is_intact,
+    read_spec,
+    source_key,
+)
 from serve_app.errors import ConfigError, InvalidRequest
-from serve_app.onnx_export import GRAPH_FILE, export_encoder, is_intact, read_spec, source_key
 from serve_app.private_files import make_private_folder
 
 logger = logging.getLogger(__name__)
 
 TokenIds = list[int]
-_Waiting = tuple[TokenIds, asyncio.Future[NDArray[np.float32]]]
 
 _MAX_CHARS_PER_TOKEN = 64
 """Text past this many characters per allowed token is not looked at: it would only cost time."""
@@ -121,110 +120,6 @@ class TextEncoder:
         for run in runs_of([len(ids) for ids in token_ids]):
             vectors[run] = self._network.run(token_ids[run])
         return vectors
-
-
-class MicroBatcher:
-    """Collects token ids from many coroutines and encodes them together in one worker thread.
-
-    Invariants:
-        - At most one batch runs at a time; what waits is taken in the order of arrival.
-        - A caller that went away is dropped before its batch starts.
-        - A batch that fails is run again text by text, so a text fails only by itself.
-    """
-
-    def __init__(
-        self,
-        encode: Callable[[Sequence[TokenIds]], NDArray[np.float32]],
-        *,
-        max_batch_size: int,
-        batch_wait_timeout_s: float = 0.0,
-    ) -> None:
-        """Keep the settings; nothing runs until the first `submit`.
-
-        Args:
-            encode: Blocking; token ids of a batch to (batch, dim).
-            max_batch_size: Texts in one batch at most.
-            batch_wait_timeout_s: Time a batch that is not full waits for more; 0 sends it at once.
-        """
-        self._encode = encode
-        self._max_batch_size = max_batch_size
-        self._batch_wait_timeout_s = batch_wait_timeout_s
-        self._waiting: deque[_Waiting] = deque()
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoder")
-        self._drain: asyncio.Task[None] | None = None
-
-    async def submit(self, token_ids: TokenIds) -> NDArray[np.float32]:
-        """Encode one text; (dim,)."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[NDArray[np.float32]] = loop.create_future()
-        self._waiting.append((token_ids, future))
-        if self._drain is None or self._drain.done():
-            self._drain = loop.create_task(self._run_batches())
-        return await future
-
-    async def _run_batches(self) -> None:
-        while self._waiting:
-            if self._batch_wait_timeout_s and len(self._waiting) < self._max_batch_size:
-                await asyncio.sleep(self._batch_wait_timeout_s)
-            batch: list[_Waiting] = []
-            while self._waiting and len(batch) < self._max_batch_size:
-                entry = self._waiting.popleft()
-                if not entry[1].done():
-                    batch.append(entry)
-            if not batch:
-                continue
-            try:
-                await self._run(batch)
-            except Exception:
-                if len(batch) > 1:
-                    logger.exception(
-                        "a batch of %d texts failed; running them one by one", len(batch)
-                    )
-                for entry in batch:
-                    await self._run_alone(*entry)
-
-    async def _run_alone(
-        self, token_ids: TokenIds, future: asyncio.Future[NDArray[np.float32]]
-    ) -> None:
-        try:
-            await self._run([(token_ids, future)])
-        except Exception as error:
-            if not future.done():
-                future.set_exception(error)
-
-    async def _run(self, batch: list[_Waiting]) -> None:
-        loop = asyncio.get_running_loop()
-        vectors = await loop.run_in_executor(
-            self._worker, self._encode, [token_ids for token_ids, _ in batch]
-        )
-        for vector, (_, future) in zip(vectors, batch, strict=True):
-            if not future.done():
-                future.set_result(vector)
-
-
-class Embedder:
-    """Query encoder as a Serve deployment; every replica holds the whole model."""
-
-    def __init__(self, config: AtlasConfig) -> None:
-        """Load the model; built graphs are kept under the data folder."""
-        self._encoder = TextEncoder(config.embedder, config.data_path() / "cache")
-        self._encoder.encode(["the first run of a shape is slower"])
-        self._batcher = MicroBatcher(
-            self._encoder.encode_tokens,
-            max_batch_size=config.embedder.max_batch_size,
-            batch_wait_timeout_s=config.embedder.batch_wait_timeout_s,
-        )
-
-    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Vectors (batch, dim) of texts, L2-normalised, in their order; long text is cut.
-
-        Raises:
-            InvalidRequest: If one of them is no valid text.
-        """
-        token_ids = [self._encoder.tokenize(text) for text in texts]
-        if not token_ids:
-            return np.empty((0, self._encoder.dim), np.float32)
-        return np.stack(await asyncio.gather(*map(self._batcher.submit, token_ids)))
 
 
 def runs_of(lengths: Sequence[int]) -> list[slice]:

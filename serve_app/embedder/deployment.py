@@ -1,0 +1,38 @@
+"""The encoder and its batching as a Serve deployment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.config import AtlasConfig
+from serve_app.embedder.batcher import MicroBatcher
+from serve_app.embedder.encoder import TextEncoder
+
+
+class Embedder:
+    """Query encoder as a Serve deployment; every replica holds the whole model."""
+
+    def __init__(self, config: AtlasConfig) -> None:
+        """Load the model; built graphs are kept under the data folder."""
+        self._encoder = TextEncoder(config.embedder, config.data_path() / "cache")
+        self._encoder.encode(["the first run of a shape is slower"])
+        self._batcher = MicroBatcher(
+            self._encoder.encode_tokens,
+            max_batch_size=config.embedder.max_batch_size,
+            batch_wait_timeout_s=config.embedder.batch_wait_timeout_s,
+        )
+
+    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors (batch, dim) of texts, L2-normalised, in their order; long text is cut.
+
+        Raises:
+            InvalidRequest: If one of them is no valid text.
+        """
+        token_ids = [self._encoder.tokenize(text) for text in texts]
+        if not token_ids:
+            return np.empty((0, self._encoder.dim), np.float32)
+        return np.stack(await asyncio.gather(*map(self._batcher.submit, token_ids)))
