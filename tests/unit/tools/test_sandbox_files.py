@@ -17,7 +17,7 @@ from serve_app.tools.sandbox import process as sandbox_process
 from serve_app.tools.sandbox.client import SandboxServer
 from serve_app.tools.sandbox.files import deleted_bytes, disk_use, remove_tree
 from tests.sandboxes import LIMITS, wait_until
-from tests.unit.test_sandbox import make_deep
+from tests.unit.tools.test_sandbox import make_deep
 
 OTHER_USER = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

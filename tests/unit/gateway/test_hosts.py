@@ -15,7 +15,7 @@ from serve_app.gateway.deployment import Gateway
 from serve_app.gateway.edge.hosts import HostCheck, host_name, is_loopback, require_loopback
 from tests.gateway_fakes import Loopback, gateway_config, running_gateway
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

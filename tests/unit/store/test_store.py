@@ -490,7 +490,7 @@ async def test_a_store_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
 
 CHILD = """
 import asyncio, sys, time
-from tests.unit.test_store import report
+from tests.unit.store.test_store import report
 from serve_app.store import OutcomeLog, Store, create_key
 
 async def main():

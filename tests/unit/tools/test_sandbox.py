@@ -25,7 +25,7 @@ from serve_app.tools.sandbox.client import GRACE_S, SandboxResult, SandboxServer
 from serve_app.tools.sandbox.files import disk_use
 from tests.sandboxes import KINDS, LIMITS, Run, alive, runs_on, server_of, wait_until
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -17,7 +17,7 @@ from serve_app.scoring import extract_code
 from serve_app.tools.sandbox.client import SandboxLimits, SandboxServer
 from tests.sandboxes import server_of
 
-QUESTIONS = Path(__file__).resolve().parents[2] / "configs" / "nano" / "questions.jsonl"
+QUESTIONS = Path(__file__).resolve().parents[3] / "configs" / "nano" / "questions.jsonl"
 LIMITS = SandboxLimits(memory_mb=1024)
 
 

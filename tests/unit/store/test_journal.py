@@ -36,7 +36,7 @@ from serve_app.store import (
 from serve_app.store.tables import OutcomeRow, RequestRow, TraceRow
 from serve_app.telemetry import Metric
 from tests.path2_fakes import Controller, Handle, WordEmbedder, path2_config
-from tests.unit.test_store import report, rows
+from tests.unit.store.test_store import report, rows
 
 AWAY_URL = "postgresql+asyncpg://127.0.0.1:1/nowhere"
 MIB = 1 << 20
@@ -308,7 +308,7 @@ async def test_a_damaged_line_costs_only_itself(store: Store, folder: Path) -> N
 CHILD = """
 import asyncio, sys, time
 from pathlib import Path
-from tests.unit.test_store import report
+from tests.unit.store.test_store import report
 from serve_app.store import Journal, OutcomeLog, Store
 
 async def main(url, folder, interval):

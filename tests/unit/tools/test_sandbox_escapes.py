@@ -19,7 +19,7 @@ from serve_app.tools.sandbox.client import SandboxServer
 from tests.sandboxes import KINDS, Run, runs_on, server_of
 
 SECRET = "hunter2-of-the-host"
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 SYSCALL = """
 import ctypes

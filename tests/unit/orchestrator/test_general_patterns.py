@@ -15,7 +15,7 @@ from serve_app.schemas import StopReason
 from serve_app.tools.base import ToolResult
 from tests.pattern_fakes import PatternBench
 
-GENERAL = Path(__file__).parents[2] / "configs" / "patterns" / "general"
+GENERAL = Path(__file__).parents[3] / "configs" / "patterns" / "general"
 SOURCE = {"id": "1", "title": "Returns", "text": "Shoes can be returned.", "similarity": 0.9}
 FOUND = ToolResult("[1] Shoes can be returned.", {"sources": [SOURCE]})
 NOTHING = ToolResult("No sources found.", {"sources": []})

@@ -25,7 +25,7 @@ from serve_app.store.tables import (
     TraceRow,
     TrajectoryRow,
 )
-from tests.unit.test_store import report
+from tests.unit.store.test_store import report
 
 DAY_S = 86_400.0
 

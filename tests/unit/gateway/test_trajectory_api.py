@@ -31,7 +31,7 @@ from tests.gateway_fakes import IdleLauncher
 from tests.path2_fakes import Path2, path2
 
 UNKNOWN = "req_" + "0" * 32
-PAGE = Path(__file__).parents[2] / "docs" / "api.md"
+PAGE = Path(__file__).parents[3] / "docs" / "api.md"
 
 
 @pytest.fixture(autouse=True)
