@@ -1,18 +1,11 @@
-"""The HTTP API: its routes, and what each does with the orchestrator and the store.
+"""The HTTP API: the table of routes and its handlers, behind the edge.
 
 `build_api` returns an ASGI app that needs no Ray: a Serve deployment mounts it, and tests run it
 on a loopback server. A request passes the edge first (`edge.Edge`), which hands on the whole body
-and the key's owner; errors raised here become responses there.
+and the key's owner.
 """
 
 from __future__ import annotations
-
-import asyncio
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
-from typing import Any, Protocol, TypeVar
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -20,94 +13,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.config import AtlasConfig
-from serve_app.errors import DeadlineExceeded, NotFound
-from serve_app.gateway.admin.job_events import JobEvents
 from serve_app.gateway.admin.pool import PoolAdmin
-from serve_app.gateway.chat.chat_call import to_chat_call
-from serve_app.gateway.chat.extension import completion_extension, decision_object
-from serve_app.gateway.chat.parsing import parse_json, validate
-from serve_app.gateway.chat.pool_view import PoolView
-from serve_app.gateway.chat.streaming import ChunkShaper, EventStream
-from serve_app.gateway.chat.trajectory import Trajectory
-from serve_app.gateway.chat.wire import ChatRequest, FeedbackRequest
 from serve_app.gateway.edge.auth import Authenticator
 from serve_app.gateway.edge.edge import Edge
 from serve_app.gateway.edge.errors import JsonResponse
-from serve_app.gateway.edge.exchange import Exchange, looks_like_request_id
 from serve_app.gateway.edge.hosts import HostCheck
-from serve_app.gateway.edge.rate import RateLimiter
-from serve_app.gateway.edge.routes import PUBLIC, Endpoint, RouteTable
+from serve_app.gateway.edge.routes import RouteTable
+from serve_app.gateway.handlers import Handlers, Orchestrator
 from serve_app.gateway.openapi import openapi_document
-from serve_app.jobs import Jobs, JobSubmission
-from serve_app.schemas import ChatCall, Decision, PoolState, Report
-from serve_app.store import (
-    Job,
-    OutcomeLog,
-    Scope,
-    Store,
-    add_feedback,
-    list_policies,
-    list_snapshots,
-    read_trace,
-)
-from serve_app.telemetry import GATEWAY_COST_USD, GATEWAY_TOKENS, MetricSink, NoMetrics
-
-T = TypeVar("T")
-
-Json = dict[str, Any]
-
-DEADLINE_GRACE_S = 0.25
-"""Seconds that the orchestrator has after a deadline to answer with its own, fuller error."""
-
-PATIENCE_S = 1.0
-"""Outcomes are written behind the response: how long feedback, and who wants to see a request's
-trace, waits for the request to appear."""
-
-_POLL_S = 0.05
-
-
-class Orchestrator(Protocol):
-    """What runs a request, and puts its report into the outcome log, answered or not."""
-
-    async def complete(self, call: ChatCall) -> tuple[Json, Report]:
-        """Run a request whole.
-
-        Returns:
-            An OpenAI `chat.completion` object, and the report.
-
-        Raises:
-            AtlasError: If it cannot be answered.
-        """
-        ...
-
-    def stream(self, call: ChatCall) -> AsyncGenerator[Json | Report, None]:
-        """Run a request piece by piece; closed early when the client leaves.
-
-        Yields:
-            OpenAI `chat.completion.chunk` objects with the pair as `model`, then the report. The
-            first chunk may have an `atlas` object with `pair` and `path`, for the headers. Where
-            the call wants events, chunks without choices have an `atlas` object with `event`.
-
-        Raises:
-            AtlasError: Before the first chunk as `complete`; after it, and the answer is cut off.
-        """
-        ...
-
-    async def decide(self, call: ChatCall) -> Decision:
-        """Decide only.
-
-        Raises:
-            AtlasError: If nothing can be chosen.
-        """
-        ...
-
-    def pool(self) -> PoolState:
-        """The pool, as last heard of; never waits."""
-        ...
-
-    def ready(self) -> tuple[bool, Json]:
-        """Whether any request can be served, and the details; never waits."""
-        ...
+from serve_app.gateway.table import endpoints
+from serve_app.jobs import Jobs
+from serve_app.store import OutcomeLog, Store
+from serve_app.telemetry import MetricSink, NoMetrics
 
 
 def build_api(
@@ -129,295 +46,27 @@ def build_api(
         metrics: Where counts go.
     """
     metrics = metrics or NoMetrics()
-    api = _Api(orchestrator, store, outcomes, jobs, config, metrics)
+    gateway = config.gateway
+    api = Handlers(orchestrator, store, outcomes, jobs, config, metrics)
     pool = PoolAdmin(config, store, api.pool_view)
-    routes = RouteTable(
-        [
-            Endpoint("POST", "/v1/chat/completions", api.chat_completions, Scope.CHAT),
-            Endpoint("POST", "/v1/route", api.route, Scope.CHAT),
-            Endpoint("POST", "/v1/feedback", api.feedback, Scope.FEEDBACK),
-            Endpoint("GET", "/v1/trajectories/{request_id}", api.trajectory, Scope.CHAT),
-            Endpoint("GET", "/v1/models", api.models, Scope.CHAT),
-            Endpoint("GET", "/v1/models/{model_id:path}", api.model, Scope.CHAT),
-            Endpoint("GET", "/v1/admin/models", pool.models, Scope.ADMIN),
-            Endpoint("POST", "/v1/admin/models", pool.add_model, Scope.ADMIN),
-            Endpoint("PUT", "/v1/admin/models/{model_id}", pool.update_model, Scope.ADMIN),
-            Endpoint("PATCH", "/v1/admin/models/{model_id}", pool.set_price, Scope.ADMIN),
-            Endpoint("DELETE", "/v1/admin/models/{model_id}", pool.remove_model, Scope.ADMIN),
-            Endpoint("GET", "/v1/admin/tools", pool.tools, Scope.ADMIN),
-            Endpoint("POST", "/v1/admin/tools", pool.add_tool, Scope.ADMIN),
-            Endpoint("DELETE", "/v1/admin/tools/{tool_id}", pool.remove_tool, Scope.ADMIN),
-            Endpoint("GET", "/v1/admin/patterns", pool.patterns, Scope.ADMIN),
-            Endpoint("POST", "/v1/admin/patterns", pool.put_pattern, Scope.ADMIN),
-            Endpoint("DELETE", "/v1/admin/patterns/{name}", pool.remove_pattern, Scope.ADMIN),
-            Endpoint("GET", "/v1/admin/snapshots", api.admin_snapshots, Scope.ADMIN),
-            Endpoint("POST", "/v1/admin/jobs", api.submit_job, Scope.ADMIN),
-            Endpoint("GET", "/v1/admin/jobs", api.list_jobs, Scope.ADMIN),
-            Endpoint("GET", "/v1/admin/jobs/{job_id}", api.get_job, Scope.ADMIN),
-            Endpoint("DELETE", "/v1/admin/jobs/{job_id}", api.cancel_job, Scope.ADMIN),
-            Endpoint("GET", "/healthz", api.healthz, PUBLIC, is_probe=True),
-            Endpoint("GET", "/readyz", api.readyz, PUBLIC, is_probe=True),
-            Endpoint("GET", "/openapi.json", api.openapi, PUBLIC),
-        ]
-    )
+
+    async def openapi(request: Request) -> Response:
+        """`GET /openapi.json`; the document has this route too, so it is written below."""
+        return Response(document, media_type="application/json")
+
+    routes = RouteTable(endpoints(api, pool, openapi))
+    document = JsonResponse(
+        openapi_document(routes.endpoints, gateway.limits, gateway.auth.mode)
+    ).body
     edge = Middleware(
         Edge,
         routes=routes,
-        hosts=HostCheck(config.gateway.auth.mode, config.gateway.allowed_hosts),
-        limits=config.gateway.limits,
-        authenticator=Authenticator(config.gateway.auth.mode, store),
+        hosts=HostCheck(gateway.auth.mode, gateway.allowed_hosts),
+        limits=gateway.limits,
+        authenticator=Authenticator(gateway.auth.mode, store),
         metrics=metrics,
     )
     # The edge calls the handlers itself; Serve reads the routes for the names in its metrics.
     app = Starlette(routes=routes.endpoints, middleware=[edge])
     app.router.redirect_slashes = False
     return app
-
-
-class _Api:
-    """The handlers, one per route."""
-
-    def __init__(
-        self,
-        orchestrator: Orchestrator,
-        store: Store,
-        outcomes: OutcomeLog,
-        jobs: Jobs,
-        config: AtlasConfig,
-        metrics: MetricSink,
-    ) -> None:
-        self._orchestrator = orchestrator
-        self._store = store
-        self._outcomes = outcomes
-        self._jobs = jobs
-        self._config = config
-        self._limits = config.gateway.limits
-        self._metrics = metrics
-        self._feedback_rate = RateLimiter(self._limits.feedback_per_minute)
-        self._view: PoolView | None = None
-        self._openapi = JsonResponse(openapi_document(self._limits, config.gateway.auth.mode)).body
-
-    # The API proper.
-
-    async def chat_completions(self, request: Request) -> Response:
-        """`POST /v1/chat/completions`."""
-        exchange: Exchange = request.scope["atlas"]
-        body, call = self._read_call(exchange)
-        if body.stream:
-            return await self._stream(exchange, body, call)
-        async with _deadline(exchange):
-            completion, report = await self._orchestrator.complete(call)
-        extension = self._book(exchange, call, report)
-        completion["model"] = extension["pair"]
-        completion["atlas"] = extension
-        headers = {"x-atlas-pair": extension["pair"], "x-atlas-path": extension["path"]}
-        return JsonResponse(completion, headers=headers)
-
-    async def _stream(self, exchange: Exchange, body: ChatRequest, call: ChatCall) -> Response:
-        items = self._orchestrator.stream(call)
-        try:
-            async with _deadline(exchange):
-                first = await anext(items)
-            if isinstance(first, Report):
-                raise TypeError("the orchestrator's stream had no chunk")
-        except BaseException:
-            await items.aclose()
-            raise
-        return EventStream(
-            first,
-            items,
-            exchange=exchange,
-            shaper=ChunkShaper(include_usage=body.includes_usage),
-            deadline=lambda: _deadline(exchange),
-            finish=lambda report: self._book(exchange, call, report),
-        )
-
-    async def route(self, request: Request) -> Response:
-        """`POST /v1/route`."""
-        exchange: Exchange = request.scope["atlas"]
-        _, call = self._read_call(exchange)
-        async with _deadline(exchange):
-            decision = await self._orchestrator.decide(replace(call, explain=True))
-        exchange.line.pair, exchange.line.path = str(decision.pair), str(decision.path)
-        exchange.line.policy_version = decision.policy_version
-        headers = {"x-atlas-pair": str(decision.pair), "x-atlas-path": str(decision.path)}
-        body = {
-            "object": "atlas.decision",
-            "request_id": exchange.request_id,
-            "alpha": call.limits.alpha,
-            **decision_object(decision),
-        }
-        return JsonResponse(body, headers=headers)
-
-    async def feedback(self, request: Request) -> Response:
-        """`POST /v1/feedback`."""
-        exchange: Exchange = request.scope["atlas"]
-        said = validate(FeedbackRequest, parse_json(exchange.body, self._limits.max_json_depth))
-        self._feedback_rate.take(exchange.owner)
-        score = min(1.0, max(0.0, said.score))
-        await self._once_written(
-            exchange,
-            said.request_id,
-            lambda: add_feedback(self._store, said.request_id, exchange.owner, score, said.comment),
-        )
-        return JsonResponse(
-            {"object": "atlas.feedback", "request_id": said.request_id, "score": score}
-        )
-
-    async def trajectory(self, request: Request) -> Response:
-        """`GET /v1/trajectories/{request_id}`."""
-        exchange: Exchange = request.scope["atlas"]
-        request_id = request.path_params["request_id"].removeprefix("chatcmpl-")
-        trace = await self._once_written(
-            exchange, request_id, lambda: read_trace(self._store, request_id, exchange.owner)
-        )
-        return JsonResponse(Trajectory.of(trace).model_dump(mode="json"))
-
-    async def _once_written(
-        self, exchange: Exchange, request_id: str, work: Callable[[], Awaitable[T]]
-    ) -> T:
-        """Do something with a finished request, once the store has it.
-
-        Raises:
-            NotFound: If the store does not have it in time.
-        """
-        patience_s = PATIENCE_S if looks_like_request_id(request_id) else 0.0
-        if patience_s:
-            await self._outcomes.flush(patience_s)
-        while True:
-            try:
-                return await work()
-            except NotFound:
-                # Another replica may have answered the request, and not written it yet.
-                if exchange.elapsed_s() >= patience_s:
-                    raise
-                await asyncio.sleep(_POLL_S)
-
-    async def models(self, request: Request) -> Response:
-        """`GET /v1/models`."""
-        return JsonResponse({"object": "list", "data": self.pool_view().entries()})
-
-    async def model(self, request: Request) -> Response:
-        """`GET /v1/models/{model_id}`."""
-        return JsonResponse(self.pool_view().entry(request.path_params["model_id"]))
-
-    async def admin_snapshots(self, request: Request) -> Response:
-        """`GET /v1/admin/snapshots`."""
-        snapshots = await list_snapshots(self._store)
-        policies = await list_policies(self._store)
-        body = {
-            "object": "list",
-            "data": [asdict(snapshot) for snapshot in snapshots],
-            "policies": [asdict(policy) for policy in policies],
-        }
-        return JsonResponse(body)
-
-    async def submit_job(self, request: Request) -> Response:
-        """`POST /v1/admin/jobs`."""
-        exchange: Exchange = request.scope["atlas"]
-        raw = parse_json(exchange.body, self._limits.max_json_depth)
-        job = await self._jobs.submit(validate(JobSubmission, raw).root, exchange.owner)
-        return JsonResponse(_job_object(job), 201)
-
-    async def list_jobs(self, request: Request) -> Response:
-        """`GET /v1/admin/jobs`."""
-        data = [_job_object(job) for job in await self._jobs.list()]
-        return JsonResponse({"object": "list", "data": data})
-
-    async def get_job(self, request: Request) -> Response:
-        """`GET /v1/admin/jobs/{job_id}`; as events where the client accepts only those."""
-        job_id = request.path_params["job_id"]
-        job = await self._jobs.get(job_id)
-        if request.headers.get("accept", "").partition(",")[0].strip() != "text/event-stream":
-            return JsonResponse(_job_object(job))
-        return JobEvents(
-            job, lambda: self._jobs.get(job_id), _job_object, max_s=self._limits.max_deadline_s
-        )
-
-    async def cancel_job(self, request: Request) -> Response:
-        """`DELETE /v1/admin/jobs/{job_id}`."""
-        return JsonResponse(_job_object(await self._jobs.cancel(request.path_params["job_id"])))
-
-    async def healthz(self, request: Request) -> Response:
-        """`GET /healthz`: this process answers."""
-        return JsonResponse({"status": "ok"})
-
-    async def readyz(self, request: Request) -> Response:
-        """`GET /readyz`: a request can be served."""
-        ready, details = self._orchestrator.ready()
-        status = {"status": "ready" if ready else "not ready"}
-        return JsonResponse({**details, **status}, 200 if ready else 503)
-
-    async def openapi(self, request: Request) -> Response:
-        """`GET /openapi.json`."""
-        return Response(self._openapi, media_type="application/json")
-
-    # What they share.
-
-    def _read_call(self, exchange: Exchange) -> tuple[ChatRequest, ChatCall]:
-        """The request in the body, checked against everything known here."""
-        raw = parse_json(exchange.body, self._limits.max_json_depth)
-        body = validate(ChatRequest, raw)
-        exchange.line.model = body.model if len(body.model) <= 128 else body.model[:128]
-        call = to_chat_call(
-            body,
-            request_id=exchange.request_id,
-            owner=exchange.owner,
-            default_alpha=self._config.router.default_alpha,
-            limits=self._limits,
-            elapsed_s=exchange.elapsed_s(),
-        )
-        exchange.ends_s = time.monotonic() + call.limits.deadline_s
-        self.pool_view().check(call)
-        return body, call
-
-    def pool_view(self) -> PoolView:
-        """The pool as it is now, indexed."""
-        pool = self._orchestrator.pool()
-        if self._view is None or self._view.pool is not pool:
-            self._view = PoolView(pool, pool.config or self._config)
-        return self._view
-
-    def _book(self, exchange: Exchange, call: ChatCall, report: Report) -> Json:
-        """Log and count a finished request.
-
-        Returns:
-            Its `atlas` object.
-        """
-        pair, line = str(report.pair), exchange.line
-        line.pair, line.path = pair, str(report.decision.path)
-        line.policy_version = report.decision.policy_version
-        line.steps, line.stop = len(report.steps), report.stop.value
-        line.prompt_tokens = report.usage.prompt_tokens
-        line.completion_tokens = report.usage.completion_tokens
-        line.cost_usd = report.usage.cost_usd
-        self._metrics.record(GATEWAY_TOKENS, line.prompt_tokens, pair=pair, kind="prompt")
-        self._metrics.record(GATEWAY_TOKENS, line.completion_tokens, pair=pair, kind="completion")
-        self._metrics.record(GATEWAY_COST_USD, line.cost_usd, pair=pair)
-        return completion_extension(report, alpha=call.limits.alpha, explain=call.explain)
-
-
-def _job_object(job: Job) -> Json:
-    """A job, without the questions it was given."""
-    settings = {name: value for name, value in job.settings.items() if name != "questions"}
-    return {"object": "atlas.job", **asdict(job), "settings": settings}
-
-
-@asynccontextmanager
-async def _deadline(exchange: Exchange) -> AsyncIterator[None]:
-    """End the block when the request's time is up.
-
-    Raises:
-        DeadlineExceeded: If it was.
-    """
-    left_s = exchange.ends_s + DEADLINE_GRACE_S - time.monotonic()
-    try:
-        async with asyncio.timeout(left_s) as timeout:
-            yield
-    except TimeoutError:
-        if not timeout.expired():
-            raise
-        raise DeadlineExceeded(
-            f"the request's {exchange.ends_s - exchange.started_s:g} s are up; "
-            "atlas.deadline_s sets them"
-        ) from None

@@ -1,4 +1,4 @@
-"""The table of routes: who may call each of them, and the handler it leads to.
+"""The table of routes: who may call each of them, the handler it leads to, what that answers.
 
 There is one table and one pattern per route: the route whose rule the edge checks is the route
 whose handler it calls. A path or a method that the table does not have is refused before any
@@ -20,7 +20,10 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from serve_app.errors import DeadlineExceeded, MethodNotAllowed, NotFound
+from serve_app.gateway.edge.operation import Operation
 from serve_app.store.keys import Scope as KeyScope
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 Public = Literal["public"]
 PUBLIC: Final[Public] = "public"
@@ -61,14 +64,15 @@ UNKNOWN_ROUTE = RouteRule("other", PUBLIC)
 
 
 class Endpoint(Route):
-    """One row of the table: a method and a path, who may call them, and the handler."""
+    """One row of the table: a method and a path, who may call them, the handler, what it does."""
 
     def __init__(
         self,
         method: str,
         path: str,
-        handler: Callable[[Request], Awaitable[Response]],
+        handler: Handler,
         access: KeyScope | Public,
+        operation: Operation,
         *,
         is_probe: bool = False,
     ) -> None:
@@ -79,19 +83,20 @@ class Endpoint(Route):
             path: Starlette's pattern of the path.
             handler: Answers the request.
             access: Scope that a key needs, or `PUBLIC`.
+            operation: What it takes and answers, for the OpenAPI document.
             is_probe: Whether it is asked every few seconds by whoever watches.
         """
         if access is KeyScope.ADMIN:
             handler = _in_time(handler)
         super().__init__(path, handler, methods=[method])
+        self.method = method
         # Starlette's pattern ends in `$`, which also matches before a line feed at the end.
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
+        self.operation = operation
         self.rule = RouteRule(path, access, reads_body=method in _WITH_BODY, is_probe=is_probe)
 
 
-def _in_time(
-    handler: Callable[[Request], Awaitable[Response]],
-) -> Callable[[Request], Awaitable[Response]]:
+def _in_time(handler: Handler) -> Handler:
     """The same handler, with `ADMIN_TIMEOUT_S` for its response; sending that may take longer."""
 
     @functools.wraps(handler)

@@ -1,0 +1,380 @@
+"""The routes, each declared once: who may call it, its handler, and what it takes and answers.
+
+The edge finds a request's route in this table, and the OpenAPI document is written from it.
+"""
+
+from __future__ import annotations
+
+from serve_app.config import PriceConfig
+from serve_app.config.patterns.language import PatternConfig
+from serve_app.gateway import shapes
+from serve_app.gateway.admin.pool import PoolAdmin
+from serve_app.gateway.chat.trajectory import Trajectory
+from serve_app.gateway.chat.wire import (
+    ChatRequest,
+    FeedbackRequest,
+    ModelSubmission,
+    ToolSubmission,
+)
+from serve_app.gateway.edge.operation import Answer, Operation
+from serve_app.gateway.edge.routes import PUBLIC, Endpoint, Handler
+from serve_app.gateway.handlers import Handlers
+from serve_app.jobs import JobSubmission
+from serve_app.store import Scope
+
+
+def endpoints(api: Handlers, pool: PoolAdmin, openapi: Handler) -> list[Endpoint]:
+    """Every route of the API; of two that match a request, the first answers it.
+
+    Args:
+        api: Answers callers, and admins on the learning loop.
+        pool: Answers admins on the pool.
+        openapi: Answers with the document that is written from these.
+    """
+    return [
+        *_chat(api),
+        *_models(pool),
+        *_tools(pool),
+        *_patterns(pool),
+        *_learning(api),
+        *_public(api, openapi),
+    ]
+
+
+def _chat(api: Handlers) -> list[Endpoint]:
+    """What callers ask."""
+    return [
+        Endpoint(
+            "POST",
+            "/v1/chat/completions",
+            api.chat_completions,
+            Scope.CHAT,
+            Operation(
+                "createChatCompletion",
+                "Answer a chat, whole or as server-sent events.",
+                Answer(
+                    "The completion, or its chunks as events.",
+                    shapes.CHAT_COMPLETION,
+                    as_events=True,
+                ),
+                body=ChatRequest,
+                errors=(404, 502, 504),
+            ),
+        ),
+        Endpoint(
+            "POST",
+            "/v1/route",
+            api.route,
+            Scope.CHAT,
+            Operation(
+                "decide",
+                "Decide only, and show every candidate's scores.",
+                Answer("The decision.", shapes.DECISION),
+                body=ChatRequest,
+                errors=(404, 502, 504),
+            ),
+        ),
+        Endpoint(
+            "POST",
+            "/v1/feedback",
+            api.feedback,
+            Scope.FEEDBACK,
+            Operation(
+                "giveFeedback",
+                "Give a score to one of your requests, once.",
+                Answer("Kept.", shapes.FEEDBACK),
+                body=FeedbackRequest,
+                errors=(404, 409),
+            ),
+        ),
+        Endpoint(
+            "GET",
+            "/v1/trajectories/{request_id}",
+            api.trajectory,
+            Scope.CHAT,
+            Operation(
+                "getTrajectory",
+                "What happened in one of your requests: decisions, calls and checks as a tree.",
+                Answer("The request, and its spans.", Trajectory),
+                errors=(404,),
+            ),
+        ),
+        Endpoint(
+            "GET",
+            "/v1/models",
+            api.models,
+            Scope.CHAT,
+            Operation(
+                "listModels",
+                "Everything a request may name as `model`.",
+                Answer("The pool.", shapes.MODEL_LIST),
+            ),
+        ),
+        Endpoint(
+            "GET",
+            "/v1/models/{model_id:path}",
+            api.model,
+            Scope.CHAT,
+            Operation(
+                "getModel",
+                "One entry of the list of models.",
+                Answer("The model or pair.", shapes.MODEL),
+                errors=(404,),
+            ),
+        ),
+    ]
+
+
+def _models(pool: PoolAdmin) -> list[Endpoint]:
+    """How admins see and change the pool's models."""
+    return [
+        Endpoint(
+            "GET",
+            "/v1/admin/models",
+            pool.models,
+            Scope.ADMIN,
+            Operation(
+                "adminListModels",
+                "Models with state and settings.",
+                Answer("The models.", shapes.ADMIN_LIST),
+            ),
+        ),
+        Endpoint(
+            "POST",
+            "/v1/admin/models",
+            pool.add_model,
+            Scope.ADMIN,
+            Operation(
+                "addModel",
+                "Add a model; it gets requests when it is warm.",
+                Answer("Accepted.", shapes.MODEL_CHANGE, 202),
+                body=ModelSubmission,
+                errors=(404, 409),
+            ),
+        ),
+        Endpoint(
+            "PUT",
+            "/v1/admin/models/{model_id}",
+            pool.update_model,
+            Scope.ADMIN,
+            Operation(
+                "updateModel",
+                "Change a model's settings; the new version takes over when it is warm.",
+                Answer("Accepted.", shapes.MODEL_CHANGE, 202),
+                body=ModelSubmission,
+                errors=(404, 409),
+            ),
+        ),
+        Endpoint(
+            "PATCH",
+            "/v1/admin/models/{model_id}",
+            pool.set_price,
+            Scope.ADMIN,
+            Operation(
+                "setPrice",
+                "Change what a model's tokens cost.",
+                Answer("Done.", shapes.MODEL_CHANGE),
+                body=PriceConfig,
+                errors=(404, 409),
+            ),
+        ),
+        Endpoint(
+            "DELETE",
+            "/v1/admin/models/{model_id}",
+            pool.remove_model,
+            Scope.ADMIN,
+            Operation(
+                "removeModel",
+                "Remove a model; requests that it works on end first.",
+                Answer("Accepted.", shapes.MODEL_CHANGE, 202),
+                errors=(400, 404),
+            ),
+        ),
+    ]
+
+
+def _tools(pool: PoolAdmin) -> list[Endpoint]:
+    """How admins see and change the pool's tools."""
+    return [
+        Endpoint(
+            "GET",
+            "/v1/admin/tools",
+            pool.tools,
+            Scope.ADMIN,
+            Operation(
+                "adminListTools", "Tools with settings.", Answer("The tools.", shapes.ADMIN_LIST)
+            ),
+        ),
+        Endpoint(
+            "POST",
+            "/v1/admin/tools",
+            pool.add_tool,
+            Scope.ADMIN,
+            Operation(
+                "addTool",
+                "Add a tool to some models, or to all.",
+                Answer("Accepted.", shapes.TOOL_CHANGE, 202),
+                body=ToolSubmission,
+                errors=(404, 409),
+            ),
+        ),
+        Endpoint(
+            "DELETE",
+            "/v1/admin/tools/{tool_id}",
+            pool.remove_tool,
+            Scope.ADMIN,
+            Operation(
+                "removeTool",
+                "Remove a tool and its pairs.",
+                Answer("Accepted.", shapes.TOOL_CHANGE, 202),
+                errors=(400, 404),
+            ),
+        ),
+    ]
+
+
+def _patterns(pool: PoolAdmin) -> list[Endpoint]:
+    """How admins see and change the patterns."""
+    return [
+        Endpoint(
+            "GET",
+            "/v1/admin/patterns",
+            pool.patterns,
+            Scope.ADMIN,
+            Operation(
+                "adminListPatterns",
+                "Patterns with their nodes, whether each answers now, and its worst case.",
+                Answer("The patterns.", shapes.ADMIN_LIST),
+            ),
+        ),
+        Endpoint(
+            "POST",
+            "/v1/admin/patterns",
+            pool.put_pattern,
+            Scope.ADMIN,
+            Operation(
+                "putPattern",
+                "Add a pattern, or give one other nodes.",
+                Answer("Accepted.", shapes.PATTERN_CHANGE, 202),
+                body=PatternConfig,
+                errors=(404, 409),
+            ),
+        ),
+        Endpoint(
+            "DELETE",
+            "/v1/admin/patterns/{name}",
+            pool.remove_pattern,
+            Scope.ADMIN,
+            Operation(
+                "removePattern",
+                "Remove a pattern.",
+                Answer("Accepted.", shapes.PATTERN_CHANGE, 202),
+                errors=(400, 404),
+            ),
+        ),
+    ]
+
+
+def _learning(api: Handlers) -> list[Endpoint]:
+    """How admins see and drive the learning loop."""
+    return [
+        Endpoint(
+            "GET",
+            "/v1/admin/snapshots",
+            api.admin_snapshots,
+            Scope.ADMIN,
+            Operation(
+                "adminListSnapshots",
+                "Router snapshots, and which of them served when.",
+                Answer("The snapshots.", shapes.SNAPSHOT_LIST),
+            ),
+        ),
+        Endpoint(
+            "POST",
+            "/v1/admin/jobs",
+            api.submit_job,
+            Scope.ADMIN,
+            Operation(
+                "submitJob",
+                "Profile, fit, train, evaluate, promote or roll back, behind the response.",
+                Answer("Accepted.", shapes.JOB, 201),
+                body=JobSubmission,
+            ),
+        ),
+        Endpoint(
+            "GET",
+            "/v1/admin/jobs",
+            api.list_jobs,
+            Scope.ADMIN,
+            Operation(
+                "listJobs", "The last jobs, the newest first.", Answer("The jobs.", shapes.JOB_LIST)
+            ),
+        ),
+        Endpoint(
+            "GET",
+            "/v1/admin/jobs/{job_id}",
+            api.get_job,
+            Scope.ADMIN,
+            Operation(
+                "getJob",
+                "One job with its progress, whole or as server-sent events.",
+                Answer("The job, or its changes as events.", shapes.JOB, as_events=True),
+                errors=(404,),
+            ),
+        ),
+        Endpoint(
+            "DELETE",
+            "/v1/admin/jobs/{job_id}",
+            api.cancel_job,
+            Scope.ADMIN,
+            Operation(
+                "cancelJob",
+                "End a job and free what it holds.",
+                Answer("Cancelled.", shapes.JOB),
+                errors=(404, 409),
+            ),
+        ),
+    ]
+
+
+def _public(api: Handlers, openapi: Handler) -> list[Endpoint]:
+    """What asks for no key."""
+    return [
+        Endpoint(
+            "GET",
+            "/healthz",
+            api.healthz,
+            PUBLIC,
+            Operation(
+                "isAlive",
+                "Whether this process answers.",
+                Answer("The process answers.", shapes.STATUS),
+            ),
+            is_probe=True,
+        ),
+        Endpoint(
+            "GET",
+            "/readyz",
+            api.readyz,
+            PUBLIC,
+            Operation(
+                "isReady",
+                "Whether a request can be served.",
+                Answer("A request can be served.", shapes.STATUS),
+                errors=(500,),
+                also=(Answer("Nothing in the pool is ready.", shapes.STATUS, 503),),
+            ),
+            is_probe=True,
+        ),
+        Endpoint(
+            "GET",
+            "/openapi.json",
+            openapi,
+            PUBLIC,
+            Operation(
+                "getOpenApi",
+                "This document.",
+                Answer("The OpenAPI document.", shapes.DOCUMENT),
+            ),
+        ),
+    ]
