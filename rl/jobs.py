@@ -104,7 +104,7 @@ async def _profile(config: AtlasConfig, store: Store, job_id: str, request: Prof
 async def _train(config: AtlasConfig, store: Store, job_id: str, request: TrainJob) -> Json:
     # Not above: the other jobs do without RLlib.
     from rl.ppo.config import parse_train_config
-    from rl.ppo.train import train
+    from rl.training import train
 
     settings = parse_train_config(request.settings)
     # The process is this job's own; whatever serves on the same machine goes first.

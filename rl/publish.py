@@ -27,9 +27,9 @@ from rl.evaluate.evaluate import SERVING as SERVING_POLICY
 from rl.evaluate.figures import draw_pareto, draw_reliability
 from rl.evaluate.off_policy import LoggedDecisions, logged_trajectories
 from rl.evaluate.policies import MultiStep
+from rl.fit.dataset import MAX_VERDICTS, read_dataset
 from rl.fit.fit import fit
 from rl.fit.selection import FitSettings
-from rl.profile.dataset import MAX_VERDICTS, read_dataset
 from rl.profile.outcomes import NotMeasured
 from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rl.fit.dataset import Dataset, read_dataset
 from rl.fit.fit import fit
 from rl.fit.selection import FitSettings
 from rl.ppo.beliefs import groups_of, make_views, newcomer_view
@@ -24,9 +25,8 @@ from rl.ppo.loop import TrainProgress, train_policy
 from rl.ppo.replay import answer_encoder, make_table
 from rl.ppo.rollout import choose_gate
 from rl.ppo.table import ReplayTable
-from rl.ppo.train import split_table
-from rl.profile.dataset import Dataset, read_dataset
 from rl.profile.outcomes import Outcomes
+from rl.training import split_table
 from serve_app.config import AtlasConfig
 from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.beliefs import Prior

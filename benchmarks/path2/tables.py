@@ -20,13 +20,13 @@ from benchmarks.routing import evaluation
 from benchmarks.routing.data import Table, embeddings, find_tables, load_table
 from benchmarks.routing.evaluation import MIN_TASK_QUERIES, problem_of
 from benchmarks.routing.methods import guarded_knn, outcomes_of
+from rl.fit.dataset import Dataset
 from rl.fit.pareto import sweep_choices
 from rl.fit.selection import FitSettings
 from rl.ppo.config import TrainConfig
 from rl.ppo.replay import make_table
 from rl.ppo.rollout import run_once
 from rl.ppo.table import ReplayTable
-from rl.profile.dataset import Dataset
 from serve_app.router.rules.clusters import ClusterRule
 
 KNN = "guarded kNN"

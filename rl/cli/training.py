@@ -21,7 +21,7 @@ from serve_app.store import Store
 
 if TYPE_CHECKING:
     from rl.ppo.loop import TrainProgress
-    from rl.ppo.train import Trained
+    from rl.training import Trained
 
 
 def train_command(
@@ -82,7 +82,7 @@ def _train(
         typer.Exit: If it cannot be done, or it was told to stop; the reason is printed.
     """
     # Not above: every other command would load RLlib.
-    from rl.ppo.train import ray_for_training, train
+    from rl.training import ray_for_training, train
 
     async def work() -> Trained:
         store = await Store.open(config.store_url())

@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from rl.fit.dataset import Dataset, read_dataset
 from rl.fit.selection import FitSettings
 from rl.ppo.beliefs import (
     QUICK_FIT,
@@ -27,7 +28,6 @@ from rl.ppo.beliefs import (
     view_of,
 )
 from rl.ppo.table import Bool, Float, Index, ReplayTable, View
-from rl.profile.dataset import Dataset, read_dataset
 from serve_app.config import AtlasConfig
 from serve_app.embedder import TextEncoder, find_model
 from serve_app.embedder.onnx_export import source_key

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from rl.fit.dataset import Dataset
 from rl.ppo.replay import ReplayTable, View, make_table
 from rl.ppo.table import Float
-from rl.profile.dataset import Dataset
 from tests.router_data import make_outcomes
 
 WRONG, RIGHT = "no idea", "It is 42."

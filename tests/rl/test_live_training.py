@@ -11,8 +11,8 @@ import pytest
 from rl.ppo.config import TrainConfig, parse_train_config
 from rl.ppo.loop import TrainProgress
 from rl.ppo.run_folder import RESULT_FILE
-from rl.ppo.train import PUBLISHED_FILE, train
 from rl.publish import NEWEST, fit_snapshot, resolve
+from rl.training import PUBLISHED_FILE, train
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, ConfigError, InvalidRequest, NoCandidate, TrainingStopped
 from serve_app.jobs import TrainJob

@@ -40,10 +40,10 @@ from benchmarks.path2.units import (
     load_unit,
     save_unit,
 )
+from rl.fit.dataset import Dataset
 from rl.fit.selection import FitSettings
 from rl.ppo.config import TrainConfig
 from rl.ppo.replay import make_table
-from rl.profile.dataset import Dataset
 from serve_app.config import AtlasConfig
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.gate import POLICY_MAX_ALPHA

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rl.fit.dataset import Dataset
 from rl.ppo.replay import groups_of, make_table, make_views, newcomer_view, view_of, with_rule
-from rl.profile.dataset import Dataset
 from serve_app.errors import ConfigError
 from serve_app.router.policy.features import NO_ANSWER
 from serve_app.router.rules.clusters import ClusterRule

@@ -13,8 +13,8 @@ import ray
 
 from rl.ppo.config import parse_train_config
 from rl.ppo.loop import TrainProgress
-from rl.ppo.train import train
 from rl.publish import NEWEST, fit_snapshot, resolve
+from rl.training import train
 from serve_app.config import AtlasConfig
 from serve_app.errors import NotFound
 from serve_app.jobs import Jobs, RayLauncher, TrainJob

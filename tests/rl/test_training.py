@@ -19,7 +19,7 @@ from rl.ppo.loop import TrainProgress, TrainResult, train_policy, validate
 from rl.ppo.run_folder import Checkpoint, RunFolder
 from rl.ppo.sampling import TERMS, Augmentation, Fragment, advantages, augmented
 from rl.ppo.table import ReplayTable
-from rl.ppo.train import split_table
+from rl.training import split_table
 from serve_app.config import load_config
 from serve_app.errors import ConfigError, TrainingStopped
 from serve_app.questions import read_questions

@@ -14,7 +14,7 @@ import pytest
 
 from rl import publish as publishing
 from rl.evaluate.evaluate import CANDIDATE, PATH_1, PATH_2
-from rl.profile.dataset import read_dataset
+from rl.fit.dataset import read_dataset
 from rl.profile.outcomes import NotMeasured
 from rl.profile.run import fingerprint
 from rl.publish import (
