@@ -124,7 +124,8 @@ class PatternBench:
         self.tools = Tools(self.config)
         self.chooser = Chooser()
         self.pairs = PairRunner(self.config, self.engines, self.tools)
-        self.decider = Decider(Handle(WordEmbedder()), Handle(self.chooser))
+        self.router = Handle(self.chooser)
+        self.decider = Decider(Handle(WordEmbedder()), self.router)
         self.runner = PatternRunner(self.pairs, self.decider, self.config)
         self.trace = Trace("req_1")
         self.pieces: list[Choice] = []

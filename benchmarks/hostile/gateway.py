@@ -236,7 +236,9 @@ async def serve_gateway(config: AtlasConfig, port: int, path: str) -> None:
     """Run the gateway until it is told to stop."""
     store = await Store.open(config.store_url())
     outcomes = OutcomeLog(store)
-    orchestrator = Orchestrator(config, None, None, _Told(config), outcomes.record, _Clients(path))
+    told: Any = _Told(config)
+    nobody: Any = None  # requests name their pair: nothing is embedded or decided
+    orchestrator = Orchestrator(config, nobody, nobody, told, outcomes.record, _Clients(path))
     while not orchestrator.ready()[0]:
         await asyncio.sleep(0.01)
     app = build_api(orchestrator, store, outcomes, Jobs(config, store, _NoLauncher()), config)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from serve_app.schemas import PoolState
 
@@ -16,11 +16,24 @@ _RETRY_S = 1.0
 _POLL_TIMEOUT_S = 60.0
 
 
+class _State(Protocol):
+    def remote(self, known_version: int, watcher: str, /) -> Awaitable[PoolState]: ...
+
+
+class PoolHandle(Protocol):
+    """What is called on the `PoolController` deployment to follow it."""
+
+    @property
+    def state(self) -> _State:
+        """Answers with the pool once it is another than the known one."""
+        ...
+
+
 class PoolWatcher:
     """Follows the controller; `state` is the last pool it told of."""
 
     def __init__(
-        self, controller: Any, on_change: Callable[[PoolState], None] | None = None
+        self, controller: PoolHandle, on_change: Callable[[PoolState], None] | None = None
     ) -> None:
         """Start following in the running event loop.
 

@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,32 @@ _MAX_DEATHS = 3
 """Replicas of the embedder or the router that may die over one request before it fails."""
 
 _Vector = NDArray[np.float32]
+
+
+class _Embed(Protocol):
+    def remote(self, texts: list[str], /) -> Any: ...
+
+
+class EmbedderHandle(Protocol):
+    """What is called on the `Embedder` deployment."""
+
+    @property
+    def embed(self) -> _Embed:
+        """Answers with (num_texts, dim)."""
+        ...
+
+
+class _Decide(Protocol):
+    def remote(self, requests: list[RoutingRequest], /) -> Any: ...
+
+
+class RouterHandle(Protocol):
+    """What is called on the `Router` deployment."""
+
+    @property
+    def decide(self) -> _Decide:
+        """Answers with a decision or an error per request."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +119,7 @@ class Decider:
         - A request fails only by itself: the others of its batch do not see its error.
     """
 
-    def __init__(self, embedder: Any, router: Any) -> None:
+    def __init__(self, embedder: EmbedderHandle, router: RouterHandle) -> None:
         """Keep the handles.
 
         Args:

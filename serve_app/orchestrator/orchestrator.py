@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,15 @@ from serve_app.errors import (
     ServiceError,
 )
 from serve_app.models.clients import ModelClients
-from serve_app.models.watcher import PoolWatcher
+from serve_app.models.watcher import PoolHandle, PoolWatcher
 from serve_app.orchestrator.answer import Answer
 from serve_app.orchestrator.channel import Channel
-from serve_app.orchestrator.decision_client import Decider, facts_of
+from serve_app.orchestrator.decision_client import (
+    Decider,
+    EmbedderHandle,
+    RouterHandle,
+    facts_of,
+)
 from serve_app.orchestrator.engine import Engine, why_it_ended
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns.builtin import PATTERNS
@@ -62,15 +67,28 @@ ROUTED = "atlas"
 """The `model` name that lets the router decide."""
 
 
+class _Suspect(Protocol):
+    def remote(self, model_id: str, /) -> Awaitable[None]: ...
+
+
+class ControllerHandle(PoolHandle, Protocol):
+    """What is called on the `PoolController` deployment."""
+
+    @property
+    def suspect(self) -> _Suspect:
+        """Has it look at a model that failed."""
+        ...
+
+
 class Orchestrator:
     """Answers chat requests with the pool; one per gateway replica."""
 
     def __init__(
         self,
         config: AtlasConfig,
-        embedder: Any,
-        router: Any,
-        controller: Any,
+        embedder: EmbedderHandle,
+        router: RouterHandle,
+        controller: ControllerHandle,
         record: Callable[[Report, float], None],
         clients: ModelClients | None = None,
     ) -> None:

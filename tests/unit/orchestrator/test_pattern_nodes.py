@@ -236,7 +236,7 @@ async def test_a_pair_that_is_named_has_no_stand_in(bench: Make) -> None:
 
 async def test_a_router_that_is_away_fails_the_node(bench: Make) -> None:
     deployment = bench(do(ask("route")))
-    deployment.decider._router.away.add("decide")
+    deployment.router.away.add("decide")
     with pytest.raises(EngineError, match="away"):
         await deployment.run()
 
@@ -710,7 +710,7 @@ async def test_a_voice_weighs_what_the_router_expects_of_it(bench: Make) -> None
 
 async def test_all_voices_weigh_the_same_where_the_router_is_away(bench: Make) -> None:
     deployment = bench(do(vote(*THREE, weights="profile")), small="5", large="6", lead="5")
-    deployment.decider._router.away.add("decide")
+    deployment.router.away.add("decide")
     assert await deployment.ask() == "5"
 
 
