@@ -71,3 +71,16 @@ def test_the_worst_case_of_each_shipped_pattern_covers_what_it_used(
     _, extension = ask(client, "ask-three", "What is 15% of 240?")
     assert extension["usage"]["total_tokens"] <= worst["ask-three"]["tokens"]
     assert extension["cost_usd"] <= worst["ask-three"]["usd"]
+
+
+def names(span: dict[str, Any]) -> list[str]:
+    return [span["name"], *(name for child in span["children"] for name in names(child))]
+
+
+def test_the_owner_reads_what_a_pattern_did(client: openai.OpenAI) -> None:
+    _, extension = ask(client, "look-up-or-refuse", IN_CORPUS)
+    found: Any = client.get(f"/trajectories/{extension['request_id']}", cast_to=object)
+    told = names(found["trace"])
+    for name in ("pattern:look-up-or-refuse", "retrieve found", "ask answer", "nano-facts@none"):
+        assert name in told
+    assert found["stop"] == "answered"
