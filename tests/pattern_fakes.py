@@ -108,11 +108,12 @@ class Chooser:
     def __init__(self) -> None:
         self.order: dict[Pair, float] = {Pair("small", "none"): 0.6, Pair("large", "none"): 0.9}
         self.limits: list[Limits] = []
+        self.path = DecidedBy.CLUSTERS
 
     async def decide(self, requests: Sequence[RoutingRequest]) -> list[Decision]:
         self.limits += [request.limits for request in requests]
         candidates = tuple(Candidate(pair, q, q, 0.0) for pair, q in self.order.items())
-        return [Decision(candidates, DecidedBy.CLUSTERS, 1.0, 1.0, 1, 7) for _ in requests]
+        return [Decision(candidates, self.path, 1.0, 1.0, 1, 7) for _ in requests]
 
 
 class PatternBench:

@@ -30,7 +30,7 @@ from serve_app.orchestrator.answer import text_of
 from serve_app.orchestrator.patterns.declared import Composed
 from serve_app.orchestrator.patterns.nodes.plan import read_plan
 from serve_app.orchestrator.patterns.nodes.vote import log_odds
-from serve_app.schemas import Pair, StopReason
+from serve_app.schemas import DecidedBy, Pair, StopReason
 from serve_app.tools.base import ToolResult
 from tests.pattern_fakes import PatternBench
 
@@ -1317,3 +1317,26 @@ async def test_a_quorum_that_cannot_be_reached_any_more_is_not_waited_for(bench:
     with pytest.raises(EngineError, match="broken"):
         await deployment.run(seconds=50.0)
     assert deployment.budget.seconds_left > 20
+
+
+LARGE_FIRST = "{vote: {of: [{ask: {pair: large}}, {ask: {pair: small}}, {ask: {pair: lead}}]}}"
+
+
+async def test_before_anything_is_profiled_every_voice_weighs_the_same(bench: Make) -> None:
+    deployment = bench(do(LARGE_FIRST))
+    deployment.chooser.path = DecidedBy.COLD_START
+    deployment.chooser.order = {Pair("large", "none"): 0.95, Pair("small", "none"): 0.05}
+    deployment.engines.says |= {"large": "1", "small": "2", "lead": "2"}
+    assert await deployment.ask() == "2"
+
+
+async def test_of_sides_with_the_same_weight_that_of_the_earlier_voice_wins(bench: Make) -> None:
+    deployment = bench(do(LARGE_FIRST))
+    deployment.chooser.path = DecidedBy.COLD_START
+
+    async def slow(body: Any) -> str:
+        await asyncio.sleep(0.05)
+        return "1"
+
+    deployment.engines.says |= {"large": slow, "small": "2", "lead": "3"}
+    assert await deployment.ask() == "1"

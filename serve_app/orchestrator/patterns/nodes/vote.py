@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from dataclasses import dataclass, field, replace
 
 from serve_app.config.patterns.language import ROUTE, AskNode, VoteNode
@@ -11,7 +12,7 @@ from serve_app.errors import AtlasError, EngineError
 from serve_app.orchestrator.patterns.chain import run_node
 from serve_app.orchestrator.patterns.scope import Result, Scope, Status, end, is_cap
 from serve_app.orchestrator.trace import SpanKind
-from serve_app.schemas import PATTERN_PREFIX, Limits, Pair
+from serve_app.schemas import PATTERN_PREFIX, DecidedBy, Limits, Pair
 from serve_app.tools.builtin.best_of import answer_key
 
 _SURE = (0.05, 0.95)
@@ -25,6 +26,8 @@ class _Side:
     """Those who say the same."""
 
     weight: float = 0.0
+    first: int = sys.maxsize
+    """Place of its first voice in the list; the side of the earlier one wins a tie."""
     results: list[tuple[float, Result]] = field(default_factory=list)
 
     @property
@@ -64,16 +67,17 @@ async def run(node: VoteNode, scope: Scope) -> Result:
                     failures.append(result.failure)
                     cut_short += weight if key is None and is_cap(result.failure) else 0.0
                 if key is not None:
-                    side = sides.setdefault(key, _Side())
+                    side, place = sides.setdefault(key, _Side()), tasks.index(task)
                     side.weight += weight
-                    side.results.append((weight, _named(result, node.of[tasks.index(task)])))
+                    side.first = min(side.first, place)
+                    side.results.append((weight, _named(result, node.of[place])))
     finally:
         await end(*tasks)
     if not sides:
         if refused is not None:
             return refused
         raise next(iter(sorted(failures, key=is_cap)), EngineError("nobody gave an answer"))
-    ordered = sorted(sides.values(), key=lambda side: -side.weight)
+    ordered = sorted(sides.values(), key=lambda side: (-side.weight, side.first))
     said = [
         {
             "answer": side.best.shown,
@@ -105,7 +109,7 @@ def _is_decided(sides: dict[str, _Side], weight_left: float) -> bool:
 
 
 async def _weights(node: VoteNode, scope: Scope) -> list[float]:
-    """The weight of each voice; all the same where the router knows nothing or is away."""
+    """The weight of each voice; all the same where nothing is profiled or the router is away."""
     pairs = [
         None if ask.pair == ROUTE or ask.pair.startswith(PATTERN_PREFIX) else Pair.parse(ask.pair)
         for ask in node.of
@@ -125,6 +129,8 @@ async def _weights(node: VoteNode, scope: Scope) -> list[float]:
             )
     except AtlasError:
         return [1.0] * len(pairs)
+    if decision.path is DecidedBy.COLD_START:
+        return [1.0] * len(pairs)  # how like a card is to the question is no probability
     quality = {candidate.pair: candidate.quality for candidate in decision.candidates}
     return [log_odds(quality.get(pair, 0.5)) if pair else 1.0 for pair in pairs]
 
