@@ -21,9 +21,9 @@ class StoredTrace:
     created_unix_s: float
     """When it ended."""
     pair: Pair
-    """First chosen."""
+    """The candidate that was chosen first."""
     path: DecidedBy
-    """Who chose it."""
+    """What made that choice: a rule, or the caller."""
     confidence: float
     propensity: float
     policy_version: int
@@ -46,7 +46,7 @@ async def read_trace(store: Store, request_id: str, owner: str) -> StoredTrace:
     Args:
         store: Where it is kept.
         request_id: The request's id, as its response said.
-        owner: Who wants to know; must be who asked.
+        owner: Id of the key that reads; only the key that made the request finds the trace.
 
     Raises:
         NotFound: If there is no such request of this owner; whether another has it is not told.

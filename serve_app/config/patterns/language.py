@@ -127,7 +127,7 @@ class NodeBase(BaseConfig):
     """What every node has."""
 
     id: NodeId | None = None
-    """Name under which later nodes of the same list see the result; `None`: none sees it."""
+    """Name under which later nodes of the same list see the result; `None`: no node sees it."""
     seconds: float | None = Field(default=None, gt=0, le=600)
     """Longest time it may take; `None`: what the pattern has left."""
 
@@ -326,7 +326,7 @@ class Accept(BaseConfig):
 
 
 class CascadeNode(NodeBase):
-    """Asks one after the other, cheap to dear, until an answer is good enough."""
+    """Asks candidates in their order, the cheapest first, until an answer is good enough."""
 
     kind: Literal["cascade"] = "cascade"
     of: tuple[Ask, ...] = Field(min_length=2, max_length=8)

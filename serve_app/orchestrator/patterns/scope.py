@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 CLEAN_UP_S = 0.1
-"""How long what was ended is waited for; then it ends by itself, and nobody waits."""
+"""How long a cancelled task is waited for, in seconds."""
 CAPS = frozenset(
     {
         StopReason.DEADLINE,
@@ -39,7 +39,7 @@ CAPS = frozenset(
         StopReason.TOOL_CALLS,
     }
 )
-"""Ends at which what is there is given as a partial answer."""
+"""Stop reasons at which the caller gets a partial answer."""
 
 
 class Status(StrEnum):
@@ -241,7 +241,7 @@ def _same(value: Any, wanted: str | float | bool) -> bool:
 
 
 async def by_deadline(work: Coroutine[Any, Any, _T], budget: Budget, name: str) -> _T:
-    """Do something that hangs no longer than its budget has time.
+    """Await a coroutine no longer than its budget has time.
 
     Args:
         work: What is done; it is ended at the deadline, and left to itself if it does not end.
@@ -269,7 +269,7 @@ async def by_deadline(work: Coroutine[Any, Any, _T], budget: Budget, name: str) 
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
-    """End tasks; what does not end at once ends by itself, and is held until then."""
+    """Cancel tasks. A task that does not end within `CLEAN_UP_S` is referenced until it ends."""
     running = {task for task in tasks if not task.done()}
     for task in running:
         task.cancel()

@@ -94,7 +94,7 @@ def together(results: Sequence[Result]) -> Result:
 
 
 def _call(path: str, texts: list[str]) -> str:
-    """A Python function's word on some texts.
+    """What a Python function makes of the texts.
 
     Raises:
         ServiceError: If it cannot be found, fails, or gives no text.
