@@ -12,7 +12,15 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from tests.clock import LoopClock
+
 _numbers = count()
+
+
+@pytest.fixture
+async def loop_clock(monkeypatch: pytest.MonkeyPatch) -> LoopClock:
+    """The clock of the test's event loop, turned by what the loop does."""
+    return LoopClock(asyncio.get_running_loop(), monkeypatch)
 
 
 @pytest.fixture(scope="session")
