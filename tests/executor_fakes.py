@@ -57,7 +57,9 @@ class Tools(ToolRunner):
         self.says: Any = "100"
         self.arguments: list[Any] = []
 
-    async def run(self, tool_id: str, arguments: Any, *, deadline_s: float) -> ToolResult:
+    async def run(
+        self, tool_id: str, arguments: Any, *, deadline_s: float, function: str | None = None
+    ) -> ToolResult:
         self.arguments.append(arguments)
         if isinstance(self.says, Exception):
             raise self.says

@@ -85,7 +85,7 @@ class Tools(ToolRunner):
         self.calls: list[tuple[str, dict[str, Any]]] = []
 
     async def run(
-        self, tool_id: str, arguments: dict[str, Any], *, deadline_s: float
+        self, tool_id: str, arguments: Any, *, deadline_s: float, function: str | None = None
     ) -> ToolResult:
         self.calls.append((tool_id, arguments))
         said = self.says.get(tool_id, "100")

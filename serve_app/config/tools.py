@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serve_app.schemas import ToolKind
+from serve_app.schemas import Effects, ToolKind
 
 TOOL_ID_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,62}$"
 MAX_DESCRIPTION_CHARS = 4000
@@ -40,6 +40,11 @@ class ToolSettings(BaseModel):
 
     examples: Examples = ()
     """Utterances that should reach this tool."""
+
+    effects: Effects = Effects.NONE
+    """What a call does to the world outside its sandbox: `none`; `idempotent`, which is no more
+    when it is done twice; or `once`, which must not happen twice. A tool of several functions may
+    say of each what it does."""
 
     price_usd_per_call: float = Field(default=0.0, ge=0, le=1000)
     """Price of one call, in US dollars."""

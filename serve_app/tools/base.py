@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from serve_app.config.tools import ToolSettings
+from serve_app.errors import ToolFailed
 from serve_app.schemas import Effects, ToolKind
 
 NO_PARAMETERS: dict[str, Any] = {
@@ -16,6 +17,34 @@ NO_PARAMETERS: dict[str, Any] = {
     "additionalProperties": False,
 }
 """Schema of a tool that is never called with arguments."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """What a model may call of a tool."""
+
+    name: str
+    """Unique among the functions that are offered together."""
+
+    description: str
+
+    parameters: dict[str, Any]
+    """A JSON schema of an object with `additionalProperties` false."""
+
+    effects: Effects = Effects.NONE
+    """What a call does to the world outside its sandbox; decides whether a call that was lost is
+    made again."""
+
+    def schema(self) -> dict[str, Any]:
+        """The function as an entry of OpenAI's `tools`."""
+        return {
+            "type": "function",
+            "function": {
+                "name": self.name,
+                "description": self.description,
+                "parameters": self.parameters,
+            },
+        }
 
 
 @dataclass(frozen=True)
@@ -38,6 +67,9 @@ class ToolResult:
 class Tool(ABC):
     """One capability, built from its settings inside the process that runs it.
 
+    Most tools are one function, which has the tool's name: they have `parameters` and `run`. A tool
+    of several functions is a `ManyFunctions`.
+
     Invariants:
         - `parameters` is a JSON schema of an object with `additionalProperties` false; arguments
           are checked against it before `run` is dispatched, so `run` may rely on it.
@@ -47,10 +79,6 @@ class Tool(ABC):
     """
 
     parameters: ClassVar[dict[str, Any]] = NO_PARAMETERS
-
-    effects: Effects = Effects.NONE
-    """What a call does to the world outside its sandbox; decides whether a call that was lost is
-    made again."""
 
     def __init__(self, config: ToolSettings) -> None:
         """Keep the settings; heavy state is made in `warm`.
@@ -75,16 +103,10 @@ class Tool(ABC):
         """How the tool joins a model."""
         return self.config.kind
 
-    def schema(self) -> dict[str, Any]:
-        """The tool as an entry of OpenAI's `tools`."""
-        return {
-            "type": "function",
-            "function": {
-                "name": self.tool_id,
-                "description": self.description,
-                "parameters": self.parameters,
-            },
-        }
+    def functions(self) -> tuple[Function, ...]:
+        """What a model may call; cheap, and the same in every process."""
+        effects = self.config.effects
+        return (Function(self.tool_id, self.description, self.parameters, effects),)
 
     def warm(self) -> None:
         """Load what the first call would otherwise wait for; calling it again costs nothing."""
@@ -106,6 +128,19 @@ class Tool(ABC):
             ToolFailed: If the call failed for good; `ToolTimeout` when time ran out.
         """
 
+    def call(self, function: str, arguments: dict[str, Any], deadline_s: float) -> ToolResult:
+        """Call one of the functions; see `run`, which is the only one of most tools.
+
+        Args:
+            function: Its name.
+            arguments: Valid against its parameters.
+            deadline_s: Seconds from now until the result is worthless.
+
+        Raises:
+            ToolRetry, ToolFailed: As `run`.
+        """
+        return self.run(arguments, deadline_s)
+
     def clip(self, text: str) -> str:
         """Bound a text for the model to `max_result_chars`, saying what was cut."""
         limit = self.config.max_result_chars
@@ -113,3 +148,23 @@ class Tool(ABC):
             return text
         note = f"\n[cut: {len(text)} characters]"
         return text[: limit - len(note)] + note
+
+
+class ManyFunctions(Tool):
+    """A tool of several functions: `functions` and `call` are its own."""
+
+    @abstractmethod
+    def functions(self) -> tuple[Function, ...]:
+        """What a model may call; cheap, and the same in every process."""
+
+    @abstractmethod
+    def call(self, function: str, arguments: dict[str, Any], deadline_s: float) -> ToolResult:
+        """Call one of the functions; see `Tool.call`."""
+
+    def run(self, arguments: dict[str, Any], deadline_s: float) -> ToolResult:
+        """Refuse: there is no one function.
+
+        Raises:
+            ToolFailed: Always.
+        """
+        raise ToolFailed(f"tool {self.tool_id!r} has several functions; name one")

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 
 from serve_app.config.tools import RetrievalConfig, ToolConfig, ToolSettings
 from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout, ToolWorkerDied
-from serve_app.tools.base import Tool, ToolResult
+from serve_app.tools.base import Function, Tool, ToolResult
 from serve_app.tools.registry import build_tool
 
 logger = logging.getLogger(__name__)
@@ -51,11 +51,13 @@ def _tool(config_json: str) -> Tool:
     return _built[config_json]
 
 
-def _run_tool(config_json: str, arguments: dict[str, Any], deadline_s: float) -> ToolResult:
+def _run_tool(
+    config_json: str, function: str, arguments: dict[str, Any], deadline_s: float
+) -> ToolResult:
     """The Ray task: one call of one tool."""
     tool = _tool(config_json)
     try:
-        return tool.run(arguments, deadline_s)
+        return tool.call(function, arguments, deadline_s)
     except (ToolRetry, ToolFailed):
         raise
     except Exception:
@@ -76,7 +78,9 @@ class _Entry:
     config: ToolSettings
     config_json: str
     tool: Tool
-    validator: jsonschema.Draft202012Validator
+    functions: tuple[Function, ...]
+    validators: dict[str, jsonschema.Draft202012Validator]
+    """By the name of the function."""
     places: asyncio.Semaphore
     call: Any
     warm: Any
@@ -133,8 +137,19 @@ class ToolRunner:
         """Whether the pool has this tool."""
         return tool_id in self._entries
 
+    def functions(self, tool_id: str) -> tuple[Function, ...]:
+        """What a tool offers a model.
+
+        Args:
+            tool_id: Its name.
+
+        Raises:
+            ToolFailed: If the pool has no such tool.
+        """
+        return self._entry(tool_id).functions
+
     def tool(self, tool_id: str) -> Tool:
-        """The tool's description and schema, for offering it to a model.
+        """The tool's description and settings.
 
         Args:
             tool_id: Its name.
@@ -183,7 +198,9 @@ class ToolRunner:
             if entry.warming is not None:
                 entry.warming.cancel()
 
-    async def run(self, tool_id: str, arguments: Any, *, deadline_s: float) -> ToolResult:
+    async def run(
+        self, tool_id: str, arguments: Any, *, deadline_s: float, function: str | None = None
+    ) -> ToolResult:
         """Run one call.
 
         Args:
@@ -191,6 +208,7 @@ class ToolRunner:
             arguments: As the model wrote them, parsed from JSON.
             deadline_s: Seconds the caller can wait, in the queue and for the result; the tool's own
                 `timeout_s` bounds the run.
+            function: Which of its functions; `None`: the one that has the tool's name.
 
         Returns:
             The result, with its seconds and price.
@@ -203,10 +221,11 @@ class ToolRunner:
         """
         begin = time.monotonic()
         entry = self._entry(tool_id)
-        _check(entry, arguments)
+        called = function or tool_id
+        _check(entry, called, arguments)
         await self._take_place(entry, deadline_s)
         left_s = min(deadline_s - (time.monotonic() - begin), entry.config.timeout_s)
-        result = await self._dispatch(entry, arguments, left_s)
+        result = await self._dispatch(entry, called, arguments, left_s)
         return replace(
             result,
             seconds=time.monotonic() - begin,
@@ -233,14 +252,16 @@ class ToolRunner:
             entry.waiting -= 1
         entry.running += 1
 
-    async def _dispatch(self, entry: _Entry, arguments: Any, deadline_s: float) -> ToolResult:
+    async def _dispatch(
+        self, entry: _Entry, function: str, arguments: Any, deadline_s: float
+    ) -> ToolResult:
         """Run the task and give the place back, now or when a cancelled task has ended."""
         name = entry.tool.tool_id
         if deadline_s <= 0:
             entry.leave()
             raise ToolTimeout(f"tool {name!r} had no time left")
         begin = time.monotonic()
-        reference = entry.call.remote(entry.config_json, arguments, deadline_s)
+        reference = entry.call.remote(entry.config_json, function, arguments, deadline_s)
         ending: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(deadline_s + CANCEL_AFTER_S):
@@ -302,6 +323,7 @@ def _with_cache_dir(config: ToolConfig, cache_dir: Path | None) -> ToolConfig:
 
 def _entry(config: ToolConfig) -> _Entry:
     tool = build_tool(config)
+    functions = tool.functions()
     # A call whose worker died is made again where the orchestrator's table says so, not by Ray.
     options: dict[str, Any] = {"num_cpus": config.num_cpus, "max_retries": 0}
     if config.memory_bytes is not None:
@@ -315,7 +337,8 @@ def _entry(config: ToolConfig) -> _Entry:
         config=config,
         config_json=config.model_dump_json(),
         tool=tool,
-        validator=jsonschema.Draft202012Validator(tool.parameters),
+        functions=functions,
+        validators={f.name: jsonschema.Draft202012Validator(f.parameters) for f in functions},
         places=asyncio.Semaphore(config.max_concurrency),
         call=ray.remote(_run_tool).options(name=f"tool:{config.tool_id}", **options),
         warm=ray.remote(_warm_tool).options(
@@ -328,18 +351,19 @@ def _entry(config: ToolConfig) -> _Entry:
     )
 
 
-def _check(entry: _Entry, arguments: Any) -> None:
+def _check(entry: _Entry, function: str, arguments: Any) -> None:
     """Refuse arguments that do not fit the schema, saying what to change."""
-    name = entry.tool.tool_id
     if entry.tool.kind in ("none", "sampling"):
-        raise ToolFailed(f"tool {name!r} cannot be called")
-    error = jsonschema.exceptions.best_match(entry.validator.iter_errors(arguments))
+        raise ToolFailed(f"tool {entry.tool.tool_id!r} cannot be called")
+    if function not in entry.validators:
+        raise ToolFailed(f"tool {entry.tool.tool_id!r} has no function {function!r}")
+    error = jsonschema.exceptions.best_match(entry.validators[function].iter_errors(arguments))
     if error is not None:
         where = ".".join(str(part) for part in error.absolute_path)
         reason = error.message
         if len(reason) > 300:  # both ends: the value comes first, what is wrong with it last
             reason = f"{reason[:150]} … {reason[-150:]}"
-        raise ToolRetry(f"tool {name!r}: {f'{where}: ' if where else ''}{reason}")
+        raise ToolRetry(f"tool {function!r}: {f'{where}: ' if where else ''}{reason}")
 
 
 async def _end(entry: _Entry, reference: Any) -> None:

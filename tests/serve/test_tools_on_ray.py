@@ -11,6 +11,7 @@ import socket
 import textwrap
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -268,9 +269,13 @@ def call_twice_in_one_worker(
     config_json: str, queries: tuple[str, str], between: Callable[[], None]
 ) -> list[ToolResult]:
     """Two calls of a tool in one process; which worker takes a task is for Ray to say."""
-    first = runner_module._run_tool(config_json, {"query": queries[0]}, START_S)
+    first, second = (
+        partial(runner_module._run_tool, config_json, "retrieval", {"query": query}, START_S)
+        for query in queries
+    )
+    result = first()
     between()
-    return [first, runner_module._run_tool(config_json, {"query": queries[1]}, START_S)]
+    return [result, second()]
 
 
 async def test_worker_loads_an_index_once_and_keeps_it(tmp_path: Path) -> None:

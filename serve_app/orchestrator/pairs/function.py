@@ -68,7 +68,8 @@ async def run(work: PairWork, parts: Parts) -> list[Choice]:
     """
     work.add_note()
     tool_id = work.pair.tool_id
-    offer = _Offer([parts.tools.tool(tool_id).schema()], "auto", passes_calls=False)
+    functions = parts.tools.functions(tool_id)
+    offer = _Offer([f.schema() for f in functions], "auto", passes_calls=False)
 
     async def send_texts(choices: list[Choice]) -> None:
         texts = [text for text in map(text_only, choices) if text]
@@ -86,7 +87,7 @@ async def run(work: PairWork, parts: Parts) -> list[Choice]:
             {"role": "assistant", "content": message.get("content") or "", "tool_calls": calls}
         )
         for tool_call in calls:
-            text = await _call(work, parts, tool_call)
+            text = await _call(work, parts, offer, tool_call)
             work.messages.append({"role": "tool", "tool_call_id": tool_call["id"], "content": text})
     raise EngineError(
         f"the model called {tool_id} more than {parts.max_tool_rounds} times without an answer"
@@ -152,21 +153,20 @@ async def _reply(work: PairWork, parts: Parts, offer: _Offer, send: Emit) -> lis
         ]
 
 
-async def _call(work: PairWork, parts: Parts, tool_call: dict[str, Any]) -> str:
+async def _call(work: PairWork, parts: Parts, offer: _Offer, tool_call: dict[str, Any]) -> str:
     """Run one call the model made; a call it got wrong comes back as text it can act on."""
-    function, tool_id = tool_call["function"], work.pair.tool_id
-    arguments: dict[str, Any] = {}
+    function = tool_call["function"]
+    name, arguments = function["name"], dict[str, Any]()
     try:
-        if function["name"] != tool_id:
-            raise ToolRetry(
-                f"there is no tool {function['name']!r}; the tool offered is {tool_id!r}"
-            )
+        if name not in offer.names:
+            offered = ", ".join(map(repr, offer.names))
+            raise ToolRetry(f"there is no tool {name!r}; offered: {offered}")
         arguments = read_arguments(function["arguments"])
     except ToolRetry as error:
         work.refused(arguments, error.message)
         return _told(work, error)
     try:
-        return (await parts.tools.run(work, arguments)).text
+        return (await parts.tools.run(work, arguments, name)).text
     except BudgetExceeded:
         refusal = "the request's budget covers no further call; answer without it"
         work.refused(arguments, refusal)

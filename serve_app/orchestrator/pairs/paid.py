@@ -44,7 +44,7 @@ from serve_app.orchestrator.recovery import (
 )
 from serve_app.orchestrator.trace import Span, SpanKind
 from serve_app.schemas import ToolCall, Usage
-from serve_app.tools.base import Tool, ToolResult
+from serve_app.tools.base import Function, Tool, ToolResult
 from serve_app.tools.runner import ToolRunner
 
 logger = logging.getLogger(__name__)
@@ -307,8 +307,19 @@ class PaidTools:
         """A tool's description and settings."""
         return self._runner.tool(tool_id)
 
-    async def run(self, work: PairWork, arguments: dict[str, Any]) -> ToolResult:
+    def functions(self, tool_id: str) -> tuple[Function, ...]:
+        """What a tool offers a model."""
+        return self._runner.functions(tool_id)
+
+    async def run(
+        self, work: PairWork, arguments: dict[str, Any], function: str | None = None
+    ) -> ToolResult:
         """Run the pair's tool as a Ray task; again where its worker died and the table allows it.
+
+        Args:
+            work: The run of the pair.
+            arguments: Of the call.
+            function: Which of the tool's functions; `None`: the one that has the tool's name.
 
         Raises:
             BudgetExceeded: If the budget does not cover the call.
@@ -316,38 +327,47 @@ class PaidTools:
             ToolFailed: If the call fails.
         """
         try:
-            return await self._call(work, arguments)
+            return await self._call(work, arguments, function)
         except ToolWorkerDied:
             can = not work.budget.deadline.is_over()
             if work.recovery.move(Fault.TOOL_DIED, again=can) is not Move.AGAIN:
                 raise
             logger.warning("tool %s: its worker died; calling it again", work.pair.tool_id)
-        return await self._call(work, arguments)
+        return await self._call(work, arguments, function)
 
-    async def _call(self, work: PairWork, arguments: dict[str, Any]) -> ToolResult:
+    async def _call(
+        self, work: PairWork, arguments: dict[str, Any], function: str | None
+    ) -> ToolResult:
         tool_id = work.pair.tool_id
-        tool = self._runner.tool(tool_id)
+        tool, called = self._runner.tool(tool_id), function or tool_id
+        effects = next(
+            (f.effects for f in self._runner.functions(tool_id) if f.name == called),
+            tool.config.effects,
+        )
         most = Use(usd=tool.config.price_usd_per_call, tool_calls=1)
         with (
             work.budget.reserve(most, f"a call of the tool {tool_id!r}") as held,
-            work.span.child(SpanKind.TOOL, tool_id) as span,
+            work.span.child(SpanKind.TOOL, called) as span,
         ):
             began_s, before = span.began_s, work.recovery.effects
-            work.recovery.begin(tool.effects)
+            work.recovery.begin(effects)
             try:
                 outcome = await self._runner.run(
-                    tool_id, arguments, deadline_s=work.budget.deadline.remaining_s()
+                    tool_id,
+                    arguments,
+                    deadline_s=work.budget.deadline.remaining_s(),
+                    function=function,
                 )
             except (ToolRetry, ToolFailed) as error:
                 if isinstance(error, ToolRetry):
                     work.recovery.effects = before  # it comes before any effect
                 seconds = time.monotonic() - began_s
-                span.called(ToolCall(tool_id, arguments, False, error.message, seconds))
+                span.called(ToolCall(called, arguments, False, error.message, seconds))
                 raise
             used = Usage(cost_usd=outcome.cost_usd)
             held.settle(used)
             span.charge(used)
             span.called(
-                ToolCall(tool_id, arguments, True, outcome.text, outcome.seconds, outcome.data)
+                ToolCall(called, arguments, True, outcome.text, outcome.seconds, outcome.data)
             )
         return outcome

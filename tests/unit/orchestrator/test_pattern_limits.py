@@ -163,7 +163,7 @@ async def test_a_tool_that_hangs_leaves_the_answer_in_time(
 ) -> None:
     bench = bench_of(tmp_path, [DRAFT, node], hanging.politely)
 
-    async def run(tool_id: str, arguments: Any, *, deadline_s: float) -> ToolResult:
+    async def run(tool_id: str, arguments: Any, **_: Any) -> ToolResult:
         return ToolResult(await hanging.stubbornly(arguments))
 
     bench.tools.run = run  # type: ignore[method-assign]

@@ -96,11 +96,13 @@ class ScriptedTools(Tools):
     failures: list[Exception]
     events: list[str]
 
-    async def run(self, tool_id: str, arguments: Any, *, deadline_s: float) -> ToolResult:
+    async def run(
+        self, tool_id: str, arguments: Any, *, deadline_s: float, function: str | None = None
+    ) -> ToolResult:
         self.events.append("tool")
         if self.failures:
             raise self.failures.pop(0)
-        return await super().run(tool_id, arguments, deadline_s=deadline_s)
+        return await super().run(tool_id, arguments, deadline_s=deadline_s, function=function)
 
 
 class Scene(Bench):
@@ -111,10 +113,11 @@ class Scene(Bench):
     ) -> None:
         super().__init__(folder, reply("unused"))
         self.events: list[str] = []
-        engines, tools = Scripted(), ScriptedTools(self.config)
+        told = tuple(tool.model_copy(update={"effects": effects}) for tool in self.config.tools)
+        config = self.config.model_copy(update={"tools": told})
+        engines, tools = Scripted(), ScriptedTools(config)
         engines.replies, engines.events = replies, self.events
         tools.failures, tools.events = failures, self.events
-        tools.tool("calculator").effects = effects
         self.pairs.parts.models._clients = engines
         self.pairs._runner = self.pairs.parts.tools._runner = tools
 

@@ -44,7 +44,8 @@ def test_tool_says_how_it_joins_a_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_schema_is_what_openai_and_json_schema_expect(name: str) -> None:
-    entry = build_tool(config(name, description="Does things.")).schema()
+    (function,) = build_tool(config(name, description="Does things.")).functions()
+    entry = function.schema()
     assert entry["type"] == "function"
     assert entry["function"]["name"] == name
     assert entry["function"]["description"] == "Does things."
