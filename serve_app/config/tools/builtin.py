@@ -1,4 +1,4 @@
-"""Typed settings of every kind of tool; imports pydantic only, so they load anywhere."""
+"""Settings of the tools that need nothing outside: arithmetic, code, documents, samples."""
 
 from __future__ import annotations
 
@@ -7,65 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serve_app.schemas import Effects, ToolKind
-
-TOOL_ID_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,62}$"
-MAX_DESCRIPTION_CHARS = 4000
-Examples = Annotated[tuple[Annotated[str, Field(max_length=2000)], ...], Field(max_length=256)]
-"""Utterances of a card; each is embedded when the pool changes, beside the live queries."""
-
-
-class ToolSettings(BaseModel):
-    """What every kind of tool has. Unknown keys fail, values never change."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
-    )
-
-    dedicated_worker: ClassVar[bool] = False
-    """Whether the tool's tasks get worker processes of their own, because a cold one is slow."""
-
-    kind: ToolKind
-    """How the tool joins a model; each type fixes it or its choices."""
-
-    tool_id: str = Field(pattern=TOOL_ID_PATTERN)
-    """Name used by clients, models, the router and the metrics; unique in the pool."""
-
-    description: str = Field(default="", max_length=MAX_DESCRIPTION_CHARS)
-    """What the tool does, in words; shown to models and read by the router."""
-
-    examples: Examples = ()
-    """Utterances that should reach this tool."""
-
-    effects: Effects = Effects.NONE
-    """What a call does to the world outside its sandbox: `none`; `idempotent`, which is no more
-    when it is done twice; or `once`, which must not happen twice. A tool of several functions may
-    say of each what it does."""
-
-    price_usd_per_call: float = Field(default=0.0, ge=0, le=1000)
-    """Price of one call, in US dollars."""
-
-    timeout_s: float = Field(default=10.0, gt=0, le=3600)
-    """Longest run of one call, in seconds; a caller's shorter deadline wins."""
-
-    num_cpus: float = Field(default=0.1, ge=0)
-    """CPUs each running call reserves in Ray."""
-
-    memory_bytes: int | None = Field(default=None, gt=0)
-    """Memory each running call reserves in Ray; `None` reserves nothing."""
-
-    max_concurrency: int = Field(default=4, ge=1, le=256)
-    """Calls running at once for one gateway replica."""
-
-    max_queued: int = Field(default=64, ge=0, le=10_000)
-    """Calls that may wait for a free place; more are refused as busy."""
-
-    max_result_chars: int = Field(default=8192, ge=64, le=1 << 20)
-    """Longest text a model gets back; the rest is cut and said to be."""
+from serve_app.config.tools.base import MAX_DESCRIPTION_CHARS, ToolSettings
 
 
 class NoneConfig(ToolSettings):
@@ -226,10 +168,3 @@ class BestOfConfig(ToolSettings):
         if (self.vote == "verifier") != (self.verifier is not None):
             raise ValueError("verifier: name one where vote is 'verifier', and only there")
         return self
-
-
-ToolConfig = Annotated[
-    NoneConfig | CalculatorConfig | PythonConfig | RetrievalConfig | BestOfConfig,
-    Field(discriminator="type"),
-]
-"""Any tool's settings, told apart by `type`."""

@@ -1,0 +1,42 @@
+"""Typed settings of every kind of tool; imports pydantic only, so they load anywhere."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from serve_app.config.tools.base import (
+    MAX_DESCRIPTION_CHARS,
+    TOOL_ID_PATTERN,
+    Examples,
+    ToolSettings,
+)
+from serve_app.config.tools.builtin import (
+    BestOfConfig,
+    CalculatorConfig,
+    EncoderConfig,
+    NoneConfig,
+    PythonConfig,
+    RetrievalConfig,
+)
+
+ToolConfig = Annotated[
+    NoneConfig | CalculatorConfig | PythonConfig | RetrievalConfig | BestOfConfig,
+    Field(discriminator="type"),
+]
+"""Any tool's settings, told apart by `type`."""
+
+__all__ = [
+    "MAX_DESCRIPTION_CHARS",
+    "TOOL_ID_PATTERN",
+    "BestOfConfig",
+    "CalculatorConfig",
+    "EncoderConfig",
+    "Examples",
+    "NoneConfig",
+    "PythonConfig",
+    "RetrievalConfig",
+    "ToolConfig",
+    "ToolSettings",
+]
