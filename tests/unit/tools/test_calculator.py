@@ -157,30 +157,28 @@ REFUSED = [
 ]
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize(("expression", "reason"), REFUSED)
 def test_what_has_no_value_is_refused_with_the_reason(expression: str, reason: str) -> None:
-    begin = time.monotonic()
+    begin = time.thread_time()
     with pytest.raises(ToolRetry, match=re.escape(reason)):
         evaluate(expression)
-    assert time.monotonic() - begin < 0.5
+    assert time.thread_time() - begin < 0.5
 
 
 ALPHABET = "0123456789.+-*/%^(), epilnsqrtaco!=π√²xfg"
 
 
-@pytest.mark.serial
 @given(st.text(alphabet=ALPHABET, max_size=60))
 @settings(max_examples=500, deadline=None, derandomize=True)
 def test_any_text_gives_a_number_or_a_refusal_in_bounded_time(text: str) -> None:
-    begin = time.monotonic()
+    begin = time.thread_time()
     try:
         value = evaluate(text)
     except ToolRetry:
         pass
     else:
         assert math.isfinite(float(value)) or len(value) > 300
-    assert time.monotonic() - begin < 1
+    assert time.thread_time() - begin < 1
 
 
 @given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9), st.sampled_from("+-*"))
