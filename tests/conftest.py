@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import openai
 import pytest
 import yaml
@@ -18,6 +19,15 @@ from serve_app.schemas import PoolState
 from tests.haproxy import free_port, own_ports
 
 os.environ.update(own_ports())
+
+# The same examples each time, and no clock: a slow machine is no failure.
+hypothesis.settings.register_profile(
+    "any machine",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("any machine")
 
 STARTS_RAY = {"graph", "ray_session", "cluster"}
 """Fixtures that start Ray."""

@@ -133,7 +133,7 @@ class Reliability:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class PromotionVerdict:
     """Whether the candidate may serve."""
 
     promote: bool
@@ -165,7 +165,7 @@ class EvaluationReport:
     """Cost and score of each policy and the oracle by ascending alpha, of `RANDOM` and of every
     pair alone."""
     reliability: Reliability
-    verdict: Verdict
+    verdict: PromotionVerdict
     off_policy: dict[str, OffPolicyEstimate] = field(default_factory=dict)
     """Of the candidate and the serving policy on logged decisions of path 1, where there were any
     and they decide once."""
@@ -271,7 +271,7 @@ def evaluate(
     )
 
 
-def judge(differences: Mapping[float, Interval], settings: EvaluationSettings) -> Verdict:
+def judge(differences: Mapping[float, Interval], settings: EvaluationSettings) -> PromotionVerdict:
     """Whether a candidate may serve: on the configured objective it is better with confidence.
 
     At the default alpha the 95% interval of its utility minus the serving policy's has to begin
@@ -289,7 +289,7 @@ def judge(differences: Mapping[float, Interval], settings: EvaluationSettings) -
         faults.append(f"{said[default]}, which does not begin above {bound:g}")
     if differences[0.0].high < bound - _ROUNDING:
         faults.append(f"{said[0.0]}, which ends below {bound:g}")
-    return Verdict(not faults, "; ".join(faults or said.values()))
+    return PromotionVerdict(not faults, "; ".join(faults or said.values()))
 
 
 def show(report: EvaluationReport, console: Console) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from serve_app.errors import Conflict, NotFound
 from serve_app.schemas import LOCAL_OWNER, Action, DecidedBy, Pair, Seen
 from serve_app.store.database import Store
-from serve_app.store.outcomes import storable_text
+from serve_app.store.rows import storable_text
 from serve_app.store.tables import FeedbackRow, OutcomeRow, RequestRow, TrajectoryRow
 
 _IDS_AT_ONCE = 500

@@ -11,7 +11,7 @@ from sqlalchemy import insert, select, update
 
 from serve_app.errors import NotFound
 from serve_app.store.database import Store
-from serve_app.store.outcomes import storable_text
+from serve_app.store.rows import storable_text
 from serve_app.store.tables import JobRow
 
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]

@@ -9,25 +9,23 @@ away costs memory and disk up to a bound and then outcomes, never a request.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import json
 import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import StoreError
-from serve_app.schemas import Action, Report
+from serve_app.schemas import Report
 from serve_app.store.database import Store, is_transient
 from serve_app.store.journal import Journal
+from serve_app.store.rows import RequestRows, rows_of
 from serve_app.store.tables import OutcomeRow, RequestRow, ShadowRow, TraceRow, TrajectoryRow
 from serve_app.telemetry import (
     STORE_DROPPED,
@@ -44,10 +42,6 @@ logger = logging.getLogger(__name__)
 Embed = Callable[[str], Awaitable[bytes]]
 """A text in, its (dim,) float32 little-endian embedding out."""
 
-MAX_QUERY_CHARS = 16_384
-"""Of a query, from its start, that is kept; an embedder and the learning loop read no more."""
-MAX_ERROR_CHARS = 2_000
-"""The same of an error."""
 MAX_PENDING_BYTES = 128 << 20
 """Of reports in memory, whatever `max_pending` allows."""
 MAX_UNEMBEDDED_BYTES = 16 << 20
@@ -67,18 +61,11 @@ _COMPLAIN_EVERY_S = 10.0
 _ADOPT_EVERY_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    report: Report
-    alpha: float | None
-    created_unix_s: float
-
-
 @dataclass(slots=True)
 class _Waiting:
     """A report in the queue."""
 
-    rows: _Rows | bytes
+    rows: RequestRows | bytes
     """As a line of the journal where it comes from there."""
     num_bytes: int
     """In memory, about."""
@@ -177,8 +164,8 @@ class OutcomeLog:
         if self._closed:
             self._drop(1, "the log is closed")
             return
-        rows = _rows(_Entry(report, alpha, time.time()))
-        size = _size(rows)
+        rows = rows_of(report, alpha, time.time())
+        size = rows.num_bytes()
         has_room = (
             len(self._queue) < self._max_pending and self._queue_bytes + size <= MAX_PENDING_BYTES
         )
@@ -195,12 +182,12 @@ class OutcomeLog:
         self._recorded += 1
         self.start()
 
-    def _append(self, rows: _Rows, *, in_memory: bool) -> bool:
+    def _append(self, rows: RequestRows, *, in_memory: bool) -> bool:
         """Put a report into the journal, if there is one and it takes it."""
         if self._journal is None:
             return False
         try:
-            line = _to_line(rows)
+            line = rows.to_line()
         except TypeError:  # the store will not take it either, and says so in its own time
             return False
         if self._journal.append(line, in_memory=in_memory):
@@ -301,11 +288,11 @@ class OutcomeLog:
 
     async def _write(self, batch: list[_Waiting]) -> None:
         """Write a batch, however long the store is away."""
-        rows: list[_Rows] = []
+        rows: list[RequestRows] = []
         for entry in batch:
             if isinstance(entry.rows, bytes):
                 try:
-                    rows.append(_from_line(entry.rows))
+                    rows.append(RequestRows.from_line(entry.rows))
                 except (ValueError, TypeError, KeyError) as error:
                     self._drop(1, f"a line of the journal is damaged: {error}")
                 if len(rows) % _LINES_AT_ONCE == 0:
@@ -331,7 +318,7 @@ class OutcomeLog:
             self._metrics.record(STORE_RECOVERED, min(written, adopted))
         self._embed_later(rows)
 
-    async def _insert(self, rows: list[_Rows], *, may_be_there: bool) -> int:
+    async def _insert(self, rows: list[RequestRows], *, may_be_there: bool) -> int:
         """Insert in one transaction, again and again while the store is away.
 
         Args:
@@ -376,7 +363,7 @@ class OutcomeLog:
                 self._metrics.record(STORE_WRITTEN, len(new))
                 return len(new)
 
-    def _embed_later(self, batch: list[_Rows]) -> None:
+    def _embed_later(self, batch: list[RequestRows]) -> None:
         if self._embed is None:
             return
         for rows in batch:
@@ -430,192 +417,9 @@ class OutcomeLog:
             logger.warning(message, *args)
 
 
-_Values = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Values of the rows of one request."""
-
-    request: _Values
-    outcomes: list[_Values]
-    trajectory: _Values | None
-    shadow: _Values | None
-    trace: _Values | None = None
-    """`None` also in lines of the journal that an earlier version wrote."""
-
-
-_ROW_BYTES = 2_048
-"""Of a row as a dictionary, without its long values."""
-
-
-def _size(rows: _Rows) -> int:
-    """Bytes in memory, about."""
-    long = [rows.request["query"], rows.request["embedding"], rows.request["error"]]
-    long += [outcome["error"] for outcome in rows.outcomes]
-    if rows.trajectory is not None:
-        long.append(rows.trajectory["answer_embeddings"])
-    if rows.trace is not None:
-        long.append(rows.trace["spans"])
-    calls = sum(len(outcome["tool_calls"]) for outcome in rows.outcomes)
-    short = 2 + len(rows.outcomes) + calls
-    return short * _ROW_BYTES + sum(sys.getsizeof(value) for value in long if value is not None)
-
-
-async def _missing(connection: AsyncConnection, rows: list[_Rows]) -> list[_Rows]:
+async def _missing(connection: AsyncConnection, rows: list[RequestRows]) -> list[RequestRows]:
     """Those whose request the store does not have, each once."""
     by_id = {row.request["request_id"]: row for row in rows}
     query = select(RequestRow.request_id).where(RequestRow.request_id.in_(by_id))
     there = set(await connection.scalars(query))
     return [row for request_id, row in by_id.items() if request_id not in there]
-
-
-_BINARY = (("request", "embedding"), ("trajectory", "answer_embeddings"))
-"""Values that are bytes; JSON has none."""
-
-
-def _to_line(rows: _Rows) -> bytes:
-    """A line of the journal.
-
-    Raises:
-        TypeError: If a value is nothing that a table takes.
-    """
-    values = {spec.name: getattr(rows, spec.name) for spec in fields(rows)}
-    for table, column in _BINARY:
-        row = values[table]
-        if row is not None and row[column] is not None:
-            values[table] = row | {column: base64.b64encode(row[column]).decode()}
-    return orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE)
-
-
-def _from_line(line: bytes) -> _Rows:
-    """What `_to_line` wrote.
-
-    Raises:
-        ValueError, TypeError, KeyError: If the line is nothing of that kind.
-    """
-    values = orjson.loads(line)
-    for table, column in _BINARY:
-        row = values[table]
-        if row is not None and column in row and row[column] is not None:
-            row[column] = base64.b64decode(row[column], validate=True)
-    return _Rows(**values)
-
-
-def storable_text(text: str) -> str:
-    """The text as every database takes it: PostgreSQL has no NUL, and none has lone surrogates."""
-    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
-
-
-def _rows(entry: _Entry) -> _Rows:
-    report = entry.report
-    decision = report.decision
-    request = {
-        "request_id": report.request_id,
-        "owner": report.owner,
-        "query": storable_text(report.query[:MAX_QUERY_CHARS]),
-        "embedding": report.embedding,
-        "model_id": decision.pair.model_id,
-        "tool_id": decision.pair.tool_id,
-        "path": str(decision.path),
-        "confidence": decision.confidence,
-        "propensity": decision.propensity,
-        "alpha": entry.alpha,
-        "policy_version": decision.policy_version,
-        "pool_version": decision.pool_version,
-        "prompt_tokens": report.usage.prompt_tokens,
-        "completion_tokens": report.usage.completion_tokens,
-        "cost_usd": report.usage.cost_usd,
-        "seconds": report.seconds,
-        "error": None if report.error is None else storable_text(report.error[:MAX_ERROR_CHARS]),
-        "created_unix_s": entry.created_unix_s,
-    }
-    outcomes = [
-        {
-            "request_id": report.request_id,
-            "step_index": index,
-            "model_id": step.pair.model_id,
-            "tool_id": step.pair.tool_id,
-            "path": str(step.path),
-            "propensity": step.propensity,
-            "prompt_tokens": step.usage.prompt_tokens,
-            "completion_tokens": step.usage.completion_tokens,
-            "cost_usd": step.usage.cost_usd,
-            "seconds": step.seconds,
-            "mean_logprob": step.mean_logprob,
-            "tool_calls": [
-                {"tool_id": call.tool_id, "ok": call.ok, "seconds": call.seconds}
-                for call in step.tool_calls
-            ],
-            "error": None if step.error is None else storable_text(step.error[:MAX_ERROR_CHARS]),
-        }
-        for index, step in enumerate(report.steps)
-    ]
-    return _Rows(request, outcomes, _trajectory(report), _shadow(report), _trace(report))
-
-
-def _trajectory(report: Report) -> _Values | None:
-    if not report.decisions:
-        return None
-    decisions = [
-        {
-            "action": str(decision.action),
-            "pair": str(decision.pair) if decision.action is Action.ROUTE else None,
-            "propensity": decision.propensity,
-            "path": str(decision.path),
-            "can_think": decision.can_think,
-        }
-        for decision in report.decisions
-    ]
-    known = report.circumstances
-    if known is not None:
-        for decision, seconds_left in zip(decisions, known.seconds_left, strict=True):
-            decision["seconds_left"] = seconds_left
-    return {
-        "request_id": report.request_id,
-        "decisions": decisions,
-        "answer_step": report.answer_step,
-        "pairs": known and [str(candidate.pair) for candidate in report.decision.candidates],
-        "max_steps": known and known.max_steps,
-        "max_cost_usd": known and known.max_cost_usd,
-        "answer_keys": known and list(known.answer_keys),
-        "answer_embeddings": known and _stacked(report.embedding, known.answer_embeddings),
-    }
-
-
-def _stacked(like: bytes | None, vectors: Sequence[bytes | None]) -> bytes:
-    """Embeddings one after the other, zeros for those that are missing."""
-    size = len(like or next(filter(None, vectors), b""))
-    return b"".join(vector or bytes(size) for vector in vectors)
-
-
-def _shadow(report: Report) -> _Values | None:
-    shadow = report.decision.shadow
-    if shadow is None:
-        return None
-    return {
-        "request_id": report.request_id,
-        "policy_version": shadow.policy_version,
-        "action": str(shadow.action),
-        "model_id": shadow.pair.model_id,
-        "tool_id": shadow.pair.tool_id,
-        "path": str(shadow.path),
-        "confidence": shadow.confidence,
-        "propensity": shadow.propensity,
-    }
-
-
-def _trace(report: Report) -> _Values | None:
-    if not report.spans:
-        return None
-    told = [span._asdict() for span in report.spans]
-    try:
-        spans = orjson.dumps(told).decode()
-    except TypeError:  # a lone surrogate, which no database takes
-        spans = json.dumps(told, ensure_ascii=False).encode("utf-8", "replace").decode()
-    return {
-        "request_id": report.request_id,
-        "stop": str(report.stop),
-        "num_dropped": report.num_dropped,
-        "spans": spans,
-    }

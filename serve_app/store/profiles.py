@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from serve_app.schemas import Pair
 from serve_app.store.database import Store
-from serve_app.store.outcomes import storable_text
+from serve_app.store.rows import storable_text
 from serve_app.store.tables import ProfileOutcomeRow, ProfileQuestionRow, ProfileThoughtRow
 
 _KEYS_AT_ONCE = 500

@@ -163,7 +163,7 @@ class Tree:
         asyncio.run(everything())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(amounts(6), min_size=1, max_size=5),
     st.lists(_CALLS, max_size=25),
@@ -178,7 +178,7 @@ def test_no_budget_of_a_tree_is_ever_passed(
     assert all(value == pytest.approx(0) for b in tree.budgets for value in b._reserved)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(amounts(6), min_size=1, max_size=5),
     st.lists(_CALLS, min_size=1, max_size=25),
@@ -247,7 +247,8 @@ _REPLIES = st.lists(
 
 
 @settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     replies=_REPLIES,
@@ -283,7 +284,8 @@ def test_no_cap_is_passed_by_samples_tools_calls_or_verifiers(
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(replies=_REPLIES, max_usd=st.floats(0.1, 20), share=st.floats(1.1, 20))
 def test_an_engine_that_says_more_than_it_may_is_the_last_that_is_asked(

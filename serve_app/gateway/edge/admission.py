@@ -34,7 +34,7 @@ _MAX_WINDOWS_AT_FLOOR = 3
 
 
 @dataclass(slots=True)
-class Place:
+class InFlight:
     """One request in flight."""
 
     began_s: float
@@ -78,7 +78,7 @@ class AdmissionLimit:
         """Requests that may be in flight now."""
         return self._limit
 
-    def enter(self) -> Place:
+    def enter(self) -> InFlight:
         """Take a request.
 
         Raises:
@@ -87,11 +87,11 @@ class AdmissionLimit:
         if self._ongoing >= self._limit:
             self._was_met = True
             raise RateLimited("more requests are coming than can be answered; try again")
-        place = Place(self._clock(), self._ongoing)
+        place = InFlight(self._clock(), self._ongoing)
         self._ongoing += 1
         return place
 
-    def leave(self, place: Place, kind: Hashable, *, answered: bool | None) -> None:
+    def leave(self, place: InFlight, kind: Hashable, *, answered: bool | None) -> None:
         """A request has ended.
 
         Args:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from serve_app.orchestrator.engine import Engine
 from serve_app.orchestrator.patterns.base import Pattern
-from serve_app.orchestrator.patterns.policy import Policy
+from serve_app.orchestrator.patterns.policy import PolicyLoop
 from serve_app.orchestrator.patterns.single import Single
 
-PATTERNS: Mapping[str, Callable[[Engine], Pattern]] = {"single": Single, "policy": Policy}
+PATTERNS: Mapping[str, Callable[[Engine], Pattern]] = {"single": Single, "policy": PolicyLoop}

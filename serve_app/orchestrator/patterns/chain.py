@@ -18,7 +18,7 @@ from serve_app.config.patterns.language import (
     VerifyNode,
 )
 from serve_app.errors import AtlasError, ServiceError
-from serve_app.orchestrator.patterns.scope import Result, Scope, Status, failed, is_cap
+from serve_app.orchestrator.patterns.view import NodeView, Result, Status, failed, is_cap
 from serve_app.orchestrator.trace import SpanKind
 
 logger = logging.getLogger(__name__)
@@ -28,29 +28,29 @@ NODES: dict[type[NodeBase], RunNode] = {}
 """How each kind of node runs; filled by `nodes`."""
 
 
-async def run_node(node: NodeBase, scope: Scope, **options: Any) -> Result:
+async def run_node(node: NodeBase, view: NodeView, **options: Any) -> Result:
     """Run one node; whatever happens to it is its result.
 
     Only faults of ours are logged: a failure that is foreseen is on record in the trace.
 
     Args:
         node: The node.
-        scope: What it is given.
+        view: What it is given.
         options: Of its kind, for whoever knows it.
     """
-    budget = scope.budget
+    budget = view.budget
     if node.seconds is not None:
         budget = budget.child(Deadline.after(node.seconds))
     name = node.kind if node.id is None else f"{node.kind} {node.id}"
-    with scope.span.child(SpanKind.NODE, name) as span:
+    with view.span.child(SpanKind.NODE, name) as span:
         try:
             result = await NODES[type(node)](
-                node, replace(scope, budget=budget, span=span), **options
+                node, replace(view, budget=budget, span=span), **options
             )
         except AtlasError as failure:
             result = failed(failure)
         except Exception:
-            logger.exception("request %s: %s failed", scope.work.call.request_id, name)
+            logger.exception("request %s: %s failed", view.work.call.request_id, name)
             result = failed(ServiceError(f"the node {name!r} failed"))
         span.attributes["status"] = result.status.value
         if result.failure is not None:
@@ -59,13 +59,13 @@ async def run_node(node: NodeBase, scope: Scope, **options: Any) -> Result:
 
 
 async def run_chain(
-    nodes: Sequence[NodeBase], scope: Scope, *, answer: str | None = None
+    nodes: Sequence[NodeBase], view: NodeView, *, answer: str | None = None
 ) -> Result:
     """Run nodes in their order until one refuses, fails or is cut short by a cap.
 
     Args:
         nodes: At least one.
-        scope: What they see first; each sees the results of those before it.
+        view: What they see first; each sees the results of those before it.
         answer: Id of the one whose result is the chain's; `None`: the last, a `refuse` that did
             not refuse left out.
 
@@ -79,9 +79,9 @@ async def run_chain(
     spoiled: Result | None = None
     for number, node in enumerate(nodes):
         inner = replace(
-            scope,
-            results={**scope.results, **results},
-            streams=scope.streams and number == len(nodes) - 1 and wanted in (None, node.id),
+            view,
+            results={**view.results, **results},
+            streams=view.streams and number == len(nodes) - 1 and wanted in (None, node.id),
         )
         result = await run_node(node, inner)
         if result.status is Status.REFUSED:

@@ -17,7 +17,7 @@ from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns import nodes as nodes  # fills the table of nodes
 from serve_app.orchestrator.patterns.chain import run_chain
-from serve_app.orchestrator.patterns.scope import PatternParts, Result, Scope, Status
+from serve_app.orchestrator.patterns.view import NodeView, PatternParts, Result, Status
 from serve_app.schemas import PATTERN_PREFIX, ChatCall, StopReason
 
 logger = logging.getLogger(__name__)
@@ -97,8 +97,8 @@ class PatternRunner:
         if pattern is None:
             raise ModelNotFound(f"the pattern {name!r} does not exist any more", "model")
         check_call(work.call)
-        scope = Scope(self._parts, work, work.budget, work.span, streams=True)
-        result = await run_pattern(pattern, scope)
+        view = NodeView(self._parts, work, work.budget, work.span, streams=True)
+        result = await run_pattern(pattern, view)
         if result.status is Status.FAILED:
             raise result.failure or ServiceError(f"the pattern {name!r} failed")
         choices = _choices(result)
@@ -109,20 +109,20 @@ class PatternRunner:
         return Composed(choices, result.stop, result.status is Status.PARTIAL, result.sources)
 
 
-async def run_pattern(pattern: PatternConfig, scope: Scope) -> Result:
+async def run_pattern(pattern: PatternConfig, view: NodeView) -> Result:
     """Run a pattern within its worst case and its own limits.
 
     Args:
         pattern: A checked pattern.
-        scope: Of whatever asks it; the pattern sees none of its results.
+        view: Of whatever asks it; the pattern sees none of its results.
     """
-    asked = question_bytes(scope.work.call.messages)
-    bound = bound_of(pattern, scope.parts.config, asked)
-    left_s = scope.budget.seconds_left
+    asked = question_bytes(view.work.call.messages)
+    bound = bound_of(pattern, view.parts.config, asked)
+    left_s = view.budget.seconds_left
     seconds = max(0.0, left_s - min(_MARGIN_S, left_s / 20))
     deadline = Deadline.after(min(seconds, bound.seconds))
-    budget = scope.budget.child(deadline, _caps(bound))
-    inner = replace(scope, budget=budget, results={})
+    budget = view.budget.child(deadline, _caps(bound))
+    inner = replace(view, budget=budget, results={})
     return await run_chain(pattern.do, inner, answer=pattern.answer)
 
 

@@ -28,7 +28,7 @@ _ASK_AGAIN_S = 5.0
 """How long the router may take to say what comes next; with half the time left as a bound too."""
 
 
-class Policy:
+class PolicyLoop:
     """Does what the policy says, then gives the best answer unchanged.
 
     An answer is held back, because it may not be the one: all but that of a last step without an

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from serve_app.errors import SnapshotError
 from serve_app.router.rules.feedback import PRIOR_INERTIA, Feedback
-from serve_app.router.rules.gate import Gate, Verdict, settle
+from serve_app.router.rules.gate import Gate, GateReading, settle
 from serve_app.router.rules.utility import normalised_cost
 from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Likeness, Pair
@@ -74,7 +74,7 @@ class Beliefs:
     distribution."""
     similarity: NDArray[np.float32]
     """(num_pairs,) of the query to the pairs' cards in [0, 1]; 0 for a pair without one."""
-    verdict: Verdict
+    verdict: GateReading
     """Of the gate, on the best pair."""
 
 
@@ -166,7 +166,7 @@ class ClusterBeliefs:
         cluster = int(nearest[weights.argmax()])
         return Likeness(cluster, self._snapshot.examples[cluster])
 
-    def judge(self, embedding: NDArray[np.float32]) -> Verdict:
+    def judge(self, embedding: NDArray[np.float32]) -> GateReading:
         """The gate's verdict on the best pair for a query, whatever its cost."""
         best = float(self.qualities(embedding).max())
         return self._gate.judge(best, best, self._kernel(embedding), self.distance(embedding))

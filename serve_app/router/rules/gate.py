@@ -27,7 +27,7 @@ _TIE_BREAK = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GateReading:
     """What the gate says of one decision."""
 
     confidence: float
@@ -62,7 +62,7 @@ class Gate:
 
     def judge(
         self, chosen: float, best: float, kernel: NDArray[np.float32], distance: float
-    ) -> Verdict:
+    ) -> GateReading:
         """Judge one decision.
 
         Args:
@@ -78,7 +78,7 @@ class Gate:
             weight * feature for weight, feature in zip(self._weights, features, strict=True)
         )
         confidence = 1 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
-        return Verdict(confidence, quantile, self.is_inside(distance))
+        return GateReading(confidence, quantile, self.is_inside(distance))
 
 
 def settle(

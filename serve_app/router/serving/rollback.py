@@ -52,7 +52,7 @@ out."""
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PolicyComparison:
     """A newer policy held against an older one."""
 
     newer: Policy
@@ -155,7 +155,7 @@ class PolicyGuard:
             return None
         return serving[0], serving[1]
 
-    async def compare(self, store: Store, newer: Policy, older: Policy) -> Comparison | None:
+    async def compare(self, store: Store, newer: Policy, older: Policy) -> PolicyComparison | None:
         """Hold a policy against another; `None` while too few verdicts are there.
 
         Raises:
@@ -180,7 +180,7 @@ class PolicyGuard:
         older: Policy,
         of_newer: Sequence[RatedRequest],
         of_older: Sequence[RatedRequest],
-    ) -> Comparison | None:
+    ) -> PolicyComparison | None:
         """The comparison with all verdicts; if it is worse, the least sure one without some key."""
         compared = self._compare(newer, older, of_newer, of_older)
         if compared is None or not compared.is_worse:
@@ -204,7 +204,7 @@ class PolicyGuard:
         older: Policy,
         of_newer: Sequence[RatedRequest],
         of_older: Sequence[RatedRequest],
-    ) -> Comparison | None:
+    ) -> PolicyComparison | None:
         """One comparison; `None` while too few verdicts count."""
         least, costs = self._settings.min_verdicts, self._follower.costs_usd()
         utilities = []
@@ -216,7 +216,7 @@ class PolicyGuard:
         rate = self._settings.error_rate / 2
         _, high_of_newer = bounds(utilities[0], rate)
         low_of_older, _ = bounds(utilities[1], rate)
-        return Comparison(
+        return PolicyComparison(
             newer=newer,
             older=older,
             num_newer=len(utilities[0]),

@@ -24,7 +24,7 @@ from serve_app.config.patterns.files import read_pattern, read_patterns
 from serve_app.config.patterns.language import AskNode, BranchNode, Condition, PatternConfig
 from serve_app.config.patterns.template import Reference, Template, cut, filled, references_in
 from serve_app.errors import ConfigError
-from serve_app.orchestrator.patterns.scope import _holds
+from serve_app.orchestrator.patterns.view import _holds
 from serve_app.pool.desired import members_of, with_pool
 from tests.pattern_fakes import PatternBench, pattern, pattern_config
 

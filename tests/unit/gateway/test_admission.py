@@ -21,7 +21,7 @@ import pytest
 
 from serve_app.config import LimitsConfig
 from serve_app.errors import RateLimited
-from serve_app.gateway.edge.admission import _MAX_KINDS, AdmissionLimit, Place
+from serve_app.gateway.edge.admission import _MAX_KINDS, AdmissionLimit, InFlight
 from serve_app.gateway.edge.edge import worked_on
 from serve_app.schemas import ChatCall
 from serve_app.telemetry import RequestLine
@@ -52,7 +52,7 @@ class Deployment:
     def __post_init__(self) -> None:
         self.limit = AdmissionLimit(self.limits, clock=lambda: self.now_s)
         self._rng = random.Random(7)
-        self._ends: list[tuple[float, int, Place, float]] = []
+        self._ends: list[tuple[float, int, InFlight, float]] = []
         self._number = 0
 
     def run(self, load: float, seconds: float) -> tuple[list[float], float]:

@@ -64,7 +64,6 @@ schema = schemathesis.openapi.from_dict(document())
     max_examples=20,
     derandomize=True,
     database=None,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 def test_generated_requests_are_answered_as_documented(case: Any, gateway: Loopback) -> None:

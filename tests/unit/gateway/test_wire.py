@@ -419,7 +419,7 @@ def test_brackets_and_commas_in_a_text_are_no_values() -> None:
         lambda inner: st.lists(inner) | st.dictionaries(st.text(alphabet='"\\,[a'), inner),
     )
 )
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 def test_values_are_counted_without_parsing(value: Any) -> None:
     def commas_and_brackets(value: Any) -> int:
         if not isinstance(value, dict | list):

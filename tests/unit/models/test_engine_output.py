@@ -192,7 +192,7 @@ _JSON = st.recursive(
 _PATHS = ["choices", "choices.0", "choices.0.index", "usage", "choices.0.logprobs"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from(
         [(WHOLE, path) for path in [*_PATHS, MESSAGE, f"{MESSAGE}.tool_calls.0"]]

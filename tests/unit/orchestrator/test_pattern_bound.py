@@ -313,7 +313,6 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 FEW = settings(
     max_examples=50,
     derandomize=True,
-    deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
 )

@@ -19,7 +19,7 @@ from rl.publish import roll_back
 from serve_app.errors import InvalidRequest
 from serve_app.router.serving.follower import share_of
 from serve_app.router.serving.rollback import (
-    Comparison,
+    PolicyComparison,
     PolicyGuard,
     bounds,
     counting,
@@ -223,7 +223,7 @@ def others(score: float, number: int = 40, keys: int = 8) -> list[list[RatedRequ
 
 def judged(
     graph: Path2, of_newer: list[RatedRequest], of_older: list[RatedRequest]
-) -> Comparison | None:
+) -> PolicyComparison | None:
     newer, older = (Policy(version, None, "a test", 0.0) for version in (2, 1))
     return guard(graph)._hold(newer, older, of_newer, of_older)
 

@@ -29,10 +29,10 @@ from serve_app.store import (
     Scope,
     Store,
     create_key,
-    outcomes,
     read_trace,
     revoke_key,
 )
+from serve_app.store.rows import rows_of
 from serve_app.store.tables import OutcomeRow, RequestRow, TraceRow
 from serve_app.telemetry import Metric
 from tests.path2_fakes import Controller, Handle, WordEmbedder, path2_config
@@ -276,7 +276,7 @@ async def test_a_line_of_an_earlier_version_is_written_without_what_it_lacks(
     store: Store, folder: Path
 ) -> None:
     journal = Journal(folder, MIB)
-    values = orjson.loads(outcomes._to_line(outcomes._rows(outcomes._Entry(report(), 0.5, 1.0))))
+    values = orjson.loads(rows_of(report(), 0.5, 1.0).to_line())
     del values["trace"]
     journal.append(orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE), in_memory=True)
     journal.close()
@@ -286,7 +286,7 @@ async def test_a_line_of_an_earlier_version_is_written_without_what_it_lacks(
 
 async def test_a_trace_goes_through_the_journal(store: Store, folder: Path) -> None:
     journal = Journal(folder, MIB)
-    line = outcomes._to_line(outcomes._rows(outcomes._Entry(report(), 0.5, 1.0)))
+    line = rows_of(report(), 0.5, 1.0).to_line()
     journal.append(line, in_memory=True)
     journal.close()
     await take_over(store, folder, until=1)
@@ -525,6 +525,12 @@ async def vanishing(tmp_path: Path) -> AsyncIterator[tuple[Store, Callable[[bool
     await store.close()
 
 
+async def asked(authenticator: Authenticator) -> None:
+    """Wait until nothing is asked beside a request any more."""
+    while authenticator._asking is not None:
+        await authenticator._asking
+
+
 async def test_a_known_key_goes_on_while_the_store_is_away(
     vanishing: tuple[Store, Callable[[bool], None]],
 ) -> None:
@@ -547,6 +553,7 @@ async def test_a_known_key_goes_on_while_the_store_is_away(
     be_there(True)
     now[0] = 605.0
     assert await authenticator.owner(header, Scope.CHAT) == key_id
+    await asked(authenticator)
 
 
 async def test_a_key_revoked_meanwhile_stops_when_the_store_is_back(
@@ -566,8 +573,7 @@ async def test_a_key_revoked_meanwhile_stops_when_the_store_is_back(
     be_there(True)
     now[0] = 5.0  # it was away a moment ago: asked beside the request
     await authenticator.owner(header, Scope.CHAT)
-    while authenticator._asking is not None:
-        await authenticator._asking
+    await asked(authenticator)
     with pytest.raises(Unauthorized):
         await authenticator.owner(header, Scope.CHAT)
 

@@ -47,6 +47,7 @@ from serve_app.store import (
     read_trace,
     revoke_key,
 )
+from serve_app.store.rows import MAX_QUERY_CHARS
 from serve_app.store.tables import ApiKeyRow, Base, FeedbackRow, OutcomeRow, RequestRow
 
 PAIR = Pair("small", "calculator")
@@ -346,7 +347,7 @@ async def test_reports_in_memory_are_bounded_in_bytes(
     await log.close()
     written = {row["request_id"]: row["query"] for row in await rows(store, RequestRow)}
     assert len(written) == kept + 1
-    assert written["req_0"] == "\N{GRINNING FACE}" * outcomes.MAX_QUERY_CHARS
+    assert written["req_0"] == "\N{GRINNING FACE}" * MAX_QUERY_CHARS
 
 
 async def test_queries_that_wait_for_an_embedding_are_bounded_in_bytes(

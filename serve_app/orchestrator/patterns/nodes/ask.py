@@ -17,7 +17,7 @@ from serve_app.errors import AtlasError, EngineError, NoCandidate
 from serve_app.orchestrator.answer import Choice, ChunkMerger, mean_logprob_of, text_of
 from serve_app.orchestrator.decision_client import facts_of
 from serve_app.orchestrator.pairs.base import PairWork
-from serve_app.orchestrator.patterns.scope import Result, Scope, Status, by_deadline, is_cap
+from serve_app.orchestrator.patterns.view import NodeView, Result, Status, by_deadline, is_cap
 from serve_app.orchestrator.recovery import FIRST_TRY_SHARE, Move, fault_of
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.schemas import PATTERN_PREFIX, ChatCall, Decision, Limits, Pair
@@ -33,7 +33,7 @@ _MAX_FAULT_CHARS = 300
 
 async def run(
     node: AskNode,
-    scope: Scope,
+    view: NodeView,
     *,
     wants_logprobs: bool = False,
     repairs: tuple[Result, str] | None = None,
@@ -42,28 +42,28 @@ async def run(
 
     Args:
         node: Says whom, and what.
-        scope: What it sees.
+        view: What it sees.
         wants_logprobs: Whether to have the engine's log-probabilities.
         repairs: An earlier answer to the same, and what was wrong with it.
 
     Raises:
         AtlasError: If there is no answer.
     """
-    call = call_of(node, scope)
+    call = call_of(node, view)
     if repairs is not None:
         call = _told(call, *repairs)
-    result = await _asked(node, scope, call, wants_logprobs)
+    result = await _asked(node, view, call, wants_logprobs)
     if node.output is None or not result.is_usable:
         return result
     data, fault = read_json(result.text, node.output)
     if fault is not None:
-        scope.span.child(SpanKind.VALIDATION, "output").end(fault)
+        view.span.child(SpanKind.VALIDATION, "output").end(fault)
         call = _told(
             call,
             result,
             f"{fault}. Answer with JSON alone that fits this schema: {json.dumps(node.output)}",
         )
-        result = await _asked(node, scope, call, wants_logprobs)
+        result = await _asked(node, view, call, wants_logprobs)
         if not result.is_usable:
             return result
         data, fault = read_json(result.text, node.output)
@@ -81,32 +81,32 @@ def _told(call: ChatCall, result: Result, fault: str) -> ChatCall:
     return replace(call, messages=(*call.messages, *again))
 
 
-async def _asked(node: AskNode, scope: Scope, call: ChatCall, wants_logprobs: bool) -> Result:
+async def _asked(node: AskNode, view: NodeView, call: ChatCall, wants_logprobs: bool) -> Result:
     if node.pair.startswith(PATTERN_PREFIX):
         # Not at the top: patterns run nodes, and this node runs patterns.
         from serve_app.orchestrator.patterns.declared import run_pattern
 
         name = node.pair.removeprefix(PATTERN_PREFIX)
-        if name not in scope.parts.patterns:
+        if name not in view.parts.patterns:
             raise NoCandidate(f"the pattern {name!r} does not exist any more")
-        work = replace(scope.work, call=call)
-        inner = replace(scope, work=work, streams=_streams(node, scope))
-        result = await run_pattern(scope.parts.patterns[name], inner)
+        work = replace(view.work, call=call)
+        inner = replace(view, work=work, streams=_streams(node, view))
+        result = await run_pattern(view.parts.patterns[name], inner)
         if node.cite is not None and result.is_usable:
-            result = _citing(result, scope.results[node.cite].sources)
+            result = _citing(result, view.results[node.cite].sources)
         return replace(result, max_bytes=node.max_bytes)
     pairs = [Pair.parse(node.pair)]
     if node.pair == ROUTE:
-        pairs = await _routed(node, scope, call)
+        pairs = await _routed(node, view, call)
     for rank, pair in enumerate(pairs):
         has_next = rank < len(pairs) - 1
-        budget = scope.budget.part(FIRST_TRY_SHARE) if has_next else scope.budget
+        budget = view.budget.part(FIRST_TRY_SHARE) if has_next else view.budget
         try:
-            return await _run_pair(node, scope, pair, call, budget, has_next, wants_logprobs)
+            return await _run_pair(node, view, pair, call, budget, has_next, wants_logprobs)
         except AtlasError as failure:
-            another = has_next and not scope.budget.deadline.is_over()
-            move = scope.work.recovery.move(
-                fault_of(failure), sent=scope.work.num_sent > 0, another=another
+            another = has_next and not view.budget.deadline.is_over()
+            move = view.work.recovery.move(
+                fault_of(failure), sent=view.work.num_sent > 0, another=another
             )
             if move is not Move.ANOTHER:
                 raise
@@ -116,7 +116,7 @@ async def _asked(node: AskNode, scope: Scope, call: ChatCall, wants_logprobs: bo
 
 async def _run_pair(
     node: AskNode,
-    scope: Scope,
+    view: NodeView,
     pair: Pair,
     call: ChatCall,
     budget: Budget,
@@ -135,22 +135,22 @@ async def _run_pair(
     sent, status, ended = ChunkMerger(), Status.OK, None
 
     async def emit(choices: list[Choice]) -> None:
-        await scope.work.send(choices)
+        await view.work.send(choices)
         sent.add(choices)
 
     try:
-        with scope.span.child(SpanKind.CALL, str(pair)) as span:
+        with view.span.child(SpanKind.CALL, str(pair)) as span:
             work = PairWork(
                 pair=pair,
                 call=call,
                 budget=budget,
                 span=span,
-                emit=emit if _streams(node, scope) and scope.work.emit is not None else None,
-                recovery=scope.work.recovery,
+                emit=emit if _streams(node, view) and view.work.emit is not None else None,
+                recovery=view.work.recovery,
                 has_next=has_next,
                 wants_logprobs=wants_logprobs,
             )
-            choices = await by_deadline(scope.parts.pairs.run(work), budget, f"the pair {pair}")
+            choices = await by_deadline(view.parts.pairs.run(work), budget, f"the pair {pair}")
     except AtlasError as failure:
         choices, ended = sent.choices(), failure
         if not text_of(choices):
@@ -166,12 +166,12 @@ async def _run_pair(
         failure=ended,
         is_sent=bool(sent.choices()),
     )
-    return _citing(result, scope.results[node.cite].sources) if node.cite is not None else result
+    return _citing(result, view.results[node.cite].sources) if node.cite is not None else result
 
 
-def _streams(node: AskNode, scope: Scope) -> bool:
+def _streams(node: AskNode, view: NodeView) -> bool:
     """Whether its text may go to the caller before all of it is there."""
-    return scope.streams and node.output is None and node.stream is not False
+    return view.streams and node.output is None and node.stream is not False
 
 
 def _citing(result: Result, sources: tuple[dict[str, Any], ...]) -> Result:
@@ -179,9 +179,9 @@ def _citing(result: Result, sources: tuple[dict[str, Any], ...]) -> Result:
     return replace(result, sources=cited(result.text, sources), num_citable=len(sources))
 
 
-async def _routed(node: AskNode, scope: Scope, call: ChatCall) -> list[Pair]:
+async def _routed(node: AskNode, view: NodeView, call: ChatCall) -> list[Pair]:
     """The router's choice, and the next one."""
-    config, asked = scope.parts.config, call.limits
+    config, asked = view.parts.config, call.limits
     models = {model.model_id for model in config.models}
     for allowed in (node.route.models, asked.models):
         models &= models if allowed is None else set(allowed)
@@ -190,38 +190,38 @@ async def _routed(node: AskNode, scope: Scope, call: ChatCall) -> list[Pair]:
         if asked.tools is None or node.route.tools is None
         else tuple(asked.tools & set(node.route.tools))
     )
-    left_usd = scope.budget.left.usd
+    left_usd = view.budget.left.usd
     limits = Limits(
         alpha=asked.alpha if node.route.alpha is None else node.route.alpha,
-        deadline_s=scope.budget.deadline.remaining_s(),
+        deadline_s=view.budget.deadline.remaining_s(),
         max_cost_usd=None if left_usd == float("inf") else left_usd,
         models=frozenset(models),
         tools=asked.tools if tools is None else frozenset(tools),
     )
-    with scope.span.child(SpanKind.DECISION, "router") as span:
+    with view.span.child(SpanKind.DECISION, "router") as span:
         decision: Decision
-        _, decision = await scope.parts.decider.decide(call.query, limits, scope.budget.deadline)
+        _, decision = await view.parts.decider.decide(call.query, limits, view.budget.deadline)
         pairs = [candidate.pair for candidate in decision.candidates[:ROUTED_TRIES]]
         span.attributes |= facts_of(decision)
     return pairs
 
 
-def call_of(node: AskNode, scope: Scope) -> ChatCall:
+def call_of(node: AskNode, view: NodeView) -> ChatCall:
     """What the pair is asked: the node's prompt, or the caller's own messages."""
-    call = scope.work.call
+    call = view.work.call
     messages = list(call.messages)
     if node.prompt is not None:
-        messages = [{"role": "user", "content": scope.fill(node.prompt)}]
+        messages = [{"role": "user", "content": view.fill(node.prompt)}]
         if node.system is not None:
-            messages.insert(0, {"role": "system", "content": scope.fill(node.system)})
-    used = [scope.results[name].shown for name in node.uses]
+            messages.insert(0, {"role": "system", "content": view.fill(node.system)})
+    used = [view.results[name].shown for name in node.uses]
     if used:
         messages = _with_sources(messages, "\n".join(used))
     sampling: dict[str, Any] = {
         name: call.sampling[name] for name in _PASSED_ON if name in call.sampling
     }
     sampling["max_tokens"] = node.max_tokens
-    if scope.streams and "max_tokens" in call.sampling:
+    if view.streams and "max_tokens" in call.sampling:
         sampling["max_tokens"] = min(node.max_tokens, call.sampling["max_tokens"])
     if node.temperature is not None:
         sampling["temperature"] = node.temperature

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from serve_app.config.patterns.language import BranchNode
 from serve_app.orchestrator.patterns.chain import run_chain
-from serve_app.orchestrator.patterns.scope import Result, Scope
+from serve_app.orchestrator.patterns.view import NodeView, Result
 
 
-async def run(node: BranchNode, scope: Scope) -> Result:
+async def run(node: BranchNode, view: NodeView) -> Result:
     """Run that way; with none, the result is empty."""
     for number, case in enumerate(node.cases):
-        if scope.holds(case.when):
-            scope.span.attributes["way"] = number
-            return await run_chain(case.do, scope)
-    scope.span.attributes["way"] = "else"
-    return await run_chain(node.otherwise, scope) if node.otherwise else Result()
+        if view.holds(case.when):
+            view.span.attributes["way"] = number
+            return await run_chain(case.do, view)
+    view.span.attributes["way"] = "else"
+    return await run_chain(node.otherwise, view) if node.otherwise else Result()

@@ -11,11 +11,11 @@ from serve_app.config.patterns.language import AskNode, CascadeNode
 from serve_app.errors import AtlasError
 from serve_app.orchestrator.patterns.chain import run_node
 from serve_app.orchestrator.patterns.nodes.verify import score_of
-from serve_app.orchestrator.patterns.scope import Result, Scope, Status, failed
+from serve_app.orchestrator.patterns.view import NodeView, Result, Status, failed
 from serve_app.tools.builtin.best_of import answer_key
 
 
-async def run(node: CascadeNode, scope: Scope) -> Result:
+async def run(node: CascadeNode, view: NodeView) -> Result:
     """Ask rung after rung.
 
     Returns:
@@ -30,14 +30,14 @@ async def run(node: CascadeNode, scope: Scope) -> Result:
     wants_logprobs = node.accept.min_logprob is not None
     for number, rung in enumerate(node.of):
         is_last = number == len(node.of) - 1
-        inner = replace(scope, streams=scope.streams and is_last)
+        inner = replace(view, streams=view.streams and is_last)
         result = await run_node(rung, inner, wants_logprobs=wants_logprobs and not is_last)
-        scope.span.attributes["rung"] = number
+        view.span.attributes["rung"] = number
         if result.is_sent:
             return result
         if not result.is_usable and not (is_last and result.status is Status.REFUSED):
             continue
-        if is_last or await _is_accepted(node, rung, result, earlier, scope):
+        if is_last or await _is_accepted(node, rung, result, earlier, view):
             return result
         earlier.append(result)
     if earlier:  # the dear one failed: a doubtful answer is better than none
@@ -46,7 +46,7 @@ async def run(node: CascadeNode, scope: Scope) -> Result:
 
 
 async def _is_accepted(
-    node: CascadeNode, rung: AskNode, result: Result, earlier: list[Result], scope: Scope
+    node: CascadeNode, rung: AskNode, result: Result, earlier: list[Result], view: NodeView
 ) -> bool:
     accept, key = node.accept, answer_key(result.text)
     if result.status is not Status.OK or key is None:
@@ -63,9 +63,9 @@ async def _is_accepted(
         return False
     if accept.verifier is not None:
         try:
-            score = await score_of(shown, accept.verifier, scope)
+            score = await score_of(shown, accept.verifier, view)
         except AtlasError:
             return False
-        scope.span.attributes["score"] = round(score, 4)
+        view.span.attributes["score"] = round(score, 4)
         return score >= accept.min_score
     return True

@@ -11,9 +11,9 @@ from serve_app.config.patterns.check import WORD_BYTES
 from serve_app.config.patterns.language import AskNode, ParallelNode
 from serve_app.errors import AtlasError, EngineError, ServiceError
 from serve_app.orchestrator.patterns.chain import run_node
-from serve_app.orchestrator.patterns.scope import (
+from serve_app.orchestrator.patterns.view import (
+    NodeView,
     Result,
-    Scope,
     Status,
     by_deadline,
     end,
@@ -21,7 +21,7 @@ from serve_app.orchestrator.patterns.scope import (
 )
 
 
-async def run(node: ParallelNode, scope: Scope) -> Result:
+async def run(node: ParallelNode, view: NodeView) -> Result:
     """Run them until enough have succeeded, end the others, and join the results.
 
     Returns:
@@ -30,7 +30,7 @@ async def run(node: ParallelNode, scope: Scope) -> Result:
     Raises:
         AtlasError: What one failed with, where too few succeeded.
     """
-    inner = replace(scope, streams=False)
+    inner = replace(view, streams=False)
     if node.each is None:
         works = [run_node(branch, inner) for branch in node.do]
     else:
@@ -46,7 +46,7 @@ async def run(node: ParallelNode, scope: Scope) -> Result:
         await end(*tasks)
     results = [task.result() for task in tasks if task.done() and not task.cancelled()]
     usable = [result for result in results if result.is_usable]
-    scope.span.attributes |= {"succeeded": len(usable), "of": len(tasks)}
+    view.span.attributes |= {"succeeded": len(usable), "of": len(tasks)}
     failures = [result.failure for result in results if result.status is Status.FAILED]
     enough = len(usable) >= needed
     if not enough and not (usable and any(is_cap(failure) for failure in failures)):
@@ -54,7 +54,7 @@ async def run(node: ParallelNode, scope: Scope) -> Result:
         if refused is not None:
             return refused
         raise next((f for f in failures if f is not None), EngineError("too few succeeded"))
-    joined = await _joined(node, usable, scope)
+    joined = await _joined(node, usable, view)
     is_whole = enough and all(result.status is Status.OK for result in usable)
     if is_whole or joined.status is not Status.OK:
         return joined
@@ -67,13 +67,13 @@ def _succeeded(task: asyncio.Future[Result]) -> bool:
     return task.done() and not task.cancelled() and task.result().status is Status.OK
 
 
-async def _joined(node: ParallelNode, results: Sequence[Result], scope: Scope) -> Result:
+async def _joined(node: ParallelNode, results: Sequence[Result], view: NodeView) -> Result:
     if node.function is not None:
         texts = [result.shown for result in results]
         called = asyncio.to_thread(_call, node.function, texts)
-        return Result(text=await by_deadline(called, scope.budget, "the function"))
+        return Result(text=await by_deadline(called, view.budget, "the function"))
     if isinstance(node.join, AskNode):
-        joined = await run_node(node.join, scope.seeing(answers=together(results)))
+        joined = await run_node(node.join, view.seeing(answers=together(results)))
         if joined.status is Status.FAILED and is_cap(joined.failure) and not joined.is_sent:
             return replace(together(results), status=Status.PARTIAL, failure=joined.failure)
         return joined

@@ -16,7 +16,7 @@ from serve_app.errors import EngineError
 from serve_app.orchestrator.patterns.chain import run_node
 from serve_app.orchestrator.patterns.nodes.ask import read_json
 from serve_app.orchestrator.patterns.nodes.parallel import together
-from serve_app.orchestrator.patterns.scope import Result, Scope, Status, end, failed, is_cap
+from serve_app.orchestrator.patterns.view import NodeView, Result, Status, end, failed, is_cap
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -49,7 +49,7 @@ class Subtask:
     """Ids of the parts whose answers it asks with."""
 
 
-async def run(node: PlanNode, scope: Scope) -> Result:
+async def run(node: PlanNode, view: NodeView) -> Result:
     """Split, work, join.
 
     A lead that gives no plan is told so and asked once more; then the task is done as one part, if
@@ -63,11 +63,11 @@ async def run(node: PlanNode, scope: Scope) -> Result:
     Raises:
         AtlasError: If no part has an answer.
     """
-    inner = replace(scope, streams=False)
+    inner = replace(view, streams=False)
     subtasks, lead = await _split(node, inner)
     if subtasks is None:
         return lead
-    scope.span.attributes["subtasks"] = len(subtasks)
+    view.span.attributes["subtasks"] = len(subtasks)
     done = await _worked(node, subtasks, inner)
     needed = {name for subtask in subtasks for name in subtask.needs}
     is_join = isinstance(node.join, AskNode)
@@ -87,7 +87,7 @@ async def run(node: PlanNode, scope: Scope) -> Result:
             for name in wanted
             if done[name].is_usable
         ]
-        joined = await run_node(node.join, scope.seeing(answers=together(named)))
+        joined = await run_node(node.join, view.seeing(answers=together(named)))
         if joined.status is Status.FAILED and is_cap(joined.failure) and not joined.is_sent:
             joined = replace(
                 together(good), status=Status.PARTIAL, failure=joined.failure, data=None
@@ -100,13 +100,13 @@ async def run(node: PlanNode, scope: Scope) -> Result:
     return replace(joined, status=Status.PARTIAL, failure=failure)
 
 
-async def _split(node: PlanNode, scope: Scope) -> tuple[list[Subtask] | None, Result]:
+async def _split(node: PlanNode, view: NodeView) -> tuple[list[Subtask] | None, Result]:
     """The parts; `None`: the lead refused or was cut short, and its result is the plan's."""
     lead = Result()
     fault: str | None = None
     for _ in range(2):
         repairs = None if fault is None else (lead, fault)
-        lead = await run_node(node.lead, scope, repairs=repairs)
+        lead = await run_node(node.lead, view, repairs=repairs)
         if lead.status is Status.REFUSED or is_cap(lead.failure):
             return None, lead
         if lead.status is Status.FAILED:
@@ -115,10 +115,10 @@ async def _split(node: PlanNode, scope: Scope) -> tuple[list[Subtask] | None, Re
         subtasks, fault = read_plan(lead.text, node.max_subtasks)
         if subtasks is not None:
             return subtasks, lead
-    scope.span.attributes["fault"] = (fault or "")[:200]
-    if len(scope.question.encode("utf-8", "replace")) > WORD_BYTES:
+    view.span.attributes["fault"] = (fault or "")[:200]
+    if len(view.question.encode("utf-8", "replace")) > WORD_BYTES:
         return None, failed(EngineError(f"the lead gives no plan: {fault}"))
-    whole = Template((scope.question,))
+    whole = Template((view.question,))
     return [Subtask("a", whole, frozenset())], lead
 
 
@@ -152,11 +152,11 @@ def read_plan(text: str, max_subtasks: int) -> tuple[list[Subtask] | None, str |
 
 
 async def _worked(
-    node: PlanNode, subtasks: Sequence[Subtask], scope: Scope
+    node: PlanNode, subtasks: Sequence[Subtask], view: NodeView
 ) -> Mapping[str, Result]:
     """What each part came to; each begins as soon as what it needs is there."""
-    budget = _kept_back(node, scope.budget)
-    scope = replace(scope, budget=budget)
+    budget = _kept_back(node, view.budget)
+    view = replace(view, budget=budget)
     asked: dict[str, asyncio.Task[Result]] = {}
     tasks: dict[str, asyncio.Task[Result]] = {}
 
@@ -171,7 +171,7 @@ async def _worked(
 
         question = cut(subtask.ask.fill(value), WORD_BYTES)
         if question not in asked:
-            seen = scope.seeing(subtask=Result(text=question, max_bytes=WORD_BYTES))
+            seen = view.seeing(subtask=Result(text=question, max_bytes=WORD_BYTES))
             asked[question] = asyncio.ensure_future(run_node(node.worker, seen))
         return await asyncio.shield(asked[question])
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from serve_app.config.patterns.language import RefuseNode
-from serve_app.orchestrator.patterns.scope import Result, Scope, Status
+from serve_app.orchestrator.patterns.view import NodeView, Result, Status
 
 
-async def run(node: RefuseNode, scope: Scope) -> Result:
+async def run(node: RefuseNode, view: NodeView) -> Result:
     """Refuse where the predicate holds; else nothing."""
-    if node.when is not None and not scope.holds(node.when):
+    if node.when is not None and not view.holds(node.when):
         return Result()
-    return Result(Status.REFUSED, text=scope.fill(node.say))
+    return Result(Status.REFUSED, text=view.fill(node.say))

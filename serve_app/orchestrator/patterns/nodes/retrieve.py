@@ -7,21 +7,21 @@ from typing import Any
 from serve_app.config.patterns.language import RetrieveNode
 from serve_app.errors import ToolFailed, ToolRetry
 from serve_app.orchestrator.patterns.facts import names_in, words_in
-from serve_app.orchestrator.patterns.scope import Result, Scope, by_deadline
+from serve_app.orchestrator.patterns.view import NodeView, Result, by_deadline
 from serve_app.tools.builtin.retrieval import MAX_QUERY_CHARS
 
 
-async def run(node: RetrieveNode, scope: Scope) -> Result:
+async def run(node: RetrieveNode, view: NodeView) -> Result:
     """Look sentences up; a query without a word finds nothing.
 
     Raises:
         ToolFailed: If the search fails, or similarity counts and the tool has no encoder.
     """
-    tools, work = scope.parts.pairs.parts.tools, scope.tool_work(node.corpus)
-    query = scope.fill(node.query)[:MAX_QUERY_CHARS]
+    tools, work = view.parts.pairs.parts.tools, view.tool_work(node.corpus)
+    query = view.fill(node.query)[:MAX_QUERY_CHARS]
     searched = tools.run(work, {"query": query})
     try:
-        found = await by_deadline(searched, scope.budget, f"the tool {node.corpus!r}")
+        found = await by_deadline(searched, view.budget, f"the tool {node.corpus!r}")
     except ToolRetry:
         return Result(max_bytes=node.max_bytes)
     sources: list[dict[str, Any]] = found.data.get("sources", [])
@@ -37,6 +37,6 @@ async def run(node: RetrieveNode, scope: Scope) -> Result:
             if names <= words_in(f"{source.get('title', '')} {source['text']}")
         ]
     kept = tuple(sources[: node.top_k])
-    scope.span.attributes["sources"] = len(kept)
+    view.span.attributes["sources"] = len(kept)
     lines = [f"[{number}] {source['text']}" for number, source in enumerate(kept, start=1)]
     return Result(text="\n".join(lines), sources=kept, max_bytes=node.max_bytes)

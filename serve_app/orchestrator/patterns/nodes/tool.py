@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from serve_app.config.patterns.language import ToolNode
-from serve_app.orchestrator.patterns.scope import Result, Scope, by_deadline
+from serve_app.orchestrator.patterns.view import NodeView, Result, by_deadline
 
 
-async def run(node: ToolNode, scope: Scope) -> Result:
+async def run(node: ToolNode, view: NodeView) -> Result:
     """Call it.
 
     Raises:
         AtlasError: If the arguments are wrong, or the call fails.
     """
-    tools, work = scope.parts.pairs.parts.tools, scope.tool_work(node.tool)
-    called = tools.run(work, scope.filled(node.arguments))
-    result = await by_deadline(called, scope.budget, f"the tool {node.tool!r}")
+    tools, work = view.parts.pairs.parts.tools, view.tool_work(node.tool)
+    called = tools.run(work, view.filled(node.arguments))
+    result = await by_deadline(called, view.budget, f"the tool {node.tool!r}")
     return Result(
         text=result.text,
         data=result.data or None,

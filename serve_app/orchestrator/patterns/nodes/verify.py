@@ -12,14 +12,14 @@ from serve_app.models.verifier import read_score, scoring_body
 from serve_app.orchestrator.patterns import facts
 from serve_app.orchestrator.patterns.examples import trial_of
 from serve_app.orchestrator.patterns.nodes.ask import read_json
-from serve_app.orchestrator.patterns.scope import Result, Scope, Status, by_deadline
+from serve_app.orchestrator.patterns.view import NodeView, Result, Status, by_deadline
 from serve_app.orchestrator.trace import SpanKind
 
 _FAULT = "fault"
 """Key in `data` of what is wrong with a result that is kept all the same."""
 
 
-async def run(node: VerifyNode, scope: Scope) -> Result:
+async def run(node: VerifyNode, view: NodeView) -> Result:
     """Check.
 
     Returns:
@@ -30,24 +30,24 @@ async def run(node: VerifyNode, scope: Scope) -> Result:
         EngineError: If something is wrong, and the node says so.
         AtlasError: If the check itself cannot be made.
     """
-    checked = scope.results[node.of]
-    result, fault = await _check(node, checked, scope)
-    scope.span.attributes["passed"] = fault is None
+    checked = view.results[node.of]
+    result, fault = await _check(node, checked, view)
+    view.span.attributes["passed"] = fault is None
     if fault is None:
         return replace(result, fault=None)
-    scope.span.attributes["fault"] = fault[:200]
+    view.span.attributes["fault"] = fault[:200]
     if node.otherwise == "fail":
         raise EngineError(f"the answer does not pass the check {node.check!r}: {fault}")
     if node.otherwise == "refuse":
-        return Result(Status.REFUSED, text=scope.fill(node.say))
+        return Result(Status.REFUSED, text=view.fill(node.say))
     return replace(checked, data={_FAULT: fault}, fault=fault)
 
 
-async def _check(node: VerifyNode, checked: Result, scope: Scope) -> tuple[Result, str | None]:
+async def _check(node: VerifyNode, checked: Result, view: NodeView) -> tuple[Result, str | None]:
     """The result, with what the check adds to it, and what is wrong with it."""
     text = checked.text.strip()
     num_citable = checked.num_citable if node.sources is None else None
-    sources = checked.sources if node.sources is None else scope.results[node.sources].sources
+    sources = checked.sources if node.sources is None else view.results[node.sources].sources
     fault: str | None = None
     match node.check:
         case "schema":
@@ -66,39 +66,39 @@ async def _check(node: VerifyNode, checked: Result, scope: Scope) -> tuple[Resul
             count = len(sources) if num_citable is None else num_citable
             fault = facts.wrong_citations(text, count)
         case "examples":
-            fault = await _failing_examples(node, text, scope)
+            fault = await _failing_examples(node, text, view)
         case "verifier":
             assert node.verifier is not None
-            score = await score_of(checked.shown.strip(), node.verifier, scope)
-            scope.span.attributes["score"] = round(score, 4)
+            score = await score_of(checked.shown.strip(), node.verifier, view)
+            view.span.attributes["score"] = round(score, 4)
             fault = None if score >= node.min_score else f"the verifier gives it {score:.2f}"
     return checked, fault
 
 
-async def score_of(text: str, verifier: str, scope: Scope) -> float:
+async def score_of(text: str, verifier: str, view: NodeView) -> float:
     """What a verifier gives an answer to the question, in [0, 1].
 
     Raises:
         AtlasError: If it gives no score.
     """
-    models = scope.parts.pairs.parts.models
-    messages = scoring_body(scope.question, text)["messages"]
+    models = view.parts.pairs.parts.models
+    messages = scoring_body(view.question, text)["messages"]
     body = models.body(verifier, {}, messages)
-    with scope.span.child(SpanKind.VALIDATION, verifier) as span:
-        asked = models.complete_all(scope.work, verifier, [body], scope.budget, span)
-        (completion,) = await by_deadline(asked, scope.budget, f"the verifier {verifier!r}")
+    with view.span.child(SpanKind.VALIDATION, verifier) as span:
+        asked = models.complete_all(view.work, verifier, [body], view.budget, span)
+        (completion,) = await by_deadline(asked, view.budget, f"the verifier {verifier!r}")
     return read_score(completion)
 
 
-async def _failing_examples(node: VerifyNode, text: str, scope: Scope) -> str | None:
+async def _failing_examples(node: VerifyNode, text: str, view: NodeView) -> str | None:
     """Which examples of the question the answer's code fails; `None`: none, or there are none."""
-    trial = trial_of(text, scope.question)
+    trial = trial_of(text, view.question)
     if trial is None:
         return None
     assert node.tool is not None
-    ran = scope.parts.pairs.parts.tools.run(scope.tool_work(node.tool), {"code": trial.program})
+    ran = view.parts.pairs.parts.tools.run(view.tool_work(node.tool), {"code": trial.program})
     try:
-        said = (await by_deadline(ran, scope.budget, f"the tool {node.tool!r}")).text
+        said = (await by_deadline(ran, view.budget, f"the tool {node.tool!r}")).text
     except (ToolRetry, ToolTimeout) as failure:  # what the program does
         said = failure.message
     return trial.failures(said)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from serve_app.config.patterns.language import ROUTE, AskNode, VoteNode
 from serve_app.errors import AtlasError, EngineError
 from serve_app.orchestrator.patterns.chain import run_node
-from serve_app.orchestrator.patterns.scope import Result, Scope, Status, end, is_cap
+from serve_app.orchestrator.patterns.view import NodeView, Result, Status, end, is_cap
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.schemas import PATTERN_PREFIX, DecidedBy, Limits, Pair
 from serve_app.tools.builtin.best_of import answer_key
@@ -36,7 +36,7 @@ class _Side:
         return max(self.results, key=lambda pair: pair[0])[1]
 
 
-async def run(node: VoteNode, scope: Scope) -> Result:
+async def run(node: VoteNode, view: NodeView) -> Result:
     """Ask all at once; end as soon as no voice that is still to come can change the outcome.
 
     Returns:
@@ -48,8 +48,8 @@ async def run(node: VoteNode, scope: Scope) -> Result:
     Raises:
         AtlasError: If nobody answers.
     """
-    weights = await _weights(node, scope)
-    inner = replace(scope, streams=False)
+    weights = await _weights(node, view)
+    inner = replace(view, streams=False)
     tasks = [asyncio.ensure_future(run_node(ask, inner)) for ask in node.of]
     sides: dict[str, _Side] = {}
     failures: list[AtlasError] = []
@@ -86,7 +86,7 @@ async def run(node: VoteNode, scope: Scope) -> Result:
         }
         for side in ordered
     ]
-    scope.span.attributes |= {
+    view.span.attributes |= {
         "sides": len(said),
         "voices": sum(len(side.results) for side in ordered),
         "weight": round(ordered[0].weight, 4),
@@ -108,7 +108,7 @@ def _is_decided(sides: dict[str, _Side], weight_left: float) -> bool:
     return bool(weights) and weights[0] > sum(weights[1:2]) + weight_left
 
 
-async def _weights(node: VoteNode, scope: Scope) -> list[float]:
+async def _weights(node: VoteNode, view: NodeView) -> list[float]:
     """The weight of each voice; all the same where nothing is profiled or the router is away."""
     pairs = [
         None if ask.pair == ROUTE or ask.pair.startswith(PATTERN_PREFIX) else Pair.parse(ask.pair)
@@ -118,14 +118,14 @@ async def _weights(node: VoteNode, scope: Scope) -> list[float]:
         return [1.0] * len(pairs)
     limits = Limits(
         alpha=0.0,
-        deadline_s=scope.budget.deadline.remaining_s(),
+        deadline_s=view.budget.deadline.remaining_s(),
         models=frozenset(pair.model_id for pair in pairs if pair is not None),
     )
-    patience = scope.budget.part(0.25).deadline
+    patience = view.budget.part(0.25).deadline
     try:
-        with scope.span.child(SpanKind.DECISION, "weights"):
-            _, decision = await scope.parts.decider.decide(
-                scope.question, limits, patience, explain=True
+        with view.span.child(SpanKind.DECISION, "weights"):
+            _, decision = await view.parts.decider.decide(
+                view.question, limits, patience, explain=True
             )
     except AtlasError:
         return [1.0] * len(pairs)

@@ -113,7 +113,7 @@ class PatternParts:
 
 
 @dataclass(frozen=True)
-class Scope:
+class NodeView:
     """One node's view of the run it is part of."""
 
     parts: PatternParts
@@ -128,7 +128,7 @@ class Scope:
     """Whether its text goes to the caller as it comes, if the caller wants it so: it is the last
     thing that is done."""
 
-    def seeing(self, **results: Result) -> Scope:
+    def seeing(self, **results: Result) -> NodeView:
         """This view with more results."""
         return replace(self, results={**self.results, **results})
 
