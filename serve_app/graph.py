@@ -22,6 +22,7 @@ from serve_app.gateway.deployment import Gateway
 from serve_app.pool.controller import PoolController
 from serve_app.router.deployment import Router
 from serve_app.telemetry import SERVE_LOGGING
+from serve_app.tools.builtin.toolset import check_tools
 
 APP_NAME = "atlas"
 """Name of the Serve application with the gateway."""
@@ -46,6 +47,7 @@ def build_app(args: BuildArgs) -> Application:
         ConfigError: If the configuration cannot work; the message names the setting.
     """
     config = load_config(args.config)
+    check_tools(config.tools)
     controller = serve.deployment(
         PoolController,
         ray_actor_options={"num_cpus": 0, "resources": config.pool.resources},

@@ -90,4 +90,6 @@ def _typical(pool: tuple[_Members, _Members], pair: Pair) -> float | None:
         return typical_cost_usd(price)
     if tool is None:
         return None
-    return typical_cost_usd(price, tool["price_usd_per_call"], tool.get("num_samples", 1))
+    called = [tools[name] for name in tool.get("members", (pair.tool_id,)) if name in tools]
+    usd_per_call = max((of["price_usd_per_call"] for of in called), default=0.0)
+    return typical_cost_usd(price, usd_per_call, tool.get("num_samples", 1))

@@ -28,6 +28,7 @@ from rl.profile.measure import RunSettings, measure_pair, measure_thought
 from rl.profile.ready_pool import ready_pool
 from serve_app.config import AtlasConfig
 from serve_app.config.patterns.check import needs_of, routed_pairs
+from serve_app.config.tools import ToolsetConfig
 from serve_app.embedder import Embedder
 from serve_app.errors import ConfigError
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages, with_note
@@ -232,10 +233,13 @@ def fingerprint(config: AtlasConfig, pair: Pair, planner: str | None = None) -> 
     if pair.is_pattern:
         return _of_pattern(config, pair)
     tool = next((tool for tool in config.tools if tool.tool_id == pair.tool_id), None)
-    settings = [
+    settings: list[Any] = [
         _of_model(config, pair.model_id),
         tool and tool.model_dump(mode="json", exclude=_TOOL_EXTRAS),
     ]
+    if isinstance(tool, ToolsetConfig):
+        members = config.called_tools(tool.tool_id)
+        settings += [member.model_dump(mode="json", exclude=_TOOL_EXTRAS) for member in members]
     if planner is not None:
         settings.append({"thought": thought_fingerprint(config, planner), "as": with_note("", "")})
     return _digest(settings)

@@ -24,7 +24,7 @@ from serve_app.config.patterns.language import PatternConfig
 from serve_app.config.pool import PoolConfig
 from serve_app.config.router import RouterConfig
 from serve_app.config.store import SnapshotsPlace, StoreConfig
-from serve_app.config.tools import BestOfConfig, ToolConfig
+from serve_app.config.tools import BestOfConfig, ToolConfig, ToolsetConfig
 from serve_app.schemas import NO_TOOL, Pair
 
 DATA_FOLDER = ".atlas-serve"
@@ -79,6 +79,23 @@ class AtlasConfig(BaseConfig):
         return self
 
     @model_validator(mode="after")
+    def _members_are_function_tools(self) -> Self:
+        tools = {tool.tool_id: tool for tool in self.tools}
+        for toolset in (tool for tool in self.tools if isinstance(tool, ToolsetConfig)):
+            for name in toolset.members:
+                if name not in tools:
+                    raise ValueError(
+                        f"toolset {toolset.tool_id!r} names tool {name!r}; "
+                        f"configured: {sorted(tools)}"
+                    )
+                if tools[name].kind != "function" or isinstance(tools[name], ToolsetConfig):
+                    raise ValueError(
+                        f"toolset {toolset.tool_id!r}: {name!r} is no tool with functions of its "
+                        "own; members are tools of the kind 'function', and no toolsets"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _roles_fit_together(self) -> Self:
         roles = {model.model_id: model.role for model in self.models}
         if "chat" not in roles.values():
@@ -110,6 +127,22 @@ class AtlasConfig(BaseConfig):
             if model.role == "chat"
             for tool_id in model.tools
         )
+
+    def called_tools(self, tool_id: str) -> tuple[ToolConfig, ...]:
+        """The tools that calls of a tool go to: the members of a toolset, or the tool itself.
+
+        Returns:
+            Empty where there is no such tool.
+        """
+        tools = {tool.tool_id: tool for tool in self.tools}
+        tool = tools.get(tool_id)
+        if isinstance(tool, ToolsetConfig):
+            return tuple(tools[name] for name in tool.members)
+        return () if tool is None else (tool,)
+
+    def usd_per_tool_call(self, tool_id: str) -> float:
+        """US dollars of one call of a tool; of a toolset's dearest member."""
+        return max((tool.price_usd_per_call for tool in self.called_tools(tool_id)), default=0.0)
 
     def model(self, model_id: str) -> LocalModelConfig | RemoteModelConfig | CustomModelConfig:
         """The settings of one model.

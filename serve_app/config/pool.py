@@ -98,4 +98,6 @@ class PoolConfig(BaseConfig):
     """How often a pool at rest is looked at."""
     allow_custom_models: bool = False
     """Whether models of type `custom`, which name code to run, can be added over HTTP."""
+    allow_custom_tools: bool = False
+    """The same of tools of type `custom`. Gateways import what such a tool names."""
     admin_api: AdminApiConfig = AdminApiConfig()

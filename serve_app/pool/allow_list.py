@@ -23,7 +23,13 @@ from serve_app.config import (
 )
 from serve_app.config.patterns.check import functions_of
 from serve_app.config.patterns.language import PatternConfig
-from serve_app.config.tools import EncoderConfig, PythonConfig, RetrievalConfig, ToolConfig
+from serve_app.config.tools import (
+    CustomToolConfig,
+    EncoderConfig,
+    PythonConfig,
+    RetrievalConfig,
+    ToolConfig,
+)
 from serve_app.errors import InvalidRequest
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
@@ -46,6 +52,7 @@ class AllowList:
         """
         self._rules = config.pool.admin_api
         self._allows_custom = config.pool.allow_custom_models
+        self._allows_custom_tools = config.pool.allow_custom_tools
         self._encoders = {config.embedder.model, EncoderConfig().model}
         self._models = {model.model_id: model for model in config.models}
         self._tools = {tool.tool_id: tool for tool in config.tools}
@@ -103,6 +110,14 @@ class AllowList:
             tool, of_file, "packages", "memory_mb", "max_disk_bytes"
         ):
             self._check_python(tool)
+        elif isinstance(tool, CustomToolConfig) and not (
+            self._allows_custom_tools or _same(tool, of_file, "import_path", "settings")
+        ):
+            raise InvalidRequest(
+                "a custom tool runs code: it is added in the configuration file, or where "
+                "pool.allow_custom_tools is set",
+                "tool.type",
+            )
 
     def _check_local(self, model: LocalModelConfig) -> None:
         if model.env:

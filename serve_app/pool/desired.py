@@ -17,11 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 from serve_app.config import AtlasConfig, ModelConfig, PriceConfig
 from serve_app.config.patterns.check import check_pattern
 from serve_app.config.patterns.language import PatternConfig
-from serve_app.config.tools import ToolConfig
+from serve_app.config.tools import ToolConfig, ToolsetConfig
 from serve_app.errors import ConfigError, Conflict, InvalidRequest, NotFound, StoreError
 from serve_app.pool.allow_list import AllowList
 from serve_app.schemas import NO_TOOL, Pair
 from serve_app.store import PoolRevision, Store, add_pool, newest_pool
+from serve_app.tools.builtin.toolset import check_tools
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ def with_pool(
     Raises:
         InvalidRequest: If it cannot work; the message names the setting.
     """
+    tools = {name: _with_known_members(of, tools) for name, of in tools.items()}
+    tools = {name: of for name, of in tools.items() if of.get("members") != []}
     known = {NO_TOOL, *tools}
     admitted = []
     for settings in models.values():
@@ -79,6 +82,13 @@ def with_pool(
         return AtlasConfig.model_validate(whole)
     except ValidationError as error:
         raise InvalidRequest(f"the pool cannot work so: {error.errors()[0]['msg']}") from None
+
+
+def _with_known_members(tool: Json, tools: Members) -> Json:
+    """A toolset with those of its members that are there; any other tool as it is."""
+    if "members" not in tool:
+        return tool
+    return {**tool, "members": [name for name in tool["members"] if name in tools]}
 
 
 class DesiredPool:
@@ -218,7 +228,12 @@ class DesiredPool:
         def change(models: Members, tools: Members, patterns: Members) -> None:
             if tool_id in tools:
                 raise Conflict(f"tool {tool_id!r} is in the pool; remove it first")
+            _check_members(tool, tools)
             tools[tool_id] = tool.model_dump(mode="json")
+            try:
+                check_tools(with_pool(self._config, models, tools, patterns).tools)
+            except ConfigError as error:
+                raise InvalidRequest(error.message, "tool") from None
             answering = [name for name, of in models.items() if of["role"] == "chat"]
             for model_id in answering if model_ids is None else model_ids:
                 settings = _find(models, "model", model_id)
@@ -384,6 +399,15 @@ def _find(members: Members, kind: str, name: str) -> Json:
     if name not in members:
         raise NotFound(f"there is no {kind} {name!r} in the pool")
     return members[name]
+
+
+def _check_members(tool: ToolConfig, tools: Members) -> None:
+    for name in tool.members if isinstance(tool, ToolsetConfig) else ():
+        if name not in tools:
+            raise InvalidRequest(
+                f"toolset {tool.tool_id!r} names tool {name!r}; the pool has: {sorted(tools)}",
+                "tool.members",
+            )
 
 
 def _check_tools(model: ModelConfig, tools: Members) -> None:

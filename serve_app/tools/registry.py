@@ -7,10 +7,12 @@ from typing import assert_never
 from serve_app.config.tools import (
     BestOfConfig,
     CalculatorConfig,
+    CustomToolConfig,
     NoneConfig,
     PythonConfig,
     RetrievalConfig,
     ToolConfig,
+    ToolsetConfig,
 )
 from serve_app.tools.base import Tool
 
@@ -23,6 +25,9 @@ def build_tool(config: ToolConfig) -> Tool:
 
     Returns:
         The tool.
+
+    Raises:
+        ConfigError: If there is no such tool: a class that cannot be imported or made.
     """
     # Imported on use: reading a tool's schema must not load another tool's libraries.
     match config:
@@ -46,5 +51,13 @@ def build_tool(config: ToolConfig) -> Tool:
             from serve_app.tools.builtin.best_of import BestOf
 
             return BestOf(config)
+        case ToolsetConfig():
+            from serve_app.tools.builtin.toolset import Toolset
+
+            return Toolset(config)
+        case CustomToolConfig():
+            from serve_app.tools.builtin.custom import load_custom
+
+            return load_custom(config)
         case _:
             assert_never(config)

@@ -22,9 +22,10 @@ import ray
 import ray.exceptions
 from pydantic import TypeAdapter
 
-from serve_app.config.tools import RetrievalConfig, ToolConfig, ToolSettings
-from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout, ToolWorkerDied
+from serve_app.config.tools import RetrievalConfig, ToolConfig, ToolsetConfig, ToolSettings
+from serve_app.errors import ConfigError, ToolFailed, ToolRetry, ToolTimeout, ToolWorkerDied
 from serve_app.tools.base import Function, Tool, ToolResult
+from serve_app.tools.builtin.toolset import functions_by_owner
 from serve_app.tools.registry import build_tool
 
 logger = logging.getLogger(__name__)
@@ -124,14 +125,23 @@ class ToolRunner:
 
         Args:
             configs: Settings of every tool of it. A tool that is not among them stays callable, for
-                the requests that chose it before, and is not kept warm.
+                the requests that chose it before, and is not kept warm. One that cannot be made is
+                logged and left out: its calls fail.
         """
         settings = {config.tool_id: _with_cache_dir(config, self._cache_dir) for config in configs}
         for tool_id, config in settings.items():
             held = self._entries.get(tool_id)
             if held is None or held.config != config:
-                self._entries[tool_id] = _entry(config)
-        self._kept_warm = frozenset(settings)
+                self._entries.pop(tool_id, None)
+                try:
+                    self._entries[tool_id] = _entry(config)
+                except ConfigError as error:
+                    logger.error("a tool is left out: %s", error.message)
+        self._kept_warm = frozenset(
+            tool_id
+            for tool_id, config in settings.items()
+            if tool_id in self._entries and not isinstance(config, ToolsetConfig)
+        )
 
     def __contains__(self, tool_id: str) -> bool:
         """Whether the pool has this tool."""
@@ -143,10 +153,28 @@ class ToolRunner:
         Args:
             tool_id: Its name.
 
+        Returns:
+            Those of a toolset are its members'; at least one.
+
+        Raises:
+            ToolFailed: If the pool has no such tool, or it has no function.
+        """
+        entry = self._entry(tool_id)
+        if not isinstance(entry.config, ToolsetConfig):
+            return entry.functions
+        return tuple(function for _, function in self._members_of(entry.config).values())
+
+    def owner(self, tool_id: str, function: str) -> Tool:
+        """The tool that a call goes to: of a toolset the member that has the function.
+
+        Args:
+            tool_id: The tool that was offered.
+            function: One of its functions.
+
         Raises:
             ToolFailed: If the pool has no such tool.
         """
-        return self._entry(tool_id).functions
+        return self._owner(tool_id, function).tool
 
     def tool(self, tool_id: str) -> Tool:
         """The tool's description and settings.
@@ -220,8 +248,8 @@ class ToolRunner:
             ToolFailed: If there is no such tool, it is busy, or it failed.
         """
         begin = time.monotonic()
-        entry = self._entry(tool_id)
         called = function or tool_id
+        entry = self._owner(tool_id, called)
         _check(entry, called, arguments)
         await self._take_place(entry, deadline_s)
         left_s = min(deadline_s - (time.monotonic() - begin), entry.config.timeout_s)
@@ -237,6 +265,31 @@ class ToolRunner:
             return self._entries[tool_id]
         except KeyError:
             raise ToolFailed(f"no tool {tool_id!r}; tools: {sorted(self._entries)}") from None
+
+    def _owner(self, tool_id: str, function: str) -> _Entry:
+        entry = self._entry(tool_id)
+        if isinstance(entry.config, ToolsetConfig):
+            members = self._members_of(entry.config)
+            if function in members:
+                return self._entry(members[function][0])
+        return entry
+
+    def _members_of(self, config: ToolsetConfig) -> dict[str, tuple[str, Function]]:
+        """By name, each function of a toolset with the member that has it.
+
+        A member that cannot be made is left out.
+
+        Raises:
+            ToolFailed: If none is left, or two functions have one name.
+        """
+        there = [name for name in config.members if name in self._entries]
+        if not there:
+            raise ToolFailed(f"toolset {config.tool_id!r} has no member that can be called")
+        try:
+            functions = {name: self.functions(name) for name in there}
+            return functions_by_owner(config.tool_id, functions)
+        except ConfigError as error:
+            raise ToolFailed(error.message) from None
 
     async def _take_place(self, entry: _Entry, deadline_s: float) -> None:
         """Wait for one of the tool's places, within bounds."""

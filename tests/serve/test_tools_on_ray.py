@@ -22,9 +22,11 @@ import ray
 from serve_app.config.tools import (
     BestOfConfig,
     CalculatorConfig,
+    CustomToolConfig,
     NoneConfig,
     PythonConfig,
     RetrievalConfig,
+    ToolsetConfig,
 )
 from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
 from serve_app.tools import runner as runner_module
@@ -84,6 +86,30 @@ async def test_tool_runs_in_another_process_and_reports_seconds_and_price() -> N
     assert result.seconds > 0
     result = await call(runner, "python", {"code": "import os\nprint(os.getppid())"})
     assert int(result.text) != os.getpid()
+
+
+async def test_a_call_of_a_toolset_runs_as_its_members_task() -> None:
+    settings = {"import_path": "tests.own_tools:Notes", "price_usd_per_call": 2.0, "num_cpus": 0}
+    members = ("calculator", "notes")
+    runner = ToolRunner(
+        [
+            CalculatorConfig(tool_id="calculator", timeout_s=30, num_cpus=0),
+            CustomToolConfig.model_validate({"tool_id": "notes", "timeout_s": 60} | settings),
+            ToolsetConfig(tool_id="desk", description="sums and notes", members=members),
+        ]
+    )
+    runs = [
+        runner.run("desk", arguments, deadline_s=START_S, function=function)
+        for function, arguments in (
+            ("calculator", {"expression": "6 * 7"}),
+            ("read_note", {"number": 3}),
+        )
+    ]
+    first, second = await asyncio.gather(*runs)
+    assert (first.text, first.cost_usd) == ("42", 0.0)
+    assert (second.text, second.cost_usd) == ("read_note 3", 2.0)
+    with pytest.raises(ToolFailed, match="'desk' has no function 'delete_note'"):
+        await runner.run("desk", {}, deadline_s=START_S, function="delete_note")
 
 
 async def test_retry_crosses_the_process_border_as_itself() -> None:

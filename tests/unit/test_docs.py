@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from rl.cli.app import app as rl_app
 from serve_app.config import load_config
 from serve_app.config.patterns.check import check_pattern
 from serve_app.config.patterns.files import read_pattern
+from serve_app.config.tools import CustomToolConfig
+from serve_app.tools.registry import build_tool
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), ROOT / "benchmarks/README.md", *(ROOT / "docs").glob("*.md")])
@@ -116,6 +120,29 @@ def test_every_python_block_and_module_command_of_a_page_can_be_run(page: Path) 
         place = ROOT / module.replace(".", "/")
         is_there = place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()
         assert is_there, f"python -m {module}"
+
+
+def test_the_tool_of_ones_own_in_the_pages_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(
+        "vaderSentiment",
+        reason="the example's library is not pinned: nothing else needs it",
+    )
+    (code,) = [block for block in blocks(ROOT / "docs/extending.md", "python") if "Tool)" in block]
+    (entry,) = [
+        tool
+        for block in blocks(ROOT / "docs/extending.md", "yaml")
+        for tool in yaml.safe_load(block).get("tools", ())
+    ]
+    module = types.ModuleType("my_package.tools")
+    exec(compile(code, "docs/extending.md", "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, "my_package", types.ModuleType("my_package"))
+    monkeypatch.setitem(sys.modules, "my_package.tools", module)
+    tool = build_tool(CustomToolConfig.model_validate(entry))
+    glad, sad = (
+        float(tool.call("sentiment", {"text": text}, 1.0).text)
+        for text in ("I love this!", "I hate this!")
+    )
+    assert sad < 0 < glad
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -28,6 +28,7 @@ from serve_app.config.patterns.language import (
     VoteNode,
 )
 from serve_app.config.patterns.template import Reference, references_in
+from serve_app.config.tools import ToolsetConfig
 from serve_app.errors import ConfigError
 from serve_app.schemas import NO_TOOL, PATTERN_PREFIX, Pair, PatternMember
 
@@ -226,6 +227,8 @@ def _collect_unmet(
         )
         if wanted[1] in tools and tools[wanted[1]].type != wanted[0]:
             missing.append(f"the tool {wanted[1]!r} is no {wanted[0]} tool")
+        if isinstance(node, ToolNode) and isinstance(tools.get(node.tool), ToolsetConfig):
+            missing.append(f"the tool {node.tool!r} is a toolset; name one of its members")
     for node in needs.routes:
         if not routed_pairs(node, config):
             missing.append("'route' allows no pair of the pool")

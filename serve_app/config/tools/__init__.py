@@ -10,6 +10,7 @@ from serve_app.config.tools.base import (
     MAX_DESCRIPTION_CHARS,
     TOOL_ID_PATTERN,
     Examples,
+    ManyFunctionsSettings,
     ToolSettings,
 )
 from serve_app.config.tools.builtin import (
@@ -20,9 +21,16 @@ from serve_app.config.tools.builtin import (
     PythonConfig,
     RetrievalConfig,
 )
+from serve_app.config.tools.composed import CustomToolConfig, ToolsetConfig
 
 ToolConfig = Annotated[
-    NoneConfig | CalculatorConfig | PythonConfig | RetrievalConfig | BestOfConfig,
+    NoneConfig
+    | CalculatorConfig
+    | PythonConfig
+    | RetrievalConfig
+    | BestOfConfig
+    | ToolsetConfig
+    | CustomToolConfig,
     Field(discriminator="type"),
 ]
 """Any tool's settings, told apart by `type`."""
@@ -32,11 +40,14 @@ __all__ = [
     "TOOL_ID_PATTERN",
     "BestOfConfig",
     "CalculatorConfig",
+    "CustomToolConfig",
     "EncoderConfig",
     "Examples",
+    "ManyFunctionsSettings",
     "NoneConfig",
     "PythonConfig",
     "RetrievalConfig",
     "ToolConfig",
     "ToolSettings",
+    "ToolsetConfig",
 ]

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve_app.schemas import Effects, ToolKind
 
 TOOL_ID_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,62}$"
+IMPORT_PATH_PATTERN = r"^[\w.]+:\w+$"
+"""`module:Class`."""
 MAX_DESCRIPTION_CHARS = 4000
 Examples = Annotated[tuple[Annotated[str, Field(max_length=2000)], ...], Field(max_length=256)]
 """Utterances of a card; each is embedded when the pool changes, beside the live queries."""
@@ -65,3 +67,10 @@ class ToolSettings(BaseModel):
 
     max_result_chars: int = Field(default=8192, ge=64, le=1 << 20)
     """Longest text a model gets back; the rest is cut and said to be."""
+
+
+class ManyFunctionsSettings(ToolSettings):
+    """What tools have that may offer several functions."""
+
+    top_k: int = Field(default=8, ge=1, le=128)
+    """Functions a model is offered at once: where the tool has more, those that fit the query."""

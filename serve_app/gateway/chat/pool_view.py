@@ -144,7 +144,7 @@ class PoolView:
             return {}
         price: Json = models[member.model_id].price.model_dump()
         if pair is not None and pair.tool_id in tools:
-            price["usd_per_tool_call"] = tools[pair.tool_id].price_usd_per_call
+            price["usd_per_tool_call"] = self._config.usd_per_tool_call(pair.tool_id)
         return {"price": price}
 
     def admin_models(self) -> list[Json]:

@@ -58,7 +58,7 @@ def pair_cards(config: AtlasConfig) -> tuple[PairCard, ...]:
         texts = (" ".join(part for part in descriptor if part) or str(pair), *examples)
         cost_usd = typical_cost_usd(
             model.price,
-            tool.price_usd_per_call if tool and pair.tool_id != NO_TOOL else 0.0,
+            config.usd_per_tool_call(pair.tool_id) if pair.tool_id != NO_TOOL else 0.0,
             tool.num_samples if tool is not None and tool.type == "best_of" else 1,
         )
         cards.append(PairCard(pair, texts, cost_usd))

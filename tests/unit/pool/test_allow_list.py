@@ -33,6 +33,7 @@ REMOTE: Json = {
 CUSTOM: Json = {"type": "custom", "model_id": "new", "import_path": "os:system"}
 RETRIEVAL: Json = {"type": "retrieval", "tool_id": "new"}
 PYTHON: Json = {"type": "python", "tool_id": "new"}
+CUSTOM_TOOL: Json = {"type": "custom", "tool_id": "new", "import_path": "os:system"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -54,7 +55,10 @@ def config(folders: Path) -> AtlasConfig:
         {**REMOTE, "model_id": "far", "base_url": "http://u:p@elsewhere/v1", "api_key_env": "X"},
         {**CUSTOM, "model_id": "own", "settings": {"a": 1}},
     ]
-    tools = [{**RETRIEVAL, "tool_id": "docs", "corpus": "/srv/docs", "cache_dir": "/srv/cache"}]
+    tools = [
+        {**RETRIEVAL, "tool_id": "docs", "corpus": "/srv/docs", "cache_dir": "/srv/cache"},
+        {**CUSTOM_TOOL, "tool_id": "own", "settings": {"a": 1}},
+    ]
     allowed = {
         "model_roots": [str(folders / "weights")],
         "corpora_root": str(folders / "corpora"),
@@ -169,6 +173,9 @@ def placed(settings: Json, folders: Path) -> Json:
         ({**REMOTE, "health_path": "https://evil.test/"}, "health_path"),
         (CUSTOM, "custom"),
         ({**CUSTOM, "model_id": "own", "settings": {"a": 2}}, "custom"),
+        (CUSTOM_TOOL, "pool.allow_custom_tools"),
+        ({**CUSTOM_TOOL, "tool_id": "own", "settings": {"a": 2}}, "pool.allow_custom_tools"),
+        ({**CUSTOM_TOOL, "tool_id": "docs"}, "pool.allow_custom_tools"),
         ({**RETRIEVAL, "corpus": "/"}, "corpus"),
         ({**RETRIEVAL, "corpus": "/proc"}, "corpus"),
         ({**RETRIEVAL, "corpus": "corpora/good"}, "corpus"),
@@ -241,6 +248,8 @@ def test_what_the_file_does_not_allow_is_refused_by_name(
             "remote_model": "other",
         },
         {**CUSTOM, "model_id": "own", "settings": {"a": 1}, "max_ongoing_requests": 3},
+        {**CUSTOM_TOOL, "tool_id": "own", "settings": {"a": 1}, "timeout_s": 3.0},
+        {"type": "toolset", "tool_id": "new", "description": "x", "members": ["own"]},
         {**RETRIEVAL, "corpus": "{}/corpora/good"},
         {**RETRIEVAL, "corpus": "{}/corpora/good", "encoder": None},
         {
@@ -352,7 +361,7 @@ async def test_what_the_store_holds_is_held_to_the_same_rules(
         newest.revision + 1,
         models=(*newest.models, {**allowed.model_dump(mode="json"), "model_id": "with-reader",
                                  "tools": ["none", "reader"]}, {**evil, "tools": ["none"]}),
-        tools=(*newest.tools, reader),
+        tools=(*newest.tools, reader, {**CUSTOM_TOOL, "tool_id": "spy"}),
         from_file=newest.from_file,
         change="not by the admin API",
     )  # fmt: skip
@@ -360,7 +369,7 @@ async def test_what_the_store_holds_is_held_to_the_same_rules(
     with caplog.at_level(logging.ERROR):
         for read in (pool.of(written), await pool.current()):
             assert [m.model_id for m in read.models] == ["odd", "far", "own", "fine", "with-reader"]
-            assert [t.tool_id for t in read.tools] == ["docs"]
+            assert [t.tool_id for t in read.tools] == ["docs", "own"]
             assert read.model("with-reader").tools == ("none",)
     assert "'evil' is left out of the pool: env" in caplog.text
     narrower = AtlasConfig.model_validate({**config.model_dump(mode="json"), "pool": {}})

@@ -11,7 +11,13 @@ import pytest
 from serve_app.config import AtlasConfig, CustomModelConfig, PriceConfig
 from serve_app.config.patterns.check import members_of_patterns
 from serve_app.config.patterns.language import PatternConfig
-from serve_app.config.tools import BestOfConfig, CalculatorConfig, NoneConfig
+from serve_app.config.tools import (
+    BestOfConfig,
+    CalculatorConfig,
+    CustomToolConfig,
+    NoneConfig,
+    ToolsetConfig,
+)
 from serve_app.errors import Conflict, InvalidRequest, NotFound
 from serve_app.pool import desired
 from serve_app.pool.desired import DesiredPool
@@ -183,6 +189,55 @@ async def test_a_tool_given_to_all_is_not_given_to_verifiers(store: Store) -> No
     wanted = await pool.current()
     assert wanted.model("a").tools == ("none", "calculator")
     assert wanted.model("judge").tools == ("none",)
+
+
+DESK = {
+    "type": "toolset",
+    "tool_id": "desk",
+    "description": "sums",
+    "members": ["calculator", "other"],
+}
+OTHER = {"type": "calculator", "tool_id": "other"}
+
+
+def members(pool: AtlasConfig) -> dict[str, tuple[str, ...]]:
+    return {tool.tool_id: tool.members for tool in pool.tools if isinstance(tool, ToolsetConfig)}
+
+
+async def test_a_removed_member_leaves_its_toolset_and_the_last_one_takes_it_along(
+    store: Store,
+) -> None:
+    whole = config(model("a", tools=["desk"]), tools=(CALCULATOR, OTHER, DESK))
+    pool = DesiredPool(whole, store)
+    await pool.remove_tool("other")
+    assert members(await pool.current()) == {"desk": ("calculator",)}
+    await pool.remove_tool("calculator")
+    wanted = await pool.current()
+    assert members(wanted) == {}
+    assert wanted.model("a").tools == ("none",)
+    await pool.add_tool(CalculatorConfig(tool_id="other"), ())
+    wanted = await pool.current()
+    assert members(wanted) == {"desk": ("other",)}
+    assert wanted.model("a").tools == ("desk",)
+
+
+async def test_a_toolset_that_cannot_work_is_refused(store: Store) -> None:
+    named = {"names": ["calculator"]}
+    own = {"type": "custom", "tool_id": "own", "import_path": "tests.own_tools:Named"}
+    pool = DesiredPool(config(model("a"), tools=(CALCULATOR, own | {"settings": named})), store)
+    with pytest.raises(InvalidRequest, match="names tool 'other'; the pool has: "):
+        await pool.add_tool(ToolsetConfig.model_validate(DESK), None)
+    clash = DESK | {"members": ["calculator", "own"]}
+    with pytest.raises(InvalidRequest, match="'calculator' and 'own' both have a function"):
+        await pool.add_tool(ToolsetConfig.model_validate(clash), None)
+    assert members(await pool.current()) == {}
+
+
+async def test_a_class_that_cannot_be_a_tool_is_refused(store: Store) -> None:
+    pool = DesiredPool(config(model("a"), pool={"allow_custom_tools": True}), store)
+    own = CustomToolConfig(tool_id="own", import_path="tests.own_tools:Broken")
+    with pytest.raises(InvalidRequest, match="cannot be made"):
+        await pool.add_tool(own, None)
 
 
 async def test_changes_at_once_all_land(store: Store, store_url: str) -> None:
