@@ -416,6 +416,7 @@ class ToolCall:
     """One call of a tool inside a step."""
 
     tool_id: str
+    """Of the tool that ran; of the pair's tool where none did."""
     arguments: dict[str, Any]
     ok: bool
     text: str
@@ -423,6 +424,9 @@ class ToolCall:
     seconds: float
     data: dict[str, Any] = field(default_factory=dict)
     """Structured result, for example the sources of a retrieval."""
+    function: str | None = None
+    """Which of the tool's functions; `None`: no call of one of them, or of one that is not
+    there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -447,8 +447,9 @@ def _is_same_call(gold: Any, calls: Sequence[ToolCall]) -> bool:
     """Whether the last call is the gold one; earlier ones are tries."""
     if not calls:
         return False
-    return calls[-1].tool_id == gold["name"] and _is_same_value(
-        gold["arguments"], calls[-1].arguments
+    last = calls[-1]
+    return (last.function or last.tool_id) == gold["name"] and _is_same_value(
+        gold["arguments"], last.arguments
     )
 
 

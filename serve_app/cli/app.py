@@ -214,8 +214,9 @@ def _show_extension(extension: dict[str, Any]) -> None:
     console.print(f"[dim]{' · '.join(parts)}[/dim]", highlight=False, soft_wrap=True)
     for step in extension.get("steps", ()):
         for call in step.get("tool_calls", ()):
+            called = call.get("function") or call["tool_id"]
             console.print(
-                f"[dim]  {call['tool_id']}({json.dumps(call['arguments'])})[/dim]", highlight=False
+                f"[dim]  {called}({json.dumps(call['arguments'])})[/dim]", highlight=False
             )
     if "decision" in extension:
         _show_decision(extension["decision"])

@@ -41,7 +41,11 @@ class LimitsConfig(BaseConfig):
     min_ongoing_requests: int = Field(default=16, ge=1)
     """Chats and decisions that are always taken, however slow."""
     max_tool_rounds: int = Field(default=3, ge=1, le=16)
-    """Tool calls a model may make before it must answer."""
+    """Replies with tool calls in them that a model may give before it must answer."""
+    max_calls_per_reply: int = Field(default=8, ge=1, le=128)
+    """Tool calls of one reply that are run; the model is told which were not."""
+    max_tool_calls: int = Field(default=32, ge=1, le=1024)
+    """Tool calls of one request, its fallbacks and the nodes of its pattern included."""
     max_steps: int = Field(default=4, ge=1, le=16)
     """Pairs tried for one request: the choice and its fallbacks, or the steps of the learned
     policy, its thoughts included."""

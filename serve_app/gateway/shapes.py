@@ -113,6 +113,7 @@ _STEP_TOOL_CALL = Shape(
     _object(
         {
             "tool_id": _STRING,
+            "function": _NULLABLE_STRING,
             "arguments": {"type": "object"},
             "ok": {"type": "boolean"},
             "seconds": _NUMBER,

@@ -23,8 +23,8 @@ MAX_ANSWER_BYTES = 64 << 20
 """Bytes of one answer's JSON, all its chunks together, however many tokens were allowed."""
 MAX_CHUNK_BYTES = 4 << 20
 """Bytes of one chunk's JSON."""
-MAX_CALLS = 16
-"""Tool calls in one choice of a reply."""
+MAX_CALLS = 128
+"""Tool calls in one choice of a reply, as many as a message of a caller may have."""
 
 _BASE_BYTES = 1 << 20
 _BYTES_PER_TOKEN = 1024

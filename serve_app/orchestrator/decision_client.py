@@ -177,6 +177,19 @@ class Decider:
         """
         return await self._wait("", limits, deadline, False, None, under_way)
 
+    async def embed(self, texts: list[str], deadline: Deadline) -> _Vector:
+        """(num_texts, dim) unit vectors of texts that no decision is wanted for.
+
+        Raises:
+            InvalidRequest: If one of them cannot be embedded.
+            EngineError: If the embedder is away.
+            DeadlineExceeded: If time is up.
+        """
+        vectors: _Vector = await again(
+            lambda: call(self._embedder.embed.remote(texts), deadline), deadline, _MAX_DEATHS
+        )
+        return vectors
+
     async def _wait(
         self,
         query: str,

@@ -69,6 +69,7 @@ class Engine:
             recovery=run.recovery,
             has_next=plan.has_next,
             wants_logprobs=plan.wants_logprobs,
+            embedding=run.embedding,
         )
         choices: list[Choice] = []
         error: str | None = None

@@ -109,8 +109,9 @@ class Orchestrator:
         self._suspicions: dict[str, asyncio.Task[None]] = {}
         self._clients = clients or ModelClients(self._suspect)
         self._waker = Waker(config.pool, self._clients)
-        self._pairs = PairRunner(config, self._clients)
         decider = Decider(embedder, router)
+        self._pairs = PairRunner(config, self._clients, embed=decider.embed)
+        self._max_tool_calls = config.gateway.limits.max_tool_calls
         self._declared = PatternRunner(self._pairs, decider, config)
         self._engine = Engine(self._pairs, self._declared, decider, config.router.planner)
         self._patterns = {name: make(self._engine) for name, make in PATTERNS.items()}
@@ -187,7 +188,7 @@ class Orchestrator:
         Raises:
             AtlasError: As `stream`.
         """
-        run = Run(call, keeps_content=self._keeps_content)
+        run = self._begun(call)
         wanted = await self._decide(run)
         with self._on_record(run):
             answer = await self._answer(run, wanted)
@@ -215,7 +216,7 @@ class Orchestrator:
         Raises:
             ModelNotFound, NoCandidate: If nothing could run.
         """
-        run = Run(call, is_traffic=False)
+        run = self._begun(call, is_traffic=False)
         wanted = await self._decide(run)
         failure = None
         try:
@@ -241,7 +242,7 @@ class Orchestrator:
             AtlasError: What the last pair tried failed with.
         """
         channel: Channel[Piece | SpanEvent] = Channel()
-        run = Run(call, channel, keeps_content=self._keeps_content)
+        run = self._begun(call, channel)
         wanted = await self._decide(run)
         head = {
             "id": f"chatcmpl-{call.request_id}",
@@ -265,6 +266,22 @@ class Orchestrator:
                             choice["delta"] = {"role": "assistant", "content": ""} | choice["delta"]
                         yield {**chunk, "choices": [_clean(choice, call)]}
         yield run.report()
+
+    def _begun(
+        self,
+        call: ChatCall,
+        channel: Channel[Piece | SpanEvent] | None = None,
+        *,
+        is_traffic: bool = True,
+    ) -> Run:
+        """A request that is to be answered, from its beginning."""
+        return Run(
+            call,
+            channel,
+            is_traffic,
+            keeps_content=self._keeps_content and is_traffic,
+            max_tool_calls=self._max_tool_calls,
+        )
 
     @contextmanager
     def _on_record(self, run: Run) -> Iterator[None]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
@@ -163,12 +164,25 @@ class Recovery:
     max_deaths: int = MAX_DEATHS
     deaths: int = 0
     """Replicas that died over it."""
-    effects: Effects = Effects.NONE
-    """Strongest of the tool calls that have begun."""
+    begun: Counter[Effects] = field(default_factory=Counter)
+    """Tool calls that have begun, by their effects."""
+
+    @property
+    def effects(self) -> Effects:
+        """Strongest of the tool calls that have begun."""
+        return max(
+            (effects for effects, count in self.begun.items() if count),
+            key=list(Effects).index,
+            default=Effects.NONE,
+        )
 
     def begin(self, effects: Effects) -> None:
         """Count a tool's call, whose effect may have happened from now on."""
-        self.effects = max(self.effects, effects, key=list(Effects).index)
+        self.begun[effects] += 1
+
+    def take_back(self, effects: Effects) -> None:
+        """Count a call no more that ended before its effect. Others may have begun beside it."""
+        self.begun[effects] -= 1
 
     @property
     def is_deadly(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.budget import UNLIMITED, Budget, Caps, Deadline
+from serve_app.budget import Budget, Caps, Deadline
 from serve_app.errors import AtlasError
 from serve_app.orchestrator.answer import Answer, Choice
 from serve_app.orchestrator.channel import Channel
@@ -86,6 +87,8 @@ class Run:
     """Whether it goes into the outcome log."""
     keeps_content: bool = False
     """Whether its trace tells what models and tools said."""
+    max_tool_calls: float = math.inf
+    """Calls of tools that it may make in all."""
     decision: Decision | None = None
     """The first one."""
     embedding: NDArray[np.float32] | None = None
@@ -105,7 +108,9 @@ class Run:
         """Begin: from now on its time runs."""
         self.began_s = time.monotonic()
         max_usd = self.call.limits.max_cost_usd
-        caps = UNLIMITED if max_usd is None else Caps(usd=max_usd)
+        caps = Caps(
+            usd=math.inf if max_usd is None else max_usd, tool_calls=float(self.max_tool_calls)
+        )
         self.budget = Budget(Deadline.after(self.call.limits.deadline_s), caps)
         listen = self._tell if self.call.events and self.channel is not None else None
         self.trace = Trace(self.call.request_id, listen, keeps_content=self.keeps_content)

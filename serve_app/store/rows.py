@@ -125,7 +125,12 @@ def rows_of(report: Report, alpha: float | None, created_unix_s: float) -> Reque
             "seconds": step.seconds,
             "mean_logprob": step.mean_logprob,
             "tool_calls": [
-                {"tool_id": call.tool_id, "ok": call.ok, "seconds": call.seconds}
+                {
+                    "tool_id": call.tool_id,
+                    "function": call.function,
+                    "ok": call.ok,
+                    "seconds": call.seconds,
+                }
                 for call in step.tool_calls
             ],
             "error": None if step.error is None else storable_text(step.error[:MAX_ERROR_CHARS]),

@@ -74,7 +74,7 @@ class OutcomeRow(Base):
     seconds: Mapped[float] = mapped_column(Float)
     mean_logprob: Mapped[float | None] = mapped_column(Float)
     tool_calls: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
-    """`tool_id`, `ok`, `seconds` of each call."""
+    """`tool_id`, `function`, `ok`, `seconds` of each call."""
     error: Mapped[str | None] = mapped_column(Text)
 
 

@@ -33,7 +33,7 @@ from serve_app.config.patterns.language import (
     VoteNode,
 )
 from serve_app.config.patterns.template import references_in
-from serve_app.config.tools import BestOfConfig
+from serve_app.config.tools import BestOfConfig, ManyFunctionsSettings, ToolConfig
 from serve_app.schemas import NO_TOOL, PATTERN_PREFIX, Pair
 
 if TYPE_CHECKING:
@@ -50,6 +50,12 @@ _TOKEN_BYTES = 8
 _REPAIR_BYTES = 2048
 """What a model is told of an answer that does not fit, the schema left out; or of a tool's schema,
 the description left out."""
+_FUNCTION_BYTES = 16 << 10
+"""Of one function of a tool that has several."""
+_MOST_CALLS = 128
+"""Tool calls in one reply, those included that are not run; each takes a token at least."""
+_REFUSED_BYTES = 256
+"""What a model is told of a call that was not run."""
 _DEATHS = 2
 """Calls that are made again over one request because a replica died."""
 
@@ -272,7 +278,8 @@ class Bounds:
         if tool is None or pair.tool_id == NO_TOOL:
             return self._reply(model, prompt, max_tokens, tries)
         called = self._tool(tool.tool_id)
-        read = 6 * tool.max_result_chars + _MESSAGE_BYTES
+        members = self._config.called_tools(tool.tool_id)
+        read = 6 * max(of.max_result_chars for of in members) + _MESSAGE_BYTES
         if tool.kind == "context":
             return called.then(self._reply(model, prompt + read, max_tokens, tries))
         if isinstance(tool, BestOfConfig):
@@ -281,12 +288,14 @@ class Bounds:
                 rated = max_tokens * _TOKEN_BYTES + self._question_bytes
                 sampled = sampled.then(self._verifier(tool.verifier, rated).times(tool.num_samples))
             return called.then(sampled)
-        rounds = self._config.gateway.limits.max_tool_rounds
-        bound, schema = Bound(), _REPAIR_BYTES + 6 * len(tool.description)
-        for number in range(rounds + 2):  # each call, the answer, and one that is repaired
-            grown = number * (max_tokens * _TOKEN_BYTES + read)
+        limits = self._config.gateway.limits
+        rounds, per_reply = limits.max_tool_rounds, limits.max_calls_per_reply
+        bound, schema = Bound(), _offered_bytes(tool, members)
+        told = min(per_reply, max_tokens) * read + min(_MOST_CALLS, max_tokens) * _REFUSED_BYTES
+        for number in range(rounds + 2):  # the replies with calls, the answer, one repaired
+            grown = number * (max_tokens * _TOKEN_BYTES + told)
             bound = bound.then(self._reply(model, prompt + schema + grown, max_tokens, tries))
-        return bound.then(called.times(rounds))
+        return bound.then(called.times(min(rounds * per_reply, limits.max_tool_calls)))
 
     def _reply(self, model: ModelConfig, prompt: int, max_tokens: int, tries: int) -> Bound:
         price = model.price
@@ -303,10 +312,21 @@ class Bounds:
         return self._reply(model, prompt, model.max_completion_tokens, tries)
 
     def _tool(self, tool_id: str) -> Bound:
-        if tool_id not in self._tools:
-            return Bound()
-        tool = self._tools[tool_id]
-        return Bound(0, 2, 0, tool.price_usd_per_call * 2, tool.timeout_s * 2)
+        bound = Bound()
+        for tool in self._config.called_tools(tool_id):
+            bound = bound.either(Bound(0, 2, 0, tool.price_usd_per_call * 2, tool.timeout_s * 2))
+        return bound
+
+
+def _offered_bytes(tool: ToolConfig, members: Sequence[ToolConfig]) -> int:
+    """Of all functions that a model is offered of a tool."""
+    each = [
+        _FUNCTION_BYTES
+        if isinstance(of, ManyFunctionsSettings)
+        else _REPAIR_BYTES + 6 * len(of.description)
+        for of in members
+    ]
+    return max(each) * tool.top_k if isinstance(tool, ManyFunctionsSettings) else sum(each)
 
 
 def typical_usd(pattern: PatternConfig, config: AtlasConfig, priced: Mapping[Pair, float]) -> float:
@@ -321,7 +341,7 @@ def typical_usd(pattern: PatternConfig, config: AtlasConfig, priced: Mapping[Pai
         priced: US dollars of a typical call of each pair.
     """
     patterns = {of.name: of for of in config.patterns}
-    tools = {tool.tool_id: tool.price_usd_per_call for tool in config.tools}
+    tools = {tool.tool_id: config.usd_per_tool_call(tool.tool_id) for tool in config.tools}
 
     def chain(nodes: Sequence[NodeBase]) -> float:
         return sum(map(one, nodes))

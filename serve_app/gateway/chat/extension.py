@@ -102,6 +102,7 @@ def _step(step: Step) -> Json:
         "tool_calls": [
             {
                 "tool_id": call.tool_id,
+                "function": call.function,
                 "arguments": call.arguments,
                 "ok": call.ok,
                 "seconds": call.seconds,

@@ -6,6 +6,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from serve_app.budget import Budget
 from serve_app.orchestrator.answer import Choice
 from serve_app.orchestrator.planning import with_note
@@ -35,6 +38,8 @@ class PairWork:
     """Whether another candidate takes over if this one fails."""
     wants_logprobs: bool = False
     """Whether to have the engine's log-probabilities, where it gives them."""
+    embedding: NDArray[np.float32] | None = None
+    """(dim,) of the query, where it is known."""
     num_sent: int = 0
     """Pieces that are on their way."""
 
@@ -66,7 +71,14 @@ class PairWork:
         if note is not None:
             self.change_question(lambda question: with_note(note, question))
 
-    def refused(self, arguments: dict[str, Any], reason: str) -> None:
-        """Put a call of the pair's tool on record that was not run."""
-        with self.span.child(SpanKind.TOOL, self.pair.tool_id) as span:
-            span.called(ToolCall(self.pair.tool_id, arguments, False, reason, 0.0))
+    def refused(self, arguments: dict[str, Any], reason: str, function: str | None = None) -> None:
+        """Put a call of the pair's tool on record that was not run.
+
+        Args:
+            arguments: Of the call, as far as they could be read.
+            reason: Why.
+            function: Which of the tool's functions; `None`: one that is not offered.
+        """
+        tool_id = self.pair.tool_id
+        with self.span.child(SpanKind.TOOL, function or tool_id) as span:
+            span.called(ToolCall(tool_id, arguments, False, reason, 0.0, function=function))

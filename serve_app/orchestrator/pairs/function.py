@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app.config.tools import ManyFunctionsSettings
 from serve_app.errors import BudgetExceeded, EngineError, ToolRetry, UnreadableCall
 from serve_app.orchestrator.answer import Choice, finish, pieces_of, text_only
 from serve_app.orchestrator.pairs.base import Emit, PairWork
@@ -17,7 +21,8 @@ from serve_app.orchestrator.pairs.tool_calls import (
 )
 from serve_app.orchestrator.recovery import Fault, Move, fault_of
 from serve_app.orchestrator.trace import SpanKind
-from serve_app.schemas import ChatCall
+from serve_app.schemas import ChatCall, Effects
+from serve_app.tools.base import Function
 
 _REPAIR = (
     "That reply cannot be used: {reason}. Reply again. Either call one of the tools ({names}), "
@@ -33,6 +38,8 @@ class _Offer:
     tool_choice: Any
     passes_calls: bool
     """Whether a call is the caller's to run, and so part of the answer."""
+    functions: tuple[Function, ...] = ()
+    """What the tools stand for, where they are the pair's."""
     repaired: bool = False
     """Whether the model was told of a call that could not be read."""
 
@@ -67,9 +74,8 @@ async def run(work: PairWork, parts: Parts) -> list[Choice]:
         AtlasError: If the engine or the tool fails, or the budget does not cover them.
     """
     work.add_note()
-    tool_id = work.pair.tool_id
-    functions = parts.tools.functions(tool_id)
-    offer = _Offer([f.schema() for f in functions], "auto", passes_calls=False)
+    functions = await _fitting(work, parts)
+    offer = _Offer([f.schema() for f in functions], "auto", False, functions)
 
     async def send_texts(choices: list[Choice]) -> None:
         texts = [text for text in map(text_only, choices) if text]
@@ -86,11 +92,30 @@ async def run(work: PairWork, parts: Parts) -> list[Choice]:
         work.messages.append(
             {"role": "assistant", "content": message.get("content") or "", "tool_calls": calls}
         )
-        for tool_call in calls:
-            text = await _call(work, parts, offer, tool_call)
-            work.messages.append({"role": "tool", "tool_call_id": tool_call["id"], "content": text})
+        texts = await _call_all(work, parts, offer, calls)
+        work.messages += [
+            {"role": "tool", "tool_call_id": tool_call["id"], "content": text}
+            for tool_call, text in zip(calls, texts, strict=True)
+        ]
     raise EngineError(
-        f"the model called {tool_id} more than {parts.max_tool_rounds} times without an answer"
+        f"the model called {work.pair.tool_id} more than {parts.max_tool_rounds} times without an "
+        "answer"
+    )
+
+
+async def _fitting(work: PairWork, parts: Parts) -> tuple[Function, ...]:
+    """The functions of the pair's tool that are offered."""
+    tool_id = work.pair.tool_id
+    functions, settings = parts.tools.functions(tool_id), parts.tools.tool(tool_id).config
+    if not isinstance(settings, ManyFunctionsSettings):
+        return functions
+    return await parts.selector.select(
+        tool_id,
+        functions,
+        settings.top_k,
+        work.call.query,
+        work.budget.deadline,
+        work.embedding,
     )
 
 
@@ -153,6 +178,41 @@ async def _reply(work: PairWork, parts: Parts, offer: _Offer, send: Emit) -> lis
         ]
 
 
+async def _call_all(
+    work: PairWork, parts: Parts, offer: _Offer, tool_calls: list[dict[str, Any]]
+) -> list[str]:
+    """Run the calls of a reply: side by side where none has an effect, else one after the other.
+
+    Returns:
+        What the model is told of each, in the order of the calls.
+    """
+    most = parts.max_calls_per_reply
+    taken, over = tool_calls[:most], tool_calls[most:]
+    effects = {function.name: function.effects for function in offer.functions}
+    called = {effects.get(call["function"]["name"], Effects.NONE) for call in taken}
+    works = [functools.partial(_call, work, parts, offer, tool_call) for tool_call in taken]
+    if called == {Effects.NONE}:
+        texts = await _side_by_side(works)
+    else:
+        texts = [await call() for call in works]
+    if over:
+        refusal = f"at most {most} calls of one reply are run; this one was not"
+        work.refused({}, f"{len(over)} calls beyond the {most} of one reply were not run")
+        texts += [f"Error: {refusal}"] * len(over)
+    return texts
+
+
+async def _side_by_side(works: Sequence[Callable[[], Coroutine[Any, Any, str]]]) -> list[str]:
+    """The results of all, in their order; the first failure ends the others."""
+    tasks = [asyncio.create_task(work()) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def _call(work: PairWork, parts: Parts, offer: _Offer, tool_call: dict[str, Any]) -> str:
     """Run one call the model made; a call it got wrong comes back as text it can act on."""
     function = tool_call["function"]
@@ -163,13 +223,13 @@ async def _call(work: PairWork, parts: Parts, offer: _Offer, tool_call: dict[str
             raise ToolRetry(f"there is no tool {name!r}; offered: {offered}")
         arguments = read_arguments(function["arguments"])
     except ToolRetry as error:
-        work.refused(arguments, error.message)
+        work.refused(arguments, error.message, name if name in offer.names else None)
         return _told(work, error)
     try:
         return (await parts.tools.run(work, arguments, name)).text
     except BudgetExceeded:
         refusal = "the request's budget covers no further call; answer without it"
-        work.refused(arguments, refusal)
+        work.refused(arguments, refusal, name)
         return f"Error: {refusal}"
     except ToolRetry as error:
         return _told(work, error)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from serve_app.orchestrator.answer import Choice
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.paid import PaidModels, PaidTools
+from serve_app.orchestrator.pairs.selection import FunctionSelector
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,12 @@ class Parts:
 
     models: PaidModels
     tools: PaidTools
+    selector: FunctionSelector
+    """Where a tool has many functions, says which are offered."""
     max_tool_rounds: int
     """Replies with calls in them before the model has to answer."""
+    max_calls_per_reply: int
+    """Calls of one reply that are run."""
 
 
 Join = Callable[[PairWork, Parts], Awaitable[list[Choice]]]

@@ -339,7 +339,8 @@ class PaidTools:
         self, work: PairWork, arguments: dict[str, Any], function: str | None
     ) -> ToolResult:
         tool_id = work.pair.tool_id
-        tool, called = self._runner.tool(tool_id), function or tool_id
+        called = function or tool_id
+        tool = self._runner.owner(tool_id, called)
         effects = next(
             (f.effects for f in self._runner.functions(tool_id) if f.name == called),
             tool.config.effects,
@@ -349,7 +350,7 @@ class PaidTools:
             work.budget.reserve(most, f"a call of the tool {tool_id!r}") as held,
             work.span.child(SpanKind.TOOL, called) as span,
         ):
-            began_s, before = span.began_s, work.recovery.effects
+            began_s = span.began_s
             work.recovery.begin(effects)
             try:
                 outcome = await self._runner.run(
@@ -360,14 +361,26 @@ class PaidTools:
                 )
             except (ToolRetry, ToolFailed) as error:
                 if isinstance(error, ToolRetry):
-                    work.recovery.effects = before  # it comes before any effect
+                    work.recovery.take_back(effects)  # it comes before any effect
                 seconds = time.monotonic() - began_s
-                span.called(ToolCall(called, arguments, False, error.message, seconds))
+                span.called(
+                    ToolCall(
+                        tool.tool_id, arguments, False, error.message, seconds, function=called
+                    )
+                )
                 raise
             used = Usage(cost_usd=outcome.cost_usd)
             held.settle(used)
             span.charge(used)
             span.called(
-                ToolCall(called, arguments, True, outcome.text, outcome.seconds, outcome.data)
+                ToolCall(
+                    tool.tool_id,
+                    arguments,
+                    True,
+                    outcome.text,
+                    outcome.seconds,
+                    outcome.data,
+                    called,
+                )
             )
         return outcome

@@ -12,6 +12,7 @@ from serve_app.orchestrator.pairs import context, function, plain, sampling
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.join import Join, Parts
 from serve_app.orchestrator.pairs.paid import PaidModels, PaidTools
+from serve_app.orchestrator.pairs.selection import Embed, FunctionSelector
 from serve_app.schemas import ToolKind
 from serve_app.tools.runner import ToolRunner
 
@@ -27,7 +28,11 @@ class PairRunner:
     """Runs pairs; one per gateway replica."""
 
     def __init__(
-        self, config: AtlasConfig, clients: ModelClients, runner: ToolRunner | None = None
+        self,
+        config: AtlasConfig,
+        clients: ModelClients,
+        runner: ToolRunner | None = None,
+        embed: Embed | None = None,
     ) -> None:
         """Take the configured tools; `start` gets their workers ready.
 
@@ -35,17 +40,25 @@ class PairRunner:
             config: The deployment.
             clients: Handles to the models.
             runner: Runs the tools; `None` makes one.
+            embed: The deployment's encoder; `None`: functions are selected by words alone.
         """
         self._runner = runner or ToolRunner(config.tools, config.data_path() / "cache")
+        limits = config.gateway.limits
         self.parts = Parts(
-            PaidModels(clients), PaidTools(self._runner), config.gateway.limits.max_tool_rounds
+            PaidModels(clients),
+            PaidTools(self._runner),
+            FunctionSelector(embed),
+            limits.max_tool_rounds,
+            limits.max_calls_per_reply,
         )
         self.parts.models.use(config.models)
+        self._kinds: dict[str, ToolKind] = {tool.tool_id: tool.kind for tool in config.tools}
 
     def use(self, config: AtlasConfig) -> None:
         """Take over a changed pool; what was there stays usable for requests under way."""
         self.parts.models.use(config.models)
         self._runner.use(config.tools)
+        self._kinds |= {tool.tool_id: tool.kind for tool in config.tools}
 
     async def start(self) -> None:
         """Start the tools' workers and keep them warm."""
@@ -56,8 +69,8 @@ class PairRunner:
         self._runner.close()
 
     def kind(self, tool_id: str) -> ToolKind:
-        """How a tool joins a model."""
-        return self._runner.tool(tool_id).kind if tool_id in self._runner else "none"
+        """How a tool joins a model, also one that cannot be made."""
+        return self._kinds.get(tool_id, "none")
 
     async def run(self, work: PairWork) -> list[Choice]:
         """Run a pair on a request; nothing re-writes what the model said.

@@ -9,6 +9,7 @@ be about tool calls.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection
 from typing import Any
@@ -24,6 +25,8 @@ _HOLD_CHARS = 512
 """Calls that cannot be read are short: a longer text is passed on as it comes."""
 _MAX_ARGUMENTS_CHARS = 1 << 17
 _MAX_DEPTH = 32
+_MAX_DIGITS = 308
+"""Of a whole number: with more, what takes it for a float fails in ways of its own."""
 
 UNREADABLE = "the model wrote a tool call that cannot be read"
 
@@ -40,13 +43,15 @@ def read_arguments(text: str) -> dict[str, Any]:
     if len(text) > _MAX_ARGUMENTS_CHARS:
         raise ToolRetry(f"the arguments are longer than {_MAX_ARGUMENTS_CHARS} characters")
     try:
-        arguments = json.loads(text or "{}", parse_constant=_no_constant)
+        arguments = json.loads(
+            text or "{}", parse_constant=_no_constant, parse_float=_float, parse_int=_int
+        )
         depth = _depth(arguments)
     except json.JSONDecodeError as error:
         raise ToolRetry(f"the arguments are not JSON: {error.msg}") from None
     except RecursionError:
         depth = _MAX_DEPTH + 1
-    except ValueError:  # a number of thousands of digits, or NaN
+    except ValueError:  # NaN, or a number that others cannot read
         raise ToolRetry("the arguments are not JSON: a number is out of range") from None
     if depth > _MAX_DEPTH:
         raise ToolRetry(f"the arguments are nested more than {_MAX_DEPTH} deep")
@@ -57,6 +62,19 @@ def read_arguments(text: str) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError("no number of double precision")
+    return number
+
+
+def _int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError("no number of double precision")
+    return int(digits)
 
 
 def _depth(value: Any) -> int:

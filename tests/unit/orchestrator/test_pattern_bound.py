@@ -42,6 +42,7 @@ from serve_app.orchestrator.patterns.declared import Composed
 from serve_app.schemas import Pair, StopReason
 from serve_app.tools.base import ToolResult
 from tests.pattern_fakes import PatternBench, pattern_config
+from tests.toolset_fakes import CALCULATOR, DESK, NOTES, ToolsetBench
 
 QUESTION = 'Where is Ada? "Quoted"\n\x00 f(1) == 2'
 MESSAGES = ({"role": "user", "content": QUESTION},)
@@ -242,7 +243,10 @@ class Script:
         message: dict[str, Any] = {"role": "assistant", "content": self.chance.choice(WORDS)}
         if body.get("tools") and self.chance.random() < 0.6:
             call = {"name": "calculator", "arguments": '{"expression": "1+1"}'}
-            message["tool_calls"] = [{"id": "c1", "type": "function", "function": call}]
+            message["tool_calls"] = [
+                {"id": f"c{number}", "type": "function", "function": call}
+                for number in range(self.chance.choice([1, 1, 3, 12]))
+            ]
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         if body.get("logprobs"):
             choice["logprobs"] = {"content": [{"token": "a", "logprob": -0.2}]}
@@ -407,6 +411,17 @@ def test_a_model_may_take_all_the_time_there_is(tmp_path: Path) -> None:
 def test_side_by_side_the_slowest_counts(tmp_path: Path) -> None:
     first, second = "{ask: {seconds: 4}}", "{ask: {seconds: 3}}"
     assert bound(tmp_path, f"{{parallel: {{do: [{first}, {second}]}}}}").seconds == 4
+
+
+def test_a_toolset_may_cost_what_its_dearest_member_does(tmp_path: Path) -> None:
+    tools = (CALCULATOR | {"price_usd_per_call": 1.0}, NOTES, DESK)
+    config = ToolsetBench(tmp_path, tools=tools, max_calls_per_reply=2, max_tool_rounds=3).config
+    asks = {"ask": {"pair": "m@desk", "max_tokens": 10}}
+    pattern = PatternConfig.model_validate({"name": "a", "do": [asks]})
+    found = bound_of(pattern, config.model_copy(update={"patterns": (pattern,)}), 100)
+    calls = 2 * 3 * 2  # each may be made again
+    assert found.tool_calls == calls
+    assert found.usd == calls * 2.0
 
 
 def test_a_longer_question_costs_more(tmp_path: Path) -> None:

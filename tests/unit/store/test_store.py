@@ -78,7 +78,7 @@ def url_of(database: Path) -> str:
 
 def report(request_id: str = "req_1", **changes: Any) -> Report:
     usage = Usage(7, 5, 0.25)
-    call = ToolCall("calculator", {"x": 1}, True, "2", 0.5)
+    call = ToolCall("calculator", {"x": 1}, True, "2", 0.5, function="sum")
     failed = Step(Pair("large", "none"), DecidedBy.COLD_START, 0.5, Usage(), 1.0, error="broke")
     answered = Step(PAIR, DecidedBy.FALLBACK, 1.0, usage, 2.0, (call,), mean_logprob=-0.5)
     decision = Decision(
@@ -211,7 +211,9 @@ async def test_a_report_becomes_a_request_and_its_steps(store: Store) -> None:
     assert (first["step_index"], first["error"], first["cost_usd"]) == (0, "broke", 0)
     assert (second["path"], second["mean_logprob"]) == ("fallback", -0.5)
     assert (second["prompt_tokens"], second["completion_tokens"]) == (7, 5)
-    assert second["tool_calls"] == [{"tool_id": "calculator", "ok": True, "seconds": 0.5}]
+    assert second["tool_calls"] == [
+        {"tool_id": "calculator", "function": "sum", "ok": True, "seconds": 0.5}
+    ]
     await log.close()
 
 
