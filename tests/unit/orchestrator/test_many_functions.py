@@ -293,10 +293,11 @@ def test_a_call_taken_back_leaves_the_effect_that_began_beside_it() -> None:
     recovery = Recovery()
     recovery.begin(Effects.NONE)
     recovery.begin(Effects.ONCE)
-    recovery.take_back(Effects.NONE)
-    assert recovery.effects is Effects.ONCE
-    recovery.take_back(Effects.ONCE)
-    assert recovery.effects is Effects.NONE
+    seen = []
+    for effects in (Effects.NONE, Effects.ONCE):
+        recovery.take_back(effects)
+        seen.append(recovery.effects)
+    assert seen == [Effects.ONCE, Effects.NONE]
 
 
 async def test_a_refused_call_of_a_toolset_counts_as_no_effect(tmp_path: Path) -> None:
