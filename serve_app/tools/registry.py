@@ -8,11 +8,14 @@ from serve_app.config.tools import (
     BestOfConfig,
     CalculatorConfig,
     CustomToolConfig,
+    FetchConfig,
     NoneConfig,
+    OpenApiConfig,
     PythonConfig,
     RetrievalConfig,
     ToolConfig,
     ToolsetConfig,
+    WebSearchConfig,
 )
 from serve_app.tools.base import Tool
 
@@ -59,5 +62,17 @@ def build_tool(config: ToolConfig) -> Tool:
             from serve_app.tools.builtin.custom import load_custom
 
             return load_custom(config)
+        case FetchConfig():
+            from serve_app.tools.web.fetch import Fetch
+
+            return Fetch(config)
+        case WebSearchConfig():
+            from serve_app.tools.web.search import WebSearch
+
+            return WebSearch(config)
+        case OpenApiConfig():
+            from serve_app.tools.openapi.tool import OpenApiTool
+
+            return OpenApiTool(config)
         case _:
             assert_never(config)

@@ -80,6 +80,8 @@ class _Entry:
     config_json: str
     tool: Tool
     functions: tuple[Function, ...]
+    broken: str
+    """Why the functions cannot be read; empty where they were."""
     validators: dict[str, jsonschema.Draft202012Validator]
     """By the name of the function."""
     places: asyncio.Semaphore
@@ -157,9 +159,11 @@ class ToolRunner:
             Those of a toolset are its members'; at least one.
 
         Raises:
-            ToolFailed: If the pool has no such tool, or it has no function.
+            ToolFailed: If the pool has no such tool, it has no function, or it cannot tell.
         """
         entry = self._entry(tool_id)
+        if entry.broken:
+            raise ToolFailed(entry.broken)
         if not isinstance(entry.config, ToolsetConfig):
             return entry.functions
         return tuple(function for _, function in self._members_of(entry.config).values())
@@ -376,7 +380,11 @@ def _with_cache_dir(config: ToolConfig, cache_dir: Path | None) -> ToolConfig:
 
 def _entry(config: ToolConfig) -> _Entry:
     tool = build_tool(config)
-    functions = tool.functions()
+    try:
+        functions, broken = tool.functions(), ""
+    except ToolFailed as error:
+        logger.error("%s", error.message)
+        functions, broken = (), error.message
     # A call whose worker died is made again where the orchestrator's table says so, not by Ray.
     options: dict[str, Any] = {"num_cpus": config.num_cpus, "max_retries": 0}
     if config.memory_bytes is not None:
@@ -391,6 +399,7 @@ def _entry(config: ToolConfig) -> _Entry:
         config_json=config.model_dump_json(),
         tool=tool,
         functions=functions,
+        broken=broken,
         validators={f.name: jsonschema.Draft202012Validator(f.parameters) for f in functions},
         places=asyncio.Semaphore(config.max_concurrency),
         call=ray.remote(_run_tool).options(name=f"tool:{config.tool_id}", **options),

@@ -22,6 +22,8 @@ from serve_app.config.tools.builtin import (
     RetrievalConfig,
 )
 from serve_app.config.tools.composed import CustomToolConfig, ToolsetConfig
+from serve_app.config.tools.openapi import OpenApiConfig
+from serve_app.config.tools.web import FetchConfig, WebSearchConfig, WebSettings
 
 ToolConfig = Annotated[
     NoneConfig
@@ -30,7 +32,10 @@ ToolConfig = Annotated[
     | RetrievalConfig
     | BestOfConfig
     | ToolsetConfig
-    | CustomToolConfig,
+    | CustomToolConfig
+    | FetchConfig
+    | WebSearchConfig
+    | OpenApiConfig,
     Field(discriminator="type"),
 ]
 """Any tool's settings, told apart by `type`."""
@@ -43,11 +48,15 @@ __all__ = [
     "CustomToolConfig",
     "EncoderConfig",
     "Examples",
+    "FetchConfig",
     "ManyFunctionsSettings",
     "NoneConfig",
+    "OpenApiConfig",
     "PythonConfig",
     "RetrievalConfig",
     "ToolConfig",
     "ToolSettings",
     "ToolsetConfig",
+    "WebSearchConfig",
+    "WebSettings",
 ]

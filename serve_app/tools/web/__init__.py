@@ -1,0 +1,1 @@
+"""Tools that read the web: which addresses they may reach, and how."""
