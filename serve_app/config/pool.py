@@ -54,9 +54,12 @@ class AdminApiConfig(BaseConfig):
     model_roots: tuple[Path, ...] = ()
     """Folders below which a local model's weights may lie; beside them a hub id may be named."""
     remotes: tuple[RemoteOriginConfig, ...] = ()
-    """Where remote models may be, and which key is sent there. Empty: no remote model over HTTP."""
+    """Where remote models, search servers and APIs may be, and which key is sent there. Empty: none
+    of these over HTTP."""
     corpora_root: Path | None = None
     """Folder below which a retrieval tool's corpus may lie; `None` allows none."""
+    specs_root: Path | None = None
+    """Folder below which the OpenAPI file of a tool may lie; `None` allows none."""
     python_packages: tuple[str, ...] = ()
     """Packages that a python tool may load."""
     max_sandbox_mb: int = Field(default=1024, ge=16, le=65536)
@@ -70,7 +73,8 @@ class AdminApiConfig(BaseConfig):
                     f"engine_kwargs: {name!r} has an engine run code that somebody names; give it "
                     "to single models in the configuration file"
                 )
-        for folder in (*self.model_roots, *([self.corpora_root] if self.corpora_root else [])):
+        roots = [root for root in (self.corpora_root, self.specs_root) if root is not None]
+        for folder in (*self.model_roots, *roots):
             if not folder.is_absolute() or folder == Path(folder.root):
                 raise ValueError(
                     f"{str(folder)!r} is no folder to allow: name one by its absolute path, or "

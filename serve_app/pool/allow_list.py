@@ -26,9 +26,12 @@ from serve_app.config.patterns.language import PatternConfig
 from serve_app.config.tools import (
     CustomToolConfig,
     EncoderConfig,
+    OpenApiConfig,
     PythonConfig,
     RetrievalConfig,
     ToolConfig,
+    WebSearchConfig,
+    WebSettings,
 )
 from serve_app.errors import InvalidRequest
 
@@ -118,6 +121,8 @@ class AllowList:
                 "pool.allow_custom_tools is set",
                 "tool.type",
             )
+        elif isinstance(tool, WebSettings) and not _same(tool, of_file, *_of_the_web(tool)):
+            self._check_web(tool)
 
     def _check_local(self, model: LocalModelConfig) -> None:
         if model.env:
@@ -150,14 +155,7 @@ class AllowList:
             )
 
     def _check_remote(self, model: RemoteModelConfig) -> None:
-        origin = _origin(model.base_url)
-        keys = {r.api_key_env for r in self._rules.remotes if _origin(r.origin) == origin}
-        if origin is None or not keys:
-            raise InvalidRequest(
-                "base_url: this address is not allowed here; name its scheme, host and port in "
-                "pool.admin_api.remotes of the configuration file",
-                "base_url",
-            )
+        keys = self._keys_of(model.base_url, "base_url")
         if model.api_key_env is not None and model.api_key_env not in keys:
             raise InvalidRequest(
                 f"api_key_env: {_shown(model.api_key_env)} is no key for this address; "
@@ -210,6 +208,69 @@ class AllowList:
                     f"{name}: {size_mb:g} MiB is above pool.admin_api.max_sandbox_mb, {largest}",
                     f"tool.{name}",
                 )
+
+    def _check_web(self, tool: WebSettings) -> None:
+        for name in ("allow", "ports"):
+            if getattr(tool, name) != WebSettings.model_fields[name].default:
+                raise InvalidRequest(
+                    f"{name}: only the configuration file names it", f"tool.{name}"
+                )
+        longest = int(WebSettings.model_fields["max_bytes"].default)
+        if tool.max_bytes > longest:
+            raise InvalidRequest(
+                f"max_bytes: {tool.max_bytes} is above {longest}; more is set in the configuration "
+                "file",
+                "tool.max_bytes",
+            )
+        if isinstance(tool, WebSearchConfig):
+            self._keys_of(tool.base_url, "tool.base_url")
+        elif isinstance(tool, OpenApiConfig):
+            self._check_openapi(tool)
+
+    def _check_openapi(self, tool: OpenApiConfig) -> None:
+        root = self._rules.specs_root
+        if root is None or not _lies_below(str(tool.spec), root):
+            raise InvalidRequest(
+                f"spec: {_shown(str(tool.spec))} is not allowed here; put it below the folder that "
+                "pool.admin_api.specs_root of the configuration file names, and give its absolute "
+                "path",
+                "tool.spec",
+            )
+        if tool.server is None:
+            raise InvalidRequest("server: a tool that is added here names it", "tool.server")
+        foreign = sorted(tool.environment_names() - self._keys_of(tool.server, "tool.server"))
+        if foreign:
+            raise InvalidRequest(
+                f"headers: {_shown(foreign[0])} is no key for this address; "
+                "pool.admin_api.remotes of the configuration file says which key is sent where",
+                "tool.headers",
+            )
+
+    def _keys_of(self, url: str, field: str) -> frozenset[str]:
+        """The environment variables whose keys may be sent to an address.
+
+        Raises:
+            InvalidRequest: If the address is not among those that the file lists.
+        """
+        origin = _origin(url)
+        keys = {r.api_key_env for r in self._rules.remotes if _origin(r.origin) == origin}
+        if origin is None or not keys:
+            raise InvalidRequest(
+                f"{field.rpartition('.')[2]}: this address is not allowed here; name its scheme, "
+                "host and port in pool.admin_api.remotes of the configuration file",
+                field,
+            )
+        return frozenset(key for key in keys if key is not None)
+
+
+def _of_the_web(tool: WebSettings) -> tuple[str, ...]:
+    """The settings of a tool that say where it connects to, and with what."""
+    names: tuple[str, ...] = ("allow", "ports", "max_bytes")
+    if isinstance(tool, WebSearchConfig):
+        return (*names, "base_url")
+    if isinstance(tool, OpenApiConfig):
+        return (*names, "spec", "server", "headers", "operations", "operation_effects")
+    return names
 
 
 def _same(member: BaseModel, of_file: BaseModel | None, *names: str) -> bool:

@@ -281,12 +281,12 @@ class ToolRunner:
     def _members_of(self, config: ToolsetConfig) -> dict[str, tuple[str, Function]]:
         """By name, each function of a toolset with the member that has it.
 
-        A member that cannot be made is left out.
+        A member that cannot be made, or cannot tell its functions, is left out.
 
         Raises:
             ToolFailed: If none is left, or two functions have one name.
         """
-        there = [name for name in config.members if name in self._entries]
+        there = [name for name in config.members if self._can_tell(name)]
         if not there:
             raise ToolFailed(f"toolset {config.tool_id!r} has no member that can be called")
         try:
@@ -294,6 +294,11 @@ class ToolRunner:
             return functions_by_owner(config.tool_id, functions)
         except ConfigError as error:
             raise ToolFailed(error.message) from None
+
+    def _can_tell(self, tool_id: str) -> bool:
+        """Whether a tool is there, and its functions are known."""
+        entry = self._entries.get(tool_id)
+        return entry is not None and not entry.broken
 
     async def _take_place(self, entry: _Entry, deadline_s: float) -> None:
         """Wait for one of the tool's places, within bounds."""

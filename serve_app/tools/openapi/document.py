@@ -23,6 +23,7 @@ MAX_NODES = 2000
 """Parts of one operation's schema, with what it refers to written out."""
 MAX_SCHEMA_BYTES = 32 << 10
 _MAX_REF_STEPS = 32
+_MAX_YAML_DEPTH = 100
 _MAX_DEPTH = 48
 _MAX_TEXT_CHARS = 300
 _MAX_ENUM = 256
@@ -77,13 +78,24 @@ def read_document(path: Path) -> Json:
             f"the OpenAPI file is YAML of more than {MAX_YAML_BYTES} bytes; convert it to JSON"
         )
     try:
-        parsed = json.loads(raw) if is_json else yaml.load(raw, _Loader)
+        parsed = json.loads(raw) if is_json else _yaml(raw)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError):
         raise SpecError("the OpenAPI file is neither JSON nor YAML") from None
     version = parsed.get("openapi") if isinstance(parsed, dict) else None
     if not str(version).startswith(("3.0", "3.1")):
         raise SpecError("the OpenAPI file is not of OpenAPI 3.0 or 3.1")
     return dict(parsed)
+
+
+def _yaml(raw: bytes) -> object:
+    """YAML's value, if it is not nested deeper than the C loader can follow."""
+    depth = 0
+    for event in yaml.parse(raw, _Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_YAML_DEPTH:
+            raise ValueError
+    return yaml.load(raw, _Loader)
 
 
 class References:

@@ -34,14 +34,31 @@ CUSTOM: Json = {"type": "custom", "model_id": "new", "import_path": "os:system"}
 RETRIEVAL: Json = {"type": "retrieval", "tool_id": "new"}
 PYTHON: Json = {"type": "python", "tool_id": "new"}
 CUSTOM_TOOL: Json = {"type": "custom", "tool_id": "new", "import_path": "os:system"}
+FETCH: Json = {"type": "fetch", "tool_id": "new"}
+SEARCH: Json = {"type": "web_search", "tool_id": "new", "base_url": "https://api.example.com"}
+API: Json = {
+    "type": "http",
+    "tool_id": "new",
+    "description": "x",
+    "spec": "{}/specs/good.json",
+    "server": "https://api.example.com/v2",
+}
+FILES_API: Json = {
+    **API,
+    "tool_id": "crm",
+    "spec": "/srv/crm.json",
+    "server": None,
+    "headers": {"Authorization": "${CRM_KEY}"},
+    "operations": ["read"],
+}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    for name in ("weights/good", "corpora/good", "outside"):
+    for name in ("weights/good", "corpora/good", "specs", "outside"):
         (tmp_path / name).mkdir(parents=True)
-    for root in ("weights", "corpora"):
+    for root in ("weights", "corpora", "specs"):
         (tmp_path / root / "link").symlink_to(tmp_path / "outside")
     return tmp_path
 
@@ -58,10 +75,13 @@ def config(folders: Path) -> AtlasConfig:
     tools = [
         {**RETRIEVAL, "tool_id": "docs", "corpus": "/srv/docs", "cache_dir": "/srv/cache"},
         {**CUSTOM_TOOL, "tool_id": "own", "settings": {"a": 1}},
+        {**FETCH, "tool_id": "inner", "allow": ["wiki.internal"]},
+        FILES_API,
     ]
     allowed = {
         "model_roots": [str(folders / "weights")],
         "corpora_root": str(folders / "corpora"),
+        "specs_root": str(folders / "specs"),
         "python_packages": ["numpy"],
         "remotes": [
             {"origin": "https://api.example.com", "api_key_env": "EXAMPLE_API_KEY"},
@@ -185,6 +205,38 @@ def placed(settings: Json, folders: Path) -> Json:
         ({**RETRIEVAL, "corpus": "{}/corpora/good", "cache_dir": "/tmp/x"}, "cache_dir"),
         ({**RETRIEVAL, "corpus": "{}/corpora/good", "encoder": {"model": "/etc"}}, "encoder"),
         ({**RETRIEVAL, "corpus": "{}/corpora/good", "max_corpus_bytes": 1 << 40}, "max_corpus"),
+        ({**FETCH, "allow": ["10.0.0.5"]}, "allow"),
+        ({**FETCH, "ports": [22]}, "ports"),
+        ({**FETCH, "max_bytes": 3 << 20}, "max_bytes"),
+        ({**FETCH, "tool_id": "inner", "allow": ["wiki.internal", "10.0.0.5"]}, "allow"),
+        ({**SEARCH, "base_url": "http://169.254.169.254"}, "base_url"),
+        ({**SEARCH, "base_url": "http://127.0.0.1:8265"}, "base_url"),
+        ({**SEARCH, "base_url": "http://0x7f000001:9999"}, "base_url"),
+        ({**SEARCH, "base_url": "http://api.example.com"}, "base_url"),
+        ({**SEARCH, "allow": ["10.0.0.5"]}, "allow"),
+        ({**API, "spec": "/etc/passwd"}, "spec"),
+        ({**API, "spec": "{}/outside/x.json"}, "spec"),
+        ({**API, "spec": "{}/specs/../outside/x.json"}, "spec"),
+        ({**API, "spec": "{}/specs/link/x.json"}, "spec"),
+        ({**API, "spec": "specs/good.json"}, "spec"),
+        ({**API, "server": None}, "server"),
+        ({**API, "server": "http://127.0.0.1:8265"}, "server"),
+        ({**API, "server": "https://evil.test"}, "server"),
+        ({**API, "headers": {"Authorization": "${OTHER_API_KEY}"}}, "headers"),
+        ({**API, "headers": {"X": "${HOME}${EXAMPLE_API_KEY}"}}, "headers"),
+        (
+            {
+                **API,
+                "server": "http://127.0.0.1:9999",
+                "headers": {"X": "${EXAMPLE_API_KEY}"},
+            },
+            "headers",
+        ),
+        ({**API, "ports": [6379]}, "ports"),
+        # The file's own, with more operations than the file offers, or with other effects.
+        ({**FILES_API, "operations": ["read", "delete"]}, "spec"),
+        ({**FILES_API, "operations": None}, "spec"),
+        ({**FILES_API, "operation_effects": {"read": "none"}}, "spec"),
         ({**PYTHON, "packages": ["requests"]}, "packages"),
         ({**PYTHON, "packages": ["../x"]}, "packages"),
         ({**PYTHON, "memory_mb": 65536}, "memory_mb"),
@@ -260,6 +312,13 @@ def test_what_the_file_does_not_allow_is_refused_by_name(
             "top_k": 9,
         },
         {**PYTHON, "packages": ["numpy"], "memory_mb": 1024},
+        FETCH,
+        {**FETCH, "tool_id": "inner", "allow": ["wiki.internal"], "timeout_s": 5},
+        SEARCH,
+        {**SEARCH, "base_url": "http://127.0.0.1:9999/searxng"},
+        API,
+        {**API, "headers": {"Authorization": "Bearer ${EXAMPLE_API_KEY}", "X-Client": "atlas"}},
+        {**FILES_API, "max_result_chars": 100},
         {"type": "calculator", "tool_id": "new"},
         {"type": "best_of", "tool_id": "new", "num_samples": 3},
     ],
@@ -279,6 +338,8 @@ def test_a_file_that_allows_nothing_special_allows_no_address_folder_or_package(
         {**REMOTE, "model_id": "second"},
         {**RETRIEVAL, "corpus": "/srv/corpus"},
         {**PYTHON, "packages": ["numpy"]},
+        SEARCH,
+        {**API, "spec": "/srv/specs/x.json"},
     ):
         with pytest.raises(InvalidRequest):
             check(bare, settings)
@@ -301,6 +362,7 @@ def test_the_arguments_allowed_by_default_are_vllms_own() -> None:
         {"engine_kwargs": ["worker_cls"]},
         {"corpora_root": "/"},
         {"corpora_root": "corpora"},
+        {"specs_root": "/"},
         {"model_roots": ["/"]},
         {"remotes": [{"origin": "https://api.example.com/v1"}]},
         {"remotes": [{"origin": "file:///etc"}]},
@@ -369,7 +431,7 @@ async def test_what_the_store_holds_is_held_to_the_same_rules(
     with caplog.at_level(logging.ERROR):
         for read in (pool.of(written), await pool.current()):
             assert [m.model_id for m in read.models] == ["odd", "far", "own", "fine", "with-reader"]
-            assert [t.tool_id for t in read.tools] == ["docs", "own"]
+            assert [t.tool_id for t in read.tools] == ["docs", "own", "inner", "crm"]
             assert read.model("with-reader").tools == ("none",)
     assert "'evil' is left out of the pool: env" in caplog.text
     narrower = AtlasConfig.model_validate({**config.model_dump(mode="json"), "pool": {}})

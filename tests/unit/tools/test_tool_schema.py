@@ -21,6 +21,8 @@ TOOLS: dict[str, dict[str, Any]] = {
     "python": {},
     "retrieval": {"corpus": "corpus.jsonl"},
     "best_of": {},
+    "fetch": {},
+    "web_search": {"base_url": "http://search.internal"},
 }
 KINDS = {
     "none": "none",
@@ -28,6 +30,8 @@ KINDS = {
     "python": "function",
     "retrieval": "context",
     "best_of": "sampling",
+    "fetch": "function",
+    "web_search": "function",
 }
 
 

@@ -84,7 +84,7 @@ def test_server_is_asked_as_the_settings_say(stub: Site) -> None:
 
 
 def test_no_more_results_than_wanted_and_no_more_characters(stub: Site) -> None:
-    long = {**SALMON, "content": "x" * 100_000, "title": "t" * 100_000}
+    long = {**SALMON, "content": "x" * 10_000, "title": "t" * 10_000}
     answer(stub, [long] * 40)
     result = search(stub, num_results=3, max_result_chars=1000)
     assert len(result.data["sources"]) == 3
