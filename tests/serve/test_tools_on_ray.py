@@ -23,7 +23,9 @@ from serve_app.config.tools import (
     BestOfConfig,
     CalculatorConfig,
     CustomToolConfig,
+    FetchConfig,
     NoneConfig,
+    OpenApiConfig,
     PythonConfig,
     RetrievalConfig,
     ToolsetConfig,
@@ -32,6 +34,7 @@ from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
 from serve_app.tools import runner as runner_module
 from serve_app.tools.base import ToolResult
 from serve_app.tools.runner import ToolRunner
+from tests.web_fakes import running_site
 
 pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("ray_session")]
 
@@ -335,6 +338,36 @@ async def test_start_warms_what_it_can_and_leaves_the_rest_to_its_calls(tmp_path
             await call(runner, "retrieval", {"query": "x"})
     finally:
         runner.close()
+
+
+async def test_tools_of_the_web_run_as_tasks_and_their_refusals_cross(tmp_path: Path) -> None:
+    spec = tmp_path / "api.json"
+    operation = {"operationId": "read", "parameters": [
+        {"name": "id", "in": "path", "required": True, "schema": {"type": "integer"}}]}  # fmt: skip
+    spec.write_text(json.dumps({"openapi": "3.1.0", "paths": {"/{id}": {"get": operation}}}))
+    with running_site() as site:
+        site.page("/7", '{"id": 7}', "application/json")
+        runner = ToolRunner(
+            [
+                FetchConfig(tool_id="fetch", allow=(f"127.0.0.1:{site.port}",), num_cpus=0),
+                OpenApiConfig(
+                    tool_id="api", description="x", spec=spec, server=site.url, num_cpus=0
+                ),
+            ]
+        )
+        page = await call(runner, "fetch", {"url": f"{site.url}/7"})
+        assert page.text.endswith('{"id": 7}')
+        with pytest.raises(ToolRetry, match="no public address"):
+            await call(runner, "fetch", {"url": "http://127.0.0.1/"})
+        (function,) = runner.functions("api")
+        read = await runner.run("api", {"id": 7}, deadline_s=START_S, function=function.name)
+        assert read.text.endswith('{"id":7}')
+        with pytest.raises(ToolRetry, match="answers 404"):
+            await runner.run("api", {"id": 8}, deadline_s=START_S, function=function.name)
+        with pytest.raises(ToolRetry, match="'extra' was unexpected"):
+            await runner.run(
+                "api", {"id": 7, "extra": 1}, deadline_s=START_S, function=function.name
+            )
 
 
 async def test_ray_is_out_of_reach_of_sandboxed_code() -> None:

@@ -81,10 +81,9 @@ def read_document(path: Path) -> Json:
         parsed = json.loads(raw) if is_json else _yaml(raw)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError):
         raise SpecError("the OpenAPI file is neither JSON nor YAML") from None
-    version = parsed.get("openapi") if isinstance(parsed, dict) else None
-    if not str(version).startswith(("3.0", "3.1")):
+    if not isinstance(parsed, dict) or not str(parsed.get("openapi")).startswith(("3.0", "3.1")):
         raise SpecError("the OpenAPI file is not of OpenAPI 3.0 or 3.1")
-    return dict(parsed)
+    return parsed
 
 
 def _yaml(raw: bytes) -> object:

@@ -18,7 +18,6 @@ from urllib.parse import urljoin
 
 import httpcore2
 
-from serve_app import __version__
 from serve_app.config.tools import WebSettings
 from serve_app.errors import ToolTimeout
 from serve_app.tools.web.addresses import (
@@ -149,7 +148,7 @@ class WebClient:
         )
         sent = {
             "Host": address.authority,
-            "User-Agent": f"atlas-serve/{__version__}",
+            "User-Agent": "atlas-serve",
             "Accept-Encoding": "gzip, deflate",
             "Connection": "close",
             **headers,
