@@ -151,11 +151,11 @@ class WebClient:
             "User-Agent": "atlas-serve",
             "Accept-Encoding": "gzip, deflate",
             "Connection": "close",
-            **headers,
         }
         if body or method in ("POST", "PUT", "PATCH"):
             sent["Content-Length"] = str(len(body))
-        raw: list[tuple[bytes | str, bytes | str]] = [*sent.items()]
+        pairs: list[tuple[bytes | str, bytes | str]] = [*sent.items(), *headers.items()]
+        last_of_each = {str(name).lower(): (name, value) for name, value in pairs}
         try:
             with (
                 httpcore2.HTTPConnection(
@@ -163,7 +163,9 @@ class WebClient:
                     ssl_context=(self._ssl_context or _machine_context()) if is_tls else None,
                     network_backend=_Pinned(self._backend, found[:_MAX_TRIED], clock),
                 ) as connection,
-                connection.stream(method, url, headers=raw, content=body) as response,
+                connection.stream(
+                    method, url, headers=[*last_of_each.values()], content=body
+                ) as response,
             ):
                 received = _first_of_each(response.headers)
                 content = self._read(response.iter_stream(), received.get("content-encoding", ""))

@@ -327,7 +327,7 @@ def test_headers_come_from_the_settings_and_their_secrets_stay_there(
     make: Callable[..., OpenApiTool], site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CRM_KEY", "s3cret-key")
-    headers = {"Authorization": "Bearer ${CRM_KEY}", "X-Client": "atlas"}
+    headers = {"Authorization": "Bearer ${CRM_KEY}", "X-Client": "atlas", "accept": "a/b"}
     tool = make(server=site.url, headers=headers)
     site.page("/customers/1", '{"you sent": "Bearer s3cret-key"}', "application/json")
     site.page("/customers/2", "unknown key s3cret-key", "text/plain", 403)
@@ -336,6 +336,8 @@ def test_headers_come_from_the_settings_and_their_secrets_stay_there(
     )
     assert site.requests[0].headers["Authorization"] == "Bearer s3cret-key"
     assert site.requests[0].headers["X-Client"] == "atlas"
+    assert site.requests[0].headers["accept"] == "a/b"
+    assert "Accept" not in site.requests[0].headers
     with pytest.raises(ToolRetry) as refused:
         call(tool, "getCustomer", id="2")
     assert refused.value.message == "the server answers 403: unknown key [secret]"
