@@ -79,6 +79,7 @@ def graph_config(port: int) -> dict[str, Any]:
         Path("configs/nano.yaml").read_text().replace("./", f"{Path.cwd()}/configs/")
     )
     del config["router"]["snapshot"]  # tests of the learning loop promote their own
+    next(t for t in config["tools"] if t["tool_id"] == "calculator")["exposed"] = True
     config["pool"] = {**config.get("pool", {}), "allow_custom_models": True}
     for behaviour in BEHAVIOURS:
         config["models"].append(

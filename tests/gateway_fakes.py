@@ -17,9 +17,10 @@ from starlette.applications import Starlette
 
 from serve_app.config import AtlasConfig
 from serve_app.config.patterns.check import members_of_patterns
-from serve_app.errors import EngineBusy, EngineError
+from serve_app.errors import EngineBusy, EngineError, ToolFailed, ToolRetry, ToolWorkerDied
 from serve_app.gateway.app import build_api
 from serve_app.jobs import Jobs
+from serve_app.orchestrator.direct import DirectTools
 from serve_app.schemas import (
     Candidate,
     ChatCall,
@@ -37,14 +38,19 @@ from serve_app.schemas import (
     Usage,
 )
 from serve_app.store import OutcomeLog, Store
+from serve_app.tools.base import Function, ToolResult
+from serve_app.tools.registry import build_tool
 
 T = TypeVar("T")
 
 PAIR = Pair("small", "calculator")
 
 
-def gateway_config(**gateway: Any) -> AtlasConfig:
-    """Three remote models that nobody calls, with the given gateway settings."""
+def gateway_config(tools: list[dict[str, Any]] | None = None, **gateway: Any) -> AtlasConfig:
+    """Three remote models that nobody calls, a calculator, and the given tools and settings.
+
+    One of the tools may be another calculator of that name.
+    """
     models = [
         {
             "type": "remote",
@@ -57,10 +63,11 @@ def gateway_config(**gateway: Any) -> AtlasConfig:
         }
         for name in ("small", "large", "broken")
     ]
-    tools = [{"type": "calculator", "tool_id": "calculator"}]
+    named = {tool["tool_id"]: tool for tool in tools or ()}
+    named.setdefault("calculator", {"type": "calculator", "tool_id": "calculator"})
     hello = {"name": "hello", "do": [{"ask": {"pair": "small"}}]}
     return AtlasConfig.model_validate(
-        {"models": models, "tools": tools, "patterns": [hello], "gateway": gateway}
+        {"models": models, "tools": [*named.values()], "patterns": [hello], "gateway": gateway}
     )
 
 
@@ -76,6 +83,8 @@ class ScriptedOrchestrator:
         self.calls: list[ChatCall] = []
         self.cancelled: list[str] = []
         self.is_ready = True
+        self.runner = ScriptedRunner(config)
+        self.tools = DirectTools(self.runner)  # type: ignore[arg-type]
         self._outcomes = outcomes
         states = {"broken": MemberState.FAILED}
         self._pool = PoolState(
@@ -187,6 +196,49 @@ class ScriptedOrchestrator:
         )
         self._outcomes.record(report, call.limits.alpha)
         return report
+
+
+class ScriptedRunner:
+    """The pool's tools in this process, without Ray; certain expressions make a call misbehave.
+
+    Attributes:
+        calls: Function and arguments of every call.
+        cancelled: How many calls were.
+    """
+
+    def __init__(self, config: AtlasConfig) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.cancelled = 0
+        self._tools = {tool.tool_id: build_tool(tool) for tool in config.tools}
+
+    def functions(self, tool_id: str) -> tuple[Function, ...]:
+        return self._tools[tool_id].functions()
+
+    async def run(
+        self, tool_id: str, arguments: dict[str, Any], *, deadline_s: float, function: str
+    ) -> ToolResult:
+        self.calls.append((function, arguments))
+        tool = self._tools[tool_id]
+        expression = arguments.get("expression")
+        match expression:
+            case None:
+                raise ToolRetry("tool 'calculator': 'expression' is a required property")
+            case "!die":
+                raise ToolWorkerDied("tool 'calculator' failed: its worker stopped")
+            case "!die-once" if len(self.calls) == 1:
+                raise ToolWorkerDied("tool 'calculator' failed: its worker stopped")
+            case "!fail":
+                raise ToolFailed("tool 'calculator' failed")
+            case "!bug":
+                raise ValueError("/secret/path")
+            case "!hang":
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    self.cancelled += 1
+                    raise
+        done = tool.call(function, arguments, deadline_s)
+        return ToolResult(done.text, done.data, 0.01, tool.config.price_usd_per_call)
 
 
 def _decision() -> Decision:
@@ -307,11 +359,14 @@ def read_all(connection: socket.socket) -> bytes:
 
 @contextmanager
 def running_gateway(
-    folder: Path, store_url: str | None = None, **gateway: Any
+    folder: Path,
+    store_url: str | None = None,
+    tools: list[dict[str, Any]] | None = None,
+    **gateway: Any,
 ) -> Iterator[Loopback]:
     """A gateway with these settings, with its store in `folder` where no URL says another."""
     url = store_url or f"sqlite+aiosqlite:///{folder / 'atlas.db'}"
-    loopback = Loopback(gateway_config(**gateway), url)
+    loopback = Loopback(gateway_config(tools, **gateway), url)
     loopback.start()
     try:
         yield loopback

@@ -98,6 +98,8 @@ class GatewayConfig(BaseConfig):
     """Names or addresses, without port, that a request may have in its `Host` header where keys are
     required; `*.example.com` stands for every subdomain. Empty: any. Probes are answered under
     any."""
+    mcp: bool = True
+    """Whether `/mcp` serves MCP clients: with `ask`, `route`, and the tools marked `exposed`."""
     deployment: GatewayDeploymentConfig = GatewayDeploymentConfig()
 
     @model_validator(mode="after")

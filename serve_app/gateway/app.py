@@ -20,6 +20,7 @@ from serve_app.gateway.edge.errors import JsonResponse
 from serve_app.gateway.edge.hosts import HostCheck
 from serve_app.gateway.edge.routes import RouteTable
 from serve_app.gateway.handlers import Handlers, Orchestrator
+from serve_app.gateway.mcp.server import McpServer
 from serve_app.gateway.openapi import openapi_document
 from serve_app.gateway.table import endpoints
 from serve_app.jobs import Jobs
@@ -54,14 +55,16 @@ def build_api(
         """`GET /openapi.json`; the document has this route too, so it is written below."""
         return Response(document, media_type="application/json")
 
-    routes = RouteTable(endpoints(api, pool, openapi))
+    hosts = HostCheck(gateway.auth.mode, gateway.allowed_hosts)
+    mcp = McpServer(api, orchestrator, config, hosts, metrics) if gateway.mcp else None
+    routes = RouteTable(endpoints(api, pool, openapi, None if mcp is None else mcp.handle))
     document = JsonResponse(
         openapi_document(routes.endpoints, gateway.limits, gateway.auth.mode)
     ).body
     edge = Middleware(
         Edge,
         routes=routes,
-        hosts=HostCheck(gateway.auth.mode, gateway.allowed_hosts),
+        hosts=hosts,
         limits=gateway.limits,
         authenticator=Authenticator(gateway.auth.mode, store),
         metrics=metrics,

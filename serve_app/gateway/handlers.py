@@ -30,6 +30,7 @@ from serve_app.gateway.edge.errors import JsonResponse
 from serve_app.gateway.edge.exchange import Exchange, looks_like_request_id
 from serve_app.gateway.edge.rate import RateLimiter
 from serve_app.jobs import Jobs, JobSubmission
+from serve_app.orchestrator.direct import DirectTools
 from serve_app.schemas import ChatCall, Decision, PoolState, Report
 from serve_app.store import (
     Job,
@@ -91,6 +92,11 @@ class Orchestrator(Protocol):
         """
         ...
 
+    @property
+    def tools(self) -> DirectTools:
+        """The pool's tools, for a caller that calls them itself."""
+        ...
+
     def pool(self) -> PoolState:
         """The pool, as last heard of; never waits."""
         ...
@@ -128,21 +134,40 @@ class Handlers:
     async def chat_completions(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
         exchange: Exchange = request.scope["atlas"]
-        body, call = self._read_call(exchange)
+        body, call = self._read_call(exchange, self._read_json(exchange))
         if body.stream:
             return await self._stream(exchange, body, call)
-        async with _deadline(exchange):
-            completion, report = await self._orchestrator.complete(call)
-        extension = self._book(exchange, call, report)
-        completion["model"] = extension["pair"]
-        completion["atlas"] = extension
+        completion = await self._complete(exchange, call)
+        extension = completion["atlas"]
         headers = {"x-atlas-pair": extension["pair"], "x-atlas-path": extension["path"]}
         return JsonResponse(completion, headers=headers)
+
+    async def complete(self, exchange: Exchange, raw: Json) -> Json:
+        """Answer a chat whole.
+
+        Args:
+            exchange: The request that asks for it.
+            raw: The chat, as in the body of `POST /v1/chat/completions`.
+
+        Returns:
+            The completion, with its `atlas` object.
+
+        Raises:
+            AtlasError: If it cannot be answered.
+        """
+        _, call = self._read_call(exchange, raw)
+        return await self._complete(exchange, call)
+
+    async def _complete(self, exchange: Exchange, call: ChatCall) -> Json:
+        async with in_time(exchange):
+            completion, report = await self._orchestrator.complete(call)
+        extension = self._book(exchange, call, report)
+        return completion | {"model": extension["pair"], "atlas": extension}
 
     async def _stream(self, exchange: Exchange, body: ChatRequest, call: ChatCall) -> Response:
         items = self._orchestrator.stream(call)
         try:
-            async with _deadline(exchange):
+            async with in_time(exchange):
                 first = await anext(items)
             if isinstance(first, Report):
                 raise TypeError("the orchestrator's stream had no chunk")
@@ -154,31 +179,39 @@ class Handlers:
             items,
             exchange=exchange,
             shaper=ChunkShaper(include_usage=body.includes_usage),
-            deadline=lambda: _deadline(exchange),
+            deadline=lambda: in_time(exchange),
             finish=lambda report: self._book(exchange, call, report),
         )
 
     async def route(self, request: Request) -> Response:
         """`POST /v1/route`."""
         exchange: Exchange = request.scope["atlas"]
-        _, call = self._read_call(exchange)
-        async with _deadline(exchange):
+        decision = await self.decide(exchange, self._read_json(exchange))
+        headers = {"x-atlas-pair": decision["pair"], "x-atlas-path": decision["path"]}
+        return JsonResponse(decision, headers=headers)
+
+    async def decide(self, exchange: Exchange, raw: Json) -> Json:
+        """Decide who would answer a chat; the arguments are those of `complete`.
+
+        Raises:
+            AtlasError: If nothing can be chosen.
+        """
+        _, call = self._read_call(exchange, raw)
+        async with in_time(exchange):
             decision = await self._orchestrator.decide(replace(call, explain=True))
         exchange.line.pair, exchange.line.path = str(decision.pair), str(decision.path)
         exchange.line.policy_version = decision.policy_version
-        headers = {"x-atlas-pair": str(decision.pair), "x-atlas-path": str(decision.path)}
-        body = {
+        return {
             "object": "atlas.decision",
             "request_id": exchange.request_id,
             "alpha": call.limits.alpha,
             **decision_object(decision),
         }
-        return JsonResponse(body, headers=headers)
 
     async def feedback(self, request: Request) -> Response:
         """`POST /v1/feedback`."""
         exchange: Exchange = request.scope["atlas"]
-        said = validate(FeedbackRequest, parse_json(exchange.body, self._limits.max_json_depth))
+        said = validate(FeedbackRequest, self._read_json(exchange))
         self._feedback_rate.take(exchange.owner)
         score = min(1.0, max(0.0, said.score))
         await self._once_written(
@@ -276,9 +309,11 @@ class Handlers:
 
     # What they share.
 
-    def _read_call(self, exchange: Exchange) -> tuple[ChatRequest, ChatCall]:
-        """The request in the body, checked against everything known here."""
-        raw = parse_json(exchange.body, self._limits.max_json_depth)
+    def _read_json(self, exchange: Exchange) -> Json:
+        return parse_json(exchange.body, self._limits.max_json_depth)
+
+    def _read_call(self, exchange: Exchange, raw: Json) -> tuple[ChatRequest, ChatCall]:
+        """A chat's request, checked against everything known here."""
         body = validate(ChatRequest, raw)
         exchange.line.model = body.model if len(body.model) <= 128 else body.model[:128]
         call = to_chat_call(
@@ -326,7 +361,7 @@ def _job_object(job: Job) -> Json:
 
 
 @asynccontextmanager
-async def _deadline(exchange: Exchange) -> AsyncIterator[None]:
+async def in_time(exchange: Exchange) -> AsyncIterator[None]:
     """End the block when the request's time is up.
 
     Raises:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from serve_app.config import LimitsConfig
-from serve_app.gateway.edge.operation import Answer, Shape
+from serve_app.gateway.edge.operation import Answer, Operation, Shape
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint
 from serve_app.gateway.shapes import ERROR
 
@@ -51,10 +51,11 @@ def openapi_document(
     endpoints: Sequence[Endpoint], limits: LimitsConfig, auth_mode: Literal["open", "required"]
 ) -> Json:
     """The document for a gateway with these routes and limits."""
-    schemas = _Schemas(endpoints)
+    declared = [(route, route.operation) for route in endpoints if route.operation is not None]
+    schemas = _Schemas([operation for _, operation in declared])
     paths: Json = {}
-    for endpoint in endpoints:
-        operation = _operation(endpoint, schemas)
+    for endpoint, described in declared:
+        operation = _operation(endpoint, described, schemas)
         if auth_mode == "required" and endpoint.rule.access != PUBLIC:
             operation["security"] = [{"key": []}]
         paths.setdefault(endpoint.path_format, {})[endpoint.method.lower()] = operation
@@ -63,11 +64,12 @@ def openapi_document(
         "openapi": "3.1.0",
         "info": {
             "title": "atlas-serve",
-            "version": _version(),
+            "version": package_version(),
             "description": (
                 "OpenAI-compatible chat completions. `model: atlas` routes each request to a "
                 "(model, tool) pair or a pattern; `<model_id>`, `<model_id>@<tool_id>` or "
-                "`pattern:<name>` pins one."
+                "`pattern:<name>` pins one. `/mcp`, where it is on, is left out here: it describes "
+                "itself to MCP clients."
             ),
         },
         "paths": paths,
@@ -78,7 +80,8 @@ def openapi_document(
     return document
 
 
-def _version() -> str:
+def package_version() -> str:
+    """Of atlas-serve; `0` where the package is not installed."""
     try:
         return version("atlas-serve")
     except PackageNotFoundError:
@@ -92,10 +95,9 @@ class _Schemas:
         components: Schemas by name; a shape is among them once it was referred to.
     """
 
-    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+    def __init__(self, operations: Sequence[Operation]) -> None:
         models: dict[tuple[type[BaseModel], JsonSchemaMode], None] = {}
-        for endpoint in endpoints:
-            operation = endpoint.operation
+        for operation in operations:
             if operation.body is not None:
                 models[operation.body, "validation"] = None
             for answer in (operation.answer, *operation.also):
@@ -147,8 +149,7 @@ def _variant(schema: Json, kind: str) -> Json:
     return found
 
 
-def _operation(endpoint: Endpoint, schemas: _Schemas) -> Json:
-    declared = endpoint.operation
+def _operation(endpoint: Endpoint, declared: Operation, schemas: _Schemas) -> Json:
     statuses = {*_ALWAYS, *declared.errors}
     if endpoint.rule.access != PUBLIC:
         statuses.update(_WITH_KEY)

@@ -23,16 +23,20 @@ from serve_app.jobs import JobSubmission
 from serve_app.store import Scope
 
 
-def endpoints(api: Handlers, pool: PoolAdmin, openapi: Handler) -> list[Endpoint]:
+def endpoints(
+    api: Handlers, pool: PoolAdmin, openapi: Handler, mcp: Handler | None
+) -> list[Endpoint]:
     """Every route of the API; of two that match a request, the first answers it.
 
     Args:
         api: Answers callers, and admins on the learning loop.
         pool: Answers admins on the pool.
         openapi: Answers with the document that is written from these.
+        mcp: Answers MCP clients; `None`: nothing does.
     """
     return [
         *_chat(api),
+        *([] if mcp is None else [Endpoint("POST", "/mcp", mcp, Scope.CHAT, None)]),
         *_models(pool),
         *_tools(pool),
         *_patterns(pool),

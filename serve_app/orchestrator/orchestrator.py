@@ -111,6 +111,8 @@ class Orchestrator:
         self._waker = Waker(config.pool, self._clients)
         decider = Decider(embedder, router)
         self._pairs = PairRunner(config, self._clients, embed=decider.embed)
+        self.tools = self._pairs.direct
+        """The pool's tools, for a caller that calls them itself."""
         self._max_tool_calls = config.gateway.limits.max_tool_calls
         self._declared = PatternRunner(self._pairs, decider, config)
         self._engine = Engine(self._pairs, self._declared, decider, config.router.planner)

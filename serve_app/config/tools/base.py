@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serve_app.schemas import Effects, ToolKind
 
@@ -47,6 +47,10 @@ class ToolSettings(BaseModel):
     when it is done twice; or `once`, which must not happen twice. A tool of several functions may
     say of each what it does."""
 
+    exposed: bool = False
+    """Whether MCP clients may call the functions of this tool at `/mcp`; for tools of kind
+    `function`. A function with `effects: once` is left out: MCP has no idempotency key."""
+
     price_usd_per_call: float = Field(default=0.0, ge=0, le=1000)
     """Price of one call, in US dollars."""
 
@@ -67,6 +71,15 @@ class ToolSettings(BaseModel):
 
     max_result_chars: int = Field(default=8192, ge=64, le=1 << 20)
     """Longest text a model gets back; the rest is cut and said to be."""
+
+    @model_validator(mode="after")
+    def _only_functions_are_exposed(self) -> Self:
+        if self.exposed and self.kind != "function":
+            raise ValueError(
+                f"exposed: tool {self.tool_id!r} is of kind {self.kind!r}; only tools of kind "
+                "'function' can be called by MCP clients"
+            )
+        return self
 
 
 class ManyFunctionsSettings(ToolSettings):

@@ -205,6 +205,7 @@ class PoolView:
                 row |= {
                     "type": tool.type,
                     "description": tool.description,
+                    "exposed": tool.exposed,
                     "price_usd_per_call": tool.price_usd_per_call,
                     "timeout_s": tool.timeout_s,
                     "max_concurrency": tool.max_concurrency,

@@ -204,14 +204,21 @@ class StreamOptions(Wire):
     """Accepted, not used."""
 
 
+ModelName = Annotated[str, Field(min_length=1, max_length=200)]
+"""`atlas`, a model, a pair, or a pattern."""
+Alpha = Annotated[float, Field(ge=0, le=1)]
+MaxCostUsd = Annotated[float, Field(ge=0)]
+DeadlineS = Annotated[float, Field(ge=0.01)]
+
+
 class AtlasOptions(Wire):
     """What this endpoint knows beyond OpenAI's API."""
 
-    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    alpha: Alpha | None = None
     """Cost-quality dial; 0 = quality only, `null` = the server's default."""
-    max_cost_usd: Annotated[float, Field(ge=0)] | None = None
+    max_cost_usd: MaxCostUsd | None = None
     """Dollars the request may cost."""
-    deadline_s: Annotated[float, Field(ge=0.01)] | None = None
+    deadline_s: DeadlineS | None = None
     """Seconds from arrival to the last byte."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Pairs tried at most: the choice and its fallbacks, or the learned policy's steps."""
@@ -239,7 +246,7 @@ def _stop_kind(value: Any) -> str:
 class ChatRequest(Wire):
     """The body of `POST /v1/chat/completions` and `POST /v1/route`."""
 
-    model: Annotated[str, Field(min_length=1, max_length=200)]
+    model: ModelName
     """`atlas` routes; `<model_id>` or `<model_id>@<tool_id>` pins."""
     messages: Annotated[
         list[Message], Field(min_length=1, max_length=MAX_LISTED_MESSAGES, fail_fast=True)

@@ -104,6 +104,22 @@ class HostCheck:
             shown = b", ".join(given)[:80].decode("latin-1")
             raise Misdirected(f"requests for the host {shown!r} are not answered here")
 
+    def check_origin(self, scope: Scope) -> None:
+        """Refuse a request that a page of another site sends.
+
+        A program sends no `Origin`. A browser does, and a page's host has to be served here.
+
+        Raises:
+            Forbidden: If the page is another site's.
+        """
+        if not (self._is_open or self._names or self._endings):
+            return
+        for given in (value for name, value in scope["headers"] if name == b"origin"):
+            host = host_name(given.partition(b"://")[2])
+            if host is None or not self._is_served(host):
+                shown = given[:80].decode("latin-1")
+                raise Forbidden(f"requests from pages of {shown!r} are not answered here")
+
     def _is_served(self, host: str) -> bool:
         if self._is_open:
             return is_loopback(host)

@@ -72,7 +72,7 @@ class Endpoint(Route):
         path: str,
         handler: Handler,
         access: KeyScope | Public,
-        operation: Operation,
+        operation: Operation | None,
         *,
         is_probe: bool = False,
     ) -> None:
@@ -83,7 +83,8 @@ class Endpoint(Route):
             path: Starlette's pattern of the path.
             handler: Answers the request.
             access: Scope that a key needs, or `PUBLIC`.
-            operation: What it takes and answers, for the OpenAPI document.
+            operation: What it takes and answers, for the OpenAPI document; `None` leaves the route
+                out of the document.
             is_probe: Whether it is asked every few seconds by whoever watches.
         """
         if access is KeyScope.ADMIN:

@@ -8,6 +8,7 @@ from serve_app.config import AtlasConfig
 from serve_app.errors import InvalidRequest
 from serve_app.models.clients import ModelClients
 from serve_app.orchestrator.answer import Choice
+from serve_app.orchestrator.direct import DirectTools
 from serve_app.orchestrator.pairs import context, function, plain, sampling
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.join import Join, Parts
@@ -53,6 +54,8 @@ class PairRunner:
         )
         self.parts.models.use(config.models)
         self._kinds: dict[str, ToolKind] = {tool.tool_id: tool.kind for tool in config.tools}
+        self.direct = DirectTools(self._runner)
+        """The tools, for a caller that calls them itself."""
 
     def use(self, config: AtlasConfig) -> None:
         """Take over a changed pool; what was there stays usable for requests under way."""

@@ -23,6 +23,7 @@ from schemathesis.specs.openapi.checks import (
 
 from serve_app.gateway.app import build_api
 from serve_app.gateway.chat.wire import IGNORED_PARAMETERS, ChatRequest
+from serve_app.gateway.edge.operation import Operation
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint
 from serve_app.gateway.openapi import openapi_document
 from tests.gateway_fakes import Loopback, gateway_config, running_gateway
@@ -41,6 +42,11 @@ CHECKS = [
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     with running_gateway(tmp_path_factory.mktemp("openapi")) as loopback:
         yield loopback
+
+
+def described() -> list[tuple[Endpoint, Operation]]:
+    """The routes of the document, and what it says of them."""
+    return [(route, route.operation) for route in table() if route.operation is not None]
 
 
 def table() -> list[Endpoint]:
@@ -84,32 +90,36 @@ def test_the_document_is_served_and_has_the_configured_limits(gateway: Loopback)
     assert chat["messages"]["maxItems"] == limits.max_messages
 
 
-def test_every_route_is_in_the_document_and_nothing_else() -> None:
+def test_only_the_route_that_describes_itself_is_left_out_of_the_document() -> None:
+    assert [route.path for route in table() if route.operation is None] == ["/mcp"]
+    assert "`/mcp`" in document()["info"]["description"]
+
+
+def test_every_other_route_is_in_the_document_and_nothing_else() -> None:
     documented = {
         (method.upper(), path): operation
         for path, operations in document()["paths"].items()
         for method, operation in operations.items()
     }
-    routes = {(route.method, route.path_format): route.operation for route in table()}
+    routes = {(route.method, route.path_format): operation for route, operation in described()}
     assert documented.keys() == routes.keys()
-    assert len(routes) == len(table())
+    assert len(routes) == len(described())
     for key, operation in documented.items():
         assert operation["operationId"] == routes[key].operation_id
 
 
 def test_an_operation_has_a_name_of_its_own() -> None:
-    names = [route.operation.operation_id for route in table()]
+    names = [operation.operation_id for _, operation in described()]
     assert len(names) == len(set(names))
 
 
 def test_a_route_that_reads_a_body_says_what_it_is() -> None:
-    for route in table():
-        assert (route.operation.body is not None) == route.rule.reads_body, route.path
+    for route, operation in described():
+        assert (operation.body is not None) == route.rule.reads_body, route.path
 
 
 def test_a_status_is_that_of_an_answer_or_of_an_error_and_said_once() -> None:
-    for route in table():
-        declared = route.operation
+    for route, declared in described():
         answers = [answer.status for answer in (declared.answer, *declared.also)]
         assert len({*answers, *declared.errors}) == len(answers) + len(declared.errors), route.path
 
@@ -135,7 +145,9 @@ def test_keys_are_in_the_document_only_where_they_are_asked_for() -> None:
         if "security" in operation
     }
     assert needs_key == {path for path in locked["paths"] if path.startswith("/v1/")}
-    assert needs_key == {route.path_format for route in table() if route.rule.access != PUBLIC}
+    assert needs_key == {
+        route.path_format for route, _ in described() if route.rule.access != PUBLIC
+    }
 
 
 def test_parameters_that_are_not_acted_on_are_named_as_such() -> None:
