@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -47,8 +47,10 @@ def server_of(kind: str) -> Iterator[SandboxServer]:
 def runs_on(server: SandboxServer) -> Iterator[Run]:
     """Run code; afterwards nothing of it may be left."""
 
-    def run_code(code: str, deadline_s: float = 10, **limits: int) -> SandboxResult:
-        return server.run(textwrap.dedent(code), replace(LIMITS, **limits), deadline_s)
+    def run_code(
+        code: str, deadline_s: float = 10, readable: Sequence[str] = (), **limits: int
+    ) -> SandboxResult:
+        return server.run(textwrap.dedent(code), replace(LIMITS, **limits), deadline_s, readable)
 
     yield run_code
     assert server.pid is not None

@@ -57,7 +57,7 @@ class ConfinementError(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """How children are confined, the same for every run of this server."""
+    """How children are confined: all but `shown` is the same for every run of this server."""
 
     base: str
     """The server's own folder; each run gets one inside it."""
@@ -67,6 +67,8 @@ class Plan:
     """User id a child changes to; `None` keeps the server's."""
     has_private_root: bool
     """Whether `base` is a root folder for children; else each gets a folder in it."""
+    shown: tuple[str, ...] = ()
+    """Files and folders that a single run may read besides, by their paths outside."""
 
     @property
     def uid(self) -> int:
@@ -117,15 +119,20 @@ def _drop_privileges(run_uid: int | None) -> None:
         raise ConfinementError("capabilities cannot be dropped")
 
 
-def _confine(plan: Plan, workdir: str, limits: dict[str, Any], parent_pid: int) -> None:
-    """Take everything away; the order matters, each step needs what the next one removes."""
+def _confine(plan: Plan, workdir: str, limits: dict[str, Any], parent_pid: int) -> list[str]:
+    """Take everything away; the order matters, each step needs what the next one removes.
+
+    Returns:
+        Where the child sees what the plan shows it; a path that is missing is left out.
+    """
     import sandlock
 
     os.setsid()
     os.umask(0o077)
     _set_limits(limits, plan.run_uid)
+    shown = [path for path in plan.shown if os.path.exists(path)]
     if plan.has_private_root:
-        private_root.enter(plan.base, limits, plan.uid)
+        shown = private_root.enter(plan.base, limits, plan.uid, shown)
     else:
         os.chdir(workdir)
     _drop_privileges(plan.run_uid)
@@ -134,7 +141,7 @@ def _confine(plan: Plan, workdir: str, limits: dict[str, Any], parent_pid: int) 
     protection = sandlock.Protection
     sandlock.confine(
         sandlock.Sandbox(
-            fs_readable=plan.readable,
+            fs_readable=[*plan.readable, *shown],
             fs_writable=[workdir, "/dev/null"],
             # What an older kernel lacks of these, the system call filter refuses anyway.
             allow_degraded=[
@@ -146,6 +153,7 @@ def _confine(plan: Plan, workdir: str, limits: dict[str, Any], parent_pid: int) 
         )
     )
     policy.install_seccomp()
+    return shown
 
 
 class _CountingFile(io.FileIO):
@@ -257,7 +265,7 @@ def run_child(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     try:
-        _confine(plan, workdir, request["limits"], server)
+        shown = _confine(plan, workdir, request["limits"], server)
     except Exception as error:
         os.write(_STATUS, f"{type(error).__name__}: {error}".encode(errors="replace")[:500])
         return 1
@@ -276,7 +284,7 @@ def run_child(
         "backslashreplace",
         write_through=True,
     )
-    sys.argv = [SOURCE_NAME]
+    sys.argv = [SOURCE_NAME, *shown]
     sys.orig_argv[:] = ["python"]
     if role == "tests":
         code = _examine(request["tests"])

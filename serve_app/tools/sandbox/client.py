@@ -1,5 +1,8 @@
 """Runs untrusted Python in a sandbox: no network, no foreign files, no processes, all bounded.
 
+A run may be given files and folders of ours to read; it can write none of them, and links in them
+lead nowhere else.
+
 Each process that runs tools keeps one warm sandbox server per set of packages (`sandbox.server`),
 which forks a confined child per run. There is no unconfined way: where Landlock, seccomp or
 sandlock is missing, or the server's own probe gets out, every call fails with `ToolFailed`.
@@ -97,13 +100,16 @@ class SandboxResult:
 class SandboxServer:
     """A warm server process and the connection to it; one run at a time, shared by threads."""
 
-    def __init__(self, packages: tuple[str, ...] = ()) -> None:
+    def __init__(self, packages: tuple[str, ...] = (), module: str = "") -> None:
         """Prepare; the process starts with the first run.
 
         Args:
             packages: Importable packages beyond the standard library.
+            module: A Python file of ours that runs can import by its name; loaded once, before the
+                forks, so that they need not read it. Empty: none.
         """
         self._packages = packages
+        self._module = module
         self._lock = threading.Lock()
         self._process: ServerProcess | None = None
 
@@ -133,7 +139,13 @@ class SandboxServer:
             if self._ensure_started(deadline) is None:
                 raise ToolFailed("the sandbox is still starting")
 
-    def run(self, code: str, limits: SandboxLimits, deadline_s: float) -> SandboxResult:
+    def run(
+        self,
+        code: str,
+        limits: SandboxLimits,
+        deadline_s: float,
+        readable: Sequence[str] = (),
+    ) -> SandboxResult:
         """Run code in a fresh confined child.
 
         Args:
@@ -142,6 +154,10 @@ class SandboxServer:
             deadline_s: Seconds until it is killed, all together: waiting for this server's other
                 runs, the server's start if it does not run, and the code. The answer comes at most
                 `GRACE_S` later.
+            readable: Absolute paths, without links, of files and folders that this run may read
+                besides. `sys.argv[1:]` says where it sees them; one that is missing is left out.
+                The user that runs the code (another than root, where the server is root) must be
+                allowed to read them.
 
         Returns:
             How it ended.
@@ -151,7 +167,12 @@ class SandboxServer:
                 or its server stopped.
         """
         begin = time.monotonic()
-        request = {"code": code, "has_tests": False, "limits": asdict(limits)}
+        request = {
+            "code": code,
+            "has_tests": False,
+            "limits": asdict(limits),
+            "readable": list(readable),
+        }
         reply = self._ask(request, [], begin + deadline_s)
         return SandboxResult(
             stdout=reply["stdout"],
@@ -223,7 +244,7 @@ class SandboxServer:
         try:
             if self._process is None or not self._process.alive:
                 self._stop()
-                self._process = ServerProcess(self._packages, asdict(SandboxLimits()))
+                self._process = ServerProcess(self._packages, asdict(SandboxLimits()), self._module)
             return self._process if self._process.wait_ready(deadline) else None
         except BaseException:
             self._stop()
@@ -235,24 +256,25 @@ class SandboxServer:
             process.stop()
 
 
-_servers: dict[tuple[int, tuple[str, ...]], SandboxServer] = {}
+_servers: dict[tuple[int, tuple[str, ...], str], SandboxServer] = {}
 _servers_lock = threading.Lock()
 
 
-def sandbox_server(packages: tuple[str, ...] = ()) -> SandboxServer:
+def sandbox_server(packages: tuple[str, ...] = (), module: str = "") -> SandboxServer:
     """This process's sandbox server for a set of packages.
 
     Args:
         packages: Importable packages beyond the standard library.
+        module: As in `SandboxServer`.
 
     Returns:
         The server, shared by all callers of this process.
     """
     # By process id: a forked copy of this process must not share the connection.
-    key = (os.getpid(), packages)
+    key = (os.getpid(), packages, module)
     with _servers_lock:
         if key not in _servers:
-            _servers[key] = SandboxServer(packages)
+            _servers[key] = SandboxServer(packages, module)
             atexit.register(_servers[key].close)
         return _servers[key]
 

@@ -45,12 +45,13 @@ STALE_AFTER_S = 60.0
 class ServerProcess:
     """One running sandbox server."""
 
-    def __init__(self, packages: tuple[str, ...], limits: dict[str, Any]) -> None:
+    def __init__(self, packages: tuple[str, ...], limits: dict[str, Any], module: str = "") -> None:
         """Start it; `wait_ready` says when it is there.
 
         Args:
             packages: Importable packages beyond the standard library.
             limits: For the runs by which it proves itself.
+            module: A Python file of ours that it loads beside them; empty: none.
 
         Raises:
             ToolFailed: If it cannot be started.
@@ -91,6 +92,7 @@ class ServerProcess:
             "packages": packages,
             "base": self.base,
             "limits": limits,
+            "module": module,
         }
 
     @property

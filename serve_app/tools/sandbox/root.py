@@ -16,17 +16,13 @@ import os
 
 WORKDIR = "/sandbox"
 """The run's own folder, as seen in the private root."""
+SHOWN = "/shown"
+"""Where a run sees the files and folders that only it may read."""
 
 _PAGE = 4096
 _NEWNS, _NEWUSER = 0x20000, 0x10000000
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = (
-    1,
-    2,
-    4,
-    1 << 12,
-    1 << 14,
-    1 << 18,
-)
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
+_MS_BIND, _MS_REC, _MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
 _MNT_DETACH = 2
 _CAP_SYS_ADMIN = 21
 
@@ -92,6 +88,7 @@ def build(base: str, readable: tuple[str, ...]) -> None:
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
         _mount(path, target, None, _MS_BIND | _MS_REC)
     os.mkdir(base + WORKDIR)
+    os.mkdir(base + SHOWN)
     # An import system that cached a folder's listing takes it for changed when its time has.
     for folder in made:
         info = os.stat(folder)
@@ -126,21 +123,49 @@ def _may_mount() -> bool:
     return bool(int(effective.split()[1], 16) & (1 << _CAP_SYS_ADMIN))
 
 
-def enter(base: str, limits: dict[str, int], uid: int) -> None:
+def enter(base: str, limits: dict[str, int], uid: int, shown: list[str]) -> list[str]:
     """Make the private root this process's root, and an empty folder in it the current one.
 
     Args:
         base: Where `build` made it.
         limits: `max_disk_bytes` and `max_files` of the folder.
         uid: The folder's owner.
+        shown: Files and folders that the root shows besides, read-only.
+
+    Returns:
+        Where it shows them: under their own names, those of one folder together.
 
     Raises:
         OSError: If the kernel refuses.
     """
     _check(_libc.unshare(_NEWNS), "unshare")
     _mount_workdir(base, limits["max_disk_bytes"], limits["max_files"], uid)
+    seen = _mount_shown(base, shown) if shown else []
     os.chroot(base)
     os.chdir(WORKDIR)
+    return seen
+
+
+def _mount_shown(base: str, shown: list[str]) -> list[str]:
+    # On a tmpfs of the run's own: no other run finds out what this one was shown.
+    _mount("tmpfs", base + SHOWN, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={_PAGE},mode=755")
+    folders = [os.path.dirname(path) for path in shown]
+    for number in {folders.index(folder) for folder in folders}:
+        os.mkdir(f"{base}{SHOWN}/{number}")
+        os.chmod(f"{base}{SHOWN}/{number}", 0o755)
+    seen = []
+    for path, folder in zip(shown, folders, strict=True):
+        target = f"{SHOWN}/{folders.index(folder)}/{os.path.basename(path)}"
+        if os.path.isdir(path):
+            os.mkdir(base + target)
+        else:
+            os.close(os.open(base + target, os.O_CREAT | os.O_WRONLY))
+        _mount(path, base + target, None, _MS_BIND)
+        # A bind mount takes its flags only when it is mounted again.
+        flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+        _mount("none", base + target, None, _MS_REMOUNT | _MS_BIND | flags)
+        seen.append(target)
+    return seen
 
 
 def _mount_workdir(base: str, max_bytes: int, max_files: int, uid: int) -> None:

@@ -23,7 +23,18 @@ import struct
 import sys
 import sysconfig
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+
+def _load(path: str, name: str) -> None:
+    """Import a file by its path, as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
 
 if TYPE_CHECKING:
     from serve_app.tools.sandbox import root as private_root
@@ -33,10 +44,7 @@ if TYPE_CHECKING:
 else:
     # By file: importing them as parts of the package would import the package.
     for _name in ("policy", "files", "root", "calls", "child", "run"):
-        _path = os.path.join(os.path.dirname(__file__), f"{_name}.py")
-        _spec = importlib.util.spec_from_file_location(f"sandbox_{_name}", _path)
-        sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-        _spec.loader.exec_module(sys.modules[_spec.name])
+        _load(os.path.join(os.path.dirname(__file__), f"{_name}.py"), f"sandbox_{_name}")
     import sandbox_root as private_root
     from sandbox_child import CONFINED, PASSED, ConfinementError, Plan, die_with
     from sandbox_files import remove_tree
@@ -102,7 +110,7 @@ class Server:
         """Load what children need, then prove that confinement works before promising it.
 
         Args:
-            hello: `site` folders, `packages` to load and the `base` folder.
+            hello: `site` folders, `packages` and the `module` file to load, the `base` folder.
 
         Returns:
             Whether children get a root folder of their own.
@@ -118,6 +126,9 @@ class Server:
             module = importlib.import_module(name)
             if name in hello["packages"]:
                 roots += list(getattr(module, "__path__", None) or [module.__file__])
+        if hello["module"]:
+            name, _ = os.path.splitext(os.path.basename(hello["module"]))
+            _load(hello["module"], name)
         sys.path[:] = [folder for folder in sys.path if folder not in folders]
         gc.collect()
         gc.freeze()
@@ -227,7 +238,8 @@ class Server:
 
     def _run(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
         """Run one program, and say how it ended."""
-        with started(self._plan, "program", request) as run:
+        plan = replace(self._plan, shown=tuple(request["readable"]))
+        with started(plan, "program", request) as run:
             watch([run], deadline, self._requests)
         return {
             "stdout": run.streams[0].decode(errors="replace"),

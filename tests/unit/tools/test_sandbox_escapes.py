@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -520,6 +521,90 @@ LOOKS = [
 """What may be asked about files that cannot be opened; Landlock does not cover it."""
 
 
+LISTED = [
+    escape("write-file", "open(T['file'], 'a').close()\nprint('ESCAPED')"),
+    escape("truncate-file", "import os\nos.truncate(T['file'], 0)\nprint('ESCAPED')"),
+    escape("delete-file", "import os\nos.unlink(T['file'])\nprint('ESCAPED')"),
+    escape("write-in-folder", "open(T['folder'] + '/in', 'r+').close()\nprint('ESCAPED')"),
+    escape("make-file-in-folder", "open(T['folder'] + '/new', 'w').close()\nprint('ESCAPED')"),
+    escape("make-folder-in-folder", "import os\nos.mkdir(T['folder'] + '/d')\nprint('ESCAPED')"),
+    escape("delete-in-folder", "import os\nos.unlink(T['folder'] + '/in')\nprint('ESCAPED')"),
+    escape(
+        "rename-in-folder",
+        "import os\nos.rename(T['folder'] + '/in', T['folder'] + '/moved')\nprint('ESCAPED')",
+    ),
+    escape("move-out", "import os\nos.rename(T['file'], 'moved')\nprint('ESCAPED')", control=False),
+    escape(
+        "write-through-hard-link",
+        "import os\nos.link(T['file'], 'own')\nopen('own', 'a').close()\nprint('ESCAPED')",
+        control=False,
+    ),
+    escape(
+        "write-through-link-of-ones-own",
+        """
+        import os
+        os.symlink(T['file'], T['name'])
+        open(T['name'], 'a').close()
+        print('ESCAPED')
+        """,
+    ),
+    escape(
+        "write-to-memory-of-file",
+        """
+        import mmap, os
+        memory = mmap.mmap(os.open(T['file'], os.O_RDWR), 0)
+        memory[:1] = b'X'
+        print('ESCAPED')
+        """,
+    ),
+    escape("read-beside", "if open(T['folder'] + '/../secret').read(): print('ESCAPED')"),
+    escape("read-beside-by-name", "if open(T['folder'] + '-other').read(): print('ESCAPED')"),
+    escape(
+        "list-beside",
+        "import os\nif 'secret' in os.listdir(T['folder'] + '/..'): print('ESCAPED')",
+    ),
+    escape("relative-link", "if open(T['folder'] + '/relative').read(): print('ESCAPED')"),
+    escape("absolute-link", "if open(T['folder'] + '/absolute').read(): print('ESCAPED')"),
+    escape("link-upwards", "if open(T['folder'] + '/up/secret').read(): print('ESCAPED')"),
+    escape("link-to-etc", "if open(T['folder'] + '/etc/passwd').read(): print('ESCAPED')"),
+    escape("link-to-proc", "open(T['folder'] + '/proc/environ').read()\nprint('ESCAPED')"),
+    escape("proc", "open('/proc/self/environ').read()\nprint('ESCAPED')"),
+    escape("owner", "if open(f\"/proc/{T['owner']}/environ\").read(): print('ESCAPED')"),
+    escape("passwd", "if open('/etc/passwd').read(): print('ESCAPED')"),
+    escape("run-file", "import os\nos.execv(T['folder'] + '/program', ['program'])", control=True),
+    escape(
+        "tcp",
+        "import socket\nsocket.create_connection(('127.0.0.1', T['tcp']), 2)\nprint('ESCAPED')",
+    ),
+]
+"""What does not work with a file and a folder that a run may read."""
+
+
+@pytest.fixture
+def listed(targets: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A file and a folder for a run to read, with secrets beside them and links to these."""
+    # Where a sandbox's user, too, may go: pytest's own folders are private.
+    with tempfile.TemporaryDirectory() as name:
+        top = Path(name)
+        top.chmod(0o755)
+        folder = top / "folder"
+        folder.mkdir()
+        for file in (top / "file", top / "secret", top / "folder-other", folder / "in"):
+            file.write_text(SECRET)
+        (folder / "program").write_text("#!/bin/sh\necho ESCAPED\n")
+        (folder / "program").chmod(0o755)
+        (folder / "relative").symlink_to("../secret")
+        (folder / "absolute").symlink_to(top / "secret")
+        (folder / "up").symlink_to("..")
+        (folder / "etc").symlink_to("/etc")
+        (folder / "proc").symlink_to("/proc/self")
+        yield targets | {"folder": str(folder), "file": str(top / "file")}
+
+
+SHOWN = "import sys\nT['folder'], T['file'] = sys.argv[1:]\n"
+"""Where a run sees what it may read."""
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def server(request: pytest.FixtureRequest) -> Iterator[SandboxServer]:
     """One warm server, as a tool's worker has it, with a secret in its owner's environment."""
@@ -554,6 +639,68 @@ def test_what_is_outside_cannot_even_be_looked_at(
         pytest.skip("without a root folder of its own, code can ask for sizes and times")
     assert "ESCAPED" not in run(f"T = {targets!r}\n{code}").stdout
     shown_to_work_outside(code, targets)
+
+
+@pytest.mark.parametrize(("code", "control"), LISTED)
+def test_what_a_run_may_read_opens_nothing_else(
+    run: Run, server: SandboxServer, listed: dict[str, Any], code: str, control: bool
+) -> None:
+    readable = [listed["folder"], listed["file"]]
+    begin = f"T = {listed | {'name': 'inside'}!r}\n{SHOWN}"
+    result = run(f"{begin}{code}", readable=readable)
+    assert "ESCAPED" not in result.stdout
+    assert "Error" in result.stderr
+    assert not result.timed_out
+    assert Path(listed["file"]).read_text() == SECRET
+    if control and server.private_root:
+        shown_to_work_outside(code, listed)
+
+
+def test_a_listed_file_and_folder_can_be_read(run: Run, listed: dict[str, Any]) -> None:
+    code = f"T = {{}}\n{SHOWN}import os\n" + textwrap.dedent(
+        """
+        print(open(T['file']).read(), open(T['folder'] + '/in').read())
+        print(sorted(os.listdir(T['folder']))[0], os.listdir(), open('own', 'w').write('x'))
+        """
+    )
+    result = run(code, readable=[listed["folder"], listed["file"]])
+    assert result.stdout == f"{SECRET} {SECRET}\nabsolute [] 1\n", result.stderr
+
+
+def test_the_next_run_is_shown_nothing_of_it(
+    run: Run, server: SandboxServer, listed: dict[str, Any]
+) -> None:
+    first = run("import sys\nprint(sys.argv[1])", readable=[listed["file"]])
+    path = first.stdout.strip()
+    code = f"import os, sys\nprint(sys.argv[1:])\nopen({path!r})"
+    result = run(code)
+    assert result.stdout == "[]\n"
+    assert "Error" in result.stderr
+    if server.private_root:
+        assert "FileNotFoundError" in result.stderr
+        assert run("import os\nos.path.exists('/shown/0')").stdout == "False\n"
+
+
+def test_files_beside_each_other_stay_so_and_a_missing_one_is_left_out(
+    run: Run, listed: dict[str, Any]
+) -> None:
+    readable = [f"{listed['folder']}/in", f"{listed['folder']}/gone", f"{listed['folder']}/program"]
+    code = "import os, sys\n" + textwrap.dedent(
+        """
+        print([os.path.basename(path) for path in sys.argv[1:]])
+        print(len({os.path.dirname(path) for path in sys.argv[1:]}))
+        """
+    )
+    assert run(code, readable=readable).stdout == "['in', 'program']\n1\n"
+
+
+def test_each_run_reads_the_file_that_is_there_then(run: Run, listed: dict[str, Any]) -> None:
+    code = "import sys\nprint(open(sys.argv[1]).read())"
+    path = Path(listed["file"])
+    assert run(code, readable=[str(path)]).stdout == f"{SECRET}\n"
+    path.with_name("new").write_text("new")
+    path.with_name("new").rename(path)
+    assert run(code, readable=[str(path)]).stdout == "new\n"
 
 
 def shown_to_work_outside(code: str, targets: dict[str, Any]) -> None:
