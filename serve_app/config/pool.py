@@ -57,13 +57,14 @@ class AdminApiConfig(BaseConfig):
     """Where remote models, search servers and APIs may be, and which key is sent there. Empty: none
     of these over HTTP."""
     corpora_root: Path | None = None
-    """Folder below which a retrieval tool's corpus may lie; `None` allows none."""
+    """Folder below which a retrieval tool's corpus, an sql tool's database and a files tool's root
+    may lie; `None` allows none."""
     specs_root: Path | None = None
     """Folder below which the OpenAPI file of a tool may lie; `None` allows none."""
     python_packages: tuple[str, ...] = ()
     """Packages that a python tool may load."""
     max_sandbox_mb: int = Field(default=1024, ge=16, le=65536)
-    """Largest `memory_mb` of a python tool, and largest `max_disk_bytes` in MiB."""
+    """Largest `memory_mb` of a python or sql tool, and largest `max_disk_bytes` in MiB."""
 
     @model_validator(mode="after")
     def _names_no_code(self) -> Self:

@@ -26,9 +26,11 @@ from serve_app.config.patterns.language import PatternConfig
 from serve_app.config.tools import (
     CustomToolConfig,
     EncoderConfig,
+    FilesConfig,
     OpenApiConfig,
     PythonConfig,
     RetrievalConfig,
+    SqlConfig,
     ToolConfig,
     WebSearchConfig,
     WebSettings,
@@ -109,20 +111,25 @@ class AllowList:
             names = ("corpus", "cache_dir", "encoder", "max_corpus_bytes")
             if not _same(tool, of_file, *names):
                 self._check_retrieval(tool)
-        elif isinstance(tool, PythonConfig) and not _same(
-            tool, of_file, "packages", "memory_mb", "max_disk_bytes"
-        ):
-            self._check_python(tool)
-        elif isinstance(tool, CustomToolConfig) and not (
-            self._allows_custom_tools or _same(tool, of_file, "import_path", "settings")
-        ):
-            raise InvalidRequest(
-                "a custom tool runs code: it is added in the configuration file, or where "
-                "pool.allow_custom_tools is set",
-                "tool.type",
-            )
-        elif isinstance(tool, WebSettings) and not _same(tool, of_file, *_of_the_web(tool)):
-            self._check_web(tool)
+        elif isinstance(tool, PythonConfig):
+            if not _same(tool, of_file, "packages", "memory_mb", "max_disk_bytes"):
+                self._check_python(tool)
+        elif isinstance(tool, CustomToolConfig):
+            if not (self._allows_custom_tools or _same(tool, of_file, "import_path", "settings")):
+                raise InvalidRequest(
+                    "a custom tool runs code: it is added in the configuration file, or where "
+                    "pool.allow_custom_tools is set",
+                    "tool.type",
+                )
+        elif isinstance(tool, WebSettings):
+            if not _same(tool, of_file, *_of_the_web(tool)):
+                self._check_web(tool)
+        elif isinstance(tool, SqlConfig):
+            if not _same(tool, of_file, "database", "memory_mb"):
+                self._check_below_root("database", tool.database)
+                self._check_size("memory_mb", tool.memory_mb)
+        elif isinstance(tool, FilesConfig) and not _same(tool, of_file, "root"):
+            self._check_below_root("root", tool.root)
 
     def _check_local(self, model: LocalModelConfig) -> None:
         if model.env:
@@ -168,14 +175,7 @@ class AllowList:
             raise InvalidRequest(
                 "cache_dir: only the configuration file names it", "tool.cache_dir"
             )
-        root = self._rules.corpora_root
-        if root is None or not _lies_below(str(tool.corpus), root):
-            raise InvalidRequest(
-                f"corpus: {_shown(str(tool.corpus))} is not allowed here; put it below the folder "
-                "that pool.admin_api.corpora_root of the configuration file names, and give its "
-                "absolute path",
-                "tool.corpus",
-            )
+        self._check_below_root("corpus", tool.corpus)
         if tool.encoder is not None and tool.encoder.model not in self._encoders:
             raise InvalidRequest(
                 f"encoder.model: {_shown(tool.encoder.model)} is not allowed here; known are "
@@ -190,6 +190,16 @@ class AllowList:
                 "tool.max_corpus_bytes",
             )
 
+    def _check_below_root(self, name: str, path: Path) -> None:
+        root = self._rules.corpora_root
+        if root is None or not _lies_below(str(path), root):
+            raise InvalidRequest(
+                f"{name}: {_shown(str(path))} is not allowed here; put it below the folder that "
+                "pool.admin_api.corpora_root of the configuration file names, and give its "
+                "absolute path",
+                f"tool.{name}",
+            )
+
     def _check_python(self, tool: PythonConfig) -> None:
         for package in tool.packages:
             if package not in self._rules.python_packages:
@@ -198,16 +208,16 @@ class AllowList:
                     "configuration file",
                     "tool.packages",
                 )
+        self._check_size("memory_mb", tool.memory_mb)
+        self._check_size("max_disk_bytes", tool.max_disk_bytes / _MIB)
+
+    def _check_size(self, name: str, size_mb: float) -> None:
         largest = self._rules.max_sandbox_mb
-        for name, size_mb in (
-            ("memory_mb", tool.memory_mb),
-            ("max_disk_bytes", tool.max_disk_bytes / _MIB),
-        ):
-            if size_mb > largest:
-                raise InvalidRequest(
-                    f"{name}: {size_mb:g} MiB is above pool.admin_api.max_sandbox_mb, {largest}",
-                    f"tool.{name}",
-                )
+        if size_mb > largest:
+            raise InvalidRequest(
+                f"{name}: {size_mb:g} MiB is above pool.admin_api.max_sandbox_mb, {largest}",
+                f"tool.{name}",
+            )
 
     def _check_web(self, tool: WebSettings) -> None:
         for name in ("allow", "ports"):

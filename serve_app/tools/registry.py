@@ -9,10 +9,12 @@ from serve_app.config.tools import (
     CalculatorConfig,
     CustomToolConfig,
     FetchConfig,
+    FilesConfig,
     NoneConfig,
     OpenApiConfig,
     PythonConfig,
     RetrievalConfig,
+    SqlConfig,
     ToolConfig,
     ToolsetConfig,
     WebSearchConfig,
@@ -74,5 +76,13 @@ def build_tool(config: ToolConfig) -> Tool:
             from serve_app.tools.openapi.tool import OpenApiTool
 
             return OpenApiTool(config)
+        case SqlConfig():
+            from serve_app.tools.builtin.sql import SqlTool
+
+            return SqlTool(config)
+        case FilesConfig():
+            from serve_app.tools.builtin.files import FilesTool
+
+            return FilesTool(config)
         case _:
             assert_never(config)

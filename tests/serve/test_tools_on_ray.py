@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import socket
+import sqlite3
 import textwrap
 import time
 from collections.abc import Callable
@@ -24,10 +25,12 @@ from serve_app.config.tools import (
     CalculatorConfig,
     CustomToolConfig,
     FetchConfig,
+    FilesConfig,
     NoneConfig,
     OpenApiConfig,
     PythonConfig,
     RetrievalConfig,
+    SqlConfig,
     ToolsetConfig,
 )
 from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
@@ -113,6 +116,29 @@ async def test_a_call_of_a_toolset_runs_as_its_members_task() -> None:
     assert (second.text, second.cost_usd) == ("read_note 3", 2.0)
     with pytest.raises(ToolFailed, match="'desk' has no function 'delete_note'"):
         await runner.run("desk", {}, deadline_s=START_S, function="delete_note")
+
+
+async def test_a_database_and_a_folder_are_asked_in_other_processes(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "shop.db")) as database:
+        database.execute("CREATE TABLE items (name TEXT)")
+        database.execute("INSERT INTO items VALUES ('tea')")
+        database.commit()
+    runner = ToolRunner(
+        [
+            SqlConfig(tool_id="shop", database=tmp_path / "shop.db", num_cpus=0, timeout_s=60),
+            FilesConfig(tool_id="docs", root=tmp_path, num_cpus=0),
+        ]
+    )
+    (function,) = runner.functions("shop")
+    assert function.description.endswith("Tables:\nitems(name TEXT)")
+    assert (await call(runner, "shop", {"query": "SELECT name FROM items"})).text == "name\ntea"
+    with pytest.raises(ToolRetry, match="only one SELECT"):
+        await call(runner, "shop", {"query": "DROP TABLE items"})
+    listed = await runner.run("docs", {}, deadline_s=START_S, function="docs__list")
+    assert listed.data["names"] == ["shop.db"]
+    arguments = {"path": "shop.db", "num_lines": 0}
+    with pytest.raises(ToolRetry, match="num_lines: 0 is less than"):
+        await runner.run("docs", arguments, deadline_s=START_S, function="docs__read")
 
 
 async def test_retry_crosses_the_process_border_as_itself() -> None:

@@ -22,7 +22,9 @@ from serve_app.config.tools.builtin import (
     RetrievalConfig,
 )
 from serve_app.config.tools.composed import CustomToolConfig, ToolsetConfig
+from serve_app.config.tools.files import FilesConfig
 from serve_app.config.tools.openapi import OpenApiConfig
+from serve_app.config.tools.sql import SqlConfig
 from serve_app.config.tools.web import FetchConfig, WebSearchConfig, WebSettings
 
 ToolConfig = Annotated[
@@ -35,7 +37,9 @@ ToolConfig = Annotated[
     | CustomToolConfig
     | FetchConfig
     | WebSearchConfig
-    | OpenApiConfig,
+    | OpenApiConfig
+    | SqlConfig
+    | FilesConfig,
     Field(discriminator="type"),
 ]
 """Any tool's settings, told apart by `type`."""
@@ -49,11 +53,13 @@ __all__ = [
     "EncoderConfig",
     "Examples",
     "FetchConfig",
+    "FilesConfig",
     "ManyFunctionsSettings",
     "NoneConfig",
     "OpenApiConfig",
     "PythonConfig",
     "RetrievalConfig",
+    "SqlConfig",
     "ToolConfig",
     "ToolSettings",
     "ToolsetConfig",

@@ -51,6 +51,8 @@ FILES_API: Json = {
     "headers": {"Authorization": "${CRM_KEY}"},
     "operations": ["read"],
 }
+SQL: Json = {"type": "sql", "tool_id": "new"}
+FILES: Json = {"type": "files", "tool_id": "new"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -237,6 +239,21 @@ def placed(settings: Json, folders: Path) -> Json:
         ({**FILES_API, "operations": ["read", "delete"]}, "spec"),
         ({**FILES_API, "operations": None}, "spec"),
         ({**FILES_API, "operation_effects": {"read": "none"}}, "spec"),
+        *(
+            ({**tool, name: path}, name)
+            for tool, name in ((SQL, "database"), (FILES, "root"))
+            for path in (
+                "/proc",
+                "corpora/good",
+                "{}/outside",
+                "{}/corpora/link",
+                "{}/corpora/../outside",
+                "{}/corpora-too",
+                "{}/corpora/good\0",
+            )
+        ),
+        ({**FILES, "root": "/"}, "root"),
+        ({**SQL, "database": "{}/corpora/good", "memory_mb": 65536}, "memory_mb"),
         ({**PYTHON, "packages": ["requests"]}, "packages"),
         ({**PYTHON, "packages": ["../x"]}, "packages"),
         ({**PYTHON, "memory_mb": 65536}, "memory_mb"),
@@ -311,6 +328,8 @@ def test_what_the_file_does_not_allow_is_refused_by_name(
             "cache_dir": "/srv/cache",
             "top_k": 9,
         },
+        {**SQL, "database": "{}/corpora/good/shop.db"},
+        {**FILES, "root": "{}/corpora/good"},
         {**PYTHON, "packages": ["numpy"], "memory_mb": 1024},
         FETCH,
         {**FETCH, "tool_id": "inner", "allow": ["wiki.internal"], "timeout_s": 5},
@@ -337,6 +356,8 @@ def test_a_file_that_allows_nothing_special_allows_no_address_folder_or_package(
         {**LOCAL, "model_source": "/srv/weights"},
         {**REMOTE, "model_id": "second"},
         {**RETRIEVAL, "corpus": "/srv/corpus"},
+        {**SQL, "database": "/srv/shop.db"},
+        {**FILES, "root": "/srv/files"},
         {**PYTHON, "packages": ["numpy"]},
         SEARCH,
         {**API, "spec": "/srv/specs/x.json"},

@@ -23,6 +23,8 @@ TOOLS: dict[str, dict[str, Any]] = {
     "best_of": {},
     "fetch": {},
     "web_search": {"base_url": "http://search.internal"},
+    "sql": {"database": "missing.db"},
+    "files": {"root": "missing"},
 }
 KINDS = {
     "none": "none",
@@ -32,6 +34,8 @@ KINDS = {
     "best_of": "sampling",
     "fetch": "function",
     "web_search": "function",
+    "sql": "function",
+    "files": "function",
 }
 
 
@@ -48,15 +52,15 @@ def test_tool_says_how_it_joins_a_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_schema_is_what_openai_and_json_schema_expect(name: str) -> None:
-    (function,) = build_tool(config(name, description="Does things.")).functions()
-    entry = function.schema()
-    assert entry["type"] == "function"
-    assert entry["function"]["name"] == name
-    assert entry["function"]["description"] == "Does things."
-    parameters = entry["function"]["parameters"]
-    jsonschema.Draft202012Validator.check_schema(parameters)
-    assert parameters["type"] == "object"
-    assert parameters["additionalProperties"] is False
+    for function in build_tool(config(name, description="Does things.")).functions():
+        entry = function.schema()
+        assert entry["type"] == "function"
+        assert entry["function"]["name"].partition("__")[0] == name
+        assert entry["function"]["description"].startswith("Does things.")
+        parameters = entry["function"]["parameters"]
+        jsonschema.Draft202012Validator.check_schema(parameters)
+        assert parameters["type"] == "object"
+        assert parameters["additionalProperties"] is False
 
 
 def test_retrieval_can_be_a_function() -> None:
@@ -89,6 +93,11 @@ def test_settings_survive_a_trip_through_json(name: str) -> None:
         ("best_of", {"num_samples": 1}),
         ("best_of", {"temperature": 0}),
         ("best_of", {"vote": "coin"}),
+        ("sql", {"database": None}),
+        ("sql", {"memory_mb": 1}),
+        ("sql", {"max_rows": 0}),
+        ("files", {"root": "/"}),
+        ("files", {"max_entries": 0}),
     ],
 )
 def test_wrong_settings_are_refused(name: str, settings: dict[str, Any]) -> None:
@@ -110,7 +119,7 @@ def test_settings_do_not_change() -> None:
 def test_settings_load_without_heavy_libraries() -> None:
     code = (
         "import sys, serve_app.config.tools\n"
-        "heavy = {'ray', 'torch', 'vllm', 'transformers', 'sandlock', 'sympy', 'numpy'}\n"
+        "heavy = {'ray', 'torch', 'vllm', 'transformers', 'sandlock', 'sympy', 'numpy', 'duckdb'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
