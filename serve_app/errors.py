@@ -3,6 +3,7 @@
 AtlasError
 ├── RequestError                 the caller's fault; 4xx
 │   ├── InvalidRequest           400, a field is wrong
+│   │   ├── KeyRequired          400, a call acts once, and the request has no Idempotency-Key
 │   │   └── UnfitForPair         400, this pair cannot take the request; another may
 │   │       ├── ContextTooLong   the model's context is shorter than the conversation
 │   │       └── BudgetExceeded   the next call may use more than the request has left
@@ -16,6 +17,10 @@ AtlasError
 │   │   └── HeadersTooLarge      431, the headers are
 │   ├── RequestTimeout           408, the body did not arrive in time
 │   ├── Conflict                 409, said already
+│   │   ├── KeyInFlight          409, the request with this Idempotency-Key is under way
+│   │   ├── OutcomeUnknown       409, it began an effect, and how it ended is not known
+│   │   └── AnswerNotKept        409, it was answered, and the answer was too large to keep
+│   ├── KeyReused                422, this Idempotency-Key came with another request
 │   └── RateLimited              429, over the caller's or the server's limit
 ├── ServiceError                 ours; 5xx
 │   ├── NoCandidate              503, nothing in the pool can serve this request now
@@ -24,6 +29,7 @@ AtlasError
 │   │   ├── EngineUnavailable    a remote endpoint failed in a way that may pass
 │   │   ├── UnreadableCall       the model wrote a tool call that cannot be read
 │   │   └── ReplicaDied          the process that worked on it is no more
+│   ├── EffectRefused            503, an effect could not be put on record, and was not begun
 │   └── DeadlineExceeded         504, the request's time is up
 ├── ToolError
 │   ├── ToolRetry                the model may try again: its arguments were wrong
@@ -82,6 +88,12 @@ class RequestError(AtlasError):
 
 class InvalidRequest(RequestError):
     """A field of the request is wrong. Arguments: message, field."""
+
+
+class KeyRequired(InvalidRequest):
+    """A call acts once, and the request has no `Idempotency-Key`."""
+
+    code = "idempotency_key_required"
 
 
 class UnfitForPair(InvalidRequest):
@@ -175,6 +187,39 @@ class Conflict(RequestError):
     status_code = 409
 
 
+class KeyInFlight(Conflict):
+    """The request with this `Idempotency-Key` is under way.
+
+    Arguments: message, `None`, seconds after which trying again may help.
+    """
+
+    code = "idempotency_key_in_flight"
+
+    @property
+    def retry_after_s(self) -> float:
+        """Until the claim on the key is renewed, or the key is free."""
+        return self.args[2] if len(self.args) > 2 else 1.0
+
+
+class OutcomeUnknown(Conflict):
+    """The request with this `Idempotency-Key` began an effect, and how it ended is not known."""
+
+    code = "outcome_unknown"
+
+
+class AnswerNotKept(Conflict):
+    """The request with this `Idempotency-Key` was answered, and the answer was not kept."""
+
+    code = "answer_not_kept"
+
+
+class KeyReused(RequestError):
+    """This `Idempotency-Key` came with another request before."""
+
+    status_code = 422
+    code = "idempotency_key_reused"
+
+
 class RequestTooLarge(RequestError):
     """The body is over its limit."""
 
@@ -251,6 +296,18 @@ class UnreadableCall(EngineError):
 
 class ReplicaDied(EngineError):
     """The process that worked on a request is no more, and what it said nobody heard."""
+
+
+class EffectRefused(ServiceError):
+    """An effect could not be put on record before it began, so it was not begun."""
+
+    status_code = 503
+    code = "effect_refused"
+
+    @property
+    def retry_after_s(self) -> float:
+        """About as long as a database takes to come back."""
+        return 5.0
 
 
 class DeadlineExceeded(ServiceError):

@@ -11,6 +11,16 @@ from serve_app.store.feedback import (
     read_verdicts,
     verdict_ids,
 )
+from serve_app.store.idempotency import (
+    Claim,
+    KeptAnswer,
+    KeyTimes,
+    begin_effect,
+    claim_key,
+    give_up_claim,
+    keep_answer,
+    renew_claim,
+)
 from serve_app.store.jobs import Job, add_job, get_job, jobs_under_way, list_jobs, update_job
 from serve_app.store.journal import Journal
 from serve_app.store.keys import (
@@ -48,13 +58,16 @@ from serve_app.store.profiles import (
     read_profile,
     read_thoughts,
 )
-from serve_app.store.retention import Retention, delete_old
+from serve_app.store.retention import Retention, delete_expired_keys, delete_old
 from serve_app.store.traces import StoredTrace, read_trace
 
 __all__ = [
     "ApiKey",
+    "Claim",
     "Job",
     "Journal",
+    "KeptAnswer",
+    "KeyTimes",
     "Mode",
     "OutcomeLog",
     "Policy",
@@ -77,14 +90,19 @@ __all__ = [
     "add_questions",
     "add_snapshot",
     "add_thought",
+    "begin_effect",
+    "claim_key",
     "create_key",
+    "delete_expired_keys",
     "delete_old",
     "find_key",
     "find_policy",
     "forget_errors",
     "get_job",
+    "give_up_claim",
     "hash_key",
     "jobs_under_way",
+    "keep_answer",
     "list_jobs",
     "list_keys",
     "list_policies",
@@ -99,6 +117,7 @@ __all__ = [
     "read_thoughts",
     "read_trace",
     "read_verdicts",
+    "renew_claim",
     "revoke_key",
     "serving_policies",
     "trial_policies",

@@ -1,7 +1,7 @@
-"""Retention: what is stored of requests and jobs is deleted after a time.
+"""Retention: what is stored of requests and jobs is deleted after a time, or when a key expires.
 
-Labelled questions, their outcomes, snapshots, policies, the pool and keys stay: the router is made
-of them. A request goes with all that hangs on it: outcomes, trajectory, shadow decision,
+Labelled questions, their outcomes, snapshots, policies, the pool and API keys stay: the router is
+made of them. A request goes with all that hangs on it: outcomes, trajectory, shadow decision,
 spans, feedback.
 """
 
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
 
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -20,6 +21,7 @@ from serve_app.store.database import Store
 from serve_app.store.jobs import OVER
 from serve_app.store.tables import (
     FeedbackRow,
+    IdempotencyKeyRow,
     JobRow,
     OutcomeRow,
     RequestRow,
@@ -31,7 +33,7 @@ from serve_app.store.tables import (
 logger = logging.getLogger(__name__)
 
 _BATCH = 200
-"""Requests or jobs deleted in one transaction: some milliseconds, which writers may wait for."""
+"""Requests, jobs or keys deleted in one transaction: milliseconds, which writers may wait for."""
 _PAUSE_S = 0.1
 """Between two batches: nine tenths of the time belong to others."""
 _LOCK = 20261
@@ -52,7 +54,8 @@ class Retention:
 
         Args:
             store: Where the rows are.
-            days: How long a request and a job that is over are kept; `None`: for ever.
+            days: How long a request and a job that is over are kept; `None`: for ever. A key with
+                its answer is kept as long as its row says.
             interval_s: Seconds between two looks.
         """
         self._store = store
@@ -62,9 +65,8 @@ class Retention:
 
     def start(self) -> None:
         """Begin to look; must be called in a running event loop."""
-        if self._task is None and self._days is not None:
-            task = self._run(self._days)
-            self._task = asyncio.get_running_loop().create_task(task, name="retention")
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="retention")
 
     async def close(self) -> None:
         """Stop; a batch under way is undone or done, never half."""
@@ -73,12 +75,15 @@ class Retention:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    async def _run(self, days: float) -> None:
+    async def _run(self) -> None:
+        days = self._days
         while True:
             try:
-                count = await delete_old(self._store, time.time() - days * _DAY_S)
-                if count:
-                    logger.info("deleted %d requests and jobs older than %g days", count, days)
+                await delete_expired_keys(self._store)
+                if days is not None:
+                    count = await delete_old(self._store, time.time() - days * _DAY_S)
+                    if count:
+                        logger.info("deleted %d requests and jobs older than %g days", count, days)
             except StoreError as error:
                 logger.warning("nothing old was deleted: %r", error.__cause__ or error)
             except Exception:  # a driver's own error must not end it
@@ -95,13 +100,34 @@ async def delete_old(store: Store, before_unix_s: float) -> int:
     Raises:
         StoreError: If the store is away; what was deleted by then stays deleted.
     """
+
+    async def one_batch(connection: AsyncConnection) -> int:
+        count = await _delete_requests(connection, before_unix_s)
+        return count + await _delete_jobs(connection, before_unix_s)
+
+    return await _in_batches(store, one_batch)
+
+
+async def delete_expired_keys(store: Store) -> int:
+    """Delete idempotency keys that have expired, with their answers; those in use stay.
+
+    Returns:
+        How many; 0 also where another process deletes just now.
+
+    Raises:
+        StoreError: If the store is away.
+    """
+    return await _in_batches(store, _delete_keys)
+
+
+async def _in_batches(store: Store, one_batch: Callable[[AsyncConnection], Awaitable[int]]) -> int:
+    """Delete batch by batch until nothing is left, or another process deletes; how many."""
     total = 0
     while True:
         async with store.begin() as connection:
             if not await _may_delete(connection):
                 return total
-            count = await _delete_requests(connection, before_unix_s)
-            count += await _delete_jobs(connection, before_unix_s)
+            count = await one_batch(connection)
         if not count:
             return total
         total += count
@@ -142,3 +168,15 @@ async def _delete_jobs(connection: AsyncConnection, before_unix_s: float) -> int
     if ids:
         await connection.execute(delete(JobRow).where(JobRow.job_id.in_(ids)))
     return len(ids)
+
+
+async def _delete_keys(connection: AsyncConnection) -> int:
+    now_s, row = time.time(), IdempotencyKeyRow
+    is_over = (row.expires_unix_s <= now_s, row.lease_until_unix_s <= now_s)
+    oldest = select(row.owner, row.key_hash).where(*is_over).order_by(row.expires_unix_s)
+    keys = (await connection.execute(oldest.limit(_BATCH))).all()
+    for owner, key_hash in keys:
+        # A key that was claimed anew meanwhile stays.
+        this = (row.owner == owner, row.key_hash == key_hash)
+        await connection.execute(delete(row).where(*this, *is_over))
+    return len(keys)

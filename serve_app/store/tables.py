@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, Float, ForeignKey, Integer, LargeBinary, String, Text
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -308,3 +318,35 @@ class PoolRevisionRow(Base):
     what differs from it was changed by an admin since."""
     change: Mapped[str] = mapped_column(String(300))
     created_unix_s: Mapped[float] = mapped_column(Float)
+
+
+class IdempotencyKeyRow(Base):
+    """One `Idempotency-Key` of an API key: the claim on it, and the answer of its request.
+
+    The columns tell the state. `status` is there: the request is answered. Else the lease is not
+    over: it is under way. Else `effect_begun`: its outcome is unknown. Else the key is free.
+    """
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index("ix_idempotency_keys_owner_expires", "owner", "expires_unix_s"),)
+
+    owner: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """Who asked: the id of an API key, or `LOCAL_OWNER`."""
+    key_hash: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """SHA-256 of the header's value, in hex."""
+    claim_id: Mapped[str] = mapped_column(String(64))
+    """Id of the HTTP request that holds or held the key; each try has another."""
+    request_hash: Mapped[str] = mapped_column(String(64))
+    """SHA-256 of path and body, in hex."""
+    effect_begun: Mapped[bool] = mapped_column(Boolean)
+    """Whether something that must not happen twice may have happened."""
+    lease_until_unix_s: Mapped[float] = mapped_column(Float)
+    """The gateway that holds the key renews it before then."""
+    expires_unix_s: Mapped[float] = mapped_column(Float, index=True)
+    """The key is forgotten then."""
+    status: Mapped[int | None] = mapped_column(Integer)
+    """HTTP status of the answer; `None`: there is none."""
+    headers: Mapped[list[list[str]] | None] = mapped_column(JSON(none_as_null=True))
+    """Names and values of the answer's headers."""
+    body: Mapped[bytes | None] = mapped_column(LargeBinary)
+    """Of the answer; `None`: it was too large to keep."""
