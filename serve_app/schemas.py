@@ -6,6 +6,7 @@ HTTP API live in `gateway.wire`. A pair is written `model_id@tool_id` everywhere
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -566,6 +567,11 @@ class ChatCall:
     """Whether the stream tells of each span as it begins and ends."""
     note: str | None = None
     """What the planner said of the question; stands before it in the last user message."""
+    begin_effect: Callable[[], Awaitable[None]] | None = field(
+        default=None, repr=False, compare=False
+    )
+    """Puts on record that something begins that must not happen twice, or raises `EffectRefused`;
+    awaited before it begins. `None`: the request has no idempotency key, and may not do so."""
 
     @property
     def query(self) -> str:

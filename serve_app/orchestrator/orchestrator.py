@@ -319,8 +319,13 @@ class Orchestrator:
         Args:
             run: The request.
             wanted: The model to wake for the next ones; `None` wakes none.
+
+        Raises:
+            KeyRequired: If the caller named a pair that acts once, and sent no idempotency key.
         """
         assert run.decision is not None
+        if run.decision.path is DecidedBy.PINNED:
+            self._pairs.check_key(run.decision.pair.tool_id, run.call)
         if wanted is not None:
             self._waker.wake(wanted)
         for model_id in self._sleepers(run.decision.pair):

@@ -230,6 +230,21 @@ class ToolRunner:
             if entry.warming is not None:
                 entry.warming.cancel()
 
+    def check(self, tool_id: str, arguments: Any, function: str | None = None) -> None:
+        """Refuse a call that `run` would refuse at once.
+
+        Args:
+            tool_id: The tool.
+            arguments: As the model wrote them, parsed from JSON.
+            function: Which of its functions; `None`: the one that has the tool's name.
+
+        Raises:
+            ToolRetry: If the arguments do not fit the schema.
+            ToolFailed: If there is no such tool or function.
+        """
+        called = function or tool_id
+        _check(self._owner(tool_id, called), called, arguments)
+
     async def run(
         self, tool_id: str, arguments: Any, *, deadline_s: float, function: str | None = None
     ) -> ToolResult:

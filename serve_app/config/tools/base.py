@@ -44,8 +44,9 @@ class ToolSettings(BaseModel):
 
     effects: Effects = Effects.NONE
     """What a call does to the world outside its sandbox: `none`; `idempotent`, which is no more
-    when it is done twice; or `once`, which must not happen twice. A tool of several functions may
-    say of each what it does."""
+    when it is done twice; or `once`, which must not happen twice: only requests with an
+    `Idempotency-Key` may make such a call. A tool of several functions may say of each what it
+    does."""
 
     exposed: bool = False
     """Whether MCP clients may call the functions of this tool at `/mcp`; for tools of kind

@@ -24,6 +24,7 @@ from serve_app.errors import (
     EngineError,
     EngineUnavailable,
     InvalidRequest,
+    KeyRequired,
     ReplicaDied,
     ToolFailed,
     ToolRetry,
@@ -43,7 +44,7 @@ from serve_app.orchestrator.recovery import (
     pause_s,
 )
 from serve_app.orchestrator.trace import Span, SpanKind
-from serve_app.schemas import ToolCall, Usage
+from serve_app.schemas import ChatCall, Effects, ToolCall, Usage
 from serve_app.tools.base import Function, Tool, ToolResult
 from serve_app.tools.runner import ToolRunner
 
@@ -311,6 +312,16 @@ class PaidTools:
         """What a tool offers a model."""
         return self._runner.functions(tool_id)
 
+    def check_key(self, tool_id: str, call: ChatCall) -> None:
+        """Refuse a request that cannot use a tool, because each of its functions acts once.
+
+        Raises:
+            KeyRequired: If the request has no idempotency key.
+        """
+        functions = self.functions(tool_id) if tool_id in self._runner else ()
+        if functions and all(f.effects is Effects.ONCE for f in functions):
+            _require_key(tool_id, call)
+
     async def run(
         self, work: PairWork, arguments: dict[str, Any], function: str | None = None
     ) -> ToolResult:
@@ -323,6 +334,8 @@ class PaidTools:
 
         Raises:
             BudgetExceeded: If the budget does not cover the call.
+            KeyRequired: If the call acts once, and the request has no idempotency key.
+            EffectRefused: If the call acts once, and that cannot be put on record.
             ToolRetry: If the arguments are wrong.
             ToolFailed: If the call fails.
         """
@@ -353,6 +366,8 @@ class PaidTools:
             began_s = span.began_s
             work.recovery.begin(effects)
             try:
+                if effects is Effects.ONCE:
+                    await self._begin_effect(work.call, tool_id, arguments, called)
                 outcome = await self._runner.run(
                     tool_id,
                     arguments,
@@ -384,3 +399,26 @@ class PaidTools:
                 )
             )
         return outcome
+
+    async def _begin_effect(
+        self, call: ChatCall, tool_id: str, arguments: dict[str, Any], function: str
+    ) -> None:
+        """Put on record that a call begins that must not be made twice."""
+        begin_effect = _require_key(function, call)
+        self._runner.check(tool_id, arguments, function)  # what is refused has no effect
+        await begin_effect()
+
+
+def _require_key(name: str, call: ChatCall) -> Callable[[], Awaitable[None]]:
+    """What puts an effect of a request on record.
+
+    Raises:
+        KeyRequired: If the request has no idempotency key.
+    """
+    if call.begin_effect is None:
+        raise KeyRequired(
+            f"a call of {name!r} must not be made twice: send the request with an Idempotency-Key "
+            "header",
+            "Idempotency-Key",
+        )
+    return call.begin_effect

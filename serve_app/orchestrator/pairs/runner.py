@@ -14,7 +14,7 @@ from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.join import Join, Parts
 from serve_app.orchestrator.pairs.paid import PaidModels, PaidTools
 from serve_app.orchestrator.pairs.selection import Embed, FunctionSelector
-from serve_app.schemas import ToolKind
+from serve_app.schemas import ChatCall, ToolKind
 from serve_app.tools.runner import ToolRunner
 
 JOINS: Mapping[ToolKind, Join] = {
@@ -74,6 +74,14 @@ class PairRunner:
     def kind(self, tool_id: str) -> ToolKind:
         """How a tool joins a model, also one that cannot be made."""
         return self._kinds.get(tool_id, "none")
+
+    def check_key(self, tool_id: str, call: ChatCall) -> None:
+        """Refuse a request that could only fail for want of an idempotency key.
+
+        Raises:
+            KeyRequired: If the tool acts once, whatever is called of it, and there is none.
+        """
+        self.parts.tools.check_key(tool_id, call)
 
     async def run(self, work: PairWork) -> list[Choice]:
         """Run a pair on a request; nothing re-writes what the model said.

@@ -17,7 +17,7 @@ from serve_app.config.patterns.language import (
     ToolNode,
     VerifyNode,
 )
-from serve_app.errors import AtlasError, ServiceError
+from serve_app.errors import AtlasError, KeyRequired, ServiceError
 from serve_app.orchestrator.patterns.view import NodeView, Result, Status, failed, is_cap
 from serve_app.orchestrator.trace import SpanKind
 
@@ -29,7 +29,7 @@ NODES: dict[type[NodeBase], RunNode] = {}
 
 
 async def run_node(node: NodeBase, view: NodeView, **options: Any) -> Result:
-    """Run one node; whatever happens to it is its result.
+    """Run one node; whatever happens to it is its result, unless the caller has to be told.
 
     Only faults of ours are logged: a failure that is foreseen is on record in the trace.
 
@@ -37,6 +37,9 @@ async def run_node(node: NodeBase, view: NodeView, **options: Any) -> Result:
         node: The node.
         view: What it is given.
         options: Of its kind, for whoever knows it.
+
+    Raises:
+        KeyRequired: If a call in it acts once, and the request has no idempotency key.
     """
     budget = view.budget
     if node.seconds is not None:
@@ -47,6 +50,8 @@ async def run_node(node: NodeBase, view: NodeView, **options: Any) -> Result:
             result = await NODES[type(node)](
                 node, replace(view, budget=budget, span=span), **options
             )
+        except KeyRequired:
+            raise
         except AtlasError as failure:
             result = failed(failure)
         except Exception:

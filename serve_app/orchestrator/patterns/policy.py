@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.errors import AtlasError, NoCandidate
+from serve_app.errors import AtlasError, KeyRequired, NoCandidate
 from serve_app.orchestrator.answer import Answer, pieces_of
 from serve_app.orchestrator.decision_client import UnderWay, facts_of
 from serve_app.orchestrator.engine import Engine, StepPlan
@@ -66,7 +66,7 @@ class PolicyLoop:
                     return answer
             except AtlasError as error:
                 failure = error
-                if run.is_sent:
+                if run.is_sent or isinstance(error, KeyRequired):
                     raise
                 logger.warning(
                     "request %s: %s failed (%s)", run.call.request_id, plan.pair, error.message

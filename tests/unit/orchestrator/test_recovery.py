@@ -121,6 +121,9 @@ class Scene(Bench):
         self.pairs.parts.models._clients = engines
         self.pairs._runner = self.pairs.parts.tools._runner = tools
 
+    async def _begin_effect(self) -> None:
+        """The request has an idempotency key."""
+
     async def answer(self, *, has_next: bool) -> list[Any]:
         """The pieces of the answer, streamed as a client has it."""
         call = ChatCall(
@@ -129,6 +132,7 @@ class Scene(Bench):
             messages=({"role": "user", "content": "What is 20 * 5?"},),
             sampling={},
             limits=Limits(alpha=0.0, deadline_s=30, max_steps=2),
+            begin_effect=self._begin_effect,
         )
         tools = ("calculator", "none") if has_next else ("calculator",)
         candidates = tuple(Candidate(Pair("m", tool), 1.0, 1.0, 0.0) for tool in tools)
