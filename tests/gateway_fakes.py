@@ -17,7 +17,15 @@ from starlette.applications import Starlette
 
 from serve_app.config import AtlasConfig
 from serve_app.config.patterns.check import members_of_patterns
-from serve_app.errors import EngineBusy, EngineError, ToolFailed, ToolRetry, ToolWorkerDied
+from serve_app.errors import (
+    EngineBusy,
+    EngineError,
+    InvalidRequest,
+    KeyRequired,
+    ToolFailed,
+    ToolRetry,
+    ToolWorkerDied,
+)
 from serve_app.gateway.app import build_api
 from serve_app.jobs import Jobs
 from serve_app.orchestrator.direct import DirectTools
@@ -77,11 +85,13 @@ class ScriptedOrchestrator:
     Attributes:
         calls: Every call that arrived.
         cancelled: Request ids whose work was cancelled or closed early.
+        acted: Request ids that did what must not happen twice.
     """
 
     def __init__(self, config: AtlasConfig, outcomes: OutcomeLog) -> None:
         self.calls: list[ChatCall] = []
         self.cancelled: list[str] = []
+        self.acted: list[str] = []
         self.is_ready = True
         self.runner = ScriptedRunner(config)
         self.tools = DirectTools(self.runner)  # type: ignore[arg-type]
@@ -161,6 +171,13 @@ class ScriptedOrchestrator:
         yield self._report(call)
 
     async def _misbehave(self, call: ChatCall) -> None:
+        if "!act" in call.query:
+            if call.begin_effect is None:
+                raise KeyRequired("send an Idempotency-Key header", "Idempotency-Key")
+            await call.begin_effect()
+            self.acted.append(call.request_id)
+        if call.query.startswith("!refuse"):
+            raise InvalidRequest("no", "messages")
         if call.query.startswith("!fail"):
             raise EngineError("the engine failed")
         if call.query.startswith("!busy"):

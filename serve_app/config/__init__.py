@@ -11,6 +11,7 @@ from serve_app.config.gateway import (
     AuthConfig,
     GatewayConfig,
     GatewayDeploymentConfig,
+    IdempotencyConfig,
     LimitsConfig,
 )
 from serve_app.config.load import load_config
@@ -45,6 +46,7 @@ __all__ = [
     "ExplorationConfig",
     "GatewayConfig",
     "GatewayDeploymentConfig",
+    "IdempotencyConfig",
     "LimitsConfig",
     "LocalModelConfig",
     "ModelBase",

@@ -82,6 +82,21 @@ class AuthConfig(BaseConfig):
     that name a loopback host. `required` asks for a key from the store."""
 
 
+class IdempotencyConfig(BaseConfig):
+    """What is kept of requests that come with an `Idempotency-Key`."""
+
+    keep_s: float = Field(default=86_400.0, ge=60)
+    """Seconds from a key's first request for which the key and its answer are kept."""
+    max_keys: int = Field(default=10_000, ge=1)
+    """Keys that are kept for one API key; a request with one more gets 429."""
+    max_answer_bytes: int = Field(default=64 << 10, ge=0)
+    """Bytes of an answer that are kept at most; a request with a longer one is remembered, and
+    gets 409 when it comes again."""
+    lease_s: float = Field(default=10.0, ge=1, le=60)
+    """Seconds that a gateway holds a key for its request, and renews while it works on it: what a
+    gateway held that died is free after that, or its outcome unknown."""
+
+
 class GatewayDeploymentConfig(DeploymentConfig):
     """Resources and scaling of the gateway, which refuses by itself what is too much."""
 
@@ -100,6 +115,7 @@ class GatewayConfig(BaseConfig):
     any."""
     mcp: bool = True
     """Whether `/mcp` serves MCP clients: with `ask`, `route`, and the tools marked `exposed`."""
+    idempotency: IdempotencyConfig = IdempotencyConfig()
     deployment: GatewayDeploymentConfig = GatewayDeploymentConfig()
 
     @model_validator(mode="after")

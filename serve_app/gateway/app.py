@@ -18,6 +18,7 @@ from serve_app.gateway.edge.auth import Authenticator
 from serve_app.gateway.edge.edge import Edge
 from serve_app.gateway.edge.errors import JsonResponse
 from serve_app.gateway.edge.hosts import HostCheck
+from serve_app.gateway.edge.idempotency import Idempotency
 from serve_app.gateway.edge.routes import RouteTable
 from serve_app.gateway.handlers import Handlers, Orchestrator
 from serve_app.gateway.mcp.server import McpServer
@@ -40,7 +41,7 @@ def build_api(
 
     Args:
         orchestrator: Runs requests.
-        store: Has the keys, takes the feedback.
+        store: Has the keys, takes the feedback, keeps the answers of idempotency keys.
         outcomes: Where the orchestrator's reports go; feedback has it flushed first.
         jobs: Takes the jobs of the learning loop.
         config: Limits, authentication, prices.
@@ -67,6 +68,7 @@ def build_api(
         hosts=hosts,
         limits=gateway.limits,
         authenticator=Authenticator(gateway.auth.mode, store),
+        idempotency=Idempotency(store, gateway.idempotency, gateway.limits.max_json_depth),
         metrics=metrics,
     )
     # The edge calls the handlers itself; Serve reads the routes for the names in its metrics.

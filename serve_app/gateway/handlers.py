@@ -20,10 +20,11 @@ from serve_app.config import AtlasConfig
 from serve_app.errors import DeadlineExceeded, NotFound
 from serve_app.gateway.admin.job_events import JobEvents
 from serve_app.gateway.chat.chat_call import to_chat_call
+from serve_app.gateway.chat.chunk_shaper import ChunkShaper
 from serve_app.gateway.chat.extension import completion_extension, decision_object
 from serve_app.gateway.chat.parsing import parse_json, validate
 from serve_app.gateway.chat.pool_view import PoolView
-from serve_app.gateway.chat.streaming import ChunkShaper, EventStream
+from serve_app.gateway.chat.streaming import EventStream
 from serve_app.gateway.chat.trajectory import Trajectory
 from serve_app.gateway.chat.wire import ChatRequest, FeedbackRequest
 from serve_app.gateway.edge.errors import JsonResponse
@@ -323,6 +324,7 @@ class Handlers:
             default_alpha=self._config.router.default_alpha,
             limits=self._limits,
             elapsed_s=exchange.elapsed_s(),
+            begin_effect=None if exchange.held_key is None else exchange.held_key.begin_effect,
         )
         exchange.ends_s = time.monotonic() + call.limits.deadline_s
         self.pool_view().check(call)

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from serve_app.config import LimitsConfig
+from serve_app.gateway.edge.idempotency import MAX_KEY_CHARS
 from serve_app.gateway.edge.operation import Answer, Operation, Shape
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint
 from serve_app.gateway.shapes import ERROR
@@ -26,6 +27,7 @@ _REF = "#/components/schemas/{model}"
 _ALWAYS = (403, 421, 431)
 _WITH_KEY = (401, 429, 500, 503)
 _WITH_BODY = (400, 408, 413, 415)
+_POSTED = (409, 422)
 """Errors that the edge, or what every handler shares, may answer with."""
 
 _REASONS = {
@@ -34,9 +36,11 @@ _REASONS = {
     403: "The key lacks the scope; without keys, the caller is on another machine.",
     404: "No such model, tool, pair, request or job.",
     408: "The body did not arrive in time.",
-    409: "The same was said already, or the job is over.",
+    409: "The same was said already, or the job is over; or the request with this "
+    "`Idempotency-Key` is under way, its outcome unknown, or its answer not kept.",
     413: "The body is too large.",
     415: "The body is not plain JSON.",
+    422: "The `Idempotency-Key` came with another request before.",
     421: "The `Host` is none that is served here.",
     429: "Too many requests, of this key or in all; see Retry-After.",
     431: "The headers are too large.",
@@ -44,6 +48,18 @@ _REASONS = {
     502: "The model failed.",
     503: "Nothing can serve this now.",
     504: "The time is up.",
+}
+
+
+_IDEMPOTENCY_KEY: Json = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": (
+        "Sent again with the same body, the request is not done again: its first answer comes "
+        "back, with the header `idempotent-replayed: true`."
+    ),
+    "schema": {"type": "string", "pattern": f"^[!-~]{{1,{MAX_KEY_CHARS}}}$"},
 }
 
 
@@ -155,6 +171,8 @@ def _operation(endpoint: Endpoint, declared: Operation, schemas: _Schemas) -> Js
         statuses.update(_WITH_KEY)
     if declared.body is not None:
         statuses.update(_WITH_BODY)
+    if endpoint.method == "POST":
+        statuses.update(_POSTED)
     answers = [Answer(_REASONS[status], ERROR, status) for status in sorted(statuses)]
     answers += [declared.answer, *declared.also]
     operation: Json = {
@@ -165,8 +183,11 @@ def _operation(endpoint: Endpoint, declared: Operation, schemas: _Schemas) -> Js
     if declared.body is not None:
         content = {"application/json": {"schema": schemas.taken(declared.body)}}
         operation["requestBody"] = {"required": True, "content": content}
-    if endpoint.param_convertors:
-        operation["parameters"] = [_path_parameter(name) for name in endpoint.param_convertors]
+    parameters = [_path_parameter(name) for name in endpoint.param_convertors]
+    if endpoint.method == "POST":
+        parameters.append(_IDEMPOTENCY_KEY)
+    if parameters:
+        operation["parameters"] = parameters
     return operation
 
 

@@ -6,6 +6,7 @@ right together and within the limits, in the shape that engines take.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from serve_app.config import LimitsConfig
@@ -32,6 +33,7 @@ def to_chat_call(
     default_alpha: float,
     limits: LimitsConfig,
     elapsed_s: float = 0.0,
+    begin_effect: Callable[[], Awaitable[None]] | None = None,
 ) -> ChatCall:
     """Check what spans fields or depends on the configuration, and build the call.
 
@@ -42,6 +44,7 @@ def to_chat_call(
         default_alpha: The cost-quality dial where the caller names none.
         limits: The bounds.
         elapsed_s: Seconds since the request arrived; the call's deadline is what is left.
+        begin_effect: Of the request's idempotency key; `None`: the request came without one.
 
     Raises:
         DeadlineExceeded: If nothing is left.
@@ -67,6 +70,7 @@ def to_chat_call(
         ),
         explain=request.atlas is not None and request.atlas.explain,
         events=request.atlas is not None and request.atlas.events,
+        begin_effect=begin_effect,
     )
 
 

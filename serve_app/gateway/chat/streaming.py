@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -17,7 +17,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import AtlasError
-from serve_app.gateway.edge.errors import error_body, json_bytes
+from serve_app.gateway.chat.chunk_shaper import DONE, ChunkShaper, event_bytes
+from serve_app.gateway.chat.whole_stream import WholeStream
+from serve_app.gateway.edge.errors import error_body
 from serve_app.gateway.edge.exchange import Exchange
 from serve_app.schemas import Report
 
@@ -28,62 +30,6 @@ Items = AsyncGenerator[Json | Report, None]
 
 _LAST_WORD_S = 1.0
 """How long a client that stopped reading gets to take the error event."""
-
-
-class ChunkShaper:
-    """Puts usage and the `atlas` object where clients expect them.
-
-    With `include_usage`, both ride on a last chunk without choices, as OpenAI sends it. Without,
-    every chunk has a choice, because clients index it: so the object rides on the last of those,
-    and a chunk that may be the last is held back until the next one shows that it was not. An
-    event, which the caller asked for, has no choice, and passes at once.
-    """
-
-    def __init__(self, *, include_usage: bool) -> None:
-        """Shape one stream."""
-        self._include_usage = include_usage
-        self._held: Json | None = None
-        self._usage: Json | None = None
-        self._head: Json = {}
-
-    def feed(self, chunk: Json) -> Iterator[Json]:
-        """Take a chunk; give those that can be sent now."""
-        used = chunk.pop("usage", None)
-        if used:
-            self._usage = used
-        if not chunk.get("choices"):
-            if "event" in chunk.get("atlas", {}):
-                self._head = self._head or _head_of(chunk)
-                yield chunk
-            return
-        self._head = _head_of(chunk)
-        if self._include_usage:
-            chunk["usage"] = None
-            yield chunk
-            return
-        if self._held is not None:
-            yield self._held
-            self._held = None
-        if any(choice.get("finish_reason") for choice in chunk["choices"]):
-            self._held = chunk
-        else:
-            yield chunk
-
-    def finish(self, extension: Json) -> Json:
-        """The last chunk."""
-        if self._include_usage:
-            used = self._usage or extension["usage"]
-            return {**self._head, "choices": [], "usage": used, "atlas": extension}
-        last = self._held
-        if last is None:
-            choice = {"index": 0, "delta": {}, "finish_reason": None}
-            last = {**self._head, "choices": [choice]}
-        last["atlas"] = extension
-        return last
-
-
-def _head_of(chunk: Json) -> Json:
-    return {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
 
 
 class EventStream(Response):
@@ -127,6 +73,8 @@ class EventStream(Response):
         self._shaper = shaper
         self._deadline = deadline
         self._finish = finish
+        self._whole = None if exchange.held_key is None else WholeStream()
+        """What is kept for the request's idempotency key."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything; the deadline holds for a client that reads too slowly as well."""
@@ -148,17 +96,29 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         start = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **start})
-        for chunk in self._shaper.feed(self._first):
-            await _send_event(send, chunk)
+        await self._send_chunk(send, self._first)
         async for item in self._items:
             if isinstance(item, Report):
-                await _send_event(send, self._shaper.finish(self._finish(item)))
+                extension = self._finish(item)
+                await self._keep(extension)
+                await _send_event(send, self._shaper.finish(extension))
                 break
-            for chunk in self._shaper.feed(item):
-                await _send_event(send, chunk)
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            await self._send_chunk(send, item)
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+    async def _send_chunk(self, send: Send, chunk: Json) -> None:
+        if self._whole is not None:
+            self._whole.add(chunk)
+        for shaped in self._shaper.feed(chunk):
+            await _send_event(send, shaped)
+
+    async def _keep(self, extension: Json) -> None:
+        """Keep the answer, before its end is sent, for a request that comes again."""
+        held_key = self._exchange.held_key
+        if held_key is not None and self._whole is not None:
+            body = self._whole.body(self._shaper.anew(), extension)
+            await held_key.keep(self.status_code, self.headers.items(), body)
 
 
 async def _send_event(send: Send, event: Json) -> None:
-    body = b"data: " + json_bytes(event) + b"\n\n"
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+    await send({"type": "http.response.body", "body": event_bytes(event), "more_body": True})

@@ -28,6 +28,7 @@ from serve_app.gateway.edge.bodies import BodyReader, drain
 from serve_app.gateway.edge.errors import error_response
 from serve_app.gateway.edge.exchange import ClientLeft, Exchange, Reply, new_request_id
 from serve_app.gateway.edge.hosts import HostCheck
+from serve_app.gateway.edge.idempotency import HEADER, Idempotency, read_key
 from serve_app.gateway.edge.proxy import body_held_back
 from serve_app.gateway.edge.rate import RateLimiter
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint, RouteTable
@@ -59,8 +60,8 @@ class Edge:
     """Ids, limits, keys, errors and the log line around the handlers.
 
     Order of checks: path and method, header size, host, concurrency, key, the key's own limits,
-    type and declared length of the body, then the body while it is read, then load. The first that
-    fails answers.
+    the idempotency key's form, type and declared length of the body, then the body while it is
+    read, then the idempotency key, then load. The first that fails answers.
 
     Invariants:
         - At most `max_ongoing_requests` requests are past the edge at once, probes and the admin
@@ -80,6 +81,7 @@ class Edge:
         hosts: HostCheck,
         limits: LimitsConfig,
         authenticator: Authenticator,
+        idempotency: Idempotency,
         metrics: MetricSink,
     ) -> None:
         """Stand before the handlers.
@@ -90,6 +92,7 @@ class Edge:
             hosts: Which callers and names are answered.
             limits: The bounds.
             authenticator: Turns a key into its owner.
+            idempotency: Answers POSTs that come with an idempotency key.
             metrics: Counts requests.
         """
         self._app = app
@@ -97,6 +100,7 @@ class Edge:
         self._hosts = hosts
         self._limits = limits
         self._authenticator = authenticator
+        self._idempotency = idempotency
         self._metrics = metrics
         self._bodies = BodyReader(limits)
         self._ongoing = 0
@@ -140,11 +144,20 @@ class Edge:
         """Check, read, and hand on."""
         with body_held_back(scope):
             headers, endpoint = await self._let_in(scope, exchange)
+            has_key = HEADER in headers and endpoint.method == "POST"
+            key = read_key(scope) if has_key else None
+
+        async def work(send: Send) -> None:
+            with self._work_place(reply, exchange):
+                await self._run(endpoint, scope, receive, reply, send)
+
         with self._place(exchange):
             if endpoint.rule.reads_body:
                 await self._bodies.read(headers, receive, exchange)
-            with self._work_place(reply, exchange):
-                await self._run(endpoint, scope, receive, reply)
+            if key is None:
+                await work(reply)
+            else:
+                await self._idempotency.answer(key, scope["path"], exchange, reply, work)
 
     async def _let_in(
         self, scope: Scope, exchange: Exchange
@@ -226,8 +239,17 @@ class Edge:
         finally:
             self._work_shares.leave(exchange.owner)
 
-    async def _run(self, endpoint: Endpoint, scope: Scope, receive: Receive, reply: Reply) -> None:
+    async def _run(
+        self, endpoint: Endpoint, scope: Scope, receive: Receive, reply: Reply, send: Send
+    ) -> None:
         """Let the handler answer, until it is done, its time is up, or the client leaves.
+
+        Args:
+            endpoint: Its route.
+            scope: What it is told of the request.
+            receive: Says that the client left.
+            reply: The way to the client.
+            send: What it answers to.
 
         Raises:
             DeadlineExceeded: If the route did not keep to its own deadline.
@@ -238,7 +260,7 @@ class Edge:
         watcher = asyncio.create_task(_cancel_when_client_leaves(receive, handler, reply))
         try:
             async with asyncio.timeout(self._limits.max_deadline_s + _BACKSTOP_S) as backstop:
-                await endpoint.app(scope, _nothing_more, reply)
+                await endpoint.app(scope, _nothing_more, send)
         except TimeoutError:
             if not backstop.expired():
                 raise

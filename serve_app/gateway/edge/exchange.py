@@ -6,14 +6,18 @@ import re
 import time
 import uuid
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from starlette.types import Message, Send
 
 from serve_app.gateway.edge.routes import UNKNOWN_ROUTE, RouteRule
 from serve_app.telemetry import RequestLine
 
+if TYPE_CHECKING:
+    from serve_app.gateway.edge.held_key import HeldKey
+
 _REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")
-_EVENT_STREAM = b"text/event-stream"
+EVENT_STREAM = b"text/event-stream"
 
 
 @dataclass(slots=True)
@@ -33,6 +37,8 @@ class Exchange:
     """Bytes of the body that count in the gateway's budget until the request ends."""
     body_pending: bool = False
     """Whether part of the body was not read; the connection cannot be used again then."""
+    held_key: HeldKey | None = None
+    """Its idempotency key, while it is worked on; `None`: it came without one."""
 
     @property
     def request_id(self) -> str:
@@ -81,7 +87,7 @@ class Reply:
             line = self._exchange.line
             line.status = message["status"]
             headers = message["headers"] = list(message.get("headers") or ())
-            self.is_stream = any(value.startswith(_EVENT_STREAM) for _, value in headers)
+            self.is_stream = any(value.startswith(EVENT_STREAM) for _, value in headers)
             headers.append((b"x-request-id", line.request_id.encode()))
             if line.client_request_id is not None:
                 headers.append((b"x-client-request-id", line.client_request_id.encode()))
