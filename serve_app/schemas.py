@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from serve_app.capabilities import NO_NEEDS, Needs, needs_of
+from serve_app.content import last_question, text_of_content
+
 if TYPE_CHECKING:  # it imports this module
     from serve_app.config import AtlasConfig
 
@@ -295,7 +298,7 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the caller allows for one request."""
+    """What the caller allows for one request, and what the request needs."""
 
     alpha: float
     """Cost-quality dial in [0, 1]; 0 = quality only."""
@@ -307,6 +310,8 @@ class Limits:
     """Allowed models; `None` allows all."""
     tools: frozenset[str] | None = None
     """Allowed tools; `None` allows all."""
+    needs: Needs = NO_NEEDS
+    """What every candidate has to take; told to the router with each question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -575,11 +580,10 @@ class ChatCall:
 
     @property
     def query(self) -> str:
-        """The text routed on: the last user message."""
-        for message in reversed(self.messages):
-            if message["role"] == "user":
-                content = message.get("content") or ""
-                if isinstance(content, str):
-                    return content
-                return "\n".join(part.get("text", "") for part in content)
-        return ""
+        """The text routed on: that of the last user message."""
+        return text_of_content(last_question(self.messages))
+
+    @property
+    def needs(self) -> Needs:
+        """What the call needs of whoever answers."""
+        return needs_of(self.messages, self.sampling, self.tools, self.tool_choice)

@@ -144,9 +144,8 @@ class Bench:
         chat = ChatCall(
             request_id="req_1",
             model=f"m@{tool}",
-            messages=({"role": "user", "content": query},),
             limits=Limits(alpha=0.0, deadline_s=30),
-            **({"sampling": {}} | call),
+            **({"messages": ({"role": "user", "content": query},), "sampling": {}} | call),
         )
         pieces: list[Any] = []
 

@@ -16,6 +16,7 @@ from collections.abc import (
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,7 @@ def path2_config(
     folder: Path,
     store_url: str = StoreConfig().url,
     patterns: Sequence[Any] = (),
+    capabilities: Mapping[str, Any] = MappingProxyType({}),
     **router: Any,
 ) -> AtlasConfig:
     """Three models without tools, the third one dear."""
@@ -214,6 +216,7 @@ def path2_config(
             "model_id": name,
             "base_url": "http://127.0.0.1:1/v1",
             "remote_model": "x",
+            "capabilities": capabilities.get(name, {}),
             "price": {"usd_per_1m_prompt_tokens": price, "usd_per_1m_completion_tokens": price},
         }
         for name, price in zip(MODELS, (1.0, 10.0, 100.0), strict=True)
@@ -273,7 +276,7 @@ class Path2:
         return ChatCall(
             request_id=changes.pop("request_id", f"req_{self.number:032x}"),
             model=changes.pop("model", "atlas"),
-            messages=({"role": "user", "content": query},),
+            messages=changes.pop("messages", ({"role": "user", "content": query},)),
             sampling=changes.pop("sampling", {}),
             limits=limits,
             **changes,
@@ -294,10 +297,11 @@ async def path2(
     folder: Path,
     store_url: str = StoreConfig().url,
     patterns: Sequence[Any] = (),
+    capabilities: Mapping[str, Any] = MappingProxyType({}),
     **router: Any,
 ) -> AsyncIterator[Path2]:
     """A deployment in this process."""
-    config = path2_config(folder, store_url, patterns, **router)
+    config = path2_config(folder, store_url, patterns, capabilities, **router)
     store = await Store.open(config.store_url())
     embedder, controller = Handle(WordEmbedder()), Handle(Controller(config))
     replica = Router.__new__(Router)

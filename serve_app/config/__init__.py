@@ -17,6 +17,7 @@ from serve_app.config.gateway import (
 from serve_app.config.load import load_config
 from serve_app.config.models import (
     MODEL_ID_PATTERN,
+    CapabilitiesConfig,
     CardConfig,
     CustomModelConfig,
     LocalModelConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "AtlasConfig",
     "AuthConfig",
     "AutoscalingConfig",
+    "CapabilitiesConfig",
     "CardConfig",
     "CustomModelConfig",
     "DeploymentConfig",

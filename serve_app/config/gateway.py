@@ -22,6 +22,13 @@ class LimitsConfig(BaseConfig):
     max_json_depth: int = Field(default=32, ge=4)
     max_messages: int = Field(default=256, ge=1, le=2_048)
     max_prompt_chars: int = Field(default=400_000, ge=1)
+    max_pictures: int = Field(default=8, ge=0, le=64)
+    """Pictures in all messages of a request; 0 takes none."""
+    max_picture_bytes: int = Field(default=4 << 20, ge=1024)
+    """Of one picture, decoded. In a body, a picture takes a third more: `max_body_bytes` has to be
+    larger for large ones."""
+    max_picture_pixels: int = Field(default=16_000_000, ge=1, le=32_000_000)
+    """Of one picture; of a moving one, of its first frame."""
     max_tools: int = Field(default=64, ge=0, le=1_024)
     max_n: int = Field(default=8, ge=1)
     max_completion_tokens: int = Field(default=8192, ge=1)

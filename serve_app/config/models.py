@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from serve_app.capabilities import Capabilities
 from serve_app.config.base import BaseConfig
 from serve_app.config.deployment import AutoscalingConfig, check_target
 from serve_app.config.tools import MAX_DESCRIPTION_CHARS, Examples
@@ -33,6 +35,21 @@ class CardConfig(BaseConfig):
     """Utterances it should get; all of them are embedded before a change of the pool counts."""
 
 
+class CapabilitiesConfig(BaseConfig):
+    """What a model can take. A request that needs what a model cannot take never gets to it."""
+
+    vision: bool = False
+    """Whether it looks at pictures."""
+    json_schema: bool = True
+    """Whether its answers can be held to a JSON schema (`response_format`)."""
+    tools: bool | None = None
+    """Whether it calls functions of the caller's. `None`: of a local model, whether its
+    `engine_kwargs` turn a tool parser on; of every other one yes."""
+    context_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that prompt and answer may have together. `None`: of a local model, `max_model_len` of
+    its `engine_kwargs`; else not known, and nothing is too long."""
+
+
 class PairCardConfig(CardConfig):
     """The card of one pair; added to its model's and its tool's."""
 
@@ -46,6 +63,7 @@ class ModelBase(BaseConfig):
     model_id: str = Field(pattern=MODEL_ID_PATTERN)
     """Name used by clients, the router and the metrics; unique in the pool."""
     card: CardConfig = CardConfig()
+    capabilities: CapabilitiesConfig = CapabilitiesConfig()
     price: PriceConfig = PriceConfig()
     tools: tuple[str, ...] = (NO_TOOL,)
     """Tool ids this model may work with; each makes a pair."""
@@ -62,6 +80,19 @@ class ModelBase(BaseConfig):
     def _target_can_be_reached(self) -> Self:
         check_target(self.autoscaling, self.max_ongoing_requests)
         return self
+
+    def able(self) -> Capabilities:
+        """What it can take, with what follows from its other settings."""
+        said = self.capabilities
+        tools = self._calls_tools() if said.tools is None else said.tools
+        context = said.context_tokens or self._context_tokens() or math.inf
+        return Capabilities(said.vision, said.json_schema, tools, context)
+
+    def _calls_tools(self) -> bool:
+        return True
+
+    def _context_tokens(self) -> int | None:
+        return None
 
 
 class ScoringConfig(BaseConfig):
@@ -103,6 +134,14 @@ class LocalModelConfig(ModelBase):
     memory allows."""
     scoring: ScoringConfig = ScoringConfig()
     """Read where the role is `verifier`."""
+
+    def _calls_tools(self) -> bool:
+        arguments = self.engine_kwargs
+        return bool(arguments.get("enable_auto_tool_choice") and arguments.get("tool_call_parser"))
+
+    def _context_tokens(self) -> int | None:
+        length = self.engine_kwargs.get("max_model_len")
+        return length if isinstance(length, int) and length > 0 else None
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> Self:

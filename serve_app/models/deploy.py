@@ -23,7 +23,7 @@ from serve_app.telemetry import SERVE_LOGGING
 def deployment_name(config: ModelConfig) -> str:
     """Name of a model's deployment; holds a fingerprint of what needs a new application."""
     settings = config.model_dump(
-        mode="json", exclude={"card", "price", "tools", "max_completion_tokens"}
+        mode="json", exclude={"card", "capabilities", "price", "tools", "max_completion_tokens"}
     )
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{config.model_id}-{digest}"

@@ -343,7 +343,7 @@ class Orchestrator:
         if run.call.model != ROUTED:
             run.decision = self._pinned(run.call)
             return None
-        limits = run.call.limits
+        limits = replace(run.call.limits, needs=run.call.needs)
         if run.is_plain:
             # The caller's own tools, and several choices, go with plain generation only.
             allowed = (

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
+from serve_app.config.abilities import abilities_of
 from serve_app.errors import AtlasError, NoCandidate
 from serve_app.models.watcher import PoolWatcher
+from serve_app.router.rules.admission import Abilities
 from serve_app.router.rules.base import Answer, Batch, RoutingRequest
 from serve_app.router.rules.cold_start import pair_cards
 from serve_app.router.serving.follower import Following, PolicyFollower, Serving
@@ -50,6 +52,9 @@ class Router:
         pool = await self._watcher.first()
         self._known = pool.config or config
         """The configuration with the pool whose cards the rules know."""
+        self._abilities = abilities_of(self._known)
+        self._abilities_of = pool
+        """The pool as it was when the abilities were read."""
         self._follower = PolicyFollower(config, await self._read_cards(self._known))
         await self._follower.refresh()
         self._planner = config.router.planner
@@ -117,7 +122,13 @@ class Router:
                 answers[number] = NoCandidate(f"policy {version} is gone")
                 continue
             groups.setdefault(serving.policy_version, (serving, []))[1].append(number)
-        batch = Batch(tuple(requests), ready, pool.pool_version, self._ready_planner(pool))
+        batch = Batch(
+            tuple(requests),
+            ready,
+            pool.pool_version,
+            self._ready_planner(pool),
+            self._abilities_in(pool),
+        )
         for serving, numbers in groups.values():
             decided = _decide(serving, batch.part(numbers))
             for number, answer in zip(numbers, decided, strict=True):
@@ -128,6 +139,13 @@ class Router:
     async def following(self) -> Following:
         """Which policies this replica serves with."""
         return self._follower.state()
+
+    def _abilities_in(self, pool: PoolState) -> Abilities:
+        """What the candidates of a pool can take."""
+        if self._abilities_of is not pool:
+            self._abilities = abilities_of(pool.config or self._known)
+            self._abilities_of = pool
+        return self._abilities
 
     def _ready_planner(self, pool: PoolState) -> str | None:
         """The planner, where it answers now."""

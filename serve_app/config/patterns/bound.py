@@ -34,6 +34,7 @@ from serve_app.config.patterns.language import (
 )
 from serve_app.config.patterns.template import references_in
 from serve_app.config.tools import BestOfConfig, ManyFunctionsSettings, ToolConfig
+from serve_app.content import PICTURE_TOKENS, without_pictures
 from serve_app.schemas import NO_TOOL, PATTERN_PREFIX, Pair
 
 if TYPE_CHECKING:
@@ -379,6 +380,8 @@ def typical_usd(pattern: PatternConfig, config: AtlasConfig, priced: Mapping[Pai
     return chain(pattern.do)
 
 
-def question_bytes(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Bytes of a conversation, as budgets count them."""
-    return len(json.dumps(list(messages), ensure_ascii=False).encode("utf-8", "surrogatepass"))
+def question_bytes(messages: Sequence[dict[str, Any]]) -> int:
+    """Bytes of a conversation, as budgets count them: a picture counts as its tokens."""
+    told, num_pictures = without_pictures(messages)
+    text = json.dumps(told, ensure_ascii=False)
+    return len(text.encode("utf-8", "surrogatepass")) + PICTURE_TOKENS * num_pictures

@@ -6,11 +6,13 @@ right together and within the limits, in the shape that engines take.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from serve_app.config import LimitsConfig
+from serve_app.content import Content, pictures_of, text_of_content
 from serve_app.errors import DeadlineExceeded, InvalidRequest
+from serve_app.gateway.chat.pictures import check_picture
 from serve_app.gateway.chat.schema_check import SchemaBudget
 from serve_app.gateway.chat.wire import (
     AssistantMessage,
@@ -19,6 +21,7 @@ from serve_app.gateway.chat.wire import (
     InstructionMessage,
     JsonSchemaResponseFormat,
     NamedToolChoice,
+    PicturePart,
     TextPart,
     ToolMessage,
 )
@@ -129,12 +132,14 @@ def _check_tools(request: ChatRequest) -> None:
 
 
 def _messages(request: ChatRequest, limits: LimitsConfig) -> tuple[dict[str, Any], ...]:
-    """The messages as engines get them: content as one string, and roles every template knows."""
-    chars, called = 0, set[str]()
+    """The messages as engines get them: text as one string, and roles every template knows."""
+    chars, num_pictures, called = 0, 0, set[str]()
     messages: list[dict[str, Any]] = []
     for index, message in enumerate(request.messages):
-        out: dict[str, Any] = {"role": message.role, "content": _text(message.content)}
-        chars += len(out["content"] or "")
+        content = _content(message.content, f"messages[{index}].content", limits)
+        out: dict[str, Any] = {"role": message.role, "content": content}
+        chars += len(text_of_content(content))
+        num_pictures += len(pictures_of(content))
         if isinstance(message, InstructionMessage):
             out["role"] = "system"
         elif isinstance(message, AssistantMessage):
@@ -158,11 +163,32 @@ def _messages(request: ChatRequest, limits: LimitsConfig) -> tuple[dict[str, Any
             f"messages: at most {limits.max_prompt_chars} characters in all, got {chars}",
             "messages",
         )
+    if num_pictures > limits.max_pictures:
+        raise InvalidRequest(
+            f"messages: at most {limits.max_pictures} pictures in all, got {num_pictures}",
+            "messages",
+        )
     return tuple(messages)
 
 
-def _text(content: str | list[TextPart] | None) -> str | None:
-    return "\n".join(part.text for part in content) if isinstance(content, list) else content
+def _content(
+    content: str | Sequence[TextPart | PicturePart] | None, field: str, limits: LimitsConfig
+) -> Content:
+    """Content as one string, or with its pictures as the parts that came."""
+    if content is None or isinstance(content, str):
+        return content
+    texts = [part.text for part in content if isinstance(part, TextPart)]
+    if len(texts) == len(content):
+        return "\n".join(texts)
+    for number, part in enumerate(content):
+        if isinstance(part, PicturePart):
+            check_picture(
+                part.image_url.url,
+                f"{field}[{number}].image_url.url",
+                max_bytes=limits.max_picture_bytes,
+                max_pixels=limits.max_picture_pixels,
+            )
+    return [part.model_dump(exclude_none=True) for part in content]
 
 
 _SAMPLING = (

@@ -115,14 +115,26 @@ def _invalid_request(error: ValidationError, body: dict[str, Any]) -> InvalidReq
         return InvalidRequest(f"{path}: this field is required", path)
     if path == "atlas.pattern":
         return InvalidRequest("atlas.pattern: name a pattern as the model, 'pattern:<name>'", path)
-    if path.endswith(".type") and ".content[" in path and isinstance(value, str):
+    if ".content[" in path and (kind := _part_kind(path, value)) is not None:
+        path = path if path.endswith(".type") else f"{path}.type"
         return InvalidRequest(
-            f"{path}: only text is served; content of type {_shown(value)} is not supported", path
+            f"{path}: only text is served, and of a user image_url; content of type "
+            f"{_shown(kind)} is not supported",
+            path,
         )
     if first["type"].startswith("union_tag"):
         return InvalidRequest(f"{path}: {first['msg'][:300]}", path)
     shown = f", got {_shown(value)}" if depth else ""
     return InvalidRequest(f"{path}: {first['msg'][:300]}{shown}", path)
+
+
+def _part_kind(path: str, value: Any) -> str | None:
+    """The type of a content part that has none of those served; `None`: it is something else."""
+    if path.endswith("]") and isinstance(value, dict):
+        value = value.get("type")
+    elif not path.endswith(".type"):
+        return None
+    return value if isinstance(value, str) else None
 
 
 def _field(loc: tuple[str | int, ...], body: Any) -> tuple[str, int]:

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.capabilities import UNKNOWN, Capabilities, Needs, common
 from serve_app.config import AtlasConfig
+from serve_app.config.abilities import abilities_of
 from serve_app.config.patterns.bound import QUESTION_BYTES, bound_of
 from serve_app.config.patterns.language import PatternConfig
-from serve_app.errors import InvalidRequest, ModelNotFound, NoCandidate
+from serve_app.errors import ContextTooLong, InvalidRequest, ModelNotFound, NoCandidate
 from serve_app.gateway.chat.wire import ROUTED_MODEL
 from serve_app.orchestrator.patterns.declared import check_call
-from serve_app.schemas import ChatCall, MemberState, ModelMember, Pair, PatternMember, PoolState
+from serve_app.router.rules.admission import Admission
+from serve_app.schemas import (
+    NO_TOOL,
+    ChatCall,
+    MemberState,
+    ModelMember,
+    Pair,
+    PatternMember,
+    PoolState,
+)
 
 Json = dict[str, Any]
+
+_NEEDED = {
+    "messages": "look at pictures",
+    "response_format": "be held to a JSON schema",
+    "tools": "call functions of the caller's",
+}
+"""What a model has to do because of a field."""
 
 
 class PoolView:
@@ -26,6 +48,14 @@ class PoolView:
         self._pairs = {str(pair): pair for pair in pool.pairs}
         self._patterns = {str(pattern.pair): pattern for pattern in pool.patterns}
         self._tools = frozenset(pool.tools) | {pair.tool_id for pair in pool.pairs}
+        self._abilities = abilities_of(config)
+        self._common = common([UNKNOWN, *self._abilities.values()])
+        plain = (Pair(model_id, NO_TOOL) for model_id in self._members)
+        routable = pool.candidates()
+        named = tuple(dict.fromkeys([*routable, *plain, *(p.pair for p in pool.patterns)]))
+        self._named = {pair: number for number, pair in enumerate(named)}
+        self._admission = Admission(named)
+        self._routable = np.arange(len(routable), dtype=np.intp)
 
     def check(self, call: ChatCall) -> None:
         """Refuse a call that names what is not there.
@@ -33,15 +63,24 @@ class PoolView:
         Raises:
             ModelNotFound: If `model` names nothing in the pool.
             NoCandidate: If it names a model that does not answer now.
-            InvalidRequest: If an allow-list names what is not there, or forbids the pinned pair.
+            InvalidRequest: If an allow-list names what is not there, or forbids the pinned pair; or
+                if nothing that may answer can take what the call needs.
         """
-        limits = call.limits
+        limits, needs = call.limits, call.needs
         self._check_names(limits.models, {**self._members, **self._patterns}, "models")
         self._check_names(limits.tools, self._tools, "tools")
         if call.model == ROUTED_MODEL:
+            if self._common.take(needs):
+                return
+            admitted = self._admission.admits(limits, self._routable, self._abilities)
+            self._check_needs(needs, self._routable[admitted], "no model that may answer can")
             return
         if call.model in self._patterns:
             self._check_pattern(call)
+            pinned = self._named[self._patterns[call.model].pair]
+            self._check_needs(
+                needs, np.array([pinned], np.intp), f"the pattern {call.model!r} cannot"
+            )
             return
         pair = self._pairs.get(call.model)
         member = self._members.get(call.model if pair is None else pair.model_id)
@@ -60,6 +99,29 @@ class PoolView:
             raise InvalidRequest(
                 f"atlas.tools does not allow the pinned tool {pair.tool_id!r}", "atlas.tools"
             )
+        pinned = self._named[pair or Pair(member.model_id, NO_TOOL)]
+        self._check_needs(
+            needs, np.array([pinned], np.intp), f"the model {member.model_id!r} cannot"
+        )
+
+    def _check_needs(self, needs: Needs, may_answer: NDArray[np.intp], who: str) -> None:
+        """Refuse what none of those can take that may answer; where nobody may, say nothing.
+
+        Raises:
+            ContextTooLong: If the conversation is longer than the context of each.
+            InvalidRequest: If it is something else; the message names the field.
+        """
+        left = may_answer
+        for field, need in needs.each() if len(left) else ():
+            left = left[self._admission.able(need, left, self._abilities)]
+            if len(left):
+                continue
+            if need.prompt_tokens:
+                raise ContextTooLong(
+                    f"{field}: {who} take a conversation of {need.prompt_tokens} tokens or more",
+                    field,
+                )
+            raise InvalidRequest(f"{field}: {who} {_NEEDED[field]}", field)
 
     def _check_pattern(self, call: ChatCall) -> None:
         pattern, allowed = self._patterns[call.model], call.limits.models
@@ -169,6 +231,7 @@ class PoolView:
                     "type": model.type,
                     "description": model.card.description,
                     "price": model.price.model_dump(),
+                    "capabilities": _shown_capabilities(model.able()),
                     "max_ongoing_requests": model.max_ongoing_requests,
                     "max_completion_tokens": model.max_completion_tokens,
                     "autoscaling": model.autoscaling.model_dump(),
@@ -213,6 +276,11 @@ class PoolView:
                 }
             rows.append(row)
         return rows
+
+
+def _shown_capabilities(able: Capabilities) -> Json:
+    context = able.context_tokens
+    return {**able._asdict(), "context_tokens": None if math.isinf(context) else int(context)}
 
 
 def worst_case(pattern: PatternConfig, config: AtlasConfig) -> Json:

@@ -47,10 +47,26 @@ class Wire(BaseModel):
 
 
 class TextPart(Wire):
-    """A piece of text; the only kind of content part served."""
+    """A piece of text."""
 
     type: Literal["text"]
     text: str
+
+
+class PictureUrl(Wire):
+    """A picture as a URL."""
+
+    url: str
+    """`data:image/png;base64,…`, or jpeg, webp, gif. Nothing is fetched."""
+    detail: Literal["auto", "low", "high"] | None = None
+    """How closely the model looks, where it knows the word."""
+
+
+class PicturePart(Wire):
+    """A picture; in user messages only."""
+
+    type: Literal["image_url"]
+    image_url: PictureUrl
 
 
 def _content_kind(value: Any) -> str:
@@ -60,6 +76,12 @@ def _content_kind(value: Any) -> str:
 Content = Annotated[
     Annotated[str, Tag("text")]
     | Annotated[list[TextPart], Field(min_length=1, max_length=256, fail_fast=True), Tag("parts")],
+    Discriminator(_content_kind),
+]
+UserPart = Annotated[TextPart | PicturePart, Field(discriminator="type")]
+UserContent = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[UserPart], Field(min_length=1, max_length=256, fail_fast=True), Tag("parts")],
     Discriminator(_content_kind),
 ]
 MessageName = Annotated[str, Field(pattern=_NAME)]
@@ -77,7 +99,7 @@ class UserMessage(Wire):
     """What the user says."""
 
     role: Literal["user"]
-    content: Content
+    content: UserContent
     name: MessageName | None = None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.budget import Budget
+from serve_app.content import pictures_of, text_of_content, with_pictures
 from serve_app.orchestrator.answer import Choice
 from serve_app.orchestrator.planning import with_note
 from serve_app.orchestrator.recovery import Recovery
@@ -55,14 +56,15 @@ class PairWork:
             await self.emit(choices)
 
     def change_question(self, change: Callable[[str], str]) -> None:
-        """Change the last user message.
+        """Change the text of the last user message; its pictures stay.
 
         Args:
             change: Makes the new text of the old one.
         """
         for message in reversed(self.messages):
             if message["role"] == "user":
-                message["content"] = change(message.get("content") or "")
+                old = message.get("content")
+                message["content"] = with_pictures(change(text_of_content(old)), pictures_of(old))
                 return
 
     def add_note(self) -> None:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from serve_app.budget import Budget, Reservation, Use
 from serve_app.config import ModelConfig, RemoteModelConfig
+from serve_app.content import PICTURE_TOKENS, without_pictures
 from serve_app.errors import (
     EngineBusy,
     EngineError,
@@ -260,8 +261,9 @@ class PaidModels:
 
     def _most(self, model_id: str, body: ChatBody) -> Use:
         """What a request may use: no tokenizer makes more tokens of a text than it has bytes."""
-        text = json.dumps([body["messages"], body.get("tools", [])], ensure_ascii=False)
-        prompt_tokens = len(text.encode("utf-8", "surrogatepass"))
+        messages, num_pictures = without_pictures(body["messages"])
+        text = json.dumps([messages, body.get("tools", [])], ensure_ascii=False)
+        prompt_tokens = len(text.encode("utf-8", "surrogatepass")) + PICTURE_TOKENS * num_pictures
         completion_tokens = body["max_tokens"] * body.get("n", 1)
         usd = self._cost_usd(model_id, prompt_tokens, completion_tokens)
         return Use(usd, prompt_tokens + completion_tokens)

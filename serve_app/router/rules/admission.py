@@ -1,14 +1,23 @@
-"""Which candidates a request admits: the caller's lists, dollars and seconds; for every rule."""
+"""Which candidates a request admits, for every rule.
+
+What they can take comes first, then the caller's lists, dollars and seconds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.capabilities import UNKNOWN, Capabilities, Needs
 from serve_app.schemas import Limits, Pair
+
+Abilities = Mapping[Pair, Capabilities]
+"""What candidates can take; one that is not in it is unknown. Never changed, but replaced."""
+NO_ABILITIES: Abilities = {}
+"""Nothing is known of anyone."""
 
 _Floats = NDArray[np.floating[Any]]
 _Indices = NDArray[np.intp]
@@ -26,11 +35,13 @@ class Admission:
         Args:
             pairs: Every pair that a rule knows.
         """
+        self._pairs = tuple(pairs)
         self._index = {pair: i for i, pair in enumerate(pairs)}
         self._models = np.array([pair.model_id for pair in pairs])
         self._tools = np.array([pair.tool_id for pair in pairs])
         self._available: tuple[Pair, ...] = ()
         self._available_index: _Indices = np.zeros(0, np.intp)
+        self._use(NO_ABILITIES)
 
     def available(self, pairs: tuple[Pair, ...]) -> _Indices:
         """Indices of those pairs that the rule knows, in their order."""
@@ -42,14 +53,52 @@ class Admission:
             )
         return self._available_index
 
-    def listed(self, limits: Limits, indices: _Indices) -> NDArray[np.bool_]:
-        """(len(indices),) whether the caller's lists of models and tools admit these pairs."""
-        listed = np.ones(len(indices), np.bool_)
+    def admits(self, limits: Limits, indices: _Indices, abilities: Abilities) -> NDArray[np.bool_]:
+        """(len(indices),) whether the request's needs and lists of names admit these pairs.
+
+        Args:
+            limits: What the request needs, and what the caller allows.
+            indices: Of the pairs.
+            abilities: What the pool's candidates can take.
+        """
+        admits = self.able(limits.needs, indices, abilities)
         if limits.models is not None:
-            listed &= np.isin(self._models[indices], list(limits.models))
+            admits &= np.isin(self._models[indices], list(limits.models))
         if limits.tools is not None:
-            listed &= np.isin(self._tools[indices], list(limits.tools))
-        return listed
+            admits &= np.isin(self._tools[indices], list(limits.tools))
+        return admits
+
+    def able(self, needs: Needs, indices: _Indices, abilities: Abilities) -> NDArray[np.bool_]:
+        """(len(indices),) whether these pairs can take what a request needs.
+
+        Args:
+            needs: Of the request.
+            indices: Of the pairs.
+            abilities: What the pool's candidates can take.
+        """
+        if self._abilities is not abilities:
+            self._use(abilities)
+        able = np.ones(len(indices), np.bool_)
+        for is_needed, can in (
+            (needs.vision, self._vision),
+            (needs.json_schema, self._json_schema),
+            (needs.tools, self._tools_of_callers),
+        ):
+            if is_needed:
+                able &= can[indices]
+        if needs.prompt_tokens > self._least_context:
+            able &= self._context[indices] >= needs.prompt_tokens
+        return able
+
+    def _use(self, abilities: Abilities) -> None:
+        """Lay out what the candidates can take."""
+        known = [abilities.get(pair, UNKNOWN) for pair in self._pairs]
+        self._abilities = abilities
+        self._vision = np.array([of.vision for of in known], np.bool_)
+        self._json_schema = np.array([of.json_schema for of in known], np.bool_)
+        self._tools_of_callers = np.array([of.tools for of in known], np.bool_)
+        self._context = np.array([of.context_tokens for of in known])
+        self._least_context = min((of.context_tokens for of in known), default=0.0)
 
 
 def affordable(limits: Limits, costs_usd: _Floats) -> NDArray[np.bool_]:

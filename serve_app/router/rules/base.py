@@ -7,13 +7,14 @@ hands a `Batch` to a `Rule`. A candidate is a `Pair` everywhere, a pattern's too
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import AtlasError, NoCandidate
+from serve_app.router.rules.admission import NO_ABILITIES, Abilities
 from serve_app.schemas import Decision, Limits, Pair, Seen
 
 if TYPE_CHECKING:  # the rules import this module
@@ -34,7 +35,7 @@ class RoutingRequest:
     embedding: NDArray[np.float32]
     """(dim,) L2-normalised, of the query."""
     limits: Limits
-    """Dollars and steps of the whole request; seconds from now on."""
+    """Needs, dollars and steps of the whole request; seconds from now on."""
     history: tuple[Seen, ...] = ()
     """What its steps showed, in their order; empty for a new request."""
     last_answer: NDArray[np.float32] | None = None
@@ -62,6 +63,8 @@ class Batch:
     pool_version: int
     planner: str | None = None
     """Model that thinks, where it answers now; `None`: there is none."""
+    abilities: Abilities = field(default_factory=lambda: NO_ABILITIES)
+    """What the pool's candidates can take."""
 
     def part(self, numbers: Sequence[int]) -> Batch:
         """Some of the requests, by their places, with the same pool."""

@@ -31,6 +31,7 @@ class ClusterRule(ClusterBeliefs):
     """Chooses by what is believed of the pairs; learns from feedback.
 
     Invariants:
+        - What cannot take what the request needs is never a candidate.
         - What is expected to cost more than the caller allows is never a candidate; what is
           expected to take longer is one only where nothing else is, and then only the fastest.
         - One thread at a time.
@@ -102,7 +103,7 @@ class ClusterRule(ClusterBeliefs):
         """
         alpha = request.limits.alpha
         place = self._place(request.embedding) if beliefs is None else beliefs.place
-        admitted = self._admitted(request.limits, batch.available, place)
+        admitted = self._admitted(request.limits, batch, place)
         if not len(admitted):
             raise none_within_limits()
         inside = place.inside
@@ -147,12 +148,10 @@ class ClusterRule(ClusterBeliefs):
             likeness=self.likeness(request.embedding) if request.explain else None,
         )
 
-    def _admitted(
-        self, limits: Limits, available: tuple[Pair, ...], place: Place
-    ) -> NDArray[np.intp]:
+    def _admitted(self, limits: Limits, batch: Batch, place: Place) -> NDArray[np.intp]:
         """Indices of the available pairs within the limits."""
-        admitted = self._admission.available(available)
-        admitted = admitted[self._admission.listed(limits, admitted)]
+        admitted = self._admission.available(batch.available)
+        admitted = admitted[self._admission.admits(limits, admitted, batch.abilities)]
         if limits.max_cost_usd is not None:
             costs_usd = place.weights @ self._cluster_costs_usd[place.nearest]
             admitted = admitted[affordable(limits, costs_usd[admitted])]

@@ -185,7 +185,7 @@ class ColdStartRule:
     def _decide_request(self, request: RoutingRequest, batch: Batch) -> Answer:
         limits = request.limits
         index = self._admission.available(batch.available)
-        index = index[self._admission.listed(limits, index)]
+        index = index[self._admission.admits(limits, index, batch.abilities)]
         index = index[affordable(limits, self._costs_usd[index])]
         if not len(index):
             return none_within_limits()

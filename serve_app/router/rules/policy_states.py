@@ -93,8 +93,8 @@ class PolicyStates:
         agreement = np.zeros((size, num_pairs), np.float32)
         last = np.full(size, -1, np.intp)
         for row, asked in enumerate(requests):
-            present[row, :num_available] = self._admission.listed(
-                asked.limits, columns[:num_available]
+            present[row, :num_available] = self._admission.admits(
+                asked.limits, columns[:num_available], batch.abilities
             )
             runs = [(place[self._index[seen.pair]], seen) for seen in asked.history
                     if seen.pair in self._index]  # fmt: skip

@@ -215,13 +215,9 @@ def test_what_is_no_json_object_is_refused(body: bytes, words: str) -> None:
             "answers no earlier",
         ),
         (
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}
-                ]
-            },
+            {"messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}]},
             "messages[0].content[0].type",
-            'only text is served; content of type "image_url" is not supported',
+            'content of type "file" is not supported',
         ),
         ({"messages": [{**USER, "name": "a b"}]}, "messages[0].name", "pattern"),
         ({"messages": [USER] * 257}, "messages", "at most 256"),

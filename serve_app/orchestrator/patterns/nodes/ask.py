@@ -12,7 +12,10 @@ import jsonschema
 
 from serve_app.budget import Budget
 from serve_app.config.patterns.bound import ROUTED_TRIES
+from serve_app.config.patterns.check import QUESTION
 from serve_app.config.patterns.language import ROUTE, AskNode
+from serve_app.config.patterns.template import references_in
+from serve_app.content import last_question, pictures_of, text_of_content, with_pictures
 from serve_app.errors import AtlasError, EngineError, NoCandidate
 from serve_app.orchestrator.answer import Choice, ChunkMerger, mean_logprob_of, text_of
 from serve_app.orchestrator.decision_client import facts_of
@@ -197,6 +200,7 @@ async def _routed(node: AskNode, view: NodeView, call: ChatCall) -> list[Pair]:
         max_cost_usd=None if left_usd == float("inf") else left_usd,
         models=frozenset(models),
         tools=asked.tools if tools is None else frozenset(tools),
+        needs=call.needs,
     )
     with view.span.child(SpanKind.DECISION, "router") as span:
         decision: Decision
@@ -207,11 +211,17 @@ async def _routed(node: AskNode, view: NodeView, call: ChatCall) -> list[Pair]:
 
 
 def call_of(node: AskNode, view: NodeView) -> ChatCall:
-    """What the pair is asked: the node's prompt, or the caller's own messages."""
+    """What the pair is asked: the node's prompt, or the caller's own messages.
+
+    A prompt that holds the question takes the question's pictures along.
+    """
     call = view.work.call
     messages = list(call.messages)
     if node.prompt is not None:
-        messages = [{"role": "user", "content": view.fill(node.prompt)}]
+        asks = any(of.name == QUESTION for of in references_in(node.prompt))
+        pictures = pictures_of(last_question(messages)) if asks else []
+        content = with_pictures(view.fill(node.prompt), pictures)
+        messages = [{"role": "user", "content": content}]
         if node.system is not None:
             messages.insert(0, {"role": "system", "content": view.fill(node.system)})
     used = [view.results[name].shown for name in node.uses]
@@ -236,8 +246,10 @@ def call_of(node: AskNode, view: NodeView) -> ChatCall:
 def _with_sources(messages: list[dict[str, Any]], found: str) -> list[dict[str, Any]]:
     for number in reversed(range(len(messages))):
         if messages[number]["role"] == "user":
-            question = messages[number].get("content") or ""
-            messages[number] = {**messages[number], "content": with_question(found, question)}
+            question = messages[number].get("content")
+            told = with_question(found, text_of_content(question))
+            content = with_pictures(told, pictures_of(question))
+            messages[number] = {**messages[number], "content": content}
             break
     return messages
 
