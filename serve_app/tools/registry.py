@@ -10,6 +10,7 @@ from serve_app.config.tools import (
     CustomToolConfig,
     FetchConfig,
     FilesConfig,
+    McpConfig,
     NoneConfig,
     OpenApiConfig,
     PythonConfig,
@@ -84,5 +85,9 @@ def build_tool(config: ToolConfig) -> Tool:
             from serve_app.tools.builtin.files import FilesTool
 
             return FilesTool(config)
+        case McpConfig():
+            from serve_app.tools.mcp.tool import McpTool
+
+            return McpTool(config)
         case _:
             assert_never(config)

@@ -23,6 +23,7 @@ from serve_app.config.tools.builtin import (
 )
 from serve_app.config.tools.composed import CustomToolConfig, ToolsetConfig
 from serve_app.config.tools.files import FilesConfig
+from serve_app.config.tools.mcp import McpConfig
 from serve_app.config.tools.openapi import OpenApiConfig
 from serve_app.config.tools.sql import SqlConfig
 from serve_app.config.tools.web import FetchConfig, WebSearchConfig, WebSettings
@@ -39,7 +40,8 @@ ToolConfig = Annotated[
     | WebSearchConfig
     | OpenApiConfig
     | SqlConfig
-    | FilesConfig,
+    | FilesConfig
+    | McpConfig,
     Field(discriminator="type"),
 ]
 """Any tool's settings, told apart by `type`."""
@@ -55,6 +57,7 @@ __all__ = [
     "FetchConfig",
     "FilesConfig",
     "ManyFunctionsSettings",
+    "McpConfig",
     "NoneConfig",
     "OpenApiConfig",
     "PythonConfig",

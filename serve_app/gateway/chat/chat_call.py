@@ -13,7 +13,6 @@ from serve_app.config import LimitsConfig
 from serve_app.content import Content, pictures_of, text_of_content
 from serve_app.errors import DeadlineExceeded, InvalidRequest
 from serve_app.gateway.chat.pictures import check_picture
-from serve_app.gateway.chat.schema_check import SchemaBudget
 from serve_app.gateway.chat.wire import (
     AssistantMessage,
     AtlasOptions,
@@ -25,6 +24,7 @@ from serve_app.gateway.chat.wire import (
     TextPart,
     ToolMessage,
 )
+from serve_app.schema_check import SchemaBudget
 from serve_app.schemas import ChatCall, Limits
 
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve_app import schema_check
 from serve_app.config import LimitsConfig
 from serve_app.errors import InvalidRequest
-from serve_app.gateway.chat import parsing, schema_check
+from serve_app.gateway.chat import parsing
 from serve_app.gateway.chat.chat_call import to_chat_call
 from serve_app.gateway.chat.parsing import parse_json, validate
 from serve_app.gateway.chat.wire import ChatRequest, FeedbackRequest

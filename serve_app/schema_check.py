@@ -1,6 +1,6 @@
-"""Checks JSON schemas of callers' tools and structured answers, before an engine compiles them.
+"""Checks JSON schemas from outside, of tools and structured answers, before engines compile them.
 
-The check runs on the gateway's event loop, so every step is linear in what `SchemaBudget` admits:
+The check runs on an event loop, so every step is linear in what `SchemaBudget` admits:
 some 20 ms for the largest request. No pattern of a caller's is compiled here.
 """
 
@@ -187,7 +187,7 @@ def _problem(root: dict[str, Any], schemas: list[dict[str, Any]]) -> str | None:
             if keyword in _IN_PLACE:
                 in_place += value
             elif keyword in _REFERENCES:
-                target = _referred(value, root)
+                target = referred(value, root)
                 if target is None:
                     return f"'$ref' may only point into the schema itself: {_shown(value)}"
                 in_place.append(target)
@@ -219,8 +219,8 @@ def _work_problem(schemas: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def _referred(reference: str, root: Any) -> Any:
-    """What a reference points to; `None` if that is no schema inside this one."""
+def referred(reference: str, root: Any) -> Any:
+    """What a reference of a schema points to; `None` if that is no schema inside it."""
     if reference == "#":
         return root
     if not reference.startswith("#/"):

@@ -1,0 +1,1 @@
+"""Tools of MCP servers: the session, its transports, and what a server may say."""
