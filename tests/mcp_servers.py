@@ -11,10 +11,12 @@ import base64
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ SCHEMA: Json = {
     "properties": {"text": {"type": "string"}},
     "required": ["text"],
 }
-HIDDEN = "‮​\x1b[31m\U000e0041"
+HIDDEN = "\u202e\u200b\x1b[31m\U000e0041"
 """Characters that nobody sees."""
 
 
@@ -227,9 +229,32 @@ class Environment(Server):
         send({"id": request_id, "result": text(json.dumps(told))})
 
 
-BEHAVIOURS: dict[str, Callable[[Path], Server]] = {
-    kind.__name__: kind for kind in (Server, *Server.__subclasses__())
-}
+class Escapes(Server):
+    """Tries to read and write a path and to reach a port, and tells what it got."""
+
+    def call(self, request_id: Any, params: Json) -> None:
+        port, *paths = params["arguments"]["text"].split()
+        tries: dict[str, Callable[[], Any]] = {
+            f"{mode} {Path(path).name}": partial(open, path, mode)
+            for path in paths
+            for mode in ("r", "a")
+        }
+        tries["connect"] = lambda: socket.create_connection(("127.0.0.1", int(port)), 5)
+        tries["unix"] = lambda: socket.socket(socket.AF_UNIX)
+        tries["signal"] = lambda: os.kill(os.getppid(), 0)
+        tries["start"] = lambda: subprocess.run(["true"], check=True)
+        said = []
+        for name, attempt in tries.items():
+            try:
+                attempt()
+            except OSError:
+                continue
+            said.append(name)
+        send({"id": request_id, "result": text(", ".join(said))})
+
+
+_KINDS: list[type[Server]] = [Server, *Server.__subclasses__()]
+BEHAVIOURS = {kind.__name__: kind for kind in _KINDS}
 
 
 if __name__ == "__main__":

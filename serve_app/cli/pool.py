@@ -137,6 +137,27 @@ def remove_tool(tool_id: str, url: UrlOption = DEFAULT_URL, api_key: KeyOption =
     console.print(f"{tool_id} removed", highlight=False)
 
 
+@app.command("accept-tool")
+def accept_tool(
+    server: Annotated[str, typer.Argument(help="Tool id of an MCP server.")],
+    function: Annotated[str, typer.Argument(help="Its function, by the server's own name.")],
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "none",
+) -> None:
+    """Offer a function of an MCP server whose definition is new or changed."""
+    admin = AdminClient(url, api_key)
+    rows = {row["tool_id"]: row for row in admin.call("GET", "/tools")["data"]}
+    functions = {f["name"]: f for f in rows.get(server, {}).get("functions", [])}
+    if function not in functions:
+        raise fail(f"{server!r} has no function {function!r}; it has {sorted(functions)}")
+    seen = functions[function]
+    body = {"function": function, "sha256": seen["sha256"]}
+    admin.call("POST", f"/tools/{server}/accept", body)
+    console.print(
+        f"{function} accepted: {seen['description']}", highlight=False, markup=False, soft_wrap=True
+    )
+
+
 def _read(settings: str) -> dict[str, Any]:
     """Settings from a file or from the argument itself.
 

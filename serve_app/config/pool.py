@@ -54,8 +54,8 @@ class AdminApiConfig(BaseConfig):
     model_roots: tuple[Path, ...] = ()
     """Folders below which a local model's weights may lie; beside them a hub id may be named."""
     remotes: tuple[RemoteOriginConfig, ...] = ()
-    """Where remote models, search servers and APIs may be, and which key is sent there. Empty: none
-    of these over HTTP."""
+    """Where remote models, MCP servers, search servers and APIs may be, and which key each
+    gets. Empty: none of these over HTTP."""
     corpora_root: Path | None = None
     """Folder below which a retrieval tool's corpus, an sql tool's database and a files tool's root
     may lie; `None` allows none."""
@@ -105,4 +105,6 @@ class PoolConfig(BaseConfig):
     """Whether models of type `custom`, which name code to run, can be added over HTTP."""
     allow_custom_tools: bool = False
     """The same of tools of type `custom`. Gateways import what such a tool names."""
+    allow_commands: bool = False
+    """Whether MCP servers that are commands can be added over HTTP: they run code."""
     admin_api: AdminApiConfig = AdminApiConfig()

@@ -40,7 +40,7 @@ def _change(kind: str, name: str) -> Json:
         {
             "object": {"const": f"atlas.{kind}"},
             name: _STRING,
-            "change": {"enum": ["added", "changed", "removed"]},
+            "change": {"enum": ["accepted", "added", "changed", "removed"]},
             "revision": _COUNT,
         }
     )

@@ -14,6 +14,7 @@ from serve_app.gateway.chat.wire import (
     ChatRequest,
     FeedbackRequest,
     ModelSubmission,
+    ToolAcceptance,
     ToolSubmission,
 )
 from serve_app.gateway.edge.operation import Answer, Operation
@@ -232,6 +233,19 @@ def _tools(pool: PoolAdmin) -> list[Endpoint]:
                 "Remove a tool and its pairs.",
                 Answer("Accepted.", shapes.TOOL_CHANGE, 202),
                 errors=(400, 404),
+            ),
+        ),
+        Endpoint(
+            "POST",
+            "/v1/admin/tools/{tool_id}/accept",
+            pool.accept_tool,
+            Scope.ADMIN,
+            Operation(
+                "acceptTool",
+                "Offer a function of an MCP server whose definition is new or changed.",
+                Answer("Accepted.", shapes.TOOL_CHANGE, 202),
+                body=ToolAcceptance,
+                errors=(404, 409),
             ),
         ),
     ]

@@ -27,6 +27,7 @@ from serve_app.config.tools import (
     CustomToolConfig,
     EncoderConfig,
     FilesConfig,
+    McpConfig,
     OpenApiConfig,
     PythonConfig,
     RetrievalConfig,
@@ -44,6 +45,10 @@ _PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+(/[A-Za-z0-9._~/-]*)?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _MIB = 1 << 20
 _SHOWN_CHARS = 100
+_SERVER = (
+    "command", "args", "env", "env_from", "cwd", "sandbox", "url", "headers", "headers_from"
+)  # fmt: skip
+"""What says which server the functions of a tool are."""
 
 
 class AllowList:
@@ -58,6 +63,7 @@ class AllowList:
         self._rules = config.pool.admin_api
         self._allows_custom = config.pool.allow_custom_models
         self._allows_custom_tools = config.pool.allow_custom_tools
+        self._allows_commands = config.pool.allow_commands
         self._encoders = {config.embedder.model, EncoderConfig().model}
         self._models = {model.model_id: model for model in config.models}
         self._tools = {tool.tool_id: tool for tool in config.tools}
@@ -128,8 +134,15 @@ class AllowList:
             if not _same(tool, of_file, "database", "memory_mb"):
                 self._check_below_root("database", tool.database)
                 self._check_size("memory_mb", tool.memory_mb)
-        elif isinstance(tool, FilesConfig) and not _same(tool, of_file, "root"):
-            self._check_below_root("root", tool.root)
+        elif isinstance(tool, FilesConfig):
+            if not _same(tool, of_file, "root"):
+                self._check_below_root("root", tool.root)
+        elif isinstance(tool, McpConfig) and not _same(tool, of_file, *_SERVER):
+            self._check_server(tool)
+
+    def is_of_file(self, tool: McpConfig) -> bool:
+        """Whether the file itself names the server of a tool."""
+        return _same(tool, self._tools.get(tool.tool_id), *_SERVER)
 
     def _check_local(self, model: LocalModelConfig) -> None:
         if model.env:
@@ -271,6 +284,24 @@ class AllowList:
                 field,
             )
         return frozenset(key for key in keys if key is not None)
+
+    def _check_server(self, tool: McpConfig) -> None:
+        if tool.url is None:
+            if not self._allows_commands:
+                raise InvalidRequest(
+                    "a command is code: it is added in the configuration file, or where "
+                    "pool.allow_commands is set",
+                    "tool.command",
+                )
+            return
+        keys = self._keys_of(tool.url, "tool.url")
+        for name in tool.headers_from.values():
+            if name not in keys:
+                raise InvalidRequest(
+                    f"headers_from: {_shown(name)} is no key for this address; "
+                    "pool.admin_api.remotes of the configuration file says which key is sent where",
+                    "tool.headers_from",
+                )
 
 
 def _of_the_web(tool: WebSettings) -> tuple[str, ...]:

@@ -45,8 +45,10 @@ from serve_app.pool.applications import (
     ongoing_requests,
 )
 from serve_app.pool.desired import DesiredPool
+from serve_app.pool.mcp_servers import McpServers
 from serve_app.schemas import ChatCall, Limits, MemberState, ModelMember, Pair, PoolState
 from serve_app.store import Store
+from serve_app.telemetry import RayMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +99,15 @@ class _Model:
             self.member.application == self.application
         )
 
-    def is_settled(self) -> bool:
+    def is_warm(self, away: frozenset[str]) -> bool:
+        """Whether it has answered with each of its tools, but for those that are away."""
+        return self.warm | away >= set(self.config.tools)
+
+    def is_settled(self, away: frozenset[str]) -> bool:
         """Whether nothing is to be done for it now."""
         if self.task is not None or self.suspected:
             return False
-        is_warm = self.serves and self.warm >= set(self.config.tools)
+        is_warm = self.serves and self.is_warm(away)
         return is_warm or time.monotonic() < self.retry_at_s
 
 
@@ -152,7 +158,9 @@ class PoolController:
         self._next_complaint_s = 0.0
         self._wake = asyncio.Event()
         self._first_round = asyncio.Event()
+        self._servers = McpServers(RayMetrics())
         self._loop_task = asyncio.get_running_loop().create_task(self._reconcile_forever())
+        self._servers_task = asyncio.get_running_loop().create_task(self._follow_servers())
 
     async def state(self, known_version: int = -1, watcher: str | None = None) -> PoolState:
         """The pool; waits up to 20 s for a version other than `known_version`.
@@ -181,8 +189,8 @@ class PoolController:
 
     async def check_health(self) -> None:
         """Serve's health check: the reconcile loop must be alive."""
-        if self._loop_task.done():
-            raise RuntimeError("the reconcile loop has ended")
+        if self._loop_task.done() or self._servers_task.done():
+            raise RuntimeError("a loop of the controller has ended")
 
     # The loop.
 
@@ -199,10 +207,24 @@ class PoolController:
             except TimeoutError:
                 pass
 
+    async def _follow_servers(self) -> None:
+        """Pairs with a tool whose server is away leave the candidates, and come back with it."""
+        while True:
+            before = self._servers.away(self._config)
+            try:
+                await self._servers.look(self._config, self._file, self._store)
+            except Exception:
+                logger.exception("MCP servers could not be looked at; trying again")
+            if self._servers.away(self._config) != before:
+                self._looked_at_s = 0.0
+                self._wake.set()
+            await asyncio.sleep(_ROUND_S)
+
     async def _reconcile(self) -> None:
         """One round: what is wanted, then the next step of every model."""
         await self._follow_desired()
-        is_settled = not self._drains and all(m.is_settled() for m in self._models.values())
+        away = self._servers.away(self._config)
+        is_settled = not self._drains and all(m.is_settled(away) for m in self._models.values())
         now_s = time.monotonic()
         if is_settled and now_s - self._looked_at_s < self._config.pool.health_interval_s:
             return
@@ -299,7 +321,7 @@ class PoolController:
                 self._do(model, self._start(model))
         elif status is ApplicationStatus.RUNNING:
             model.began_s = None
-            cold = not model.serves or not model.warm >= set(model.config.tools)
+            cold = not model.serves or not model.is_warm(self._servers.away(self._config))
             if model.suspected or (cold and now_s >= model.retry_at_s):
                 model.retry_unix_s = None
                 self._do(model, self._warm_up(model))
@@ -385,7 +407,8 @@ class PoolController:
             model.retry_at_s = time.monotonic() + self._config.pool.health_interval_s
             return
         pairs = PairRunner(self._config, clients)
-        cold = [tool_id for tool_id in model.config.tools if tool_id not in model.warm]
+        reached = model.warm | self._servers.away(self._config)
+        cold = [tool_id for tool_id in model.config.tools if tool_id not in reached]
         answered = await asyncio.gather(
             *(_answers(pairs, Pair(config.model_id, tool_id)) for tool_id in cold)
         )
@@ -437,14 +460,14 @@ class PoolController:
 
     async def _publish(self, applications: dict[str, ModelApplication]) -> None:
         """Tell of the pool if it differs from what was told last."""
-        members = []
+        members, away = [], self._servers.away(self._config)
         for model in self._models.values():
             serving = applications.get(model.member.application or "")
             members.append(
                 replace(
                     model.member,
                     num_replicas=len(serving.replicas) if serving else None,
-                    cold_tools=frozenset(model.config.tools) - model.warm,
+                    cold_tools=frozenset(model.config.tools) - (model.warm - away),
                     updating=model.member.application not in (None, model.application),
                     retry_unix_s=model.retry_unix_s,
                 )

@@ -32,6 +32,12 @@ from serve_app.store.keys import (
     list_keys,
     revoke_key,
 )
+from serve_app.store.mcp_definitions import (
+    McpDefinition,
+    accept_definition,
+    mcp_definitions,
+    note_definitions,
+)
 from serve_app.store.outcomes import OutcomeLog
 from serve_app.store.policies import (
     Mode,
@@ -68,6 +74,7 @@ __all__ = [
     "Journal",
     "KeptAnswer",
     "KeyTimes",
+    "McpDefinition",
     "Mode",
     "OutcomeLog",
     "Policy",
@@ -83,6 +90,7 @@ __all__ = [
     "Store",
     "StoredTrace",
     "Verdict",
+    "accept_definition",
     "add_feedback",
     "add_job",
     "add_outcomes",
@@ -107,8 +115,10 @@ __all__ = [
     "list_keys",
     "list_policies",
     "list_snapshots",
+    "mcp_definitions",
     "measured",
     "newest_pool",
+    "note_definitions",
     "pool_history",
     "publish",
     "rated_requests",

@@ -350,3 +350,21 @@ class IdempotencyKeyRow(Base):
     """Names and values of the answer's headers."""
     body: Mapped[bytes | None] = mapped_column(LargeBinary)
     """Of the answer; `None`: it was too large to keep."""
+
+
+class McpDefinitionRow(Base):
+    """One function of an MCP server: what the server said last, and what an admin accepted."""
+
+    __tablename__ = "mcp_definitions"
+
+    tool_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    function: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """The server's own name."""
+    seen: Mapped[str] = mapped_column(String(64))
+    """Hash of the definition that the server listed last."""
+    accepted: Mapped[str | None] = mapped_column(String(64))
+    """Hash of the one that may be offered; `None`: none yet."""
+    description: Mapped[str] = mapped_column(Text)
+    """As the server listed it last; cut."""
+    seen_unix_s: Mapped[float] = mapped_column(Float)
+    """When the server first listed what it lists now."""

@@ -71,6 +71,12 @@ STORE_SPILLED = Metric(
 STORE_RECOVERED = Metric(
     "store/outcomes_recovered", "counter", "Finished requests written for a process that ended."
 )
+TOOLS_MCP_CHANGED = Metric(
+    "tools/mcp_changed",
+    "counter",
+    "Functions of MCP servers that are not offered because their definition changed or is new.",
+    ("tool",),
+)
 
 ALL_METRICS = (
     GATEWAY_REQUESTS,
@@ -83,6 +89,7 @@ ALL_METRICS = (
     STORE_WAITING,
     STORE_SPILLED,
     STORE_RECOVERED,
+    TOOLS_MCP_CHANGED,
 )
 
 

@@ -3,7 +3,8 @@
 Tools never run in the calling process. A call's arguments are checked against the tool's JSON
 schema here, so a wrong call costs no task. A call past its deadline, or whose caller has gone, is
 cancelled: interrupted first, which keeps the worker and what it has loaded, then by killing the
-worker. Sandboxed code ends with either, and at its own deadline anyway.
+worker. Sandboxed code ends with either, and at its own deadline anyway. Calls of an MCP server's
+functions go to the actor that has its session, and are cancelled there.
 """
 
 from __future__ import annotations
@@ -13,20 +14,18 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import ray
 import ray.exceptions
-from pydantic import TypeAdapter
 
-from serve_app.config.tools import RetrievalConfig, ToolConfig, ToolsetConfig, ToolSettings
+from serve_app.config.tools import RetrievalConfig, ToolConfig, ToolsetConfig
 from serve_app.errors import ConfigError, ToolFailed, ToolRetry, ToolTimeout, ToolWorkerDied
 from serve_app.tools.base import Function, Tool, ToolResult
 from serve_app.tools.builtin.toolset import functions_by_owner
-from serve_app.tools.registry import build_tool
+from serve_app.tools.entry import Entry, entry_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,62 +39,6 @@ it stays."""
 
 START_TIMEOUT_S = 60.0
 """How long `start` waits for a tool; a slow one goes on getting ready behind the first calls."""
-
-_CONFIG: TypeAdapter[ToolConfig] = TypeAdapter(ToolConfig)
-_built: dict[str, Tool] = {}
-"""Tools of this worker process by their settings: the second call finds the index loaded."""
-
-
-def _tool(config_json: str) -> Tool:
-    if config_json not in _built:
-        _built[config_json] = build_tool(_CONFIG.validate_json(config_json))
-    return _built[config_json]
-
-
-def _run_tool(
-    config_json: str, function: str, arguments: dict[str, Any], deadline_s: float
-) -> ToolResult:
-    """The Ray task: one call of one tool."""
-    tool = _tool(config_json)
-    try:
-        return tool.call(function, arguments, deadline_s)
-    except (ToolRetry, ToolFailed):
-        raise
-    except Exception:
-        # The text of an unforeseen error may hold paths; it stays in this worker's log.
-        logger.exception("tool %s failed", tool.tool_id)
-        raise ToolFailed(f"tool {tool.tool_id!r} failed") from None
-
-
-def _warm_tool(config_json: str) -> None:
-    """The Ray task that keeps a worker, with what the tool loads, ready."""
-    _tool(config_json).warm()
-
-
-@dataclass
-class _Entry:
-    """One tool as the runner sees it."""
-
-    config: ToolSettings
-    config_json: str
-    tool: Tool
-    functions: tuple[Function, ...]
-    broken: str
-    """Why the functions cannot be read; empty where they were."""
-    validators: dict[str, jsonschema.Draft202012Validator]
-    """By the name of the function."""
-    places: asyncio.Semaphore
-    call: Any
-    warm: Any
-    waiting: int = 0
-    running: int = 0
-    warming: asyncio.Task[None] | None = None
-    """The warm-up under way; there is never a second one beside it."""
-
-    def leave(self) -> None:
-        """Give a place back."""
-        self.running -= 1
-        self.places.release()
 
 
 class ToolRunner:
@@ -116,7 +59,7 @@ class ToolRunner:
             cache_dir: Where tools keep what is slow to build, unless their settings say.
         """
         self._cache_dir = cache_dir
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._kept_warm: frozenset[str] = frozenset()
         self.use(configs)
         self._keep_warm: asyncio.Task[None] | None = None
@@ -136,7 +79,7 @@ class ToolRunner:
             if held is None or held.config != config:
                 self._entries.pop(tool_id, None)
                 try:
-                    self._entries[tool_id] = _entry(config)
+                    self._entries[tool_id] = entry_of(config)
                 except ConfigError as error:
                     logger.error("a tool is left out: %s", error.message)
         self._kept_warm = frozenset(
@@ -150,7 +93,7 @@ class ToolRunner:
         return tool_id in self._entries
 
     def functions(self, tool_id: str) -> tuple[Function, ...]:
-        """What a tool offers a model.
+        """What a tool offers a model; nothing where it is a server that does not answer now.
 
         Args:
             tool_id: Its name.
@@ -179,6 +122,35 @@ class ToolRunner:
             ToolFailed: If the pool has no such tool.
         """
         return self._owner(tool_id, function).tool
+
+    async def ready(self, tool_id: str, deadline_s: float) -> None:
+        """Know a tool's functions; only a server's have to be waited for.
+
+        Args:
+            tool_id: Its name.
+            deadline_s: Seconds the caller can wait.
+
+        Raises:
+            ToolFailed: If the pool has no such tool, or its server offers nothing now.
+        """
+        entry = self._entry(tool_id)
+        config = entry.config
+        names = config.members if isinstance(config, ToolsetConfig) else (tool_id,)
+        servers = [
+            server
+            for name in names
+            if (server := self._entries.get(name)) and server.session and not server.functions
+        ]
+        if not servers:
+            return
+        for server in servers:
+            if server.warming is None:
+                server.warming = asyncio.create_task(self._warm(server))
+        await asyncio.wait(
+            [server.warming for server in servers if server.warming], timeout=deadline_s
+        )
+        if entry.session is not None and not entry.functions:
+            raise ToolFailed(f"the server of the tool {tool_id!r} offers no function now")
 
     def tool(self, tool_id: str) -> Tool:
         """The tool's description and settings.
@@ -268,9 +240,10 @@ class ToolRunner:
         """
         begin = time.monotonic()
         called = function or tool_id
+        await self.ready(tool_id, deadline_s)
         entry = self._owner(tool_id, called)
         _check(entry, called, arguments)
-        await self._take_place(entry, deadline_s)
+        await self._take_place(entry, deadline_s - (time.monotonic() - begin))
         left_s = min(deadline_s - (time.monotonic() - begin), entry.config.timeout_s)
         result = await self._dispatch(entry, called, arguments, left_s)
         return replace(
@@ -279,13 +252,13 @@ class ToolRunner:
             cost_usd=entry.config.price_usd_per_call,
         )
 
-    def _entry(self, tool_id: str) -> _Entry:
+    def _entry(self, tool_id: str) -> Entry:
         try:
             return self._entries[tool_id]
         except KeyError:
             raise ToolFailed(f"no tool {tool_id!r}; tools: {sorted(self._entries)}") from None
 
-    def _owner(self, tool_id: str, function: str) -> _Entry:
+    def _owner(self, tool_id: str, function: str) -> Entry:
         entry = self._entry(tool_id)
         if isinstance(entry.config, ToolsetConfig):
             members = self._members_of(entry.config)
@@ -313,9 +286,13 @@ class ToolRunner:
     def _can_tell(self, tool_id: str) -> bool:
         """Whether a tool is there, and its functions are known."""
         entry = self._entries.get(tool_id)
-        return entry is not None and not entry.broken
+        return (
+            entry is not None
+            and not entry.broken
+            and (entry.session is None or bool(entry.functions))
+        )
 
-    async def _take_place(self, entry: _Entry, deadline_s: float) -> None:
+    async def _take_place(self, entry: Entry, deadline_s: float) -> None:
         """Wait for one of the tool's places, within bounds."""
         if entry.places.locked() and entry.waiting >= entry.config.max_queued:
             raise ToolFailed(f"tool {entry.tool.tool_id!r} is busy")
@@ -330,7 +307,7 @@ class ToolRunner:
         entry.running += 1
 
     async def _dispatch(
-        self, entry: _Entry, function: str, arguments: Any, deadline_s: float
+        self, entry: Entry, function: str, arguments: Any, deadline_s: float
     ) -> ToolResult:
         """Run the task and give the place back, now or when a cancelled task has ended."""
         name = entry.tool.tool_id
@@ -338,7 +315,7 @@ class ToolRunner:
             entry.leave()
             raise ToolTimeout(f"tool {name!r} had no time left")
         begin = time.monotonic()
-        reference = entry.call.remote(entry.config_json, function, arguments, deadline_s)
+        reference = entry.begin(function, arguments, deadline_s)
         ending: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(deadline_s + CANCEL_AFTER_S):
@@ -354,6 +331,8 @@ class ToolRunner:
         except ray.exceptions.RayError as error:
             seconds = time.monotonic() - begin
             logger.warning("tool %s: %s after %.3f s", name, type(error).__name__, seconds)
+            if entry.session is not None and isinstance(error, ray.exceptions.ActorDiedError):
+                entry.session.forget()
             # It happens when Ray ends an idle worker just as it is given work.
             raise ToolWorkerDied(f"tool {name!r} failed: its worker stopped") from None
         finally:
@@ -377,17 +356,23 @@ class ToolRunner:
             if self._entries[tool_id].tool.kind != "none"
         ]
         for entry in entries:
-            if entry.running == 0 and entry.warming is None and entry.tool.kind != "sampling":
+            is_due = entry.running == 0 or entry.session is not None  # its functions may change
+            if is_due and entry.warming is None and entry.tool.kind != "sampling":
                 entry.warming = asyncio.create_task(self._warm(entry))
         under_way = [entry.warming for entry in entries if entry.warming is not None]
         if under_way:
             await asyncio.wait(under_way, timeout=START_TIMEOUT_S)
 
-    async def _warm(self, entry: _Entry) -> None:
+    async def _warm(self, entry: Entry) -> None:
         try:
-            await entry.warm.remote(entry.config_json)
+            if entry.session is not None:
+                entry.offer(await entry.session.functions())
+            else:
+                await entry.warm.remote(entry.config_json)
         except (ray.exceptions.RayError, ToolFailed, ToolRetry) as error:
             logger.warning("tool %s: not warm: %s", entry.tool.tool_id, type(error).__name__)
+            if entry.session is not None:
+                entry.offer(())
         finally:
             entry.warming = None
 
@@ -398,57 +383,16 @@ def _with_cache_dir(config: ToolConfig, cache_dir: Path | None) -> ToolConfig:
     return config
 
 
-def _entry(config: ToolConfig) -> _Entry:
-    tool = build_tool(config)
-    try:
-        functions, broken = tool.functions(), ""
-    except ToolFailed as error:
-        logger.error("%s", error.message)
-        functions, broken = (), error.message
-    # A call whose worker died is made again where the orchestrator's table says so, not by Ray.
-    options: dict[str, Any] = {"num_cpus": config.num_cpus, "max_retries": 0}
-    if config.memory_bytes is not None:
-        options["memory"] = config.memory_bytes
-    # Workers are shared by what has the same environment: a variable of its own keeps a tool whose
-    # state is slow to load on workers that have it.
-    runtime_env = {"env_vars": {"ATLAS_TOOL": config.tool_id}} if config.dedicated_worker else None
-    if runtime_env is not None:
-        options["runtime_env"] = runtime_env
-    return _Entry(
-        config=config,
-        config_json=config.model_dump_json(),
-        tool=tool,
-        functions=functions,
-        broken=broken,
-        validators={f.name: jsonschema.Draft202012Validator(f.parameters) for f in functions},
-        places=asyncio.Semaphore(config.max_concurrency),
-        call=ray.remote(_run_tool).options(name=f"tool:{config.tool_id}", **options),
-        warm=ray.remote(_warm_tool).options(
-            name=f"warm:{config.tool_id}",
-            num_cpus=0,
-            max_retries=0,
-            runtime_env=runtime_env,
-            enable_task_events=False,  # one each half second: Ray would remember them all
-        ),
-    )
-
-
-def _check(entry: _Entry, function: str, arguments: Any) -> None:
+def _check(entry: Entry, function: str, arguments: Any) -> None:
     """Refuse arguments that do not fit the schema, saying what to change."""
     if entry.tool.kind in ("none", "sampling"):
         raise ToolFailed(f"tool {entry.tool.tool_id!r} cannot be called")
-    if function not in entry.validators:
+    if function not in entry.checks:
         raise ToolFailed(f"tool {entry.tool.tool_id!r} has no function {function!r}")
-    error = jsonschema.exceptions.best_match(entry.validators[function].iter_errors(arguments))
-    if error is not None:
-        where = ".".join(str(part) for part in error.absolute_path)
-        reason = error.message
-        if len(reason) > 300:  # both ends: the value comes first, what is wrong with it last
-            reason = f"{reason[:150]} … {reason[-150:]}"
-        raise ToolRetry(f"tool {function!r}: {f'{where}: ' if where else ''}{reason}")
+    entry.checks[function].check(arguments)
 
 
-async def _end(entry: _Entry, reference: Any) -> None:
+async def _end(entry: Entry, reference: Any) -> None:
     """End a task nobody waits for any more, then give its place back."""
     try:
         for force in (False, True):

@@ -34,8 +34,8 @@ from serve_app.config.tools import (
     ToolsetConfig,
 )
 from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
-from serve_app.tools import runner as runner_module
 from serve_app.tools.base import ToolResult
+from serve_app.tools.entry import run_tool
 from serve_app.tools.runner import ToolRunner
 from tests.web_fakes import running_site
 
@@ -325,8 +325,7 @@ def call_twice_in_one_worker(
 ) -> list[ToolResult]:
     """Two calls of a tool in one process; which worker takes a task is for Ray to say."""
     first, second = (
-        partial(runner_module._run_tool, config_json, "retrieval", {"query": query}, START_S)
-        for query in queries
+        partial(run_tool, config_json, "retrieval", {"query": query}, START_S) for query in queries
     )
     result = first()
     between()

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serve_app.config.tools.base import MAX_DESCRIPTION_CHARS, ToolSettings
+from serve_app.config.tools.base import MAX_DESCRIPTION_CHARS, ManyFunctionsSettings
 from serve_app.schemas import Effects
 
 _EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
@@ -25,7 +25,28 @@ class McpFunctionConfig(BaseModel):
     """What a call of it does to the world."""
 
 
-class McpConfig(ToolSettings):
+class McpSandboxConfig(BaseModel):
+    """Confines a command: it sees these paths and the system's programs, and no network."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    read: tuple[Path, ...] = Field(default=(), max_length=64)
+    """Files and folders it may read, absolute; also where the command itself is."""
+
+    write: tuple[Path, ...] = Field(default=(), max_length=64)
+    """Files and folders it may read and write, absolute."""
+
+    @model_validator(mode="after")
+    def _paths_are_absolute(self) -> Self:
+        for path in (*self.read, *self.write):
+            if not path.is_absolute() or path == Path(path.root):
+                raise ValueError(
+                    f"sandbox: {str(path)!r} is no path to allow; name an absolute one"
+                )
+        return self
+
+
+class McpConfig(ManyFunctionsSettings):
     """The functions of an MCP server, started as a command or reached by URL.
 
     A command is code: it comes from the configuration file, or from an admin where
@@ -56,6 +77,9 @@ class McpConfig(ToolSettings):
     cwd: Path | None = None
     """The command's folder; `None`: the home folder."""
 
+    sandbox: McpSandboxConfig | None = None
+    """Confines the command; `None`: it may do what the user of the Ray node may."""
+
     url: str | None = Field(default=None, pattern=r"^https?://[^\s@?#]+$", max_length=2048)
     """Address of a server that speaks Streamable HTTP."""
 
@@ -64,9 +88,6 @@ class McpConfig(ToolSettings):
 
     headers_from: dict[_HeaderName, _EnvName] = Field(default_factory=dict, max_length=64)
     """Secret headers: name to the environment variable that has the whole value."""
-
-    top_k: int = Field(default=4, ge=1, le=128)
-    """Functions that are offered to a model at once: those that fit the query best."""
 
     only: tuple[Annotated[str, Field(min_length=1, max_length=128)], ...] | None = Field(
         default=None, min_length=1, max_length=512
@@ -83,8 +104,10 @@ class McpConfig(ToolSettings):
     def _names_one_server(self) -> Self:
         if (self.command is None) == (self.url is None):
             raise ValueError("name either a command or a url")
-        if self.command is None and (self.args or self.env or self.env_from or self.cwd):
-            raise ValueError("args, env, env_from and cwd go with a command")
+        if self.command is None and any(
+            (self.args, self.env, self.env_from, self.cwd, self.sandbox)
+        ):
+            raise ValueError("args, env, env_from, cwd and sandbox go with a command")
         if self.url is None and (self.headers or self.headers_from):
             raise ValueError("headers and headers_from go with a url")
         for kind, plain, secret in (

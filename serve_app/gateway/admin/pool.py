@@ -18,10 +18,10 @@ from serve_app.config.patterns.language import PatternConfig
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.chat.parsing import parse_json, validate
 from serve_app.gateway.chat.pool_view import PoolView
-from serve_app.gateway.chat.wire import ModelSubmission, ToolSubmission
+from serve_app.gateway.chat.wire import ModelSubmission, ToolAcceptance, ToolSubmission
 from serve_app.gateway.edge.errors import JsonResponse
 from serve_app.pool.desired import DesiredPool
-from serve_app.store import Store
+from serve_app.store import Store, accept_definition, mcp_definitions
 
 Json = dict[str, Any]
 
@@ -37,6 +37,7 @@ class PoolAdmin:
             store: Holds the desired pool.
             view: The pool as it is now.
         """
+        self._store = store
         self._pool = DesiredPool(config, store)
         self._max_depth = config.gateway.limits.max_json_depth
         self._view = view
@@ -49,7 +50,23 @@ class PoolAdmin:
     async def tools(self, request: Request) -> Response:
         """`GET /v1/admin/tools`."""
         view = self._view()
-        return _listed(view, view.admin_tools())
+        rows = view.admin_tools()
+        servers = {row["tool_id"]: row for row in rows if row.get("type") == "mcp"}
+        for row in servers.values():
+            row["functions"] = []
+        for seen in await mcp_definitions(self._store) if servers else []:
+            if seen.tool_id in servers:
+                told = {"name": seen.function, "state": seen.state, "sha256": seen.seen}
+                told["description"] = seen.description
+                servers[seen.tool_id]["functions"].append(told)
+        return _listed(view, rows)
+
+    async def accept_tool(self, request: Request) -> Response:
+        """`POST /v1/admin/tools/{tool_id}/accept`."""
+        tool_id = request.path_params["tool_id"]
+        said = validate(ToolAcceptance, self._body(request), strict=True)
+        await accept_definition(self._store, tool_id, said.function, said.sha256)
+        return _taken("tool", tool_id, "accepted", self._view().pool.revision or 0, 202)
 
     async def add_model(self, request: Request) -> Response:
         """`POST /v1/admin/models`."""

@@ -336,6 +336,15 @@ class ToolSubmission(Wire):
     """Models that may work with it; all of them where none is named."""
 
 
+class ToolAcceptance(Wire):
+    """The body of `POST /v1/admin/tools/{tool_id}/accept`."""
+
+    function: Annotated[str, Field(min_length=1, max_length=128)]
+    """The function, by the server's own name."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Hash of the definition that was looked at, as `GET /v1/admin/tools` told it."""
+
+
 class FeedbackRequest(Wire):
     """The body of `POST /v1/feedback`."""
 

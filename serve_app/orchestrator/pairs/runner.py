@@ -100,4 +100,6 @@ class PairRunner:
             raise InvalidRequest(
                 f"n: the pair {work.pair} gives one answer, got {num_choices}", "n"
             )
+        if work.pair.tool_id in self._runner:
+            await self._runner.ready(work.pair.tool_id, work.budget.deadline.remaining_s())
         return await JOINS[kind](work, self.parts)

@@ -74,5 +74,13 @@ def check_tools(configs: Iterable[ToolConfig]) -> None:
         if isinstance(config, ToolsetConfig):
             for name in config.members:
                 made[name] = made.get(name) or build_tool(settings[name])
-            members = {name: made[name].functions() for name in config.members}
+            members = {name: _functions_of(made[name]) for name in config.members}
             functions_by_owner(config.tool_id, members)
+
+
+def _functions_of(tool: Tool) -> tuple[Function, ...]:
+    """What a tool can tell of its functions now; none where it cannot."""
+    try:
+        return tool.functions()
+    except ToolFailed:
+        return ()

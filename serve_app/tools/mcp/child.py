@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
+import json
 import logging
 import os
 import signal
@@ -24,6 +26,7 @@ from mcp_types import jsonrpc_message_adapter
 
 from serve_app.config.tools import McpConfig
 from serve_app.errors import ToolFailed
+from serve_app.tools.sandbox import policy
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +83,7 @@ class ChildLink:
         environment = _environment(self._config)
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", _LAUNCH, str(os.getpid())),
+                *(sys.executable, "-I", "-S", _LAUNCH, _plan(self._config)),
                 *(command, *self._config.args),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -193,6 +196,18 @@ class ChildLink:
         while process.returncode is None:
             await asyncio.sleep(_LOOK_IDLE_S)
         self._die()
+
+
+def _plan(config: McpConfig) -> str:
+    """What `launch.py` is to do before it becomes the command."""
+    sandbox = None
+    if config.sandbox is not None:
+        spec = importlib.util.find_spec("sandlock")
+        if spec is None or spec.origin is None:
+            raise ToolFailed("the sandbox is not available: 'sandlock' is not installed")
+        sandbox = config.sandbox.model_dump(mode="json")
+        sandbox |= {"packages": [str(Path(spec.origin).parents[1])], "policy": policy.__file__}
+    return json.dumps({"parent": os.getpid(), "sandbox": sandbox})
 
 
 def _environment(config: McpConfig) -> dict[str, str]:

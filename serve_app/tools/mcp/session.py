@@ -13,6 +13,8 @@ import logging
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
 
 import anyio
 import mcp_types as types
@@ -21,7 +23,6 @@ from mcp.client.session import IncomingMessage
 from mcp.shared.exceptions import MCPError
 from pydantic import TypeAdapter
 
-from serve_app import __version__
 from serve_app.config.tools import McpConfig
 from serve_app.errors import AtlasError, ToolFailed, ToolRetry, ToolTimeout, ToolWorkerDied
 from serve_app.schemas import Effects
@@ -141,9 +142,7 @@ class McpSession:
     def _defined(self) -> list[Definition]:
         return list(self._listing.definitions.values())
 
-    async def call(
-        self, function: str, arguments: dict[str, object], deadline_s: float
-    ) -> ToolResult:
+    async def call(self, function: str, arguments: dict[str, Any], deadline_s: float) -> ToolResult:
         """Call one of the functions.
 
         Args:
@@ -170,7 +169,7 @@ class McpSession:
             self._in_use -= 1
 
     async def _call(
-        self, function: str, arguments: dict[str, object], deadline_s: float
+        self, function: str, arguments: dict[str, Any], deadline_s: float
     ) -> ToolResult:
         server = self._config.tool_id
         client, definition = self._client, self._listing.definitions.get(function)
@@ -239,7 +238,9 @@ class McpSession:
                         link,
                         read_timeout_seconds=ASK_S,
                         message_handler=self._hear,
-                        client_info=types.Implementation(name="atlas-serve", version=__version__),
+                        client_info=types.Implementation(
+                            name="atlas-serve", version=version("atlas-serve")
+                        ),
                         cache=None,
                     )
                 )

@@ -72,6 +72,12 @@ SYSCALLS: dict[str, tuple[int, int]] = {
 # fmt: on
 """Number of each system call that the filter names: (x86_64, aarch64), -1 where there is none."""
 
+PROGRAMS: dict[str, tuple[int, int]] = {
+    "execve": (59, 221), "execveat": (322, 281), "fork": (57, -1), "vfork": (58, -1),
+    "arch_prctl": (158, -1),
+}  # fmt: skip
+"""What it takes to be another program, and to start more."""
+
 PRETENDED = frozenset(
     {"chmod", "fchmod", "fchmodat", "fchmodat2", "utime", "utimes", "utimensat", "futimesat"}
 )
@@ -164,12 +170,13 @@ def _conditions(pid: int) -> dict[str, list[bytes]]:
     }
 
 
-def seccomp_program(pid: int, machine: str) -> bytes:
+def seccomp_program(pid: int, machine: str, *, programs: bool = False) -> bytes:
     """The filter as BPF instructions.
 
     Args:
         pid: The process that will install it; the only one it may signal.
         machine: `x86_64` or `aarch64`.
+        programs: Whether other programs and new processes may be started, under the same filter.
 
     Returns:
         The program: 8 bytes for each instruction.
@@ -190,7 +197,14 @@ def seccomp_program(pid: int, machine: str) -> bytes:
         _statement(_RETURN, KILL_PROCESS),
     ]
     conditions = _conditions(pid)
-    for name, numbers in SYSCALLS.items():
+    if programs:
+        conditions["clone"] = [
+            _statement(_LOAD, _low(0)),
+            _jump(_JUMP_SET, CLONE_NAMESPACES, 0, 1),
+            _statement(_RETURN, ERRNO | EPERM),
+            _statement(_RETURN, ALLOW),
+        ]
+    for name, numbers in (SYSCALLS | (PROGRAMS if programs else {})).items():
         number = numbers[column]
         if number < 0:
             continue
@@ -213,13 +227,16 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def install_seccomp() -> None:
+def install_seccomp(*, programs: bool = False) -> None:
     """Filter this process's system calls from here on; there is no way back.
+
+    Args:
+        programs: As for `seccomp_program`.
 
     Raises:
         OSError: If the kernel refuses.
     """
-    program = seccomp_program(os.getpid(), platform.machine())
+    program = seccomp_program(os.getpid(), platform.machine(), programs=programs)
     buffer = ctypes.create_string_buffer(program, len(program))
     argument = _Program(len(program) // 8, ctypes.addressof(buffer))
     libc = ctypes.CDLL(None, use_errno=True)

@@ -7,6 +7,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,20 @@ from typer.testing import CliRunner
 import rl.cli.app  # noqa: F401  # adds the commands of the learning loop
 from serve_app import running
 from serve_app.cli.app import app
-from serve_app.cli.console import console
+from serve_app.cli.console import AdminClient, console
 from serve_app.config import AtlasConfig, load_config
+from serve_app.config.tools import McpConfig
 from serve_app.running import DeploymentRow
 from serve_app.schemas import MemberState, ModelMember, Pair, PoolState
-from serve_app.store import Store, find_key, hash_key, newest_pool
-from tests.gateway_fakes import Loopback, running_gateway
+from serve_app.store import (
+    Store,
+    find_key,
+    hash_key,
+    mcp_definitions,
+    newest_pool,
+    note_definitions,
+)
+from tests.gateway_fakes import Loopback, gateway_config, running_gateway
 from tests.profile_data import fill, make_config
 
 CLUSTER = {
@@ -38,7 +47,8 @@ WHOLE = (
     "ask", "explain", "trace", "environment", "keys create", "keys list", "keys revoke", "fit",
     "evaluate", "promote", "rollback", "snapshots", "pool list", "pool status",
     "pool add-model", "pool update-model", "pool remove-model", "pool set-price", "pool add-tool",
-    "pool remove-tool", "patterns check", "patterns list", "patterns add", "patterns remove",
+    "pool remove-tool", "pool accept-tool",
+    "patterns check", "patterns list", "patterns add", "patterns remove",
 )  # fmt: skip
 
 _run: set[str] = set()
@@ -216,6 +226,44 @@ def test_the_pool_is_shown_and_changed(gateway: Loopback, tmp_path: Path) -> Non
     assert not {"few", "fresh"} & set(wanted())
     evil = json.dumps({**model, "env": {"LD_PRELOAD": "x"}})
     assert "env: only the configuration file" in atlas("pool add-model", evil, *option, code=1)
+
+
+def test_a_changed_function_of_a_server_is_shown_and_accepted(tmp_path: Path) -> None:
+    clock = McpConfig(tool_id="clock", command="clock", env={"SECRET": "s3cret"})
+    config = gateway_config()
+    config = config.model_copy(update={"tools": (*config.tools, clock)})
+    loopback = Loopback(config, f"sqlite+aiosqlite:///{tmp_path}/atlas.db")
+    loopback.start()
+    try:
+        pool = loopback.orchestrator.pool()
+        loopback.orchestrator._pool = replace(pool, tools=(*pool.tools, "clock"))
+        option = ("--url", loopback.url)
+        refused = atlas("pool accept-tool", "clock", "now", *option, code=1)
+        assert "'clock' has no function 'now'" in refused
+
+        def note(sha256: str, *, accept: bool) -> None:
+            listed = {"now": (sha256, f"The time, says {sha256[0]}.")}
+            loopback.run(lambda: note_definitions(loopback.store, "clock", listed, accept=accept))
+
+        note("a" * 64, accept=True)
+        note("b" * 64, accept=True)
+        rows = AdminClient(loopback.url, "none").call("GET", "/tools")["data"]
+        (row,) = (row for row in rows if row["tool_id"] == "clock")
+        (function,) = row["functions"]
+        assert function == {
+            "name": "now",
+            "state": "changed",
+            "sha256": "b" * 64,
+            "description": "The time, says b.",
+        }
+        assert "s3cret" not in json.dumps(rows)
+        assert "now accepted: The time, says b." in atlas(
+            "pool accept-tool", "clock", "now", *option
+        )
+        (seen,) = loopback.run(lambda: mcp_definitions(loopback.store))
+        assert seen.state == "accepted"
+    finally:
+        loopback.stop()
 
 
 CHAIN = """

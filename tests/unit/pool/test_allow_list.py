@@ -53,6 +53,8 @@ FILES_API: Json = {
 }
 SQL: Json = {"type": "sql", "tool_id": "new"}
 FILES: Json = {"type": "files", "tool_id": "new"}
+COMMAND: Json = {"type": "mcp", "tool_id": "new", "command": "npx"}
+SERVER: Json = {"type": "mcp", "tool_id": "new", "url": "https://api.example.com/mcp"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -79,6 +81,7 @@ def config(folders: Path) -> AtlasConfig:
         {**CUSTOM_TOOL, "tool_id": "own", "settings": {"a": 1}},
         {**FETCH, "tool_id": "inner", "allow": ["wiki.internal"]},
         FILES_API,
+        {**COMMAND, "tool_id": "run", "args": ["-y", "mine"]},
     ]
     allowed = {
         "model_roots": [str(folders / "weights")],
@@ -261,6 +264,13 @@ def placed(settings: Json, folders: Path) -> Json:
         ({**PYTHON, "max_concurrency": 100_000}, "max_concurrency"),
         ({**PYTHON, "description": "x" * 4001}, "description"),
         ({**PYTHON, "examples": ["x"] * 257}, "examples"),
+        (COMMAND, "a command is code"),
+        ({**COMMAND, "tool_id": "run", "args": ["-y", "theirs"]}, "a command is code"),
+        ({**COMMAND, "tool_id": "run", "args": ["-y", "mine"], "env": {"A": "b"}}, "is code"),
+        ({**SERVER, "url": "http://169.254.169.254/mcp"}, "url"),
+        ({**SERVER, "url": "https://api.example.com.evil.test/mcp"}, "url"),
+        ({**SERVER, "url": "https://user:pass@api.example.com/mcp"}, "url"),
+        ({**SERVER, "headers_from": {"authorization": "AWS_SECRET"}}, "headers_from"),
         ({**REMOTE, "card": {"examples": ["x" * 2001]}}, "card.examples"),
         ({**REMOTE, "card": {"examples": ["x"] * 20_000}}, "card.examples"),
     ],
@@ -273,6 +283,11 @@ def test_what_the_file_does_not_allow_is_refused_by_name(
         check(config, placed(settings, folders))
     assert field in refused.value.message
     assert len(refused.value.message) < 400
+
+
+def test_commands_are_taken_where_the_file_allows_them(config: AtlasConfig) -> None:
+    pool = config.pool.model_copy(update={"allow_commands": True})
+    check(config.model_copy(update={"pool": pool}), COMMAND)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +353,8 @@ def test_what_the_file_does_not_allow_is_refused_by_name(
         API,
         {**API, "headers": {"Authorization": "Bearer ${EXAMPLE_API_KEY}", "X-Client": "atlas"}},
         {**FILES_API, "max_result_chars": 100},
+        {**COMMAND, "tool_id": "run", "args": ["-y", "mine"], "top_k": 2},
+        {**SERVER, "headers_from": {"authorization": "EXAMPLE_API_KEY"}},
         {"type": "calculator", "tool_id": "new"},
         {"type": "best_of", "tool_id": "new", "num_samples": 3},
     ],
@@ -452,7 +469,7 @@ async def test_what_the_store_holds_is_held_to_the_same_rules(
     with caplog.at_level(logging.ERROR):
         for read in (pool.of(written), await pool.current()):
             assert [m.model_id for m in read.models] == ["odd", "far", "own", "fine", "with-reader"]
-            assert [t.tool_id for t in read.tools] == ["docs", "own", "inner", "crm"]
+            assert [t.tool_id for t in read.tools] == ["docs", "own", "inner", "crm", "run"]
             assert read.model("with-reader").tools == ("none",)
     assert "'evil' is left out of the pool: env" in caplog.text
     narrower = AtlasConfig.model_validate({**config.model_dump(mode="json"), "pool": {}})

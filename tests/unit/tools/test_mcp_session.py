@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -279,7 +280,7 @@ async def test_a_server_that_keeps_dying_is_started_less_and_less(
             pauses.append(delay)
         await sleep(min(delay, 0.1), *rest)
 
-    monkeypatch.setattr(session_module.asyncio, "sleep", note)
+    monkeypatch.setattr(asyncio, "sleep", note)
     async with session(McpConfig(tool_id="test", command="/no/such/command")):
         await until(lambda: len(pauses) >= 3)
     assert pauses[:3] == [0.4, 0.8, 1.6]
@@ -320,3 +321,31 @@ async def test_calls_run_side_by_side(tmp_path: Path) -> None:
             *(server.call("test__echo", {"text": text}, LONG_S) for text in texts)
         )
     assert [result.text.rpartition("\n")[2] for result in results] == texts
+
+
+async def test_a_confined_command_reaches_what_is_declared_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    for name in ("readable", "writable", "secret"):
+        (tmp_path / name).touch()
+    listener = socket.create_server(("127.0.0.1", 0))
+    python, here = Path(sys.prefix), Path(mcp_servers.__file__)
+    base = Path(sys.base_prefix)
+    sandbox = {
+        "read": [python, base, here, tmp_path / "readable"],
+        "write": [tmp_path / "writable"],
+    }
+    text = " ".join(
+        (
+            str(listener.getsockname()[1]),
+            *(str(tmp_path / name) for name in ("readable", "writable", "secret")),
+        )
+    )
+    with listener:
+        async with session(config_of("Escapes", tmp_path)) as server:
+            free = (await server.call("test__echo", {"text": text}, LONG_S)).text
+        async with session(config_of("Escapes", tmp_path, sandbox=sandbox)) as server:
+            assert server.state().reason is None
+            confined = (await server.call("test__echo", {"text": text}, LONG_S)).text
+    assert "r secret, a secret, connect, unix, signal, start" in free
+    assert confined.rpartition("\n")[2] == "r readable, r writable, a writable, start"

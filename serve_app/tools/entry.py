@@ -1,0 +1,137 @@
+"""One tool as a runner sees it: its places, and how a call of it begins on the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ray
+from pydantic import TypeAdapter
+
+from serve_app.config.tools import McpConfig, ToolConfig, ToolSettings
+from serve_app.errors import ToolFailed, ToolRetry
+from serve_app.tools.arguments import ArgumentsCheck
+from serve_app.tools.base import Function, Tool, ToolResult
+from serve_app.tools.registry import build_tool
+
+if TYPE_CHECKING:
+    from serve_app.tools.mcp.actor import SessionHandle
+
+logger = logging.getLogger(__name__)
+
+_CONFIG: TypeAdapter[ToolConfig] = TypeAdapter(ToolConfig)
+_built: dict[str, Tool] = {}
+"""Tools of this worker process by their settings: the second call finds the index loaded."""
+
+
+def _tool(config_json: str) -> Tool:
+    if config_json not in _built:
+        _built[config_json] = build_tool(_CONFIG.validate_json(config_json))
+    return _built[config_json]
+
+
+def run_tool(
+    config_json: str, function: str, arguments: dict[str, Any], deadline_s: float
+) -> ToolResult:
+    """The Ray task: one call of one tool."""
+    tool = _tool(config_json)
+    try:
+        return tool.call(function, arguments, deadline_s)
+    except (ToolRetry, ToolFailed):
+        raise
+    except Exception:
+        # The text of an unforeseen error may hold paths; it stays in this worker's log.
+        logger.exception("tool %s failed", tool.tool_id)
+        raise ToolFailed(f"tool {tool.tool_id!r} failed") from None
+
+
+def _warm_tool(config_json: str) -> None:
+    """The Ray task that keeps a worker, with what the tool loads, ready."""
+    _tool(config_json).warm()
+
+
+@dataclass
+class Entry:
+    """One tool as the runner sees it."""
+
+    config: ToolSettings
+    config_json: str
+    tool: Tool
+    places: asyncio.Semaphore
+    call: Any
+    warm: Any
+    session: SessionHandle | None = None
+    """Of an MCP server's tool: it tells the functions, and makes the calls."""
+    broken: str = ""
+    """Why the functions cannot be read; empty where they were."""
+    functions: tuple[Function, ...] = ()
+    checks: dict[str, ArgumentsCheck] = field(default_factory=dict)
+    """By the name of the function."""
+    waiting: int = 0
+    running: int = 0
+    warming: asyncio.Task[None] | None = None
+    """The warm-up under way; there is never a second one beside it."""
+
+    def offer(self, functions: tuple[Function, ...]) -> None:
+        """Say what may be called."""
+        if functions is not self.functions:
+            self.functions = functions
+            self.checks = {f.name: ArgumentsCheck(f.name, f.parameters) for f in functions}
+
+    def begin(self, function: str, arguments: dict[str, Any], deadline_s: float) -> Any:
+        """Begin a call; Ray's reference to its result."""
+        if self.session is not None:
+            return self.session.call(function, arguments, deadline_s)
+        return self.call.remote(self.config_json, function, arguments, deadline_s)
+
+    def leave(self) -> None:
+        """Give a place back."""
+        self.running -= 1
+        self.places.release()
+
+
+def entry_of(config: ToolConfig) -> Entry:
+    """Prepare a tool; nothing is started.
+
+    Args:
+        config: Its settings.
+    """
+    tool = build_tool(config)
+    # A call whose worker died is made again where the orchestrator's table says so, not by Ray.
+    options: dict[str, Any] = {"num_cpus": config.num_cpus, "max_retries": 0}
+    if config.memory_bytes is not None:
+        options["memory"] = config.memory_bytes
+    # Workers are shared by what has the same environment: a variable of its own keeps a tool whose
+    # state is slow to load on workers that have it.
+    runtime_env = {"env_vars": {"ATLAS_TOOL": config.tool_id}} if config.dedicated_worker else None
+    if runtime_env is not None:
+        options["runtime_env"] = runtime_env
+    entry = Entry(
+        config=config,
+        config_json=config.model_dump_json(),
+        tool=tool,
+        places=asyncio.Semaphore(config.max_concurrency),
+        call=ray.remote(run_tool).options(name=f"tool:{config.tool_id}", **options),
+        warm=ray.remote(_warm_tool).options(
+            name=f"warm:{config.tool_id}",
+            num_cpus=0,
+            max_retries=0,
+            runtime_env=runtime_env,
+            enable_task_events=False,  # one each half second: Ray would remember them all
+        ),
+        session=_session(config) if isinstance(config, McpConfig) else None,
+    )
+    try:
+        entry.offer(tool.functions())
+    except ToolFailed as error:
+        logger.error("%s", error.message)
+        entry.broken = error.message
+    return entry
+
+
+def _session(config: McpConfig) -> SessionHandle:
+    from serve_app.tools.mcp.actor import SessionHandle  # loads the SDK
+
+    return SessionHandle(config)
