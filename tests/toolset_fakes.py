@@ -86,6 +86,10 @@ class LocalTools(ToolRunner):
             entry.leave()
 
 
+async def _on_record() -> None:
+    """The request has an idempotency key."""
+
+
 class ToolsetBench:
     """One model with tools of many functions."""
 
@@ -145,6 +149,7 @@ class ToolsetBench:
             messages=({"role": "user", "content": query},),
             limits=Limits(alpha=0.0, deadline_s=60),
             sampling={},
+            begin_effect=_on_record,
         )
         work = PairWork(
             Pair("m", tool),

@@ -215,9 +215,7 @@ class McpSession:
             up_s = await self._one_connection()
             failures = 0 if up_s >= STABLE_S else min(failures + 1, 16)
             pause_s = min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S)
-            if up_s > 0 and pause_s <= PATIENCE_S:
-                self._tried.clear()  # calls wait for the next try
-            else:
+            if up_s == 0 or pause_s > PATIENCE_S:
                 self._tried.set()
             await asyncio.sleep(pause_s)
 
@@ -254,6 +252,7 @@ class McpSession:
                     await self._follow(client, link)
                 finally:
                     self._client = None
+                    self._tried.clear()  # calls wait for the next try
                     limit.reschedule(clock() + CLOSE_S)
         except Exception as error:
             reason = _reason(error)
