@@ -35,7 +35,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ]
     environment = os.environ | own_haproxy()
     ended = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=280, check=False
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     written: dict[str, Any] = json.loads(out.read_text())
