@@ -165,7 +165,9 @@ async def measure(folder: Path, num_calls: int) -> list[Pairing]:
         for name, path in (("duckdb", duck), ("sqlite", lite))
     ]
     async with AsyncExitStack() as stack:
-        server = subprocess.Popen([*command, "http", "--port", str(port)])
+        server = subprocess.Popen(
+            [*command, "http", "--port", str(port)], stderr=subprocess.DEVNULL
+        )
         stack.callback(server.wait)
         stack.callback(server.terminate)
         await _listening(port)
