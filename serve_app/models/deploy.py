@@ -1,16 +1,18 @@
 """Puts one model's Serve application in place.
 
-Runs in a short-lived Ray task, because naming a vLLM deployment imports vLLM (11 s and 0.8 GB
-here), which neither the controller nor the gateway should carry.
+Runs in a process of its own, because naming a vLLM deployment imports vLLM (11 s and 0.8 GB here),
+which neither the controller nor the gateway should carry. Models that start together share it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib
 import json
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.deployment import Application
 
@@ -77,9 +79,42 @@ def register_connectors() -> None:
     importlib.import_module("ray.llm._internal.serve.engines.vllm.kv_transfer.factory")
 
 
-def deploy_model(config: ModelConfig) -> None:
-    """Hand a model's application to Serve and return at once; Serve brings it up."""
-    target = serve.RunTarget(build_model(config), name=application_name(config), route_prefix=None)
-    serve.run_many(
-        [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
-    )
+class Deployer:
+    """Hands models' applications to Serve; an actor."""
+
+    def deploy(self, config: ModelConfig) -> None:
+        """Hand one application to Serve and return at once; Serve brings it up."""
+        name = application_name(config)
+        target = serve.RunTarget(build_model(config), name=name, route_prefix=None)
+        serve.run_many(
+            [target],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+
+
+class DeployerProcess:
+    """The deployer as the controller knows it: a process that lives while a model needs it."""
+
+    def __init__(self) -> None:
+        self._actor: ray.actor.ActorHandle | None = None
+        self._under_way = 0
+
+    async def deploy(self, config: ModelConfig) -> None:
+        """Hand a model's application to Serve, beside others or after them.
+
+        Raises:
+            Exception: Whatever Ray, Serve or the model's own code raises.
+        """
+        if isinstance(config, LocalModelConfig):
+            await asyncio.to_thread(register_connectors)
+        if self._actor is None:
+            self._actor = ray.remote(num_cpus=0)(Deployer).remote()
+        self._under_way += 1
+        try:
+            await self._actor.deploy.remote(config)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                ray.kill(self._actor)
+                self._actor = None

@@ -13,6 +13,8 @@ from http import HTTPStatus
 from typing import Any
 
 from pydantic import ValidationError
+from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
@@ -38,8 +40,35 @@ _COMPILERS_PLACE = re.compile(r"\[[0-9:]{8}\] /\S{1,200}:[0-9]{1,6}: ")
 """What xgrammar puts before its messages: the time, and a line of its source."""
 
 
+class NothingToDownload(CallbackBase):  # type: ignore[misc]  # Ray is untyped
+    """For weights in a folder.
+
+    Without it, Ray starts a process that imports vLLM, downloads nothing, and stays.
+    """
+
+    async def on_before_node_init(self) -> None:
+        """Leave the download out."""
+        self.ctx.run_init_node = False
+
+
+class Engine(VLLMEngine):  # type: ignore[misc]  # Ray is untyped
+    """`VLLMEngine` that keeps the executor `uni`: vLLM's engine and its worker in one process.
+
+    Ray and vLLM make it `mp` on CPUs, because a worker of its own can be bound to cores and be
+    given its threads. Where the environment says both, that process costs only memory and time.
+    """
+
+    def _prepare_engine_config(self, callback_ctx: Any) -> Any:
+        arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
+        if self.llm_config.engine_kwargs.get("distributed_executor_backend") == "uni":
+            config.parallel_config.distributed_executor_backend = "uni"
+        return arguments, frontend, config
+
+
 class EngineServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
     """`LLMServer` that a new controller of Serve can take over."""
+
+    _default_engine_cls = Engine
 
     async def start(self) -> None:
         """Start the engine."""
@@ -156,6 +185,7 @@ def llm_config(config: LocalModelConfig) -> LLMConfig:
             "max_constructor_retry_count": 1,
             "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         },
+        callback_config={"callback_class": NothingToDownload} if from_folder else {},
         experimental_configs={"stream_batching_interval_ms": 0},
         log_engine_metrics=False,
     )

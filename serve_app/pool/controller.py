@@ -32,7 +32,7 @@ from serve_app.errors import (
     UnreadableCall,
 )
 from serve_app.models.clients import ModelClients
-from serve_app.models.deploy import application_name, deploy_model, register_connectors
+from serve_app.models.deploy import DeployerProcess, application_name
 from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
@@ -148,6 +148,7 @@ class PoolController:
         self._revision: int | None = None
         """Newest revision of the pool taken over; `None` before the store answered."""
         self._models: dict[str, _Model] = {}
+        self._deployer = DeployerProcess()
         self._drains: dict[str, _Drain] = {}
         # Versions start at the clock so that they also rise when this replica is replaced.
         self._state = PoolState(int(time.time()), (), (), ())
@@ -375,9 +376,7 @@ class PoolController:
         """Hand the application to Serve."""
         logger.info("model %s: starting", model.config.model_id)
         try:
-            if isinstance(model.config, LocalModelConfig):
-                await asyncio.to_thread(register_connectors)
-            await ray.remote(num_cpus=0, max_calls=1)(deploy_model).remote(model.config)
+            await self._deployer.deploy(model.config)
         except Exception as error:
             logger.exception("model %s: cannot be deployed", model.config.model_id)
             self._failed(model, failure_reason(str(error)), delete=False)

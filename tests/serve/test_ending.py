@@ -48,10 +48,9 @@ ENGINE: Json = {
         "max_model_len": 1024,
         "max_num_seqs": 4,
         "kv_cache_memory_bytes": 64 << 20,
-        "distributed_executor_backend": "mp",
+        "distributed_executor_backend": "uni",
     },
     "env": {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
     },

@@ -100,10 +100,9 @@ def verifier(weights: Path) -> Iterator[Any]:
             "dtype": "float32",
             "max_model_len": MAX_TOKENS,
             "kv_cache_memory_bytes": 64 << 20,
-            "distributed_executor_backend": "mp",
+            "distributed_executor_backend": "uni",
         },
         env={
-            "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
         },

@@ -12,9 +12,7 @@ import pytest
 import ray
 
 from serve_app.config import CustomModelConfig, LocalModelConfig
-from serve_app.pool import controller
-from serve_app.pool.controller import PoolController
-from serve_app.schemas import MemberState, ModelMember
+from serve_app.models import deploy
 
 PROGRAM = """
 import importlib, sys
@@ -79,15 +77,49 @@ def test_the_race_is_over_once_one_process_has_registered_the_connectors() -> No
 def test_they_are_registered_before_a_process_is_started_that_needs_them(
     config: Any, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = []
+    done: list[str] = []
 
-    class Task:
-        def remote(self, config: Any) -> Any:
+    class Actor:
+        """Stands for the deployer's process."""
+
+        deploy = property(lambda self: self)
+
+        def remote(self, *arguments: Any) -> Any:
+            if not arguments:
+                return self
             done.append("deploy")
             return asyncio.sleep(0)
 
-    monkeypatch.setattr(controller, "register_connectors", lambda: done.append("register"))
-    monkeypatch.setattr(ray, "remote", lambda **options: lambda function: Task())
-    model = controller._Model(config, ModelMember("m", MemberState.STARTING))
-    asyncio.run(PoolController._start(object.__new__(PoolController), model))
-    assert done == expected
+    monkeypatch.setattr(deploy, "register_connectors", lambda: done.append("register"))
+    monkeypatch.setattr(ray, "remote", lambda **options: lambda actor_class: Actor())
+    monkeypatch.setattr(ray, "kill", lambda actor: done.append("end"))
+    asyncio.run(deploy.DeployerProcess().deploy(config))
+    assert done == [*expected, "end"]
+
+
+async def test_models_that_start_together_share_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    may_end = asyncio.Event()
+
+    class Actor:
+        """Stands for the deployer's process."""
+
+        deploy = property(lambda self: self)
+
+        def __init__(self) -> None:
+            done.append("process")
+
+        def remote(self, *arguments: Any) -> Any:
+            return may_end.wait() if arguments else self
+
+    monkeypatch.setattr(ray, "remote", lambda **options: lambda actor_class: Actor())
+    monkeypatch.setattr(ray, "kill", lambda actor: done.append("end"))
+    deployer = deploy.DeployerProcess()
+    models = [CustomModelConfig(type="custom", model_id=name, import_path="a:B") for name in "abc"]
+    deploys = [asyncio.create_task(deployer.deploy(model)) for model in models]
+    await asyncio.sleep(0)
+    may_end.set()
+    await asyncio.gather(*deploys)
+    assert done == ["process", "end"]
+    await deployer.deploy(models[0])
+    assert done == ["process", "end"] * 2
