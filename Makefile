@@ -55,9 +55,9 @@ lock:
 	@printf '%s\n' "torchvision; sys_platform == 'never'" "torchaudio; sys_platform == 'never'" \
 	  "torchcodec; sys_platform == 'never'" "torch==2.13.0" > .venv/overrides.txt
 	@$(COMPILE) --no-emit-package torch --override .venv/overrides.txt \
-	  --extra cpu --extra postgres --extra rl --extra dev -o $(LOCK)
+	  --extra cpu --extra ocr --extra postgres --extra rl --extra dev -o $(LOCK)
 	@$(COMPILE) --python-platform x86_64-manylinux_2_35 \
-	  --extra gpu --extra postgres --extra rl --extra s3 --extra gs -o .ci/requirements-gpu.lock
+	  --extra gpu --extra ocr --extra postgres --extra rl --extra s3 --extra gs -o .ci/requirements-gpu.lock
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis

@@ -25,14 +25,16 @@ class Needs(NamedTuple):
     """What its messages take of a context, at the very least."""
 
     def each(self) -> Iterator[tuple[str, Needs]]:
-        """Every need alone, with the field of the request that it comes from."""
-        if self.vision:
-            yield "messages", Needs(vision=True)
+        """Every need alone, with the field of the request that it comes from.
+
+        Whether there are pictures is part of each: without one, what reads them is out.
+        """
+        yield "messages", Needs(self.vision)
         if self.json_schema:
-            yield "response_format", Needs(json_schema=True)
+            yield "response_format", Needs(self.vision, json_schema=True)
         if self.tools:
-            yield "tools", Needs(tools=True)
-        yield "messages", Needs(prompt_tokens=self.prompt_tokens)
+            yield "tools", Needs(self.vision, tools=True)
+        yield "messages", Needs(self.vision, prompt_tokens=self.prompt_tokens)
 
 
 NO_NEEDS = Needs()
@@ -46,6 +48,8 @@ class Capabilities(NamedTuple):
     tools: bool = True
     context_tokens: float = math.inf
     """Infinite: not known."""
+    text_alone: bool = True
+    """It can answer a request without pictures; one that reads pictures cannot."""
 
     def take(self, needs: Needs) -> bool:
         """Whether these are enough for a request."""
@@ -54,6 +58,7 @@ class Capabilities(NamedTuple):
             and self.json_schema >= needs.json_schema
             and self.tools >= needs.tools
             and self.context_tokens >= needs.prompt_tokens
+            and (self.text_alone or needs.vision)
         )
 
 

@@ -64,7 +64,8 @@ class Tools(ToolRunner):
         if isinstance(self.says, Exception):
             raise self.says
         price_usd = self.tool(tool_id).config.price_usd_per_call
-        return ToolResult(self.says, cost_usd=price_usd)
+        texts = [self.says] * len(arguments.get("pictures", ()))
+        return ToolResult(self.says, {"texts": texts} if texts else {}, cost_usd=price_usd)
 
 
 class Result:
@@ -94,7 +95,7 @@ class Bench:
         remote = {"type": "remote", "base_url": "http://127.0.0.1:1/v1", "remote_model": "x"}
         price = {"usd_per_1m_prompt_tokens": 1e3, "usd_per_1m_completion_tokens": 1e4}
         judge = {"role": "verifier", "max_completion_tokens": 100}
-        pair_tools = ["none", "calculator", "lookup", "best_of", "judged"]
+        pair_tools = ["none", "calculator", "lookup", "ocr", "best_of", "judged"]
         corpus = {
             "type": "retrieval",
             "tool_id": "lookup",
@@ -111,6 +112,7 @@ class Bench:
                 "tools": [
                     {"type": "calculator", "tool_id": "calculator"} | tools,
                     corpus | tools,
+                    {"type": "ocr", "tool_id": "ocr"} | tools,
                     {"type": "best_of", "tool_id": "best_of", "num_samples": 4} | tools,
                     {"type": "best_of", "tool_id": "judged"} | judged | tools,
                 ],

@@ -7,7 +7,7 @@ import io
 import struct
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 
 def picture(kind: str = "png", size: tuple[int, int] = (3, 2), **how: Any) -> bytes:
@@ -15,6 +15,17 @@ def picture(kind: str = "png", size: tuple[int, int] = (3, 2), **how: Any) -> by
     written = io.BytesIO()
     Image.new("RGB", size, (200, 30, 30)).save(written, kind, **how)
     return written.getvalue()
+
+
+def written(text: str, kind: str = "png", size: int = 28) -> bytes:
+    """A picture of some lines of text, black on white."""
+    font = ImageFont.load_default(size)
+    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((20, 20), text, font=font)
+    page = Image.new("RGB", (int(box[2]) + 20, int(box[3]) + 20), "white")
+    ImageDraw.Draw(page).multiline_text((20, 20), text, fill="black", font=font)
+    data = io.BytesIO()
+    page.save(data, kind)
+    return data.getvalue()
 
 
 def url(data: bytes, kind: str = "png") -> str:

@@ -27,6 +27,7 @@ import ray
 from rl.profile.measure import RunSettings, measure_pair, measure_thought
 from rl.profile.ready_pool import ready_pool
 from serve_app.config import AtlasConfig
+from serve_app.config.abilities import abilities_of
 from serve_app.config.patterns.check import needs_of, routed_pairs
 from serve_app.config.tools import ToolsetConfig
 from serve_app.embedder import Embedder
@@ -324,7 +325,8 @@ async def profile(
     if settings.judge is not None and settings.judge not in pool.state.ready_pairs():
         raise ConfigError(f"the judge {settings.judge} is not among the pool's ready pairs")
     planner = _ready_planner(pool.state, planner_id)
-    pairs = pool.pairs
+    abilities = abilities_of(config)
+    pairs = tuple(pair for pair in pool.pairs if abilities[pair].text_alone)
     if not pairs:
         raise ConfigError("; ".join(("none of the models is ready", *pool.reasons)))
     progress.waiting_for, progress.left_out_because = (), pool.reasons

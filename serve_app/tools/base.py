@@ -141,6 +141,10 @@ class Tool(ABC):
         """
         return self.run(arguments, deadline_s)
 
+    def recorded(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What reports and traces keep of a call's arguments: all of them, for most tools."""
+        return arguments
+
     def clip(self, text: str) -> str:
         """Bound a text for the model to `max_result_chars`, saying what was cut."""
         limit = self.config.max_result_chars

@@ -12,6 +12,7 @@ from serve_app.config.tools import (
     FilesConfig,
     McpConfig,
     NoneConfig,
+    OcrConfig,
     OpenApiConfig,
     PythonConfig,
     RetrievalConfig,
@@ -85,6 +86,10 @@ def build_tool(config: ToolConfig) -> Tool:
             from serve_app.tools.builtin.files import FilesTool
 
             return FilesTool(config)
+        case OcrConfig():
+            from serve_app.tools.builtin.ocr import Ocr
+
+            return Ocr(config)
         case McpConfig():
             from serve_app.tools.mcp.tool import McpTool
 

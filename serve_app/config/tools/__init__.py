@@ -24,6 +24,7 @@ from serve_app.config.tools.builtin import (
 from serve_app.config.tools.composed import CustomToolConfig, ToolsetConfig
 from serve_app.config.tools.files import FilesConfig
 from serve_app.config.tools.mcp import McpConfig
+from serve_app.config.tools.ocr import OcrConfig
 from serve_app.config.tools.openapi import OpenApiConfig
 from serve_app.config.tools.sql import SqlConfig
 from serve_app.config.tools.web import FetchConfig, WebSearchConfig, WebSettings
@@ -41,6 +42,7 @@ ToolConfig = Annotated[
     | OpenApiConfig
     | SqlConfig
     | FilesConfig
+    | OcrConfig
     | McpConfig,
     Field(discriminator="type"),
 ]
@@ -59,6 +61,7 @@ __all__ = [
     "ManyFunctionsSettings",
     "McpConfig",
     "NoneConfig",
+    "OcrConfig",
     "OpenApiConfig",
     "PythonConfig",
     "RetrievalConfig",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.capabilities import UNKNOWN, Capabilities, Needs, common
+from serve_app.capabilities import NO_NEEDS, UNKNOWN, Capabilities, Needs, common
 from serve_app.config import AtlasConfig
 from serve_app.config.abilities import abilities_of
 from serve_app.config.patterns.bound import QUESTION_BYTES, bound_of
@@ -121,7 +121,8 @@ class PoolView:
                     f"{field}: {who} take a conversation of {need.prompt_tokens} tokens or more",
                     field,
                 )
-            raise InvalidRequest(f"{field}: {who} {_NEEDED[field]}", field)
+            needed = _NEEDED[field] if need != NO_NEEDS else "answer without a picture"
+            raise InvalidRequest(f"{field}: {who} {needed}", field)
 
     def _check_pattern(self, call: ChatCall) -> None:
         pattern, allowed = self._patterns[call.model], call.limits.models
@@ -280,7 +281,9 @@ class PoolView:
 
 def _shown_capabilities(able: Capabilities) -> Json:
     context = able.context_tokens
-    return {**able._asdict(), "context_tokens": None if math.isinf(context) else int(context)}
+    told = able._asdict() | {"context_tokens": None if math.isinf(context) else int(context)}
+    del told["text_alone"]  # of a model always true
+    return told
 
 
 def worst_case(pattern: PatternConfig, config: AtlasConfig) -> Json:

@@ -73,6 +73,10 @@ class PaidModels:
         """Take over a changed pool; models that left stay known for requests under way."""
         self._models |= {model.model_id: model for model in models}
 
+    def sees(self, model_id: str) -> bool:
+        """Whether a model takes pictures itself."""
+        return self._models[model_id].capabilities.vision
+
     def body(
         self, model_id: str, sampling: dict[str, Any], messages: Sequence[dict[str, Any]]
     ) -> ChatBody:
@@ -382,7 +386,12 @@ class PaidTools:
                 seconds = time.monotonic() - began_s
                 span.called(
                     ToolCall(
-                        tool.tool_id, arguments, False, error.message, seconds, function=called
+                        tool.tool_id,
+                        tool.recorded(arguments),
+                        False,
+                        error.message,
+                        seconds,
+                        function=called,
                     )
                 )
                 raise
@@ -392,7 +401,7 @@ class PaidTools:
             span.called(
                 ToolCall(
                     tool.tool_id,
-                    arguments,
+                    tool.recorded(arguments),
                     True,
                     outcome.text,
                     outcome.seconds,

@@ -86,6 +86,8 @@ class Admission:
         ):
             if is_needed:
                 able &= can[indices]
+        if not needs.vision and not self._all_take_text:
+            able &= self._text_alone[indices]
         if needs.prompt_tokens > self._least_context:
             able &= self._context[indices] >= needs.prompt_tokens
         return able
@@ -98,6 +100,8 @@ class Admission:
         self._json_schema = np.array([of.json_schema for of in known], np.bool_)
         self._tools_of_callers = np.array([of.tools for of in known], np.bool_)
         self._context = np.array([of.context_tokens for of in known])
+        self._text_alone = np.array([of.text_alone for of in known], np.bool_)
+        self._all_take_text = bool(self._text_alone.all())
         self._least_context = min((of.context_tokens for of in known), default=0.0)
 
 

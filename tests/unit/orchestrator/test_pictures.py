@@ -10,7 +10,7 @@ import pytest
 from serve_app.budget import Budget, Caps, Deadline
 from serve_app.capabilities import Needs
 from serve_app.content import PICTURE_TOKENS
-from serve_app.errors import BudgetExceeded, NoCandidate
+from serve_app.errors import BudgetExceeded, NoCandidate, UnfitForPair
 from serve_app.tools.base import ToolResult
 from tests.executor_fakes import Bench, reply
 from tests.path2_fakes import CHEAP, path2
@@ -39,6 +39,29 @@ async def test_a_context_tool_looks_up_the_text_and_the_model_gets_the_pictures(
     assert "[1] Shoes." in text["text"]
     assert text["text"].endswith("What is this?")
     assert shown == PICTURE
+
+
+async def test_a_tool_that_reads_pictures_puts_their_text_in_their_place(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, reply("In 1921."))
+    bench.tools.says = "Founded in 1921."
+    earlier = asking(PICTURE, PICTURE, text="Here is one.")
+    await bench.run("ocr", messages=(earlier, QUESTION))
+    ((_, body),) = bench.engines.bodies
+    shown = "Sources:\nFounded in 1921."
+    assert [message["content"] for message in body["messages"]] == [
+        f"{shown}\n\nFounded in 1921.\n\nQuestion: Here is one.",
+        f"{shown}\n\nQuestion: What is this?",
+    ]
+    assert len(bench.tools.arguments[0]["pictures"]) == 3
+    assert bench.result.tool_calls[0].arguments == {"pictures": 3}
+
+
+async def test_a_request_without_a_picture_is_not_for_a_tool_that_reads_pictures(
+    tmp_path: Path,
+) -> None:
+    bench = Bench(tmp_path)
+    with pytest.raises(UnfitForPair, match="no picture"):
+        await bench.run("ocr")
 
 
 @pytest.mark.parametrize("tool", ["none", "calculator", "best_of"])

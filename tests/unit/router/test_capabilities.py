@@ -141,7 +141,7 @@ def test_what_the_settings_say_counts_first() -> None:
     said = {"vision": True, "json_schema": False, "tools": True, "context_tokens": 7}
     settings = LOCAL | {"capabilities": said}
     config = AtlasConfig.model_validate({"models": [settings]})
-    assert abilities_of(config)[Pair("m", "none")]._asdict() == said
+    assert abilities_of(config)[Pair("m", "none")]._asdict() == said | {"text_alone": True}
 
 
 @pytest.mark.parametrize(
@@ -177,3 +177,27 @@ def test_a_prompt_is_taken_to_be_as_short_as_it_can_be() -> None:
     assert needs_of([{"role": "user", "content": words}], {}, [], None).prompt_tokens == 400
     blanks = {"role": "user", "content": " " * 10_000}
     assert needs_of([blanks], {}, [], None).prompt_tokens == 0
+
+
+def test_with_a_tool_that_reads_pictures_a_model_of_text_takes_them_and_nothing_else() -> None:
+    config = AtlasConfig.model_validate(
+        {
+            "models": [LOCAL | {"tools": ["none", "ocr"]}],
+            "tools": [{"type": "ocr", "tool_id": "ocr"}],
+        }
+    )
+    reads, plain = (abilities_of(config)[Pair("m", tool)] for tool in ("ocr", "none"))
+    assert (reads.take(Needs(vision=True)), reads.take(Needs())) == (True, False)
+    assert (plain.take(Needs(vision=True)), plain.take(Needs())) == (False, True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_request_without_pictures_is_not_sent_to_what_reads_them(rule: str) -> None:
+    make = RULES[rule][0]
+    reading = {STRONG: Capabilities(vision=True, text_alone=False)}
+    seen = answer_of(make(), Needs(vision=True), reading)
+    assert isinstance(seen, Decision)
+    assert seen.pair == STRONG
+    text = answer_of(make(), Needs(), reading)
+    assert isinstance(text, Decision)
+    assert text.pair != STRONG
