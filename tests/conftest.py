@@ -80,6 +80,9 @@ def graph_config(port: int) -> dict[str, Any]:
     )
     del config["router"]["snapshot"]  # tests of the learning loop promote their own
     next(t for t in config["tools"] if t["tool_id"] == "calculator")["exposed"] = True
+    facts = next(m for m in config["models"] if m["model_id"] == "nano-facts")
+    facts["tools"] = [*facts["tools"], "ocr"]
+    config["tools"].append({"type": "ocr", "tool_id": "ocr"})
     config["pool"] = {**config.get("pool", {}), "allow_custom_models": True}
     for behaviour in BEHAVIOURS:
         config["models"].append(

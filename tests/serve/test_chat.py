@@ -19,6 +19,7 @@ from benchmarks.nano.registry import load_generator
 from serve_app.pool.applications import model_applications
 from serve_app.pool.applications import ongoing_requests as ongoing_at
 from tests.conftest import Graph
+from tests.pictures import asking, part, written
 
 pytestmark = pytest.mark.serve
 
@@ -73,6 +74,25 @@ def test_retrieval_answers_what_no_model_knows(graph: Graph) -> None:
             assert all(call["sources"] for call in calls)
     assert right["nano-facts@retrieval"] >= 6
     assert right["nano-facts@none"] <= 1
+
+
+@pytest.mark.parametrize("model", ["nano-facts@ocr", "atlas"])
+def test_a_model_of_text_answers_about_a_picture_that_is_read_to_it(
+    graph: Graph, model: str
+) -> None:
+    scan = part(written("The Hobus Society was founded in 1921."))
+    question = asking(scan, text="When was the Hobus Society founded?")
+    answer = graph.client().chat.completions.create(model=model, messages=[question])
+    assert answer.choices[0].message.content == "1921"
+    assert answer.model == "nano-facts@ocr"
+
+
+@pytest.mark.parametrize("model", ["nano-facts@ocr", "nano-facts"])
+def test_what_reads_pictures_is_for_pictures_alone(graph: Graph, model: str) -> None:
+    asked = asking() if model == "nano-facts" else {"role": "user", "content": "Hello."}
+    with pytest.raises(openai.BadRequestError, match="picture") as caught:
+        graph.client().chat.completions.create(model=model, messages=[asked])
+    assert caught.value.param == "messages"
 
 
 def test_a_streamed_answer_is_the_whole_one_in_pieces(graph: Graph) -> None:

@@ -21,6 +21,7 @@ from rl.fit.selection import FitSettings
 from rl.profile.run import ProfileSettings, Progress, fingerprint, profile
 from rl.publish import fit_snapshot, promote
 from serve_app.config import AtlasConfig, load_config
+from serve_app.config.abilities import abilities_of
 from serve_app.orchestrator.planning import with_note
 from serve_app.questions import Question, read_questions
 from serve_app.router.snapshots.library import SnapshotLibrary
@@ -46,6 +47,12 @@ class Loop:
     graph: Graph
     config: AtlasConfig
     questions: tuple[Question, ...]
+
+    def num_pairs(self) -> int:
+        """Of the three models, those that a question without a picture can be asked."""
+        able = abilities_of(self.config)
+        pairs = self.config.all_pairs()
+        return sum(pair.model_id in MODELS and able[pair].text_alone for pair in pairs)
 
     def run(self, work: Callable[[Store], Awaitable[T]]) -> T:
         async def opened() -> T:
@@ -156,7 +163,7 @@ def serving(loop: Loop, measured: Progress) -> Iterator[int]:
 def test_a_profile_that_was_stopped_goes_on_and_measures_each_pair_once(
     loop: Loop, measured: Progress
 ) -> None:
-    num_pairs = sum(pair.model_id in MODELS for pair in loop.config.all_pairs())
+    num_pairs = loop.num_pairs()
 
     async def count(store: Store) -> int:
         async with store.begin() as connection:
@@ -282,9 +289,7 @@ def test_an_explanation_names_intervals_the_cluster_and_the_versions(
 ) -> None:
     decision = loop.route()
     best = decision["candidates"][0]
-    assert len(decision["candidates"]) == sum(
-        pair.model_id in MODELS for pair in loop.config.all_pairs()
-    )
+    assert len(decision["candidates"]) == loop.num_pairs()
     assert best["pair"] == decision["pair"] == "nano-math@calculator"
     low, high = best["quality_low"], best["quality_high"]  # within [0, 1], as the quality is
     assert low < high
