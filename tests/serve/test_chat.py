@@ -9,6 +9,7 @@ import http.client
 import random
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -81,7 +82,7 @@ def test_a_model_of_text_answers_about_a_picture_that_is_read_to_it(
     graph: Graph, model: str
 ) -> None:
     scan = part(written("The Hobus Society was founded in 1921."))
-    question = asking(scan, text="When was the Hobus Society founded?")
+    question: Any = asking(scan, text="When was the Hobus Society founded?")
     answer = graph.client().chat.completions.create(model=model, messages=[question])
     assert answer.choices[0].message.content == "1921"
     assert answer.model == "nano-facts@ocr"
@@ -89,7 +90,7 @@ def test_a_model_of_text_answers_about_a_picture_that_is_read_to_it(
 
 @pytest.mark.parametrize("model", ["nano-facts@ocr", "nano-facts"])
 def test_what_reads_pictures_is_for_pictures_alone(graph: Graph, model: str) -> None:
-    asked = asking() if model == "nano-facts" else {"role": "user", "content": "Hello."}
+    asked: Any = asking() if model == "nano-facts" else {"role": "user", "content": "Hello."}
     with pytest.raises(openai.BadRequestError, match="picture") as caught:
         graph.client().chat.completions.create(model=model, messages=[asked])
     assert caught.value.param == "messages"
