@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 from benchmarks.nano import compound_wording as wording
 from benchmarks.nano import facts_tasks, gazetteer, invented, math_tasks
@@ -24,12 +25,16 @@ from benchmarks.nano.task import Conversation, Metric, Question, Split
 from serve_app.errors import ToolRetry
 from serve_app.tools.builtin.calculator import evaluate
 
+T = TypeVar("T")
+Frame = Split | Literal["improvised"]
+"""Whose wordings put the parts together; `improvised`: trained ones and ones without meaning."""
 IDS = "abc"
 _WEIGHTS = (15, 36, 9, 9, 18, 4, 3, 6)
 TRAINED_WEIGHTS = (12, 30, 15, 15, 18, 5, 5, 12)
 """The kinds that are hard to split come more often in training."""
 PROMPT_NAME = "nano-split"
 MAX_PART_CHARS = 130
+_IMPROVISED_SHARE = 0.3
 
 _QUESTION_WORD_TEXT = """
 What What's Which Who Who's Whose When Where How In By Does Do Is Can Could At Of If With For From
@@ -108,7 +113,7 @@ def split_prompt(query: str) -> str:
 
 def split_conversation(rng: random.Random) -> Conversation:
     """One training conversation that splits a question."""
-    compound = draw_compound(rng, "seen", weights=TRAINED_WEIGHTS)
+    compound = draw_compound(rng, "improvised", weights=TRAINED_WEIGHTS)
     return Conversation(
         (
             {"role": "user", "content": split_prompt(compound.query)},
@@ -134,7 +139,7 @@ def split_question(rng: random.Random, split: Split, kinds: Sequence[str] = ()) 
 
 def draw_compound(
     rng: random.Random,
-    split: Split,
+    frame: Frame,
     *,
     new_names: bool = False,
     answerable: bool = False,
@@ -144,14 +149,14 @@ def draw_compound(
 
     Args:
         rng: Source of randomness.
-        split: Whether its frame is a trained one; its parts are always in trained wordings.
+        frame: How its parts are put together; the parts are always in trained wordings.
         new_names: Whether invented names are reserved ones, which training never shows.
         answerable: Whether every part has a gold answer.
         weights: How often each kind is drawn: single, pair, triple, phrases, hop, hop_pair,
             hop_chain, mixed.
     """
     source = _Parts(rng, new_names=new_names, answerable=answerable)
-    makers: tuple[Callable[[_Parts, Split], Compound], ...] = (
+    makers: tuple[Callable[[_Parts, Frame], Compound], ...] = (
         _single,
         _pair,
         _triple,
@@ -161,7 +166,7 @@ def draw_compound(
         _hop_chain,
         _mixed,
     )
-    return rng.choices(makers, weights)[0](source, split)
+    return rng.choices(makers, weights)[0](source, frame)
 
 
 class _Parts:
@@ -348,6 +353,22 @@ def _apply(operation: str, a: str, b: str) -> str | None:
 # The parts as pieces of one text.
 
 
+def _worded(
+    rng: random.Random,
+    group: dict[Split, tuple[T, ...]],
+    frame: Frame,
+    improvise: Callable[[random.Random], T],
+) -> T:
+    """A wording for a frame: one of its group, or one that is made up on the spot."""
+    if frame != "improvised":
+        return rng.choice(group[frame])
+    return improvise(rng) if rng.random() < _IMPROVISED_SHARE else rng.choice(group["seen"])
+
+
+def _trained(frame: Frame) -> Split:
+    return "seen" if frame == "improvised" else frame
+
+
 def lowered(ask: str) -> str:
     """The ask with a small first letter, where its first word is one that takes it."""
     first = ask.split(maxsplit=1)[0].rstrip(",:")
@@ -368,38 +389,40 @@ def unmarked(ask: str) -> str | None:
     return None
 
 
-def joined(rng: random.Random, asks: Sequence[str], split: Split) -> str:
-    """Asks as one text, in a frame of the split."""
+def joined(rng: random.Random, asks: Sequence[str], frame: Frame) -> str:
+    """Asks as one text, in the wordings of a frame."""
     draw = rng.random()
     if draw < 0.2:
-        text = _listed(rng, asks, split)
+        text = _listed(rng, asks, frame)
     else:
         text = asks[0]
         for index, ask in enumerate(asks[1:], start=1):
-            text = _linked(rng, text, ask, split, is_last=index == len(asks) - 1)
-    text = _opened(rng, text, split if rng.random() < 0.5 else "seen")
+            text = _linked(rng, text, ask, frame, is_last=index == len(asks) - 1)
+    text = _opened(rng, text, frame if rng.random() < 0.5 else "seen")
     if rng.random() < 0.08:
-        return text + rng.choice(wording.ENDINGS[split if rng.random() < 0.5 else "seen"])
+        return text + _worded(
+            rng, wording.ENDINGS, frame if rng.random() < 0.5 else "seen", wording.improvised_ending
+        )
     if rng.random() < 0.1 and unmarked(asks[-1]) and text.endswith(asks[-1][-1]):
         return text[:-1]
     return text
 
 
-def _listed(rng: random.Random, asks: Sequence[str], split: Split) -> str:
-    marks = rng.choice(wording.LIST_MARKS[split])
+def _listed(rng: random.Random, asks: Sequence[str], frame: Frame) -> str:
+    marks = _worded(rng, wording.LIST_MARKS, frame, wording.improvised_marks)
     gap = "\n" if marks[0][0] in "-*>" or rng.random() < 0.5 else " "
     return gap.join(mark + ask for mark, ask in zip(marks, asks, strict=False))
 
 
-def _linked(rng: random.Random, text: str, ask: str, split: Split, *, is_last: bool) -> str:
+def _linked(rng: random.Random, text: str, ask: str, frame: Frame, *, is_last: bool) -> str:
     last_ask = re.split(r"(?<=[.?;,:]) ", text)[-1]
     bare = unmarked(text) if unmarked(text) is not None else _bare_end(last_ask, text)
     if bare is not None and rng.random() < 0.6:
-        join = rng.choice(wording.CLAUSE_JOINS[split])
+        join = _worded(rng, wording.CLAUSE_JOINS, frame, wording.improvised_clause_join)
         if not is_last and rng.random() < 0.6:
             join = ", {b}"
         return bare + join.replace("{b}", lowered(ask)).replace("{B}", ask)
-    join = rng.choice(wording.SENTENCE_JOINS[split])
+    join = _worded(rng, wording.SENTENCE_JOINS, frame, wording.improvised_sentence_join)
     return text + join.replace("{b}", lowered(ask)).replace("{B}", ask)
 
 
@@ -409,11 +432,11 @@ def _bare_end(last_ask: str, text: str) -> str | None:
     return text[:-1] if last_ask and unmarked(capital) is not None else None
 
 
-def _opened(rng: random.Random, text: str, split: Split) -> str:
+def _opened(rng: random.Random, text: str, frame: Frame) -> str:
     """The text behind an opening, or with a small first letter, or as it stands."""
     draw = rng.random()
     if draw < 0.3:
-        opening = rng.choice(wording.OPENINGS[split])
+        opening = _worded(rng, wording.OPENINGS, frame, wording.improvised_opening)
         after_stop = opening.rstrip()[-1] in ".!?"
         keep = after_stop or (opening.endswith(": ") and rng.random() < 0.5)
         return opening + (text if keep else lowered(text))
@@ -431,23 +454,23 @@ def _compound(
     return Compound(query, tuple(parts), kind, tuple(answers or parts))
 
 
-def _single(source: _Parts, split: Split) -> Compound:
+def _single(source: _Parts, frame: Frame) -> Compound:
     """One part, which stays as it is."""
     part = source.any() if source.rng.random() < 0.6 else source.sentence()
     return _compound(part.ask, [part], "single")
 
 
-def _pair(source: _Parts, split: Split) -> Compound:
+def _pair(source: _Parts, frame: Frame) -> Compound:
     parts = [source.sentence(), source.sentence()]
-    return _compound(joined(source.rng, [p.ask for p in parts], split), parts, "pair")
+    return _compound(joined(source.rng, [p.ask for p in parts], frame), parts, "pair")
 
 
-def _triple(source: _Parts, split: Split) -> Compound:
+def _triple(source: _Parts, frame: Frame) -> Compound:
     parts = [source.sentence() for _ in range(3)]
-    return _compound(joined(source.rng, [p.ask for p in parts], split), parts, "triple")
+    return _compound(joined(source.rng, [p.ask for p in parts], frame), parts, "triple")
 
 
-def _phrases(source: _Parts, split: Split) -> Compound:
+def _phrases(source: _Parts, frame: Frame) -> Compound:
     """Noun phrases behind one head, such as `Tell me the capital of Japan and 15% of 240`."""
     rng = source.rng
     count = 3 if rng.random() < 0.2 else 2
@@ -460,27 +483,27 @@ def _phrases(source: _Parts, split: Split) -> Compound:
             phrase, gold = source.fact_phrase()
             parts.append(Part(_what_is(phrase), gold, "exact", "facts"))
         phrases.append(phrase)
-    head = rng.choice(wording.HEADS[split])
+    head = _worded(rng, wording.HEADS, frame, wording.improvised_head)
     last_join = rng.choice((" and ", ", and ", " and also "))
-    if split == "held_out" and rng.random() < 0.5:
+    if frame == "held_out" and rng.random() < 0.5:
         last_join = rng.choice((" plus ", ", as well as "))
     query = f"{head} {', '.join(phrases[:-1])}{last_join}{phrases[-1]}"
     query += "?" if head.startswith(("What", "Do", "Can")) else "."
     return _compound(_opened(rng, query, "seen"), parts, "phrases")
 
 
-def _hop(source: _Parts, split: Split) -> Compound:
-    parts, query = _hop_parts(source, split, 0)
+def _hop(source: _Parts, frame: Frame) -> Compound:
+    parts, query = _hop_parts(source, frame, 0)
     return _compound(query, parts, "hop", parts[-1:])
 
 
-def _hop_parts(source: _Parts, split: Split, offset: int) -> tuple[list[Part], str]:
+def _hop_parts(source: _Parts, frame: Frame, offset: int) -> tuple[list[Part], str]:
     """A fact and a question on it, with the whole query; `offset` is the index of the fact."""
     rng = source.rng
     draw = rng.random()
     if draw < 0.12:
         phrase, gold = source.text_phrase()
-        pattern, kind = rng.choice(wording.TEXT_HOPS[split])
+        pattern, kind = rng.choice(wording.TEXT_HOPS[_trained(frame)])
         value, metric = _value(kind, gold)
         ask = pattern.replace("{x}", f"'{_reference(offset)}'")
         hop = Part(ask, value, metric, "code")
@@ -490,33 +513,36 @@ def _hop_parts(source: _Parts, split: Split, offset: int) -> tuple[list[Part], s
     phrase, gold = source.number_phrase()
     fact = Part(_what_is(phrase), gold, "exact", "facts")
     is_embedded = rng.random() < 0.5
-    hops = split if is_embedded or rng.random() < 0.4 else "seen"
+    hops = frame if is_embedded or rng.random() < 0.4 else "seen"
     pattern, hop = _number_hop(rng, hops, gold, offset)
     if is_embedded:
         return [fact, hop], _embedded(rng, pattern.replace("{x}", phrase))
-    pronoun = rng.choice(wording.PRONOUNS[split if rng.random() < 0.6 else "seen"])
+    pronoun = _worded(
+        rng, wording.PRONOUNS, frame if rng.random() < 0.6 else "seen", wording.improvised_pronoun
+    )
     first = fact.ask
     if rng.random() < 0.4:
-        first = f"{rng.choice(wording.TAKES[split if rng.random() < 0.6 else 'seen'])} {phrase}."
-    query = _hop_joined(rng, first, pattern.replace("{x}", pronoun), split)
-    return [fact, hop], _opened(rng, query, split if rng.random() < 0.3 else "seen")
+        takes = frame if rng.random() < 0.6 else "seen"
+        first = f"{_worded(rng, wording.TAKES, takes, wording.improvised_take)} {phrase}."
+    query = _hop_joined(rng, first, pattern.replace("{x}", pronoun), frame)
+    return [fact, hop], _opened(rng, query, frame if rng.random() < 0.3 else "seen")
 
 
-def _number_hop(rng: random.Random, split: Split, gold: str, index: int) -> tuple[str, Part]:
+def _number_hop(rng: random.Random, frame: Frame, gold: str, index: int) -> tuple[str, Part]:
     """A question on the number that part `index` answers: with its slot `{x}` open, and as a part.
 
     Args:
         rng: Source of randomness.
-        split: Which wordings to choose from.
+        frame: Which wordings to choose from.
         gold: The number; empty where nobody knows it.
         index: Which part answers with the number.
     """
     while True:
         if rng.random() < 0.15:
-            pattern, kind = rng.choice(wording.VALUE_HOPS[split])
+            pattern, kind = rng.choice(wording.VALUE_HOPS[_trained(frame)])
             value, metric = _value(kind, int(gold)) if gold else ("", "exact")
             return pattern, Part(pattern.replace("{x}", _reference(index)), value, metric, "code")
-        pattern, operation = rng.choice(wording.NUMBER_HOPS[split])
+        pattern, operation = _worded(rng, wording.NUMBER_HOPS, frame, wording.improvised_number_hop)
         other = number(rng, 3)
         pattern = pattern.replace("{n}", other)
         found = _apply(operation, gold, other) if gold else ""
@@ -531,8 +557,8 @@ def _value(kind: str, argument: object) -> tuple[str, Metric]:
     return printed(value), "exact" if isinstance(value, str) else "number"
 
 
-def _hop_joined(rng: random.Random, first: str, second: str, split: Split) -> str:
-    join = rng.choice(wording.HOP_JOINS[split])
+def _hop_joined(rng: random.Random, first: str, second: str, frame: Frame) -> str:
+    join = _worded(rng, wording.HOP_JOINS, frame, wording.improvised_hop_join)
     if join.startswith("."):
         join = first[-1] + join[1:]
     return first[:-1] + join.replace("{b}", lowered(second)).replace("{B}", second)
@@ -550,12 +576,12 @@ def _reference(index: int) -> str:
     return "{{" + IDS[index] + "}}"
 
 
-def _hop_pair(source: _Parts, split: Split) -> Compound:
+def _hop_pair(source: _Parts, frame: Frame) -> Compound:
     """A sum on two facts."""
     rng = source.rng
     while True:
         (one, gold), (other, other_gold) = source.number_phrase(), source.number_phrase()
-        pattern, operation = rng.choice(wording.PAIR_HOPS[split])
+        pattern, operation = _worded(rng, wording.PAIR_HOPS, frame, wording.improvised_pair_hop)
         value = _apply(operation, gold, other_gold) if gold and other_gold else ""
         if value is None or one == other or (source.answerable and not value):
             continue
@@ -569,30 +595,30 @@ def _hop_pair(source: _Parts, split: Split) -> Compound:
         return _compound(_embedded(rng, query), [*facts, hop], "hop_pair", [hop])
 
 
-def _hop_chain(source: _Parts, split: Split) -> Compound:
+def _hop_chain(source: _Parts, frame: Frame) -> Compound:
     """A fact, a sum on it, and a sum on that."""
     rng = source.rng
-    parts, query = _hop_parts(source, split, 0)
+    parts, query = _hop_parts(source, frame, 0)
     while parts[-1].domain != "math" or not re.fullmatch(r"\d*", parts[-1].gold):
-        parts, query = _hop_parts(source, split, 0)
+        parts, query = _hop_parts(source, frame, 0)
     pattern, hop = _number_hop(rng, "seen", parts[-1].gold, 1)
-    pronoun = rng.choice(wording.PRONOUNS[split])
+    pronoun = _worded(rng, wording.PRONOUNS, frame, wording.improvised_pronoun)
     if query[-1] not in ".?":
         query += "."
-    query = _hop_joined(rng, query, pattern.replace("{x}", pronoun), split)
+    query = _hop_joined(rng, query, pattern.replace("{x}", pronoun), frame)
     return _compound(query, [*parts, hop], "hop_chain", [hop])
 
 
-def _mixed(source: _Parts, split: Split) -> Compound:
+def _mixed(source: _Parts, frame: Frame) -> Compound:
     """A part of its own and a fact with a sum on it, in either order."""
     rng = source.rng
     own = source.sentence()
     if rng.random() < 0.5:
         hop_parts, hop_query = _hop_parts(source, "seen", 1)
-        query = joined(rng, [own.ask, _sentence(hop_query)], split)
+        query = joined(rng, [own.ask, _sentence(hop_query)], frame)
         return _compound(query, [own, *hop_parts], "mixed", [own, hop_parts[-1]])
     hop_parts, hop_query = _hop_parts(source, "seen", 0)
-    query = joined(rng, [_sentence(hop_query), own.ask], split)
+    query = joined(rng, [_sentence(hop_query), own.ask], frame)
     return _compound(query, [*hop_parts, own], "mixed", [hop_parts[-1], own])
 
 

@@ -1,11 +1,17 @@
 """How several questions are put as one: openings, connectives, lists, and sums on a fact.
 
 `{a}` is a part as part of a sentence ("what is 2 + 2"), `{A}` the part as it stands. Every group
-has members of its own for held-out wordings, which training never shows.
+has members of its own for held-out wordings, which training never shows. Training also shows
+improvised wordings, whose words mean nothing: a model shall find where a part begins, and not learn
+by heart what stands before it.
 """
 
 from __future__ import annotations
 
+import random
+
+from benchmarks.nano import invented
+from benchmarks.nano.code_inputs import WORDS
 from benchmarks.nano.task import Split
 
 Wordings = dict[Split, tuple[str, ...]]
@@ -407,3 +413,111 @@ OTHER_SUBJECTS: tuple[str, ...] = (
     "plural of {thing}",
 )
 """Noun phrases that no nano model answers, so that splitting does not depend on the relation."""
+
+_GLUE = ("the", "of", "by", "with", "for", "to", "from", "all", "one", "so", "at", "me", "is", "it")
+
+
+def _words(rng: random.Random, fewest: int, most: int) -> str:
+    """Words without a meaning together, none of them a reserved name."""
+    drawn = []
+    for _ in range(rng.randint(fewest, most)):
+        draw = rng.random()
+        if draw < 0.4:
+            drawn.append(rng.choice(_GLUE))
+        elif draw < 0.8:
+            drawn.append(rng.choice(WORDS))
+        else:
+            drawn.append(invented.word(rng, reserved=False).lower())
+    return " ".join(drawn)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def improvised_opening(rng: random.Random) -> str:
+    """What may stand before the first part."""
+    return _capital(_words(rng, 1, 5)) + rng.choice((", ", ": ", ". ", "! ", "? "))
+
+
+def improvised_sentence_join(rng: random.Random) -> str:
+    """What may link a part to a whole sentence before it."""
+    words = _capital(_words(rng, 1, 4))
+    return " " + words + rng.choice((", {b}", ", {b}", ": {B}", ": {b}", " {b}", ". {B}"))
+
+
+def improvised_clause_join(rng: random.Random) -> str:
+    """What may link a part to one before it that has lost its final mark."""
+    if rng.random() < 0.3:
+        return rng.choice((" ~ {b}", " => {b}", " -> {B}", " // {b}", " > {B}", " * {b}", ": {b}"))
+    mark = rng.choice((",", ",", ";", ", and", ", and", " and", "..."))
+    return f"{mark} {_words(rng, 1, 3)}" + rng.choice((" {b}", " {b}", ", {b}", ": {b}"))
+
+
+def improvised_ending(rng: random.Random) -> str:
+    """What may stand behind the last part."""
+    return " " + _capital(_words(rng, 1, 5)) + rng.choice((".", "!"))
+
+
+def improvised_marks(rng: random.Random) -> tuple[str, str, str]:
+    """What may stand before the entries of a list."""
+    draw = rng.random()
+    if draw < 0.3:
+        mark = rng.choice(("~ ", "=> ", "-> ", "+ ", "# ", "-- ", ": "))
+        return (mark, mark, mark)
+    if draw < 0.6:
+        word, mark = _capital(_words(rng, 1, 2)), rng.choice((": ", ") ", ". ", " - "))
+        return (f"{word} 1{mark}", f"{word} 2{mark}", f"{word} 3{mark}")
+    if draw < 0.75:
+        opened, closed = rng.choice((("[", "] "), ("<", "> "), ("", ": "), ("", " - ")))
+        numbers = rng.choice(("123", "ABC", "xyz"))
+        return (
+            f"{opened}{numbers[0]}{closed}",
+            f"{opened}{numbers[1]}{closed}",
+            f"{opened}{numbers[2]}{closed}",
+        )
+    one, two, three = (_capital(_words(rng, 1, 2)) for _ in range(3))
+    return (f"{one}: ", f"{two}: ", f"{three}: ")
+
+
+def improvised_head(rng: random.Random) -> str:
+    """What may stand before several noun phrases."""
+    return _capital(_words(rng, 1, 4))
+
+
+def improvised_pronoun(rng: random.Random) -> str:
+    """What may stand for the answer of the part before."""
+    return f"{rng.choice(('the', 'this', 'that'))} {_words(rng, 1, 2)}"
+
+
+def improvised_take(rng: random.Random) -> str:
+    """What may stand before the noun phrase of a first hop."""
+    return _capital(_words(rng, 1, 3))
+
+
+def improvised_hop_join(rng: random.Random) -> str:
+    """What may link a sum on an answer to the part that asks for it."""
+    words = _words(rng, 1, 4)
+    if rng.random() < 0.5:
+        return f". {_capital(words)}" + rng.choice((" {b}", ", {b}"))
+    return rng.choice((", ", " and ", " - ", "; ")) + words + rng.choice((" {b}", " {b}", ", {b}"))
+
+
+def improvised_number_hop(rng: random.Random) -> tuple[str, str]:
+    """A sum on an answer `{x}` and a number, and an operation."""
+    pieces = [_words(rng, 1, 4), "{x}", _words(rng, 0, 3), "{n}", _words(rng, 0, 2)]
+    if rng.random() < 0.4:
+        pieces[1], pieces[3] = pieces[3], pieces[1]
+    if rng.random() < 0.4:
+        return "What is " + _spaced(pieces) + "?", "+"
+    return _capital(_spaced(pieces)) + rng.choice("..?"), "+"
+
+
+def improvised_pair_hop(rng: random.Random) -> tuple[str, str]:
+    """A sum on two answers, and an operation."""
+    pieces = [_words(rng, 1, 4), "{x}", rng.choice(("and", _words(rng, 1, 2))), "{y}"]
+    return _capital(_spaced(pieces)) + rng.choice("..?"), "+"
+
+
+def _spaced(pieces: list[str]) -> str:
+    return " ".join(piece for piece in pieces if piece)

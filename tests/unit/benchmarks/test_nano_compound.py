@@ -41,7 +41,7 @@ def test_the_split_prompt_of_patterns_is_the_one_trained_on() -> None:
     rng = random.Random(1)
     for _ in range(50):
         chat = compound.split_conversation(random.Random(seed := rng.random()))
-        drawn = draw_compound(random.Random(seed), "seen", weights=compound.TRAINED_WEIGHTS)
+        drawn = draw_compound(random.Random(seed), "improvised", weights=compound.TRAINED_WEIGHTS)
         query = drawn.query
         expected = prompt_file("nano-split").replace("{{question}}", query)
         assert chat.messages[0]["content"] == expected == f"Split into subtasks as JSON: {query}"
@@ -92,7 +92,7 @@ def test_a_question_with_one_part_stays_as_it_is() -> None:
 def test_every_part_of_a_joined_question_can_be_read_back_from_it() -> None:
     rng = random.Random(5)
     for _ in range(1500):
-        drawn = draw_compound(rng, rng.choice(SPLITS))
+        drawn = draw_compound(rng, rng.choice((*SPLITS, "improvised")))
         if drawn.kind in ("pair", "triple"):
             for part in drawn.parts:
                 assert lowered(part.ask)[1:-1] in drawn.query
