@@ -312,6 +312,9 @@ class Limits:
     """Allowed tools; `None` allows all."""
     needs: Needs = NO_NEEDS
     """What every candidate has to take; told to the router with each question."""
+    without: frozenset[str] = frozenset()
+    """Models and patterns (`pattern:<name>`) that are left alone now, because a breaker is open;
+    told to the router with each question."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,12 +86,14 @@ class ScriptedOrchestrator:
         calls: Every call that arrived.
         cancelled: Request ids whose work was cancelled or closed early.
         acted: Request ids that did what must not happen twice.
+        not_closed: Models whose breaker is not closed, and where it stands.
     """
 
     def __init__(self, config: AtlasConfig, outcomes: OutcomeLog) -> None:
         self.calls: list[ChatCall] = []
         self.cancelled: list[str] = []
         self.acted: list[str] = []
+        self.not_closed: dict[str, str] = {}
         self.is_ready = True
         self.runner = ScriptedRunner(config)
         self.tools = DirectTools(self.runner)  # type: ignore[arg-type]
@@ -110,6 +112,9 @@ class ScriptedOrchestrator:
 
     def pool(self) -> PoolState:
         return self._pool
+
+    def breakers(self) -> dict[str, str]:
+        return self.not_closed
 
     def ready(self) -> tuple[bool, dict[str, Any]]:
         return self.is_ready, {"pool_version": self._pool.pool_version}

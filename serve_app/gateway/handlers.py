@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from typing import Any, Protocol, TypeVar
@@ -100,6 +100,10 @@ class Orchestrator(Protocol):
 
     def pool(self) -> PoolState:
         """The pool, as last heard of; never waits."""
+        ...
+
+    def breakers(self) -> Mapping[str, str]:
+        """Of the models whose breaker is not closed in this process: where it stands."""
         ...
 
     def ready(self) -> tuple[bool, Json]:

@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx2
@@ -31,6 +32,8 @@ _MAX_WAIT_S = 4.0
 """Longest pause that a request waits for."""
 _COOLDOWN_S = 1.0
 """Pause after a 429 that names none."""
+_NO_QUOTA = "insufficient_quota"
+"""`error.code`, or `error.type`, of a 429 that no pause ends."""
 _READ_TIMEOUT_S = 600.0
 """Upper bound of one answer; the gateway's deadline is the one that counts and cancels earlier."""
 
@@ -116,6 +119,8 @@ class RemoteModel:
             status = error.status_code
             if status not in (408, 429) and status < 500:
                 raise _refusal(status, error) from None
+            if status == 429 and _NO_QUOTA in (error.code, error.type):
+                raise EngineError("the remote model's quota is spent") from None
             pause_s = _retry_after_s(error) or (_COOLDOWN_S if status == 429 else 0.0)
             self._busy_until_s = max(self._busy_until_s, time.monotonic() + pause_s)
             said = f"the remote model answered {status}"
@@ -189,9 +194,13 @@ def _refusal(status: int, error: openai.APIStatusError) -> EngineError | Invalid
 
 
 def _retry_after_s(error: openai.APIStatusError) -> float | None:
-    """Seconds that the endpoint asks to wait; `None` if it says none."""
+    """Seconds that the endpoint asks to wait, said as such or as a date; `None` if it says none."""
+    said = error.response.headers.get("retry-after", "")
     try:
-        seconds = float(error.response.headers["retry-after"])
-    except (KeyError, ValueError):
-        return None
+        seconds = float(said)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(said).timestamp() - time.time()
+        except ValueError:
+            return None
     return seconds if 0 < seconds < float("inf") else None

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -119,13 +119,20 @@ class Decider:
         - A request fails only by itself: the others of its batch do not see its error.
     """
 
-    def __init__(self, embedder: EmbedderHandle, router: RouterHandle) -> None:
+    def __init__(
+        self,
+        embedder: EmbedderHandle,
+        router: RouterHandle,
+        left_alone: Callable[[], frozenset[str]] = frozenset,
+    ) -> None:
         """Keep the handles.
 
         Args:
             embedder: Handle of the `Embedder` deployment.
             router: Handle of the `Router` deployment.
+            left_alone: Models and patterns that no decision may name now.
         """
+        self._left_alone = left_alone
         self._embedder = embedder
         self._router = router
         self._waiting: deque[_Waiting] = deque()
@@ -199,6 +206,8 @@ class Decider:
         request_id: str | None,
         under_way: UnderWay | None,
     ) -> tuple[_Vector | None, Decision]:
+        if without := self._left_alone():
+            limits = replace(limits, without=without)
         answer: asyncio.Future[tuple[_Vector | None, Decision]]
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append(

@@ -109,7 +109,7 @@ class Orchestrator:
         self._suspicions: dict[str, asyncio.Task[None]] = {}
         self._clients = clients or ModelClients(self._suspect)
         self._waker = Waker(config.pool, self._clients)
-        decider = Decider(embedder, router)
+        decider = Decider(embedder, router, self._left_alone)
         self._pairs = PairRunner(config, self._clients, embed=decider.embed)
         self.tools = self._pairs.direct
         """The pool's tools, for a caller that calls them itself."""
@@ -131,6 +131,20 @@ class Orchestrator:
         self._plain_tools = frozenset(
             {NO_TOOL, *(t for t in pool.tools if self._pairs.kind(t) == "context")}
         )
+
+    def _left_alone(self) -> frozenset[str]:
+        """Models whose breaker is open, and patterns that cannot do without them."""
+        models = self._pairs.parts.models.breakers.open_models()
+        if not models:
+            return models
+        pool = self._watcher.state
+        stopped = set(pool.ready_patterns()) - set(pool.ready_patterns(models))
+        return models | {Pair.of_pattern(name).model_id for name in stopped}
+
+    def breakers(self) -> dict[str, str]:
+        """Of the models whose breaker is not closed here: where it stands."""
+        states = self._pairs.parts.models.breakers.states()
+        return {model_id: str(state) for model_id, state in states.items()}
 
     def _suspect(self, model_id: str) -> None:
         """Have the controller look at a model that failed; not twice a second."""
@@ -172,6 +186,7 @@ class Orchestrator:
     def close(self) -> None:
         """Let go of the tools' workers."""
         self._waker.close()
+        self._pairs.parts.models.breakers.close()
         self._pairs.close()
 
     async def decide(self, call: ChatCall) -> Decision:

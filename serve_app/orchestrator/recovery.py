@@ -4,14 +4,16 @@ A failure is told apart by its `Fault`, by the strongest `Effects` of the tool c
 for the request, and by whether a byte of the answer is out. The table names the moves that are
 right then, the best one first; whoever asks says which of them it can make. Nothing else retries:
 not Ray (`max_retries=0`), not the `openai` client, not a model's class. HAProxy alone sends a POST
-again, to another gateway where one died before it answered.
+again, to another gateway where one died before it answered. `docs/architecture.md` has the table
+with the status codes behind each fault.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,8 +28,10 @@ from serve_app.errors import (
     EngineError,
     EngineUnavailable,
     InvalidRequest,
+    ModelNotFound,
     NoCandidate,
     ReplicaDied,
+    RequestError,
     ToolError,
     ToolRetry,
     ToolWorkerDied,
@@ -49,17 +53,21 @@ _AFTER_DEATH_S = 0.1
 """From the first death of a replica until what it worked on is sent to another, at most."""
 _FIRST_PAUSE_S = 0.25
 """From the first failure that may pass until the call is made again, at most."""
+_WINDOW_S = 60.0
+"""Of a retry budget."""
 
 
 class Fault(StrEnum):
     """What a failure says."""
 
     CALLER = "caller"
-    """The request is wrong for every candidate."""
+    """The request is wrong for every candidate, or its key may not: 400, 401, 403, 404, 413, 422,
+    429 with the key's quota."""
     EXTRA = "extra"
     """The engine refuses what the caller did not ask for: log-probabilities."""
     UNFIT = "unfit"
-    """The request does not fit this candidate: context, tool or price."""
+    """The request does not fit this candidate: context, tool or price. After a context that is too
+    short only a longer one follows."""
     UNREADABLE = "unreadable"
     """The model wrote a tool call that cannot be read."""
     ARGUMENTS = "arguments"
@@ -69,9 +77,10 @@ class Fault(StrEnum):
     PASSING = "passing"
     """The remote endpoint failed in a way that may pass: no connection, 408, 5xx."""
     BUSY = "busy"
-    """The model asks for a pause; a call made again waits for its end."""
+    """The model asks for a pause (429, or `Retry-After`); a call made again waits for its end."""
     ENGINE = "engine"
-    """The model's application failed."""
+    """The model's application failed, or its endpoint refuses our access: 401, 403, 404, a spent
+    quota. The same call would fail again."""
     TOOL_DIED = "tool_died"
     """The worker that ran the tool died."""
     TOOL = "tool"
@@ -79,7 +88,7 @@ class Fault(StrEnum):
     LATE = "late"
     """The candidate's share of the time is up."""
     OTHER = "other"
-    """Anything else: a fault of ours."""
+    """Anything else: a fault of ours, or a candidate that has left the pool."""
 
 
 class Move(StrEnum):
@@ -125,7 +134,8 @@ follows upon it."""
 
 _FAULTS: tuple[tuple[type[AtlasError], Fault], ...] = (
     (UnfitForPair, Fault.UNFIT),
-    (InvalidRequest, Fault.CALLER),
+    (ModelNotFound, Fault.OTHER),
+    (RequestError, Fault.CALLER),
     (UnreadableCall, Fault.UNREADABLE),
     (ReplicaDied, Fault.DIED),
     (EngineUnavailable, Fault.PASSING),
@@ -136,6 +146,12 @@ _FAULTS: tuple[tuple[type[AtlasError], Fault], ...] = (
     (ToolError, Fault.TOOL),
     (DeadlineExceeded, Fault.LATE),
 )
+
+
+LOADS: frozenset[Fault] = frozenset({Fault.PASSING, Fault.BUSY})
+"""Faults that a call made again could make worse: what is overloaded gets more load. Such calls
+come out of the gateway's `RetryBudget`. The others are bounded by themselves: a request is sent
+again after at most one death, and a tool's call, a repair and log-probabilities once."""
 
 
 def fault_of(failure: AtlasError) -> Fault:
@@ -208,7 +224,10 @@ class Recovery:
 
 
 def pause_s(failure: AtlasError, times: int) -> float:
-    """Seconds to wait before a call is made again; longer each time, and never in step.
+    """Seconds to wait before a call is made again: what the model asks for, and full jitter.
+
+    The jitter is uniform between 0 and a bound that doubles, or after a death grows by four, each
+    time; so calls that failed together do not come again together.
 
     Args:
         failure: What it failed with.
@@ -217,7 +236,7 @@ def pause_s(failure: AtlasError, times: int) -> float:
     if isinstance(failure, EngineUnavailable | EngineBusy):
         longest_s = min(LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** (times - 1))
         return (failure.retry_after_s or 0.0) + random.uniform(0, longest_s)
-    return _AFTER_DEATH_S * 4.0 ** (times - 1) * random.uniform(0.5, 1.0)
+    return random.uniform(0, _AFTER_DEATH_S * 4.0 ** (times - 1))
 
 
 async def again(
@@ -247,29 +266,47 @@ async def again(
 
 
 class RetryBudget:
-    """How often one model may be asked again after failures that may pass: a share of its requests.
+    """How often a gateway may ask models again after faults that load makes worse.
 
     With an endpoint that fails for everybody, retries would multiply the load that it cannot carry.
+
+    Invariant: in any minute there are at most `share` of the calls of that minute, or `least`.
     """
 
-    def __init__(self, per_request: float = 0.1, most: float = 10.0) -> None:
-        """Begin with all that can be saved up.
+    def __init__(self, share: float = 0.1, least: int = 5) -> None:
+        """Begin with no call.
 
         Args:
-            per_request: Retries that each request earns.
-            most: Retries that can be saved up.
+            share: Retries for each call.
+            least: Retries in a minute, however few calls there are.
         """
-        self._per_request = per_request
-        self._most = most
-        self._saved = most
+        self._share = share
+        self._least = least
+        self._calls: deque[list[float]] = deque()
+        """Of the last minute: second, calls, retries."""
+        self._num_calls = self._num_retries = 0
 
     def earn(self) -> None:
-        """Count a request."""
-        self._saved = min(self._most, self._saved + self._per_request)
+        """Count a call that is made for the first time."""
+        self._now()[1] += 1
+        self._num_calls += 1
 
     def spend(self) -> bool:
         """Take one retry; whether there was one."""
-        if self._saved < 1:
+        now = self._now()
+        if self._num_retries >= max(self._least, int(self._share * self._num_calls)):
             return False
-        self._saved -= 1
+        now[2] += 1
+        self._num_retries += 1
         return True
+
+    def _now(self) -> list[float]:
+        """The counts of this second; what is older than a minute is forgotten."""
+        second = float(int(time.monotonic()))
+        while self._calls and self._calls[0][0] <= second - _WINDOW_S:
+            _, calls, retries = self._calls.popleft()
+            self._num_calls -= int(calls)
+            self._num_retries -= int(retries)
+        if not self._calls or self._calls[-1][0] != second:
+            self._calls.append([second, 0, 0])
+        return self._calls[-1]

@@ -7,7 +7,7 @@ name here is up to the configuration file (`serve_app.pool.allow_list`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -29,14 +29,22 @@ Json = dict[str, Any]
 class PoolAdmin:
     """The handlers of `/v1/admin/models`, `/v1/admin/tools` and `/v1/admin/patterns`."""
 
-    def __init__(self, config: AtlasConfig, store: Store, view: Callable[[], PoolView]) -> None:
+    def __init__(
+        self,
+        config: AtlasConfig,
+        store: Store,
+        view: Callable[[], PoolView],
+        breakers: Callable[[], Mapping[str, str]],
+    ) -> None:
         """Of a deployment.
 
         Args:
             config: As in its file.
             store: Holds the desired pool.
             view: The pool as it is now.
+            breakers: Of the models whose breaker is not closed in this process: where it stands.
         """
+        self._breakers = breakers
         self._store = store
         self._pool = DesiredPool(config, store)
         self._max_depth = config.gateway.limits.max_json_depth
@@ -44,8 +52,11 @@ class PoolAdmin:
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/admin/models`."""
-        view = self._view()
-        return _listed(view, view.admin_models())
+        view, breakers = self._view(), self._breakers()
+        rows = view.admin_models()
+        return _listed(
+            view, [{**r, "breaker": breakers.get(r["model_id"], "closed")} for r in rows]
+        )
 
     async def tools(self, request: Request) -> Response:
         """`GET /v1/admin/tools`."""

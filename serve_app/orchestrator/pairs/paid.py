@@ -21,9 +21,10 @@ from serve_app.budget import Budget, Reservation, Use
 from serve_app.config import ModelConfig, RemoteModelConfig
 from serve_app.content import PICTURE_TOKENS, without_pictures
 from serve_app.errors import (
+    AtlasError,
+    ContextTooLong,
     EngineBusy,
     EngineError,
-    EngineUnavailable,
     InvalidRequest,
     KeyRequired,
     ReplicaDied,
@@ -35,8 +36,10 @@ from serve_app.errors import (
 from serve_app.models.clients import ModelClients
 from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.answer import Choice, ChunkMerger, text_of
+from serve_app.orchestrator.breaker import Breakers
 from serve_app.orchestrator.pairs.base import Emit, PairWork
 from serve_app.orchestrator.recovery import (
+    LOADS,
     LONGEST_PAUSE_S,
     Fault,
     Move,
@@ -45,7 +48,7 @@ from serve_app.orchestrator.recovery import (
     pause_s,
 )
 from serve_app.orchestrator.trace import Span, SpanKind
-from serve_app.schemas import ChatCall, Effects, ToolCall, Usage
+from serve_app.schemas import ChatCall, Effects, Pair, ToolCall, Usage
 from serve_app.tools.base import Function, Tool, ToolResult
 from serve_app.tools.runner import ToolRunner
 
@@ -65,7 +68,9 @@ class PaidModels:
         """
         self._clients = clients
         self._models: dict[str, ModelConfig] = {}
-        self._retries: dict[str, RetryBudget] = {}
+        self._retries = RetryBudget()
+        self.breakers = Breakers(clients)
+        """Of the pool's models."""
         self._no_logprobs: set[str] = set()
         """Models whose engines refused a request for log-probabilities, and took it without."""
 
@@ -76,6 +81,26 @@ class PaidModels:
     def sees(self, model_id: str) -> bool:
         """Whether a model takes pictures itself."""
         return self._models[model_id].capabilities.vision
+
+    def worth_trying(self, pair: Pair, failed: Pair, failure: AtlasError) -> bool:
+        """Whether another candidate may answer where one failed.
+
+        Args:
+            pair: The other candidate.
+            failed: The one that failed.
+            failure: What it failed with.
+        """
+        if self.breakers.is_open(pair.model_id):
+            return False
+        if not isinstance(failure, ContextTooLong) or pair.is_pattern:
+            return True
+        own, least = self.window(pair.model_id), self.window(failed.model_id)
+        return own > least or (math.isinf(own) and pair.model_id != failed.model_id)
+
+    def window(self, model_id: str) -> float:
+        """Tokens of prompt and answer that a model takes together; infinite: not known."""
+        model = self._models.get(model_id)
+        return math.inf if model is None else model.able().context_tokens
 
     def body(
         self, model_id: str, sampling: dict[str, Any], messages: Sequence[dict[str, Any]]
@@ -180,30 +205,45 @@ class PaidModels:
         """Ask a model, and ask it the same again where the table says so."""
         config = self._models[model_id]
         most = config.max_retries if isinstance(config, RemoteModelConfig) else 0
-        retries = self._retries.setdefault(model_id, RetryBudget())
-        retries.earn()
+        self._retries.earn()
         is_pairs = model_id == work.pair.model_id
         before, tries = work.num_sent, 0
         while True:
             try:
-                return await ask()
-            except (ReplicaDied, EngineUnavailable, EngineBusy) as failure:
+                result = await ask()
+            except InvalidRequest:
+                self.breakers.answered(model_id)
+                raise
+            except EngineError as failure:
                 tries += 1
-                can = not budget.deadline.is_over()
+                self.breakers.failed(model_id, failure)
+                fault, wait_s = fault_of(failure), pause_s(failure, tries)
+                can = wait_s < budget.deadline.remaining_s()
                 if isinstance(failure, ReplicaDied):
                     work.recovery.deaths += is_pairs
-                else:
-                    can = can and tries <= most and _is_short(failure) and retries.spend()
+                elif fault in LOADS:
+                    can = can and tries <= most and self._may_wait(model_id, failure)
                 move = work.recovery.move(
-                    fault_of(failure),
+                    fault,
                     sent=work.num_sent > before,
                     again=can,
                     another=work.has_next or not is_pairs,  # the majority stands in for a verifier
                 )
-                if move is not Move.AGAIN:
+                if move is not Move.AGAIN or (fault in LOADS and not self._retries.spend()):
                     raise
                 logger.warning("model %s: %s; asking again", model_id, failure.message)
-                await asyncio.sleep(pause_s(failure, tries))
+                await asyncio.sleep(wait_s)
+            else:
+                self.breakers.answered(model_id)
+                return result
+
+    def _may_wait(self, model_id: str, failure: EngineError) -> bool:
+        """Whether a model may be asked again, and the pause that it asks for can be waited for."""
+        if self.breakers.is_open(model_id):
+            return False
+        if not isinstance(failure, EngineBusy):
+            return True
+        return failure.retry_after_s is not None and failure.retry_after_s <= LONGEST_PAUSE_S
 
     async def _call(self, work: PairWork, body: ChatBody, emit: Emit | None) -> list[Choice]:
         """One call of the pair's model; its pieces go to `emit`, `None`: it is asked as a whole."""
@@ -294,13 +334,6 @@ class PaidModels:
         held.settle(used)
         if used is not None:
             span.charge(used)
-
-
-def _is_short(failure: EngineUnavailable | EngineBusy) -> bool:
-    """Whether the pause that a model asks for can be waited for."""
-    if isinstance(failure, EngineUnavailable):
-        return True
-    return failure.retry_after_s is not None and failure.retry_after_s <= LONGEST_PAUSE_S
 
 
 class PaidTools:

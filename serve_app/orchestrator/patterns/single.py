@@ -31,9 +31,11 @@ class Single:
         decision = run.decision
         assert decision is not None
         failures: list[AtlasError] = []
-        candidates = decision.candidates[: run.call.limits.max_steps]
-        for rank, candidate in enumerate(candidates):
-            has_next = rank < len(candidates) - 1
+        left, most = list(decision.candidates), run.call.limits.max_steps
+        models = self._engine.pairs.parts.models
+        for rank in range(min(most, len(left))):
+            candidate = left.pop(0)
+            has_next = rank < most - 1 and bool(left)
             plan = StepPlan(
                 pair=candidate.pair,
                 path=DecidedBy.FALLBACK if rank else decision.path,
@@ -48,7 +50,8 @@ class Single:
                 return await self._engine.step(run, plan)
             except AtlasError as failure:
                 failures.append(failure)
-                if run.move(failure, another=has_next) is not Move.ANOTHER:
+                left = [of for of in left if models.worth_trying(of.pair, candidate.pair, failure)]
+                if run.move(failure, another=has_next and bool(left)) is not Move.ANOTHER:
                     told = _worth_telling(failures)
                     if told is failure:
                         raise

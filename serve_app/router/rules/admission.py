@@ -66,6 +66,8 @@ class Admission:
             admits &= np.isin(self._models[indices], list(limits.models))
         if limits.tools is not None:
             admits &= np.isin(self._tools[indices], list(limits.tools))
+        if limits.without:
+            admits &= ~np.isin(self._models[indices], list(limits.without))
         return admits
 
     def able(self, needs: Needs, indices: _Indices, abilities: Abilities) -> NDArray[np.bool_]:

@@ -351,6 +351,19 @@ def test_administration_shows_no_secret_address_or_path(gateway: Loopback) -> No
         assert not any(word in text for word in ("secret", "SECRET", "127.0.0.1", "://"))
 
 
+def test_administration_shows_where_a_models_breaker_stands(gateway: Loopback) -> None:
+    gateway.orchestrator.not_closed = {"large": "open"}
+    try:
+        rows = get(gateway, "/v1/admin/models").json()["data"]
+    finally:
+        gateway.orchestrator.not_closed = {}
+    assert {row["model_id"]: row["breaker"] for row in rows} == {
+        "small": "closed",
+        "large": "open",
+        "broken": "closed",
+    }
+
+
 def test_administration_shows_what_a_pattern_does_and_its_worst_case(gateway: Loopback) -> None:
     (row,) = get(gateway, "/v1/admin/patterns").json()["data"]
     assert row["pattern"] == {"name": "hello", "do": [{"ask": {"pair": "small"}}]}

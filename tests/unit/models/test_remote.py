@@ -8,6 +8,8 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
@@ -23,6 +25,8 @@ from serve_app.errors import (
 )
 from serve_app.models import remote
 from serve_app.models.remote import RemoteModel
+from serve_app.orchestrator.recovery import TABLE, Move, fault_of
+from serve_app.schemas import Effects
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
 ANSWER = {
@@ -181,6 +185,47 @@ async def test_a_refusal_has_no_control_characters() -> None:
 async def test_a_conversation_that_is_too_long_is_told_apart(said: bytes) -> None:
     async with model(said) as (served, _):
         assert isinstance(await refused(served), ContextTooLong)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "moves"),
+    [
+        (400, None, ()),
+        (413, None, ()),
+        (422, None, ()),
+        (400, "context_length_exceeded", (Move.ANOTHER,)),
+        (401, None, (Move.ANOTHER,)),
+        (403, None, (Move.ANOTHER,)),
+        (404, None, (Move.ANOTHER,)),
+        (429, "insufficient_quota", (Move.ANOTHER,)),
+        (408, None, (Move.AGAIN, Move.ANOTHER)),
+        (429, None, (Move.AGAIN, Move.ANOTHER)),
+        (500, None, (Move.AGAIN, Move.ANOTHER)),
+        (529, None, (Move.AGAIN, Move.ANOTHER)),
+    ],
+)
+async def test_each_status_has_its_row_in_the_table_of_recovery(
+    status: int, code: str | None, moves: tuple[Move, ...]
+) -> None:
+    async with model(error(status, "no", code)) as (served, endpoint):
+        failure = await refused(served)
+        assert len(endpoint.arrived_s) == 1
+    fault = fault_of(failure)
+    assert TABLE[fault, Effects.NONE, False] == moves
+    assert TABLE[fault, Effects.NONE, True] == ()
+
+
+async def test_a_spent_quota_asks_for_no_pause() -> None:
+    async with model(error(429, code="insufficient_quota"), GOOD) as (served, _):
+        assert type(await refused(served)) is EngineError
+        assert await served.complete(BODY)
+
+
+async def test_a_pause_may_be_said_as_a_date() -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    for said, least_s in ((date, 50), ("soon", 0)):
+        async with model(error(503, retry_after=said)) as (served, _):
+            assert (getattr(await refused(served), "retry_after_s", None) or 0) >= least_s
 
 
 async def test_a_redirect_is_not_followed() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from serve_app.budget import Budget, Deadline
+from serve_app.config import AtlasConfig
 from serve_app.config.tools import CalculatorConfig
 from serve_app.errors import (
     AtlasError,
@@ -20,25 +21,34 @@ from serve_app.errors import (
     EngineBusy,
     EngineError,
     EngineUnavailable,
+    Forbidden,
     InvalidRequest,
+    KeyReused,
+    ModelNotFound,
+    NotFound,
+    RateLimited,
     ReplicaDied,
+    RequestTooLarge,
     ToolFailed,
     ToolRetry,
     ToolWorkerDied,
+    UnfitForPair,
 )
 from serve_app.models.protocol import ChatBody
-from serve_app.orchestrator import recovery
+from serve_app.orchestrator.answer import Answer
 from serve_app.orchestrator.channel import Channel
 from serve_app.orchestrator.engine import Engine
 from serve_app.orchestrator.pairs.base import PairWork
+from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns.declared import PatternRunner
 from serve_app.orchestrator.patterns.single import Single
-from serve_app.orchestrator.recovery import TABLE, Fault, Move, RetryBudget
+from serve_app.orchestrator.recovery import TABLE, Fault, Move, RetryBudget, fault_of, pause_s
 from serve_app.orchestrator.run import Run
 from serve_app.orchestrator.trace import Trace
 from serve_app.schemas import Candidate, ChatCall, DecidedBy, Decision, Effects, Limits, Pair
 from serve_app.tools.base import ToolResult
 from serve_app.tools.runner import ToolRunner
+from tests.clock import LoopClock
 from tests.executor_fakes import Bench, Tools, reply
 from tests.path2_fakes import Engines, refuses_logprobs
 
@@ -146,17 +156,42 @@ class Scene(Bench):
 
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovery, "_AFTER_DEATH_S", 0.001)
-    monkeypatch.setattr(recovery, "_FIRST_PAUSE_S", 0.001)
+async def no_second_passes(loop_clock: LoopClock) -> None:
+    """Pauses are those of production, on the clock of the test's loop."""
+
+
+class Pool:
+    """A request whose candidates are models without a tool, `m0`, `m1`, …"""
+
+    def __init__(self, folder: Path, windows: tuple[int | None, ...] = (None, None)) -> None:
+        remote = {"type": "remote", "base_url": "http://127.0.0.1:1/v1", "remote_model": "x"}
+        models = [
+            remote | {"model_id": f"m{i}", "capabilities": {"context_tokens": window}}
+            for i, window in enumerate(windows)
+        ]
+        self.config = AtlasConfig.model_validate({"models": models, "data_dir": str(folder)})
+        self.engines = Engines()
+        self.pairs = PairRunner(self.config, self.engines, ToolRunner([]))
+        self.breakers = self.pairs.parts.models.breakers
+
+    async def answer(self) -> Answer:
+        """Have the candidates tried in their order."""
+        limits = Limits(alpha=0.0, deadline_s=30, max_steps=4)
+        call = ChatCall("req_1", "atlas", ({"role": "user", "content": "x"},), {}, limits)
+        run = Run(call)
+        candidates = [Candidate(Pair(m.model_id, "none"), 1, 1, 0) for m in self.config.models]
+        run.decision = Decision(tuple(candidates), DecidedBy.CLUSTERS, 1.0, 1.0, 1, 1)
+        decider: Any = None
+        declared = PatternRunner(self.pairs, decider, self.config)
+        return await Single(Engine(self.pairs, declared, decider, None)).run(run)
 
 
 OF_MODELS: dict[Fault, Exception] = {
     Fault.CALLER: InvalidRequest("no"),
-    Fault.UNFIT: ContextTooLong("no"),
+    Fault.UNFIT: UnfitForPair("no"),
     Fault.DIED: ReplicaDied("no"),
     Fault.PASSING: EngineUnavailable("no"),
-    Fault.BUSY: EngineBusy("no", None, 0.001),
+    Fault.BUSY: EngineBusy("no", None, 3.0),
     Fault.ENGINE: EngineError("no"),
     Fault.LATE: DeadlineExceeded("no"),
     Fault.OTHER: RuntimeError("no"),
@@ -262,11 +297,32 @@ async def test_an_endpoint_is_asked_again_as_often_as_its_model_says(tmp_path: P
     with pytest.raises(EngineUnavailable):
         await bench.run("none")
     assert len(bench.engines.bodies) == 1 + 2
-    # Of requests to one that fails for everybody, a share is tried again.
+    # It fails for everybody: its breaker opens at the fifth call, and no call is made again.
     for _ in range(40):
         with pytest.raises(EngineUnavailable):
             await bench.run("none")
-    assert len(bench.engines.bodies) <= 41 + 10 + 41 * 0.1
+    assert len(bench.engines.bodies) == 41 + 2 + 1
+
+
+async def test_of_the_calls_of_a_minute_a_tenth_is_made_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    turn = 0
+
+    def every_other(body: ChatBody) -> Any:
+        nonlocal turn
+        turn += 1
+        return EngineUnavailable("503") if turn % 2 else reply("100")
+
+    bench.engines.says = {"m": every_other}  # a call made again is answered
+    failed = 0
+    for _ in range(300):
+        try:
+            await bench.run("none")
+        except EngineUnavailable:
+            failed += 1
+    retries = len(bench.engines.bodies) - 300
+    assert failed > 100
+    assert 25 <= retries <= 30
 
 
 async def test_a_pause_is_kept_unless_it_is_long(
@@ -282,7 +338,7 @@ async def test_a_pause_is_kept_unless_it_is_long(
     monkeypatch.setattr(asyncio, "sleep", note)
     bench = Bench(tmp_path, EngineBusy("503", None, 3.0), reply("100"))
     assert (await bench.run("none"))[0] == "100"
-    assert 3.0 <= waited_s[0] < 3.1
+    assert 3.0 <= waited_s[0] <= 3.25
     for too_long in (EngineBusy("503", None, 60.0), EngineBusy("it does not say")):
         bench = Bench(tmp_path, too_long, reply("100"))
         with pytest.raises(EngineBusy):
@@ -290,13 +346,88 @@ async def test_a_pause_is_kept_unless_it_is_long(
     assert len(waited_s) == 1
 
 
-def test_a_retry_budget_is_earned_by_requests() -> None:
-    budget = RetryBudget(per_request=0.5, most=1.0)
+async def test_a_pause_beyond_the_deadline_is_not_waited_for(
+    tmp_path: Path, loop_clock: LoopClock
+) -> None:
+    bench = Bench(tmp_path, EngineBusy("503", None, 3.0), reply("100"))
+    began_s = loop_clock()
+    with pytest.raises(EngineBusy):
+        await bench.run("none", budget=Budget(Deadline.after(2.9)))
+    assert loop_clock() == began_s
+
+
+async def test_the_retry_budget_is_a_share_of_the_calls_of_a_minute(loop_clock: LoopClock) -> None:
+    budget = RetryBudget(share=0.5, least=1)
     assert [budget.spend(), budget.spend()] == [True, False]
-    budget.earn()
-    assert not budget.spend()
-    budget.earn()
-    assert budget.spend()
+    for _ in range(4):
+        budget.earn()
+    assert [budget.spend(), budget.spend()] == [True, False]
+    await asyncio.sleep(61)
+    assert [budget.spend(), budget.spend()] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("failure", "most_s"),
+    [
+        (EngineUnavailable("500"), 0.25),
+        (EngineBusy("429", None, 2.0), 0.25),
+        (ReplicaDied(""), 0.1),
+    ],
+)
+def test_jitter_is_full(failure: AtlasError, most_s: float) -> None:
+    waits = [pause_s(failure, 1) - (failure.retry_after_s or 0.0) for _ in range(200)]
+    assert 0 <= min(waits) < most_s / 4
+    assert most_s * 3 / 4 < max(waits) <= most_s
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        InvalidRequest("400"),
+        Forbidden("403"),
+        NotFound("404"),
+        RequestTooLarge("413"),
+        KeyReused("422"),
+        RateLimited("429, the key's quota"),
+    ],
+)
+async def test_what_is_the_callers_fault_is_never_tried_again(
+    tmp_path: Path, failure: AtlasError
+) -> None:
+    scene = Scene(tmp_path, [failure], [], Effects.NONE)
+    with pytest.raises(AtlasError):
+        await scene.answer(has_next=True)
+    assert scene.events == ["first"]
+
+
+async def test_a_candidate_that_left_the_pool_is_replaced(tmp_path: Path) -> None:
+    assert fault_of(ModelNotFound("gone")) is Fault.OTHER
+    scene = Scene(tmp_path, [ModelNotFound("gone")], [], Effects.NONE)
+    assert await scene.answer(has_next=True)
+    assert scene.events == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("windows", "asked"),
+    [
+        ((100, 200, 150), ["m0", "m1"]),
+        ((100, 100, 150), ["m0", "m2"]),
+        ((100, 50, None), ["m0", "m2"]),
+        ((100, 100, 50), ["m0"]),
+        ((None, None, 50), ["m0", "m1"]),
+    ],
+)
+async def test_after_a_context_too_long_comes_a_longer_one(
+    tmp_path: Path, windows: tuple[int | None, ...], asked: list[str]
+) -> None:
+    pool = Pool(tmp_path, windows)
+    pool.engines.says = {"m0": ContextTooLong("no"), "m1": "yes", "m2": "yes"}
+    if len(asked) == 1:
+        with pytest.raises(ContextTooLong):
+            await pool.answer()
+    else:
+        assert (await pool.answer()).pair.model_id == asked[-1]
+    assert [model_id for model_id, _ in pool.engines.bodies] == asked
 
 
 def test_ray_repeats_no_call_of_a_tool(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,13 +101,16 @@ async def _asked(node: AskNode, view: NodeView, call: ChatCall, wants_logprobs: 
     pairs = [Pair.parse(node.pair)]
     if node.pair == ROUTE:
         pairs = await _routed(node, view, call)
-    for rank, pair in enumerate(pairs):
-        has_next = rank < len(pairs) - 1
+    while pairs:
+        pair = pairs.pop(0)
+        has_next = bool(pairs)
         budget = view.budget.part(FIRST_TRY_SHARE) if has_next else view.budget
         try:
             return await _run_pair(node, view, pair, call, budget, has_next, wants_logprobs)
         except AtlasError as failure:
-            another = has_next and not view.budget.deadline.is_over()
+            models = view.parts.pairs.parts.models
+            pairs = [other for other in pairs if models.worth_trying(other, pair, failure)]
+            another = bool(pairs) and not view.budget.deadline.is_over()
             move = view.work.recovery.move(
                 fault_of(failure), sent=view.work.num_sent > 0, another=another
             )
