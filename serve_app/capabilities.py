@@ -22,7 +22,7 @@ class Needs(NamedTuple):
     tools: bool = False
     """It has functions of its own that the model may call."""
     prompt_tokens: int = 0
-    """What its messages take of a context, at the very least."""
+    """What its messages take of a context when they are shortened, at the very least."""
 
     def each(self) -> Iterator[tuple[str, Needs]]:
         """Every need alone, with the field of the request that it comes from.
@@ -82,8 +82,14 @@ def needs_of(
         vision=has_pictures(messages),
         json_schema=wanted is not None and wanted["type"] == "json_schema",
         tools=bool(tools) and tool_choice != "none",
-        prompt_tokens=sum(_fewest_tokens(message) for message in messages),
+        prompt_tokens=sum(_fewest_tokens(message) for message in _whole(messages)),
     )
+
+
+def _whole(messages: Sequence[Message]) -> Iterator[Message]:
+    """The messages that no fitting shortens: the instructions, and the last question."""
+    asked = max((n for n, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    return (m for n, m in enumerate(messages) if n == asked or m["role"] == "system")
 
 
 def _fewest_tokens(message: Message) -> int:

@@ -166,6 +166,8 @@ class SpanKind(StrEnum):
     """A call of a model."""
     TOOL = "tool"
     """A call of a tool."""
+    CONTEXT = "context"
+    """A conversation that was shortened to fit a model's context."""
     VALIDATION = "validation"
     """A check of what a model said."""
 

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field, model_validator
 
 from serve_app.config.base import BaseConfig
+from serve_app.config.context import ContextConfig
 from serve_app.config.embedder import EmbedderConfig
 from serve_app.config.gateway import GatewayConfig
 from serve_app.config.models import (
@@ -43,6 +44,7 @@ class AtlasConfig(BaseConfig):
     embedder: EmbedderConfig = EmbedderConfig()
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()
+    context: ContextConfig = ContextConfig()
     store: StoreConfig = StoreConfig()
     pool: PoolConfig = PoolConfig()
     data_dir: str = f"~/{DATA_FOLDER}"
@@ -103,6 +105,9 @@ class AtlasConfig(BaseConfig):
         planner = self.router.planner
         if planner is not None and roles.get(planner) != "chat":
             raise ValueError(f"router.planner: {planner!r} is no configured model")
+        summarizer = self.context.summarizer
+        if summarizer is not None and roles.get(summarizer) != "chat":
+            raise ValueError(f"context.summarizer: {summarizer!r} is no configured model")
         for model in self.models:
             helps = model.role == "verifier" or model.model_id == planner
             if helps and model.autoscaling.min_replicas == 0:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -47,7 +50,8 @@ class CapabilitiesConfig(BaseConfig):
     `engine_kwargs` turn a tool parser on; of every other one yes."""
     context_tokens: int | None = Field(default=None, ge=1)
     """Tokens that prompt and answer may have together. `None`: of a local model, `max_model_len` of
-    its `engine_kwargs`; else not known, and nothing is too long."""
+    its `engine_kwargs`, or what the `config.json` of its folder says; else not known, and nothing
+    is too long."""
 
 
 class PairCardConfig(CardConfig):
@@ -141,6 +145,8 @@ class LocalModelConfig(ModelBase):
 
     def _context_tokens(self) -> int | None:
         length = self.engine_kwargs.get("max_model_len")
+        if length is None and self.model_source.startswith("/"):
+            length = _context_of_weights(self.model_source)
         return length if isinstance(length, int) and length > 0 else None
 
     @model_validator(mode="after")
@@ -183,6 +189,20 @@ class CustomModelConfig(ModelBase):
     """`module:Class`; the class is made with `settings` as keyword arguments."""
     settings: dict[str, Any] = Field(default_factory=dict)
     num_cpus: float = Field(default=0.1, ge=0)
+
+
+@functools.lru_cache(maxsize=256)
+def _context_of_weights(folder: str) -> Any:
+    """`max_position_embeddings` of the weights in a folder; `None`: not to be read here."""
+    try:
+        with open(Path(folder, "config.json"), "rb") as file:
+            said = json.load(file)
+    except (OSError, ValueError):
+        return None
+    if not isinstance(said, dict):
+        return None
+    text = said.get("text_config")  # of a model that also sees
+    return (text if isinstance(text, dict) else said).get("max_position_embeddings")
 
 
 ModelConfig = Annotated[

@@ -186,7 +186,6 @@ class Orchestrator:
     def close(self) -> None:
         """Let go of the tools' workers."""
         self._waker.close()
-        self._pairs.parts.models.breakers.close()
         self._pairs.close()
 
     async def decide(self, call: ChatCall) -> Decision:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from serve_app.budget import Budget, Reservation, Use
 from serve_app.config import ModelConfig, RemoteModelConfig
+from serve_app.config.context import ContextConfig
 from serve_app.content import PICTURE_TOKENS, without_pictures
 from serve_app.errors import (
     AtlasError,
@@ -37,7 +38,10 @@ from serve_app.models.clients import ModelClients
 from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.answer import Choice, ChunkMerger, text_of
 from serve_app.orchestrator.breaker import Breakers
+from serve_app.orchestrator.context import ContextFitter
+from serve_app.orchestrator.likeness import Likeness
 from serve_app.orchestrator.pairs.base import Emit, PairWork
+from serve_app.orchestrator.pairs.selection import Embed
 from serve_app.orchestrator.recovery import (
     LOADS,
     LONGEST_PAUSE_S,
@@ -47,6 +51,8 @@ from serve_app.orchestrator.recovery import (
     fault_of,
     pause_s,
 )
+from serve_app.orchestrator.summary import Summarizer
+from serve_app.orchestrator.tokens import TokenCounter
 from serve_app.orchestrator.trace import Span, SpanKind
 from serve_app.schemas import ChatCall, Effects, Pair, ToolCall, Usage
 from serve_app.tools.base import Function, Tool, ToolResult
@@ -60,12 +66,23 @@ _T = TypeVar("_T")
 class PaidModels:
     """The pool's models, and what their tokens cost."""
 
-    def __init__(self, clients: ModelClients) -> None:
+    def __init__(
+        self,
+        clients: ModelClients,
+        context: ContextConfig | None = None,
+        embed: Embed | None = None,
+    ) -> None:
         """Know no model yet.
 
         Args:
             clients: Handles to the models.
+            context: How conversations are made to fit; `None`: by the defaults.
+            embed: The deployment's encoder; `None`: words alone say which turns are kept.
         """
+        context = context or ContextConfig()
+        self._counter = TokenCounter()
+        summarizer = Summarizer(context.summarizer, self) if context.summarizer else None
+        self._context = ContextFitter(context, self._counter, Likeness(embed), summarizer)
         self._clients = clients
         self._models: dict[str, ModelConfig] = {}
         self._retries = RetryBudget()
@@ -76,7 +93,14 @@ class PaidModels:
 
     def use(self, models: Iterable[ModelConfig]) -> None:
         """Take over a changed pool; models that left stay known for requests under way."""
-        self._models |= {model.model_id: model for model in models}
+        known = {model.model_id: model for model in models}
+        self._models |= known
+        self._counter.use(known.values())
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        self.breakers.close()
+        self._counter.close()
 
     def sees(self, model_id: str) -> bool:
         """Whether a model takes pictures itself."""
@@ -117,7 +141,8 @@ class PaidModels:
 
         Args:
             work: The run of the pair.
-            body: The request; `max_tokens` is lowered to what the budget covers.
+            body: The request. Its messages are shortened to the model's context, and `max_tokens`
+                is lowered to what context and budget cover.
             outlet: Makes what takes the reply's pieces, anew for each try; `None`: the reply is
                 wanted whole, as it is wherever the run's answer is.
 
@@ -125,10 +150,12 @@ class PaidModels:
             The reply's choices.
 
         Raises:
+            ContextTooLong: If it cannot be shortened to fit.
             BudgetExceeded: If not one token is covered.
             AtlasError: What the engine fails with.
         """
         model_id, before = work.pair.model_id, work.num_sent
+        body = await self._context.fitted(work, body, self.window(model_id))
         asks = (
             work.wants_logprobs and not body.get("logprobs") and model_id not in self._no_logprobs
         )
@@ -211,8 +238,10 @@ class PaidModels:
         while True:
             try:
                 result = await ask()
-            except InvalidRequest:
+            except InvalidRequest as refusal:
                 self.breakers.answered(model_id)
+                if isinstance(refusal, ContextTooLong):
+                    self._context.refused(model_id)
                 raise
             except EngineError as failure:
                 tries += 1
@@ -256,6 +285,7 @@ class PaidModels:
             if emit is None:
                 completion = await self._clients.complete(model_id, body, deadline)
                 self._charge(model_id, completion.get("usage"), span, held)
+                self._learn(model_id, body, span)
                 choices: list[Choice] = completion["choices"]
                 span.said(text_of(choices))
                 return choices
@@ -275,11 +305,17 @@ class PaidModels:
                     self._charge(model_id, usage, span, held)
                 raise
             self._charge(model_id, usage, span, held)
+            self._learn(model_id, body, span)
             choices = merger.choices()
             if not choices:
                 raise EngineError("the engine gave no choice")
             span.said(text_of(choices))
             return choices
+
+    def _learn(self, model_id: str, body: ChatBody, span: Span) -> None:
+        """Have the context's count learn from what a prompt took, where there is a window."""
+        if span.usage.prompt_tokens and not math.isinf(self.window(model_id)):
+            self._context.told(model_id, body, span.usage.prompt_tokens)
 
     def _affordable(self, model_id: str, body: ChatBody, budget: Budget) -> ChatBody:
         """The request with no more tokens than the budget covers; one at least."""

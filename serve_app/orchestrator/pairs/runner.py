@@ -41,12 +41,13 @@ class PairRunner:
             config: The deployment.
             clients: Handles to the models.
             runner: Runs the tools; `None` makes one.
-            embed: The deployment's encoder; `None`: functions are selected by words alone.
+            embed: The deployment's encoder; `None`: functions and turns are selected by words
+                alone.
         """
         self._runner = runner or ToolRunner(config.tools, config.data_path() / "cache")
         limits = config.gateway.limits
         self.parts = Parts(
-            PaidModels(clients),
+            PaidModels(clients, config.context, embed),
             PaidTools(self._runner),
             FunctionSelector(embed),
             limits.max_tool_rounds,
@@ -68,8 +69,9 @@ class PairRunner:
         await self._runner.start()
 
     def close(self) -> None:
-        """Let go of the tools' workers."""
+        """Let go of the tools' workers, and give up what is under way."""
         self._runner.close()
+        self.parts.models.close()
 
     def kind(self, tool_id: str) -> ToolKind:
         """How a tool joins a model, also one that cannot be made."""
