@@ -101,6 +101,9 @@ class DecidedBy(StrEnum):
     fallback."""
     POLICY = "policy"
     """Path 2: the learned multi-step policy."""
+    SESSION = "session"
+    """The router would have switched; the conversation stays with who answered it last, because
+    to have it read anew would cost more."""
     FALLBACK = "fallback"
     """The choice failed before the first byte, and the next-best pair took over."""
 
@@ -575,6 +578,8 @@ class ChatCall:
     explain: bool = False
     events: bool = False
     """Whether the stream tells of each span as it begins and ends."""
+    session: str = ""
+    """Of the conversation that it is a part of: unique among all keys; empty: of none."""
     note: str | None = None
     """What the planner said of the question; stands before it in the last user message."""
     begin_effect: Callable[[], Awaitable[None]] | None = field(

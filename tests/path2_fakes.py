@@ -137,10 +137,12 @@ class Engines(ModelClients):
         says: Model to what it answers: a text, a whole completion, an error, or a function of the
             request's body.
         bodies: Every request, in the order it came.
+        sessions: Of every request, empty where it has none.
     """
 
     says: dict[str, Any] = field(default_factory=dict)
     bodies: list[tuple[str, ChatBody]] = field(default_factory=list)
+    sessions: list[str] = field(default_factory=list)
 
     def use(self, applications: Mapping[str, str]) -> None:
         """Whatever answers for a model, it is this object."""
@@ -148,8 +150,11 @@ class Engines(ModelClients):
     def asked(self, model_id: str) -> list[ChatBody]:
         return [body for asked, body in self.bodies if asked == model_id]
 
-    async def complete(self, model_id: str, body: ChatBody, deadline: Deadline) -> dict[str, Any]:
+    async def complete(
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
+    ) -> dict[str, Any]:
         self.bodies.append((model_id, body))
+        self.sessions.append(session)
         said = self.says.get(model_id, f"{model_id} says hello")
         if callable(said):
             said = said(body)
@@ -174,9 +179,9 @@ class Engines(ModelClients):
         return {"choices": [choice], "usage": usage}
 
     async def stream(
-        self, model_id: str, body: ChatBody, deadline: Deadline
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
     ) -> AsyncGenerator[dict[str, Any], None]:
-        completion = await self.complete(model_id, body, deadline)
+        completion = await self.complete(model_id, body, deadline, session)
         checker = StreamChecker(body)
         for choice in completion["choices"]:
             for chunk in _pieces(choice):

@@ -28,6 +28,10 @@ class PriceConfig(BaseConfig):
 
     usd_per_1m_prompt_tokens: float = Field(default=0.0, ge=0, le=10_000)
     usd_per_1m_completion_tokens: float = Field(default=0.0, ge=0, le=10_000)
+    usd_per_1m_cached_prompt_tokens: float | None = Field(default=None, ge=0, le=10_000)
+    """Of prompt tokens that the model has in its cache: what a conversation of a session saves by
+    staying. `None`: nothing of a local model, whose engine reads them again at no cost; of every
+    other one what prompt tokens cost."""
 
 
 class CardConfig(BaseConfig):
@@ -92,6 +96,12 @@ class ModelBase(BaseConfig):
         context = said.context_tokens or self._context_tokens() or math.inf
         return Capabilities(said.vision, said.json_schema, tools, context)
 
+    @property
+    def cached_usd_per_1m(self) -> float:
+        """US dollars of a million prompt tokens that are in its cache."""
+        said = self.price.usd_per_1m_cached_prompt_tokens
+        return self.price.usd_per_1m_prompt_tokens if said is None else said
+
     def _calls_tools(self) -> bool:
         return True
 
@@ -138,6 +148,11 @@ class LocalModelConfig(ModelBase):
     memory allows."""
     scoring: ScoringConfig = ScoringConfig()
     """Read where the role is `verifier`."""
+
+    @property
+    def cached_usd_per_1m(self) -> float:
+        """US dollars of a million prompt tokens that are in its cache."""
+        return self.price.usd_per_1m_cached_prompt_tokens or 0.0
 
     def _calls_tools(self) -> bool:
         arguments = self.engine_kwargs

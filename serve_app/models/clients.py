@@ -81,8 +81,16 @@ class ModelClients:
         in_use = set(applications.values())
         self._handles = {name: held for name, held in self._handles.items() if name in in_use}
 
-    async def complete(self, model_id: str, body: ChatBody, deadline: Deadline) -> dict[str, Any]:
+    async def complete(
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
+    ) -> dict[str, Any]:
         """One whole completion; see `ModelServer.complete`.
+
+        Args:
+            model_id: The model.
+            body: The request.
+            deadline: When the answer must be there.
+            session: Calls of the same one go to the same replica; empty: to any.
 
         Raises:
             InvalidRequest: If the engine refuses the request.
@@ -91,18 +99,20 @@ class ModelClients:
         """
         handle = await self._handle(model_id, deadline)
         try:
-            answer: dict[str, Any] = await call(handle.complete.remote(body), deadline)
+            of = handle.options(session_id=session) if session else handle
+            answer: dict[str, Any] = await call(of.complete.remote(body), deadline)
         except EngineError as failure:
             self._tell(model_id, failure)
             raise
         return answer
 
     async def stream(
-        self, model_id: str, body: ChatBody, deadline: Deadline
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of one completion; errors as `complete`, at any point."""
+        """The chunks of one completion; arguments and errors as `complete`, at any point."""
         handle = await self._handle(model_id, deadline)
-        response = handle.options(stream=True).stream.remote(body)
+        of = {"session_id": session} if session else {}
+        response = handle.options(stream=True, **of).stream.remote(body)
         chunks = aiter(response)
         try:
             while True:

@@ -19,6 +19,7 @@ from ray.serve.deployment import Application
 from serve_app.config import LocalModelConfig, ModelConfig, RemoteModelConfig
 from serve_app.models.boundary import guarded
 from serve_app.models.protocol import HEALTH_CHECK_PERIOD_S
+from serve_app.models.session_router import session_routing
 from serve_app.telemetry import SERVE_LOGGING
 
 
@@ -53,6 +54,7 @@ def build_model(config: ModelConfig) -> Application:
         "max_constructor_retry_count": 1,  # the controller tries again, with its pauses
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "logging_config": SERVE_LOGGING,
+        "request_router_config": session_routing(),
     }
     if isinstance(config, RemoteModelConfig):
         from serve_app.models.remote import RemoteModel

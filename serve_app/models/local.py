@@ -25,6 +25,7 @@ from serve_app.config import LocalModelConfig
 from serve_app.errors import AtlasError, ConfigError, EngineError, InvalidRequest
 from serve_app.models.boundary import guarded
 from serve_app.models.protocol import HEALTH_CHECK_PERIOD_S, ChatBody, refusal
+from serve_app.models.session_router import session_routing
 from serve_app.telemetry import log_files_kept
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -184,6 +185,7 @@ def llm_config(config: LocalModelConfig) -> LLMConfig:
             "ray_actor_options": {"num_cpus": config.num_cpus},
             "max_constructor_retry_count": 1,
             "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+            "request_router_config": session_routing(),
         },
         callback_config={"callback_class": NothingToDownload} if from_folder else {},
         experimental_configs={"stream_batching_interval_ms": 0},

@@ -17,8 +17,8 @@ LEAST_RESULT_TOKENS = 64
 """Of a tool result that is cut."""
 _LAST_TURN_SHARE = 0.75
 """Of the room, that the last turn takes before its own tool results are cut."""
-_MARK = "\n[… {chars} characters left out …]\n"
-_GAP = "[…]"
+_MARK = "\n[... {chars} characters left out ...]\n"
+_GAP = "[...]"
 _QUESTION_CHARS = 4000
 """Of the question, that turns are compared with."""
 _MAX_SENTENCES = 4000
@@ -121,12 +121,16 @@ class Fitting:
         if left >= 0 or not results:
             return 0
         cap = _cap([self.counts[place] for place in results], left)
+        (mark,) = await self._counter.of_texts(self.model_id, [_MARK])
+        mark += self._counter.per_message(self.model_id)
         num_cut = 0
         for place in results:
             if self.counts[place] <= cap:
                 continue
             old = self.messages[place].get("content")
-            shorter = cut_in_the_middle(text_of_content(old), cap / self.counts[place])
+            shorter = cut_in_the_middle(
+                text_of_content(old), max(0, cap - mark) / self.counts[place]
+            )
             self.messages[place] = {
                 **self.messages[place],
                 "content": with_pictures(shorter, pictures_of(old)),
@@ -155,18 +159,20 @@ class Fitting:
         Returns:
             How many are kept.
         """
-        model_id, added = self.model_id, self._counter.per_message
+        begun = 2 * self._counter.per_message(self.model_id) + 8  # two messages, and their gaps
         said, scores = await asyncio.to_thread(self._compared, turns)
         picked: dict[int, dict[int, list[str]]] = {}
+        known = set[str]()
         num_kept = 0
         for number in np.argsort(-scores, kind="stable"):
             turn, place, sentence = said[int(number)]
             if scores[number] <= 0 or room < _LEAST_SENTENCE_TOKENS:
                 break
-            (tokens,) = await self._counter.of_texts(model_id, [sentence])
-            cost = tokens + 2 + (0 if turn in picked else 2 * (added(model_id) + 4))
-            if cost > room:
+            (tokens,) = await self._counter.of_texts(self.model_id, [f" {_GAP} {sentence}"])
+            cost = tokens + 1 + (0 if turn in picked else begun)
+            if cost > room or sentence in known:
                 continue
+            known.add(sentence)
             room -= cost
             self._added += cost
             picked.setdefault(turn, {}).setdefault(place, []).append(sentence)

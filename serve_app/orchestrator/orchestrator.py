@@ -44,6 +44,7 @@ from serve_app.orchestrator.patterns.declared import PatternRunner, can_be_patte
 from serve_app.orchestrator.recovery import stop_of
 from serve_app.orchestrator.run import Course, Piece, Run, SpanEvent
 from serve_app.orchestrator.scale_to_zero import Waker, awake_only, sleepers_last
+from serve_app.orchestrator.sessions import Sessions
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.schemas import (
     NO_TOOL,
@@ -109,6 +110,8 @@ class Orchestrator:
         self._suspicions: dict[str, asyncio.Task[None]] = {}
         self._clients = clients or ModelClients(self._suspect)
         self._waker = Waker(config.pool, self._clients)
+        self._sessions = Sessions()
+        self._sessions.use(config.models)
         decider = Decider(embedder, router, self._left_alone)
         self._pairs = PairRunner(config, self._clients, embed=decider.embed)
         self.tools = self._pairs.direct
@@ -128,6 +131,7 @@ class Orchestrator:
         if pool.config is not None:
             self._pairs.use(pool.config)
             self._declared.use(pool.config)
+            self._sessions.use(pool.config.models)
         self._plain_tools = frozenset(
             {NO_TOOL, *(t for t in pool.tools if self._pairs.kind(t) == "context")}
         )
@@ -346,6 +350,8 @@ class Orchestrator:
             await self._waker.wait_for(model_id, run.budget.deadline)
         name = "single" if run.course is None or run.is_plain else "policy"
         run.answer = await self._patterns[name].run(run)
+        if run.call.session:
+            self._sessions.answered(run.call.session, run.report())
         return run.answer
 
     async def _decide(self, run: Run) -> str | None:
@@ -378,6 +384,8 @@ class Orchestrator:
                     embedding, decision = await self._route(run, awake)
             if not self._sleepers(decision.pair):
                 limits, decision = awake, sleepers_last(decision, asleep)
+        if run.call.session:
+            decision = self._sessions.stay(run.call, decision)
         run.embedding, run.decision = embedding, decision
         if decision.path is DecidedBy.POLICY:
             run.course = Course(limits, embedding, [decision])

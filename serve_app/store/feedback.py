@@ -254,7 +254,7 @@ async def rated_requests(
         .join(RequestRow, RequestRow.request_id == FeedbackRow.request_id)
         .where(
             RequestRow.policy_version == policy_version,
-            RequestRow.path != str(DecidedBy.PINNED),
+            RequestRow.path.not_in([str(DecidedBy.PINNED), str(DecidedBy.SESSION)]),
             RequestRow.created_unix_s >= since_unix_s,
         )
     )

@@ -6,6 +6,7 @@ right together and within the limits, in the shape that engines take.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -73,8 +74,16 @@ def to_chat_call(
         ),
         explain=request.atlas is not None and request.atlas.explain,
         events=request.atlas is not None and request.atlas.events,
+        session=_session(owner, request.atlas),
         begin_effect=begin_effect,
     )
+
+
+def _session(owner: str, options: AtlasOptions | None) -> str:
+    """A name for a key's session that no other key's session has; empty: there is none."""
+    if options is None or options.session is None:
+        return ""
+    return hashlib.sha256(f"{owner}\n{options.session}".encode()).hexdigest()[:32]
 
 
 def _check_bounds(request: ChatRequest, limits: LimitsConfig) -> None:

@@ -250,6 +250,9 @@ class AtlasOptions(Wire):
     """Tool ids the router may choose from; `none` is one."""
     pattern: None = None
     """Reserved."""
+    session: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@/-]{1,128}$")] | None = None
+    """Name of the conversation that the request continues, of your own choice: it stays with who
+    answered it last while switching would cost more than it gains."""
     explain: bool = False
     """Return every candidate with its score."""
     events: bool = False

@@ -278,12 +278,13 @@ class PaidModels:
         """One call of the pair's model; its pieces go to `emit`, `None`: it is asked as a whole."""
         model_id, deadline = work.pair.model_id, work.budget.deadline
         body = self._affordable(model_id, body, work.budget)
+        session = {"session": work.call.session} if work.call.session else {}
         with (
             self._reserve(model_id, [body], work.budget) as held,
             work.span.child(SpanKind.MODEL, model_id) as span,
         ):
             if emit is None:
-                completion = await self._clients.complete(model_id, body, deadline)
+                completion = await self._clients.complete(model_id, body, deadline, **session)
                 self._charge(model_id, completion.get("usage"), span, held)
                 self._learn(model_id, body, span)
                 choices: list[Choice] = completion["choices"]
@@ -291,7 +292,9 @@ class PaidModels:
                 return choices
             merger, usage = ChunkMerger(), None
             try:
-                async with aclosing(self._clients.stream(model_id, body, deadline)) as chunks:
+                async with aclosing(
+                    self._clients.stream(model_id, body, deadline, **session)
+                ) as chunks:
                     async for chunk in chunks:
                         usage = chunk.get("usage") or usage
                         pieces = [

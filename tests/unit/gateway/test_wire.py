@@ -513,3 +513,36 @@ def test_a_refusal_does_not_echo_a_huge_value() -> None:
 def test_wrong_feedback_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest):
         validate(FeedbackRequest, {"request_id": "req_1", "score": 0.5, **change})
+
+
+def test_a_session_is_its_keys_own() -> None:
+    asked = ChatRequest.model_validate(
+        {
+            "model": "atlas",
+            "messages": [{"role": "user", "content": "x"}],
+            "atlas": {"session": "a"},
+        }
+    )
+
+    def session(owner: str) -> str:
+        made = to_chat_call(
+            asked, request_id="req_1", owner=owner, default_alpha=0.1, limits=LIMITS
+        )
+        return made.session
+
+    assert session("me") == session("me") != session("you")
+    assert "me" not in session("me")
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "x" * 129, "\n", "ü", 7])
+def test_a_sessions_name_is_short_and_plain(name: Any) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        validate(
+            ChatRequest,
+            {
+                "model": "atlas",
+                "messages": [{"role": "user", "content": "x"}],
+                "atlas": {"session": name},
+            },
+        )
+    assert refused.value.param == "atlas.session"

@@ -3,8 +3,10 @@ front of engines that do as they are told."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -277,12 +279,15 @@ async def test_a_summary_takes_the_place_of_what_is_left_out_and_is_made_once(
     tmp_path: Path,
 ) -> None:
     bench = Bench(tmp_path, 600, summarizer="sum")
-    bench.engines.says |= {"sum": "They spoke about the weather."}
+    bench.engines.says = {
+        "m": reply("an answer", usage=None),
+        "sum": "They spoke about the weather.",
+    }
     told = await bench.ask(SYSTEM, *chat(60), QUESTION)
     assert told[2] == assistant("They spoke about the weather.")
     assert "Talk 1." in bench.engines.asked("sum")[0]["messages"][1]["content"]
     assert bench.record.attributes["summed_up"] is True
-    assert bench.trace.root.usage.prompt_tokens == 20  # both calls are paid
+    assert bench.trace.root.usage.prompt_tokens == 10  # it is paid
     await bench.ask(SYSTEM, *chat(60), QUESTION)
     assert len(bench.engines.asked("sum")) == 1
 
@@ -326,6 +331,26 @@ def test_the_length_of_a_context_is_read_from_the_weights(tmp_path: Path) -> Non
         (tmp_path / name / "config.json").write_text(json.dumps(said))
     assert model(tmp_path / "sees") == 77
     assert model(tmp_path / "list") == model(tmp_path / "text") == model(tmp_path) == np.inf
+
+
+async def test_a_hostile_conversation_does_not_hold_the_event_loop(tmp_path: Path) -> None:
+    bench, told = Bench(tmp_path, 400), []
+    longest_s, is_over = 0.0, False
+
+    async def watch() -> None:
+        nonlocal longest_s
+        while not is_over:
+            began_s = time.thread_time()  # of this thread alone: others may be busy
+            await asyncio.sleep(0)
+            longest_s = max(longest_s, time.thread_time() - began_s)
+
+    watching = asyncio.create_task(watch())
+    for text in ("a.\n" * 700, "Heron? " * 300, "x" * 2000, "\u4e2d" * 700):
+        told.append(await bench.ask(*chat(100, text), QUESTION))
+    is_over = True
+    await watching
+    assert longest_s < 1.0
+    assert all(tokens_of(messages) + 50 <= 400 for messages in told)
 
 
 def test_a_text_is_cut_in_the_middle() -> None:
