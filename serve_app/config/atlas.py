@@ -24,6 +24,7 @@ from serve_app.config.models import (
 from serve_app.config.patterns.language import PatternConfig
 from serve_app.config.pool import PoolConfig
 from serve_app.config.router import RouterConfig
+from serve_app.config.rules import Rules
 from serve_app.config.store import SnapshotsPlace, StoreConfig
 from serve_app.config.tools import BestOfConfig, ToolConfig, ToolsetConfig
 from serve_app.schemas import NO_TOOL, Pair
@@ -41,6 +42,8 @@ class AtlasConfig(BaseConfig):
     """Cards of single pairs."""
     patterns: tuple[PatternConfig, ...] = Field(default=(), max_length=64)
     """Ways to answer with several calls. In a file: names of files, or of folders with them."""
+    rules: Rules = ()
+    """What decides before the learned rules, in its order, and a default as the last."""
     embedder: EmbedderConfig = EmbedderConfig()
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()

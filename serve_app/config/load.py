@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from serve_app.config.atlas import AtlasConfig
 from serve_app.config.patterns.check import check_patterns
 from serve_app.config.patterns.files import read_patterns
+from serve_app.config.rules import check_rules, read_rules
 from serve_app.errors import ConfigError
 
 
@@ -25,12 +26,16 @@ def _resolve_paths(node: Any, base: Path) -> Any:
     return node
 
 
-def load_config(path: str | Path) -> AtlasConfig:
+def load_config(path: str | Path, *, fitted: bool = True) -> AtlasConfig:
     """Read and check a configuration file.
 
+    Args:
+        path: Of the file.
+        fitted: Whether its semantic rules have to be calibrated.
+
     Raises:
-        ConfigError: If the file is missing, is not YAML, or a setting or pattern is wrong; the
-            message names the setting, or the pattern and its node.
+        ConfigError: If the file is missing, is not YAML, or a setting, pattern or rule is wrong;
+            the message names the setting, the pattern and its node, or the rule.
     """
     path = Path(path)
     try:
@@ -46,10 +51,13 @@ def load_config(path: str | Path) -> AtlasConfig:
     resolved = _resolve_paths(parsed, path.absolute().parent)
     if "patterns" in resolved:
         resolved["patterns"] = read_patterns(resolved["patterns"])
+    if "rules" in resolved:
+        resolved["rules"] = read_rules(resolved["rules"])
     try:
         config = AtlasConfig.model_validate(resolved)
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors()]
         raise ConfigError(f"configuration {str(path)!r}:\n" + "\n".join(lines)) from error
     check_patterns(config)
+    check_rules(config, fitted=fitted)
     return config
