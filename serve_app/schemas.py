@@ -106,6 +106,18 @@ class DecidedBy(StrEnum):
     to have it read anew would cost more."""
     FALLBACK = "fallback"
     """The choice failed before the first byte, and the next-best pair took over."""
+    KEYWORD = "keyword"
+    """A keyword rule named the candidate."""
+    SEMANTIC = "semantic"
+    """A semantic rule did."""
+    LLM = "llm"
+    """A model of the pool did, asked by a rule."""
+    DEFAULT = "default"
+    """No rule was sure, or one sent the request there: the default."""
+
+
+BY_RULE = frozenset({DecidedBy.KEYWORD, DecidedBy.SEMANTIC, DecidedBy.LLM, DecidedBy.DEFAULT})
+"""Paths on which a rule decided, so that they say nothing of a policy."""
 
 
 class Action(StrEnum):
@@ -157,6 +169,8 @@ class SpanKind(StrEnum):
     """The whole of it."""
     DECISION = "decision"
     """A question to the router."""
+    RULE = "rule"
+    """A rule in front of the learned ones."""
     NODE = "node"
     """A part of a pattern."""
     PAIR = "pair"
@@ -315,6 +329,8 @@ class Limits:
     """Allowed models; `None` allows all."""
     tools: frozenset[str] | None = None
     """Allowed tools; `None` allows all."""
+    candidates: frozenset[Pair] | None = None
+    """Allowed candidates; `None` allows all."""
     needs: Needs = NO_NEEDS
     """What every candidate has to take; told to the router with each question."""
     without: frozenset[str] = frozenset()
@@ -378,6 +394,29 @@ class ShadowDecision:
 
 
 @dataclass(frozen=True, slots=True)
+class Hop:
+    """What one rule found in a request, on the way to the decision."""
+
+    rule: str
+    """Its name; `learned` and `default` are themselves."""
+    kind: Literal["keyword", "semantic", "llm", "learned", "default"]
+    decided: bool
+    """Whether it decided; otherwise the request went on."""
+    label: str | None = None
+    """What it found, sure or not; `None`: nothing."""
+    score: float | None = None
+    """What the confidence was made from; see `router.rules.judgement`."""
+    confidence: float | None = None
+    """In [0, 1]; `None`: it found nothing."""
+    floor: float = 0.0
+    """Confidence below which it does not decide."""
+    seconds: float = 0.0
+    cost_usd: float = 0.0
+    note: str | None = None
+    """Why it did not decide, where that is not the floor; else what it decided on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """The router's choice: the candidates from best to worst, and how it was made."""
 
@@ -403,6 +442,8 @@ class Decision:
     """Only with a request's first decision, while a policy is on trial in the shadow."""
     can_think: bool = False
     """Path 2: whether there was a planner that answered, and the limits admitted it."""
+    hops: tuple[Hop, ...] = ()
+    """What the rules found, in their order; empty where there are none."""
 
     @property
     def pair(self) -> Pair:

@@ -212,6 +212,7 @@ def path2_config(
     store_url: str = StoreConfig().url,
     patterns: Sequence[Any] = (),
     capabilities: Mapping[str, Any] = MappingProxyType({}),
+    rules: Sequence[Any] = (),
     **router: Any,
 ) -> AtlasConfig:
     """Three models without tools, the third one dear."""
@@ -230,6 +231,7 @@ def path2_config(
         {
             "models": models,
             "patterns": patterns,
+            "rules": rules,
             "embedder": {"model": "test-encoder"},
             "router": {"refresh_interval_s": 0.05, "rollback": {"interval_s": 0.05}} | router,
             "data_dir": str(folder),
@@ -303,10 +305,11 @@ async def path2(
     store_url: str = StoreConfig().url,
     patterns: Sequence[Any] = (),
     capabilities: Mapping[str, Any] = MappingProxyType({}),
+    rules: Sequence[Any] = (),
     **router: Any,
 ) -> AsyncIterator[Path2]:
     """A deployment in this process."""
-    config = path2_config(folder, store_url, patterns, capabilities, **router)
+    config = path2_config(folder, store_url, patterns, capabilities, rules, **router)
     store = await Store.open(config.store_url())
     embedder, controller = Handle(WordEmbedder()), Handle(Controller(config))
     replica = Router.__new__(Router)
@@ -321,6 +324,7 @@ async def path2(
 
     orchestrator = Orchestrator(config, embedder, handle, controller, record, engines)
     await orchestrator._watcher.first()
+    await orchestrator._rules.start()
     try:
         yield Path2(
             config, store, embedder, handle, replica, orchestrator, engines, outcomes, reports

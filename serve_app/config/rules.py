@@ -91,11 +91,18 @@ class RegexConfig(BaseConfig):
     re: Expression
 
 
+MAX_KEYWORDS = 10_000
+"""Of one list."""
 MAX_KEYWORD_CHARS = 200_000
 """Of all keywords of one list."""
+MAX_UTTERANCES = 5_000
+"""Of one route."""
 
 
-def _not_too_long(words: tuple[str | RegexConfig, ...]) -> tuple[str | RegexConfig, ...]:
+# Not in the JSON schema: who tries these bounds out sends a body that is over its own.
+def _not_too_many(words: tuple[str | RegexConfig, ...]) -> tuple[str | RegexConfig, ...]:
+    if len(words) > MAX_KEYWORDS:
+        raise ValueError(f"at most {MAX_KEYWORDS} keywords, got {len(words)}")
     chars = sum(len(word if isinstance(word, str) else word.re) for word in words)
     if chars > MAX_KEYWORD_CHARS:
         raise ValueError(f"at most {MAX_KEYWORD_CHARS} characters of keywords, got {chars}")
@@ -104,8 +111,7 @@ def _not_too_long(words: tuple[str | RegexConfig, ...]) -> tuple[str | RegexConf
 
 Keywords = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=200)] | RegexConfig, ...],
-    Field(max_length=10_000),
-    AfterValidator(_not_too_long),
+    AfterValidator(_not_too_many),
 ]
 """Words or phrases, found as whole words, and RE2 expressions (`{re: "order #[0-9]+"}`)."""
 
@@ -157,12 +163,14 @@ class RouteConfig(TargetConfig):
 
     name: RuleName
     """Also the label of what it decides."""
-    utterances: tuple[Utterance, ...] = Field(min_length=1, max_length=5000)
+    utterances: tuple[Utterance, ...] = Field(min_length=1)
     """Texts that belong here. In a file: also the name of a text file with one on each line."""
 
     @field_validator("utterances")
     @classmethod
     def _say_something(cls, utterances: tuple[str, ...]) -> tuple[str, ...]:
+        if len(utterances) > MAX_UTTERANCES:
+            raise ValueError(f"at most {MAX_UTTERANCES} utterances, got {len(utterances)}")
         if not all(text.strip() for text in utterances):
             raise ValueError("an utterance has to have more than blanks")
         return utterances

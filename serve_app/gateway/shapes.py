@@ -87,6 +87,24 @@ _CANDIDATE = Shape(
     ),
 )
 
+_HOP = Shape(
+    "Hop",
+    _object(
+        {
+            "rule": _STRING,
+            "kind": {"enum": ["keyword", "semantic", "llm", "learned", "default"]},
+            "decided": {"type": "boolean"},
+            "label": _NULLABLE_STRING,
+            "score": {"type": ["number", "null"]},
+            "confidence": {"type": ["number", "null"]},
+            "floor": _SHARE,
+            "seconds": _NUMBER,
+            "cost_usd": _NUMBER,
+            "note": _NULLABLE_STRING,
+        }
+    ),
+)
+
 DECISION = Shape(
     "Decision",
     _object(
@@ -99,6 +117,7 @@ DECISION = Shape(
             "distance_quantile": {"type": ["number", "null"]},
             "cluster": {"type": ["object", "null"]},
             "candidates": _array(_CANDIDATE),
+            "hops": _array(_HOP),
         }
     ),
 )
@@ -204,6 +223,10 @@ ADMIN_LIST = Shape(
 MODEL_CHANGE = Shape("ModelChange", _change("model", "model_id"))
 TOOL_CHANGE = Shape("ToolChange", _change("tool", "tool_id"))
 PATTERN_CHANGE = Shape("PatternChange", _change("pattern", "name"))
+RULES_CHANGE = Shape(
+    "RulesChange",
+    _object({"object": {"const": "atlas.rules"}, "count": _COUNT, "revision": _COUNT}),
+)
 
 _SNAPSHOT = _object(
     {"snapshot_id": _STRING, "about": {"type": "object"}, "created_unix_s": _NUMBER}

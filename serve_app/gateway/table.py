@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from serve_app.config import PriceConfig
 from serve_app.config.patterns.language import PatternConfig
+from serve_app.config.rules import RulesSubmission
 from serve_app.gateway import shapes
 from serve_app.gateway.admin.pool import PoolAdmin
 from serve_app.gateway.chat.trajectory import Trajectory
@@ -41,6 +42,7 @@ def endpoints(
         *_models(pool),
         *_tools(pool),
         *_patterns(pool),
+        *_rules(pool),
         *_learning(api),
         *_public(api, openapi),
     ]
@@ -288,6 +290,35 @@ def _patterns(pool: PoolAdmin) -> list[Endpoint]:
                 "Remove a pattern.",
                 Answer("Accepted.", shapes.PATTERN_CHANGE, 202),
                 errors=(400, 404),
+            ),
+        ),
+    ]
+
+
+def _rules(pool: PoolAdmin) -> list[Endpoint]:
+    """How admins see and change the rules."""
+    return [
+        Endpoint(
+            "GET",
+            "/v1/admin/rules",
+            pool.rules,
+            Scope.ADMIN,
+            Operation(
+                "adminListRules",
+                "The rules in their order, and what keeps one from deciding.",
+                Answer("The rules.", shapes.ADMIN_LIST),
+            ),
+        ),
+        Endpoint(
+            "PUT",
+            "/v1/admin/rules",
+            pool.put_rules,
+            Scope.ADMIN,
+            Operation(
+                "putRules",
+                "Put other rules in place of all there are.",
+                Answer("Accepted.", shapes.RULES_CHANGE, 202),
+                body=RulesSubmission,
             ),
         ),
     ]

@@ -31,6 +31,7 @@ _MAX_DEATHS = 3
 """Replicas of the embedder or the router that may die over one request before it fails."""
 
 _Vector = NDArray[np.float32]
+_Answer = tuple[_Vector | None, Decision | None]
 
 
 class _Embed(Protocol):
@@ -78,19 +79,29 @@ class UnderWay:
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     query: str
-    limits: Limits
+    limits: Limits | None
+    """`None`: no decision is wanted, only the embedding."""
     deadline: Deadline
     explain: bool
     request_id: str | None
     under_way: UnderWay | None
-    answer: asyncio.Future[tuple[_Vector | None, Decision]]
+    embedding: _Vector | None
+    """(dim,) of the query, where it is known already."""
+    answer: asyncio.Future[_Answer]
 
     @property
     def text(self) -> str | None:
         """What is to be embedded."""
+        if self.embedding is not None:
+            return None
         return self.query if self.under_way is None else self.under_way.answer
 
-    def settle(self, answer: tuple[_Vector | None, Decision] | Exception) -> None:
+    @property
+    def known(self) -> _Vector | None:
+        """(dim,) embedding that stands in for one of the text."""
+        return self.embedding if self.under_way is None else self.under_way.answer_embedding
+
+    def settle(self, answer: _Answer | Exception) -> None:
         if self.answer.done():
             return
         if isinstance(answer, Exception):
@@ -146,6 +157,7 @@ class Decider:
         *,
         explain: bool = False,
         request_id: str | None = None,
+        embedding: _Vector | None = None,
     ) -> tuple[_Vector, Decision]:
         """The (dim,) embedding of a query, and the decision for it.
 
@@ -155,6 +167,7 @@ class Decider:
             deadline: When the decision must be there.
             explain: Whether the decision names every candidate and what is like the query.
             request_id: Says whether a canary gets it; `None` never.
+            embedding: (dim,) of the query, as `embed_query` gave it; `None`: it is not known yet.
 
         Raises:
             NoCandidate: If no ready pair is within the limits.
@@ -162,9 +175,22 @@ class Decider:
             EngineError: If the embedder or the router is away.
             DeadlineExceeded: If time is up.
         """
-        embedding, decision = await self._wait(query, limits, deadline, explain, request_id, None)
+        embedding, decision = await self._wait(
+            query, limits, deadline, explain, request_id, embedding=embedding
+        )
         assert embedding is not None  # every query is embedded
+        assert decision is not None
         return embedding, decision
+
+    async def embed_query(self, query: str, deadline: Deadline) -> _Vector:
+        """The (dim,) embedding of a query, in a batch with whatever else waits.
+
+        Raises:
+            AtlasError: As `decide`.
+        """
+        embedding, _ = await self._wait(query, None, deadline)
+        assert embedding is not None  # every query is embedded
+        return embedding
 
     async def decide_next(
         self, under_way: UnderWay, limits: Limits, deadline: Deadline
@@ -182,7 +208,9 @@ class Decider:
         Raises:
             AtlasError: As `decide`.
         """
-        return await self._wait("", limits, deadline, False, None, under_way)
+        embedding, decision = await self._wait("", limits, deadline, under_way=under_way)
+        assert decision is not None
+        return embedding, decision
 
     async def embed(self, texts: list[str], deadline: Deadline) -> _Vector:
         """(num_texts, dim) unit vectors of texts that no decision is wanted for.
@@ -200,18 +228,18 @@ class Decider:
     async def _wait(
         self,
         query: str,
-        limits: Limits,
+        limits: Limits | None,
         deadline: Deadline,
-        explain: bool,
-        request_id: str | None,
-        under_way: UnderWay | None,
-    ) -> tuple[_Vector | None, Decision]:
-        if without := self._left_alone():
+        explain: bool = False,
+        request_id: str | None = None,
+        under_way: UnderWay | None = None,
+        embedding: _Vector | None = None,
+    ) -> _Answer:
+        if limits is not None and (without := self._left_alone()):
             limits = replace(limits, without=without)
-        answer: asyncio.Future[tuple[_Vector | None, Decision]]
-        answer = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append(
-            _Waiting(query, limits, deadline, explain, request_id, under_way, answer)
+            _Waiting(query, limits, deadline, explain, request_id, under_way, embedding, answer)
         )
         self._send()
         try:
@@ -262,15 +290,21 @@ class Decider:
 
     async def _ask(self, batch: list[_Waiting], max_deaths: int) -> None:
         deadline = max((request.deadline for request in batch), key=lambda d: d.at_s)
+        undecided: list[tuple[_Waiting, _Vector | None]] = []
+        asked: list[RoutingRequest] = []
         vectors = await self._embed(batch, deadline, max_deaths)
-        asked = [
-            _routing_request(request, vector)
-            for request, vector in zip(batch, vectors, strict=True)
-        ]
+        for request, vector in zip(batch, vectors, strict=True):
+            if request.limits is None:
+                request.settle((vector, None))
+            else:
+                undecided.append((request, vector))
+                asked.append(_routing_request(request, request.limits, vector))
+        if not asked:
+            return
         decisions: list[Answer] = await again(
             lambda: call(self._router.decide.remote(asked), deadline), deadline, max_deaths
         )
-        for request, vector, decision in zip(batch, vectors, decisions, strict=True):
+        for (request, vector), decision in zip(undecided, decisions, strict=True):
             request.settle(decision if isinstance(decision, AtlasError) else (vector, decision))
 
     async def _embed(
@@ -285,19 +319,15 @@ class Decider:
             if texts
             else ()
         )
-        return [
-            next(embedded)
-            if request.text is not None
-            else (request.under_way.answer_embedding if request.under_way else None)
-            for request in batch
-        ]
+        return [request.known if request.text is None else next(embedded) for request in batch]
 
 
-def _routing_request(request: _Waiting, vector: _Vector | None) -> RoutingRequest:
+def _routing_request(request: _Waiting, limits: Limits, vector: _Vector | None) -> RoutingRequest:
     """A request as the router takes it.
 
     Args:
         request: As it waits.
+        limits: What its caller allows.
         vector: (dim,) embedding of its query, or of its last answer where it is under way; `None`
             where there is no answer.
     """
@@ -305,11 +335,11 @@ def _routing_request(request: _Waiting, vector: _Vector | None) -> RoutingReques
     if way is None:
         assert vector is not None  # every query is embedded
         return RoutingRequest(
-            vector, request.limits, explain=request.explain, request_id=request.request_id
+            vector, limits, explain=request.explain, request_id=request.request_id
         )
     return RoutingRequest(
         way.embedding,
-        request.limits,
+        limits,
         way.history,
         vector,
         explain=request.explain,

@@ -42,6 +42,7 @@ from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns.builtin import PATTERNS
 from serve_app.orchestrator.patterns.declared import PatternRunner, can_be_pattern, check_call
 from serve_app.orchestrator.recovery import stop_of
+from serve_app.orchestrator.rules import RuleFollower
 from serve_app.orchestrator.run import Course, Piece, Run, SpanEvent
 from serve_app.orchestrator.scale_to_zero import Waker, awake_only, sleepers_last
 from serve_app.orchestrator.sessions import Sessions
@@ -120,6 +121,8 @@ class Orchestrator:
         self._declared = PatternRunner(self._pairs, decider, config)
         self._engine = Engine(self._pairs, self._declared, decider, config.router.planner)
         self._patterns = {name: make(self._engine) for name, make in PATTERNS.items()}
+        self._config = config
+        self._rules = RuleFollower(self._pairs, decider, config)
         self._plain_tools: frozenset[str] = frozenset({NO_TOOL})
         self._watcher = PoolWatcher(controller, self._use)
 
@@ -132,6 +135,7 @@ class Orchestrator:
             self._pairs.use(pool.config)
             self._declared.use(pool.config)
             self._sessions.use(pool.config.models)
+        self._rules.use(pool, pool.config or self._config)
         self._plain_tools = frozenset(
             {NO_TOOL, *(t for t in pool.tools if self._pairs.kind(t) == "context")}
         )
@@ -186,10 +190,12 @@ class Orchestrator:
         """Wait for the pool, so that no caller hears of an empty one; get the tools' workers up."""
         await self._watcher.first()
         await self._pairs.start()
+        await self._rules.start()
 
     def close(self) -> None:
         """Let go of the tools' workers."""
         self._waker.close()
+        self._rules.close()
         self._pairs.close()
 
     async def decide(self, call: ChatCall) -> Decision:
@@ -355,7 +361,7 @@ class Orchestrator:
         return run.answer
 
     async def _decide(self, run: Run) -> str | None:
-        """Pinned, or the router's word.
+        """Pinned, a rule's word, or the router's.
 
         Returns:
             The model that would have been chosen if it did not sleep; `None` where that is none.
@@ -372,20 +378,26 @@ class Orchestrator:
             limits = replace(limits, tools=allowed, max_steps=1)
         if not can_be_pattern(run.call):
             limits = self._without_patterns(limits)
-        embedding, decision = await self._route(run, limits)
-        wanted: str | None = None
         asleep = self._waker.asleep(self._watcher.state)
+        ruled = await self._rules.decide(run, limits)
+        if ruled.decision is not None:
+            run.embedding, run.decision = ruled.embedding, sleepers_last(ruled.decision, asleep)
+            return None
+        limits = ruled.limits
+        embedding, decision = await self._route(run, limits, ruled.embedding)
+        wanted: str | None = None
         if asleep:
             awake = awake_only(limits, self._watcher.state, asleep)
             if self._sleepers(decision.pair):
                 wanted = self._sleepers(decision.pair)[0]
                 # Asked anew, because the choice among fewer has another propensity.
                 with contextlib.suppress(NoCandidate, BudgetExceeded):
-                    embedding, decision = await self._route(run, awake)
+                    embedding, decision = await self._route(run, awake, embedding)
             if not self._sleepers(decision.pair):
                 limits, decision = awake, sleepers_last(decision, asleep)
         if run.call.session:
             decision = self._sessions.stay(run.call, decision)
+        decision = self._rules.after(run, ruled, decision)
         run.embedding, run.decision = embedding, decision
         if decision.path is DecidedBy.POLICY:
             run.course = Course(limits, embedding, [decision])
@@ -409,8 +421,10 @@ class Orchestrator:
         models = frozenset(member.model_id for member in self._watcher.state.models)
         return replace(limits, models=models if limits.models is None else limits.models & models)
 
-    async def _route(self, run: Run, limits: Limits) -> tuple[NDArray[np.float32], Decision]:
-        """The (dim,) embedding of the query, and the router's decision.
+    async def _route(
+        self, run: Run, limits: Limits, embedding: NDArray[np.float32] | None
+    ) -> tuple[NDArray[np.float32], Decision]:
+        """The (dim,) embedding of the query, `None` as long as it is not known, and the decision.
 
         Raises:
             BudgetExceeded: If every pair that answers now costs more than the caller allows.
@@ -425,6 +439,7 @@ class Orchestrator:
                     deadline,
                     explain=call.explain,
                     request_id=call.request_id,
+                    embedding=embedding,
                 )
                 span.attributes |= facts_of(decision)
                 return embedding, decision

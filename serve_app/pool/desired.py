@@ -1,13 +1,16 @@
-"""The desired pool: the configuration file's models, tools and patterns, and what admins changed.
+"""The desired pool: the file's models, tools, patterns and rules, and what admins changed.
 
 The store holds it, one revision after another (`serve_app.store.pool`); the controller brings the
 cluster there. A member that an admin changed stays as the admin left it until the file's own text
-of that member changes: the later word counts. Every revision is a configuration that can work.
-What a member may name is up to the file (`AllowList`), when it is added and when it is read again.
+of that member changes: the later word counts. All rules together are one member. Every revision is
+a configuration that can work. What a member may name is up to the file (`AllowList`), when it is
+added and when it is read again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from serve_app.config import AtlasConfig, ModelConfig, PriceConfig
 from serve_app.config.patterns.check import check_pattern
 from serve_app.config.patterns.language import PatternConfig
+from serve_app.config.rules import Rules, check_rules
 from serve_app.config.tools import ToolConfig, ToolsetConfig
 from serve_app.errors import ConfigError, Conflict, InvalidRequest, NotFound, StoreError
 from serve_app.pool.allow_list import AllowList
@@ -29,10 +33,13 @@ logger = logging.getLogger(__name__)
 Json = dict[str, Any]
 Members = dict[str, Json]
 """Id to settings, in the pool's order."""
+WrittenRules = tuple[Json, ...]
+"""Rules as JSON, in their order."""
 
 _TRIES = 20
 _MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 _TOOL: TypeAdapter[ToolConfig] = TypeAdapter(ToolConfig)
+_RULES: TypeAdapter[Rules] = TypeAdapter(Rules)
 
 
 def members_of(config: AtlasConfig) -> tuple[Members, Members, Members]:
@@ -44,14 +51,23 @@ def members_of(config: AtlasConfig) -> tuple[Members, Members, Members]:
     )
 
 
+def written_rules(config: AtlasConfig) -> WrittenRules:
+    """The rules of a configuration as JSON."""
+    return tuple(rule.model_dump(mode="json", exclude_unset=True) for rule in config.rules)
+
+
 def with_pool(
-    config: AtlasConfig, models: Members, tools: Members, patterns: Members
+    config: AtlasConfig,
+    models: Members,
+    tools: Members,
+    patterns: Members,
+    rules: WrittenRules = (),
 ) -> AtlasConfig:
     """A configuration with another pool.
 
     What elsewhere names a pair, model or tool that is not there is left out: the pool comes and
-    goes, and what names its parts must not keep it from doing so. A pattern stays, and does not
-    answer until what it names is there again.
+    goes, and what names its parts must not keep it from doing so. A pattern or rule stays: the one
+    does not answer until what it names is there again, the other lets requests pass.
 
     Raises:
         InvalidRequest: If it cannot work; the message names the setting.
@@ -75,6 +91,7 @@ def with_pool(
         "models": admitted,
         "tools": list(tools.values()),
         "patterns": list(patterns.values()),
+        "rules": rules,
         "pairs": tuple(card for card in config.pairs if Pair.parse(card.pair) in pairs),
         "router": router.model_copy(update=changed),
     }
@@ -110,6 +127,7 @@ class DesiredPool:
         self._config = config
         self._store = store
         self._allowed = AllowList(config)
+        self._file_rules = _hash_of(written_rules(config))
 
     async def current(self) -> AtlasConfig:
         """The configuration with the pool that is wanted now.
@@ -117,11 +135,12 @@ class DesiredPool:
         Raises:
             StoreError: If the store is away.
         """
-        return self._as_allowed(*self._wanted(await newest_pool(self._store)))
+        newest = await newest_pool(self._store)
+        return self._as_allowed(*self._wanted(newest), self._wanted_rules(newest))
 
     def of(self, revision: PoolRevision) -> AtlasConfig:
         """The configuration with the pool of a revision, without what the file does not allow."""
-        return self._as_allowed(*_members(revision))
+        return self._as_allowed(*_members(revision), revision.rules)
 
     async def apply_file(self) -> PoolRevision:
         """Take over what changed in the file since it was last applied, and nothing else.
@@ -133,12 +152,14 @@ class DesiredPool:
             StoreError: If the store is away.
         """
         models, tools, patterns = members_of(self._config)
-        file = {"models": models, "tools": tools, "patterns": patterns}
+        file = {"models": models, "tools": tools, "patterns": patterns, "rules": self._file_rules}
         for _ in range(_TRIES):
             newest = await newest_pool(self._store)
             if newest is not None and newest.from_file == file:
                 return newest
-            written = await self._write(newest, *self._wanted(newest), file, "the configuration")
+            rules = self._wanted_rules(newest)
+            members = self._wanted(newest)
+            written = await self._write(newest, *members, rules, file, "the configuration")
             if written is not None:
                 return written
         raise StoreError("the pool is being changed by too many at once; try again")
@@ -299,7 +320,27 @@ class DesiredPool:
 
         return await self._change(f"removed pattern {name}", change)
 
-    def _as_allowed(self, models: Members, tools: Members, patterns: Members) -> AtlasConfig:
+    async def put_rules(self, rules: Rules) -> int:
+        """Put other rules in place of all there are; the revision.
+
+        Raises:
+            InvalidRequest: If one names what the wanted pool does not have, or its calibration is
+                of another encoder or of other utterances.
+            StoreError: If the store is away.
+        """
+        written = tuple(rule.model_dump(mode="json", exclude_unset=True) for rule in rules)
+
+        def check(models: Members, tools: Members, patterns: Members) -> None:
+            try:
+                check_rules(with_pool(self._config, models, tools, patterns, written))
+            except ConfigError as error:
+                raise InvalidRequest(error.message, "rules") from None
+
+        return await self._change(f"{len(rules)} rules", check, written)
+
+    def _as_allowed(
+        self, models: Members, tools: Members, patterns: Members, rules: WrittenRules
+    ) -> AtlasConfig:
         """The configuration with these, less what the file does not allow.
 
         If the rest cannot work, the file's own pool is used.
@@ -312,7 +353,12 @@ class DesiredPool:
             patterns, "pattern", lambda of: check_nodes(PatternConfig.model_validate(of))
         )
         try:
-            return with_pool(self._config, models, tools, patterns)
+            _RULES.validate_python(rules)
+        except ValidationError as error:
+            logger.error("the rules are left out: %s", error.errors()[0]["msg"])
+            rules = ()
+        try:
+            return with_pool(self._config, models, tools, patterns, rules)
         except InvalidRequest as error:
             logger.error("the file's own pool is used: %s", error.message)
             return self._config
@@ -330,14 +376,32 @@ class DesiredPool:
             _merged(held_patterns, before.get("patterns", {}), patterns),
         )
 
-    async def _change(self, what: str, change: Callable[[Members, Members, Members], None]) -> int:
-        """Make a change on top of the newest revision; the revision it is in."""
+    def _wanted_rules(self, newest: PoolRevision | None) -> WrittenRules:
+        """A revision's rules, or the file's where those changed since."""
+        if newest is None or newest.from_file.get("rules", "") != self._file_rules:
+            return written_rules(self._config)
+        return newest.rules
+
+    async def _change(
+        self,
+        what: str,
+        change: Callable[[Members, Members, Members], None],
+        rules: WrittenRules | None = None,
+    ) -> int:
+        """Make a change on top of the newest revision; the revision it is in.
+
+        Args:
+            what: The change, in words.
+            change: Makes it.
+            rules: The new rules; `None`: they stay.
+        """
         for _ in range(_TRIES):
             newest = await newest_pool(self._store) or await self.apply_file()
             members = _members(newest)
             change(*members)
-            with_pool(self._config, *members)
-            written = await self._write(newest, *members, newest.from_file, what)
+            kept = newest.rules if rules is None else rules
+            with_pool(self._config, *members, kept)
+            written = await self._write(newest, *members, kept, newest.from_file, what)
             if written is not None:
                 return written.revision
         raise StoreError("the pool is being changed by too many at once; try again")
@@ -348,6 +412,7 @@ class DesiredPool:
         models: Members,
         tools: Members,
         patterns: Members,
+        rules: WrittenRules,
         from_file: Json,
         change: str,
     ) -> PoolRevision | None:
@@ -358,6 +423,7 @@ class DesiredPool:
             models=tuple(models.values()),
             tools=tuple(tools.values()),
             patterns=tuple(patterns.values()),
+            rules=rules,
             from_file=from_file,
             change=change,
         )
@@ -369,6 +435,11 @@ def _members(revision: PoolRevision) -> tuple[Members, Members, Members]:
         {settings["tool_id"]: settings for settings in revision.tools},
         {settings["name"]: settings for settings in revision.patterns},
     )
+
+
+def _hash_of(rules: WrittenRules) -> str:
+    """SHA-256 of rules; empty of none."""
+    return hashlib.sha256(json.dumps(rules).encode()).hexdigest() if rules else ""
 
 
 def _merged(held: Members, before: Members, file: Members) -> Members:

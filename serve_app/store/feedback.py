@@ -11,7 +11,7 @@ from sqlalchemy import Select, func, insert, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from serve_app.errors import Conflict, NotFound
-from serve_app.schemas import LOCAL_OWNER, Action, DecidedBy, Pair, Seen
+from serve_app.schemas import BY_RULE, LOCAL_OWNER, Action, DecidedBy, Pair, Seen
 from serve_app.store.database import Store
 from serve_app.store.rows import storable_text
 from serve_app.store.tables import FeedbackRow, OutcomeRow, RequestRow, TrajectoryRow
@@ -38,7 +38,8 @@ class Verdict:
     created_unix_s: float
     propensity: float | None
     """Probability with which the router chose the pair for the query; `None` where it did not
-    choose that alone: a fallback, or a request of path 2 (see `rated_trajectories`)."""
+    choose that alone: a fallback, a rule's choice, or a request of path 2 (see
+    `rated_trajectories`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +255,9 @@ async def rated_requests(
         .join(RequestRow, RequestRow.request_id == FeedbackRow.request_id)
         .where(
             RequestRow.policy_version == policy_version,
-            RequestRow.path.not_in([str(DecidedBy.PINNED), str(DecidedBy.SESSION)]),
+            RequestRow.path.not_in(
+                [str(path) for path in (DecidedBy.PINNED, DecidedBy.SESSION, *BY_RULE)]
+            ),
             RequestRow.created_unix_s >= since_unix_s,
         )
     )
@@ -373,4 +376,5 @@ def _rated(row: Any, steps: Sequence[Any]) -> RatedTrajectory:
 
 
 def _was_not_chosen(row: Any) -> bool:
-    return row.path == DecidedBy.FALLBACK or row.step_index > 0 or row.decisions is not None
+    by_another = row.path == DecidedBy.FALLBACK or row.path in BY_RULE
+    return by_another or row.step_index > 0 or row.decisions is not None

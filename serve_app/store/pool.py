@@ -33,13 +33,15 @@ class PoolRevision:
     tools: tuple[Json, ...]
     """Settings of every tool."""
     from_file: Json
-    """`models`, `tools` and `patterns` of the configuration file when it was last applied, by
-    id."""
+    """`models`, `tools` and `patterns` of the configuration file when it was last applied, by id,
+    and the hash of its `rules`."""
     change: str
     """What this revision changed, in a line."""
     created_unix_s: float
     patterns: tuple[Json, ...] = ()
     """Every pattern as it is written."""
+    rules: tuple[Json, ...] = ()
+    """Every rule in its order."""
 
 
 async def newest_pool(store: Store) -> PoolRevision | None:
@@ -75,6 +77,7 @@ async def add_pool(
     models: tuple[Json, ...],
     tools: tuple[Json, ...],
     patterns: tuple[Json, ...] = (),
+    rules: tuple[Json, ...] = (),
     from_file: Json,
     change: str,
 ) -> PoolRevision | None:
@@ -86,7 +89,7 @@ async def add_pool(
     Raises:
         StoreError: If the store is away.
     """
-    row = PoolRevision(revision, models, tools, from_file, change, time.time(), patterns)
+    row = PoolRevision(revision, models, tools, from_file, change, time.time(), patterns, rules)
     try:
         async with store.begin() as connection:
             await connection.execute(insert(PoolRevisionRow).values(asdict(row)))
@@ -99,5 +102,5 @@ async def add_pool(
 
 
 def _revision(row: RowMapping) -> PoolRevision:
-    lists = {name: tuple(row[name] or ()) for name in ("models", "tools", "patterns")}
+    lists = {name: tuple(row[name] or ()) for name in ("models", "tools", "patterns", "rules")}
     return PoolRevision(**{**row, **lists})

@@ -313,9 +313,11 @@ class PoolRevisionRow(Base):
     """Settings of every tool."""
     patterns: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON, nullable=True)
     """Every pattern as it is written; `None` in revisions from before there were any."""
+    rules: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON, nullable=True)
+    """Every rule in its order; `None` as of `patterns`."""
     from_file: Mapped[dict[str, Any]] = mapped_column(JSON)
-    """`models`, `tools` and `patterns` of the configuration file when it was last applied, by id:
-    what differs from it was changed by an admin since."""
+    """`models`, `tools` and `patterns` of the configuration file when it was last applied, by id,
+    and the hash of its `rules`: what differs from it was changed by an admin since."""
     change: Mapped[str] = mapped_column(String(300))
     created_unix_s: Mapped[float] = mapped_column(Float)
 

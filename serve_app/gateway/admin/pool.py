@@ -1,4 +1,4 @@
-"""The pool over HTTP: admins add, change and remove models, tools and patterns.
+"""The pool over HTTP: admins add, change and remove models, tools, patterns and rules.
 
 A handler only writes what is wanted to the store; the controller brings it about. So a change is
 taken in milliseconds, and how far it is stands at `GET /v1/admin/models`. What a model or tool may
@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from serve_app.config import AtlasConfig, ModelConfig, PriceConfig
 from serve_app.config.patterns.language import PatternConfig
+from serve_app.config.rules import RulesSubmission
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.chat.parsing import parse_json, validate
 from serve_app.gateway.chat.pool_view import PoolView
@@ -27,7 +28,7 @@ Json = dict[str, Any]
 
 
 class PoolAdmin:
-    """The handlers of `/v1/admin/models`, `/v1/admin/tools` and `/v1/admin/patterns`."""
+    """The handlers of `/v1/admin/models`, `…/tools`, `…/patterns` and `…/rules`."""
 
     def __init__(
         self,
@@ -138,6 +139,18 @@ class PoolAdmin:
         name = request.path_params["name"]
         revision = await self._pool.remove_pattern(name)
         return _taken("pattern", name, "removed", revision, 202)
+
+    async def rules(self, request: Request) -> Response:
+        """`GET /v1/admin/rules`."""
+        view = self._view()
+        return _listed(view, view.admin_rules())
+
+    async def put_rules(self, request: Request) -> Response:
+        """`PUT /v1/admin/rules`."""
+        said = validate(RulesSubmission, self._body(request), strict=True)
+        revision = await self._pool.put_rules(said.rules)
+        body = {"object": "atlas.rules", "count": len(said.rules), "revision": revision}
+        return JsonResponse(body, 202)
 
     def _body(self, request: Request) -> Json:
         return parse_json(request.scope["atlas"].body, self._max_depth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from serve_app.schemas import Candidate, Decision, Report, Step, Usage
@@ -60,6 +61,7 @@ def decision_object(decision: Decision) -> Json:
         "distance_quantile": decision.distance_quantile,
         "cluster": None if like is None else {"index": like.cluster, "examples": like.examples},
         "candidates": [_candidate(candidate) for candidate in decision.candidates],
+        "hops": [asdict(hop) for hop in decision.hops],
         "policy_version": decision.policy_version,
         "pool_version": decision.pool_version,
         "seconds": decision.seconds,

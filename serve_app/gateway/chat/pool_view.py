@@ -13,6 +13,7 @@ from serve_app.config import AtlasConfig
 from serve_app.config.abilities import abilities_of
 from serve_app.config.patterns.bound import QUESTION_BYTES, bound_of
 from serve_app.config.patterns.language import PatternConfig
+from serve_app.config.rules import SemanticRuleConfig, fit_fault
 from serve_app.errors import ContextTooLong, InvalidRequest, ModelNotFound, NoCandidate
 from serve_app.gateway.chat.wire import ROUTED_MODEL
 from serve_app.orchestrator.patterns.declared import check_call
@@ -254,6 +255,19 @@ class PoolView:
                 row["worst_case"] = worst_case(pattern, self._config)
             rows.append(row)
         return rows
+
+    def admin_rules(self) -> list[Json]:
+        """Each rule in its order, with what keeps it from deciding."""
+        encoder = self._config.embedder.model
+        return [
+            {
+                "rule": rule.model_dump(mode="json", exclude_unset=True),
+                "reason": fit_fault(rule, encoder)
+                if isinstance(rule, SemanticRuleConfig)
+                else None,
+            }
+            for rule in self._config.rules
+        ]
 
     def admin_tools(self) -> list[Json]:
         """Each tool with its settings; no path, environment or key."""

@@ -68,6 +68,9 @@ class Admission:
             admits &= np.isin(self._tools[indices], list(limits.tools))
         if limits.without:
             admits &= ~np.isin(self._models[indices], list(limits.without))
+        if limits.candidates is not None:
+            named = limits.candidates
+            admits &= np.array([self._pairs[index] in named for index in indices], np.bool_)
         return admits
 
     def able(self, needs: Needs, indices: _Indices, abilities: Abilities) -> NDArray[np.bool_]:

@@ -95,7 +95,7 @@ def test_ten_thousand_keywords_are_one_expression() -> None:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"any": ["x"] * 10_001}, "at most 10000"),
+        ({"any": ["x"] * 10_001}, "at most 10000 keywords"),
         ({"any": ["x" * 200] * 1_001}, "at most 200000 characters"),
         ({}, "name keywords"),
         ({"any": [" "]}, "more than blanks"),
