@@ -129,6 +129,15 @@ def composed_command(
     console.print(f"{len(questions)} questions -> {out}")
 
 
+@app.command("scope")
+def scope_command() -> None:
+    """Write the texts of the rule `scope`: utterances, and labelled ones to fit it on."""
+    from benchmarks.nano.scope import FOLDER, write_scope
+
+    write_scope()
+    console.print(f"known.txt, fit.jsonl -> {FOLDER}")
+
+
 def _check_name(name: str) -> None:
     if name not in SHAPES:
         raise typer.BadParameter(f"no nano model {name!r}; choose one of {', '.join(SHAPES)}")

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from rl.cli.rules import app as rules_app
 from rl.cli.training import train_command
 from serve_app.cli.app import app as app
 from serve_app.cli.console import ConfigOption, console, fail, load
@@ -30,6 +31,8 @@ from serve_app.schemas import Pair
 from serve_app.store import Mode, Store
 
 T = TypeVar("T")
+
+app.add_typer(rules_app, name="rules")
 
 AddressOption = Annotated[
     str, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster that serves the pool.")
