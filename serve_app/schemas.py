@@ -338,6 +338,36 @@ class Limits:
     told to the router with each question."""
 
 
+class AccessLists(NamedTuple):
+    """What somebody may use: allow-lists and deny-lists of names; a denied name is never used."""
+
+    models: frozenset[str] | None = None
+    """Model ids, and `pattern:<name>` for patterns; `None` allows all."""
+    tools: frozenset[str] | None = None
+    """Tool ids; `None` allows all."""
+    not_models: frozenset[str] = frozenset()
+    not_tools: frozenset[str] = frozenset()
+
+    def allowed_models(self, known: frozenset[str]) -> frozenset[str] | None:
+        """Those of some models that may be used; `None`: all."""
+        return _allowed(known, self.models, self.not_models)
+
+    def allowed_tools(self, known: frozenset[str]) -> frozenset[str] | None:
+        """Those of some tools that may be used; `None`: all."""
+        return _allowed(known, self.tools, self.not_tools)
+
+
+ALL_ACCESS = AccessLists()
+
+
+def _allowed(
+    known: frozenset[str], allowed: frozenset[str] | None, denied: frozenset[str]
+) -> frozenset[str] | None:
+    if allowed is None and not denied:
+        return None
+    return (known if allowed is None else allowed) - denied
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One pair and what the router thinks of it for one query."""

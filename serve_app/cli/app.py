@@ -34,7 +34,7 @@ from serve_app.cli.traces import trace as trace_command
 from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, ClusterDied
 from serve_app.gateway.edge.hosts import is_loopback
-from serve_app.schemas import MemberState, ModelMember, PoolState
+from serve_app.schemas import AccessLists, MemberState, ModelMember, PoolState
 
 app = typer.Typer(
     help="Route every request to the right model and tool.",
@@ -326,6 +326,11 @@ async def _with_store(config: AtlasConfig, work: Any) -> Any:
         await store.close()
 
 
+_Names = Annotated[
+    list[str] | None, typer.Option(help="A name; may be repeated. A pattern is a model.")
+]
+
+
 @keys_app.command("create")
 def keys_create(
     name: str,
@@ -333,14 +338,24 @@ def keys_create(
     scope: Annotated[
         list[str] | None, typer.Option(help="chat, feedback or admin; may be repeated.")
     ] = None,
+    model: _Names = None,
+    tool: _Names = None,
+    not_model: _Names = None,
+    not_tool: _Names = None,
 ) -> None:
-    """Make a key and show it, this once."""
+    """Make a key and show it, this once. By default it may use every model and tool."""
     from serve_app.store import create_key
 
     scopes = scope or ["chat", "feedback"]
+    lists = AccessLists(
+        models=None if model is None else frozenset(model),
+        tools=None if tool is None else frozenset(tool),
+        not_models=frozenset(not_model or ()),
+        not_tools=frozenset(not_tool or ()),
+    )
     try:
         key_id, key = asyncio.run(
-            _with_store(load(config), lambda store: create_key(store, name, scopes))
+            _with_store(load(config), lambda store: create_key(store, name, scopes, lists))
         )
     except (AtlasError, ValueError) as error:
         raise fail(str(error)) from None

@@ -32,7 +32,7 @@ from serve_app.gateway.edge.exchange import Exchange, looks_like_request_id
 from serve_app.gateway.edge.rate import RateLimiter
 from serve_app.jobs import Jobs, JobSubmission
 from serve_app.orchestrator.direct import DirectTools
-from serve_app.schemas import ChatCall, Decision, PoolState, Report
+from serve_app.schemas import AccessLists, ChatCall, Decision, PoolState, Report
 from serve_app.store import (
     Job,
     OutcomeLog,
@@ -331,7 +331,15 @@ class Handlers:
             begin_effect=None if exchange.held_key is None else exchange.held_key.begin_effect,
         )
         exchange.ends_s = time.monotonic() + call.limits.deadline_s
-        self.pool_view().check(call)
+        view = self.pool_view()
+        view.check_names(call)
+        options = body.atlas
+        denied = AccessLists(
+            not_models=frozenset((options and options.not_models) or ()),
+            not_tools=frozenset((options and options.not_tools) or ()),
+        )
+        call = view.within(call, denied, exchange.lists)
+        view.check(call)
         return body, call
 
     def pool_view(self) -> PoolView:

@@ -12,6 +12,7 @@ from enum import StrEnum
 from sqlalchemy import insert, select, update
 
 from serve_app.errors import ConfigError, NotFound
+from serve_app.schemas import ALL_ACCESS, AccessLists
 from serve_app.store.database import Store
 from serve_app.store.tables import ApiKeyRow
 
@@ -38,6 +39,8 @@ class ApiKey:
     scopes: frozenset[Scope]
     created_unix_s: float
     revoked_unix_s: float | None = None
+    lists: AccessLists = ALL_ACCESS
+    """Models and tools that its requests may use."""
 
 
 def hash_key(key: str) -> str:
@@ -45,13 +48,16 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-async def create_key(store: Store, name: str, scopes: Iterable[str]) -> tuple[str, str]:
+async def create_key(
+    store: Store, name: str, scopes: Iterable[str], lists: AccessLists = ALL_ACCESS
+) -> tuple[str, str]:
     """Make a key.
 
     Args:
         store: Where it is kept.
         name: Whose or what for, in words; up to 200 characters.
         scopes: What it may do; at least one of `chat`, `feedback`, `admin`.
+        lists: Models and tools that its requests may use.
 
     Returns:
         Key id, and the key itself, which cannot be had again.
@@ -77,6 +83,7 @@ async def create_key(store: Store, name: str, scopes: Iterable[str]) -> tuple[st
                 key_hash=hash_key(key),
                 name=name,
                 scopes=" ".join(wanted),
+                lists={of: sorted(names) for of, names in lists._asdict().items() if names} or None,
                 created_unix_s=time.time(),
             )
         )
@@ -132,8 +139,17 @@ _KEY_COLUMNS = select(
     ApiKeyRow.scopes,
     ApiKeyRow.created_unix_s,
     ApiKeyRow.revoked_unix_s,
+    ApiKeyRow.lists,
 )
 
 
-def _api_key(key_id: str, name: str, scopes: str, created: float, revoked: float | None) -> ApiKey:
-    return ApiKey(key_id, name, frozenset(map(Scope, scopes.split())), created, revoked)
+def _api_key(
+    key_id: str,
+    name: str,
+    scopes: str,
+    created: float,
+    revoked: float | None,
+    lists: dict[str, list[str]] | None,
+) -> ApiKey:
+    access = AccessLists(**{of: frozenset(names) for of, names in (lists or {}).items()})
+    return ApiKey(key_id, name, frozenset(map(Scope, scopes.split())), created, revoked, access)

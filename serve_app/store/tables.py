@@ -36,6 +36,8 @@ class ApiKeyRow(Base):
     name: Mapped[str] = mapped_column(String(200))
     scopes: Mapped[str] = mapped_column(String(200))
     """Space-separated."""
+    lists: Mapped[dict[str, Any] | None] = mapped_column(JSON, nullable=True)
+    """What it may use: see `serve_app.schemas.AccessLists`; `None`: everything."""
     created_unix_s: Mapped[float] = mapped_column(Float)
     revoked_unix_s: Mapped[float | None] = mapped_column(Float)
 

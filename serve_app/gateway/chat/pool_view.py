@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,19 @@ from serve_app.config.abilities import abilities_of
 from serve_app.config.patterns.bound import QUESTION_BYTES, bound_of
 from serve_app.config.patterns.language import PatternConfig
 from serve_app.config.rules import SemanticRuleConfig, fit_fault
-from serve_app.errors import ContextTooLong, InvalidRequest, ModelNotFound, NoCandidate
+from serve_app.errors import (
+    ContextTooLong,
+    Forbidden,
+    InvalidRequest,
+    ModelNotFound,
+    NoCandidate,
+)
 from serve_app.gateway.chat.wire import ROUTED_MODEL
 from serve_app.orchestrator.patterns.declared import check_call
 from serve_app.router.rules.admission import Admission
 from serve_app.schemas import (
     NO_TOOL,
+    AccessLists,
     ChatCall,
     MemberState,
     ModelMember,
@@ -58,6 +66,44 @@ class PoolView:
         self._admission = Admission(named)
         self._routable = np.arange(len(routable), dtype=np.intp)
 
+    def check_names(self, call: ChatCall) -> None:
+        """Refuse a call whose allow-lists name what is not there.
+
+        Raises:
+            InvalidRequest: If one does.
+        """
+        self._check_names(call.limits.models, {**self._members, **self._patterns}, "models")
+        self._check_names(call.limits.tools, self._tools, "tools")
+
+    def within(self, call: ChatCall, denied: AccessLists, of_key: AccessLists) -> ChatCall:
+        """A call whose allow-lists leave what its deny-lists and its key's lists leave.
+
+        Args:
+            call: As the caller sent it.
+            denied: The caller's deny-lists.
+            of_key: What the caller's key may use.
+
+        Raises:
+            InvalidRequest: If a deny-list names what is not there.
+            Forbidden: If the key may not use what the call names as its model.
+        """
+        models = frozenset([*self._members, *self._patterns])
+        self._check_names(denied.not_models, models, "not_models")
+        self._check_names(denied.not_tools, self._tools, "not_tools")
+        pinned = None if call.model == ROUTED_MODEL else Pair.parse(call.model)
+        limits = call.limits
+        for lists in (of_key, denied):
+            may_models, may_tools = lists.allowed_models(models), lists.allowed_tools(self._tools)
+            if lists is of_key and pinned is not None:
+                _check_key(pinned, may_models, may_tools)
+            if may_models is not None:
+                kept = models if limits.models is None else limits.models
+                limits = replace(limits, models=kept & may_models)
+            if may_tools is not None:
+                kept = self._tools if limits.tools is None else limits.tools
+                limits = replace(limits, tools=kept & may_tools)
+        return call if limits is call.limits else replace(call, limits=limits)
+
     def check(self, call: ChatCall) -> None:
         """Refuse a call that names what is not there.
 
@@ -68,8 +114,6 @@ class PoolView:
                 if nothing that may answer can take what the call needs.
         """
         limits, needs = call.limits, call.needs
-        self._check_names(limits.models, {**self._members, **self._patterns}, "models")
-        self._check_names(limits.tools, self._tools, "tools")
         if call.model == ROUTED_MODEL:
             if self._common.take(needs):
                 return
@@ -311,6 +355,14 @@ def worst_case(pattern: PatternConfig, config: AtlasConfig) -> Json:
         "usd": bound.usd,
         "seconds": min(bound.seconds, config.gateway.limits.default_deadline_s),
     }
+
+
+def _check_key(
+    pinned: Pair, may_models: frozenset[str] | None, may_tools: frozenset[str] | None
+) -> None:
+    for name, allowed in ((pinned.model_id, may_models), (pinned.tool_id, may_tools)):
+        if allowed is not None and name not in allowed:
+            raise Forbidden(f"this API key may not use {_shortened(name)!r}")
 
 
 def _openai_model(name: str, created_unix_s: float, extension: Json) -> Json:

@@ -248,6 +248,10 @@ class AtlasOptions(Wire):
     """Model ids the router may choose from."""
     tools: Annotated[list[str], Field(min_length=1, max_length=256, fail_fast=True)] | None = None
     """Tool ids the router may choose from; `none` is one."""
+    not_models: Annotated[list[str], Field(max_length=256, fail_fast=True)] | None = None
+    """Model ids that are not used."""
+    not_tools: Annotated[list[str], Field(max_length=256, fail_fast=True)] | None = None
+    """Tool ids that are not used."""
     pattern: None = None
     """Reserved."""
     session: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@/-]{1,128}$")] | None = None

@@ -83,7 +83,12 @@ class Authenticator:
         self._waiting = 0
 
     async def owner(self, authorization: bytes | None, scope: Scope) -> str:
-        """The id of the calling key.
+        """The id of the calling key; the arguments and errors are those of `caller`."""
+        key = await self.caller(authorization, scope)
+        return LOCAL_OWNER if key is None else key.key_id
+
+    async def caller(self, authorization: bytes | None, scope: Scope) -> ApiKey | None:
+        """The calling key; `None`: none is asked for.
 
         Args:
             authorization: The header's value; `None` where there is none.
@@ -96,7 +101,7 @@ class Authenticator:
             StoreError: If the store is away.
         """
         if self._mode == "open":
-            return LOCAL_OWNER
+            return None
         if authorization is None:
             raise Unauthorized("send your API key as 'authorization: Bearer atlas_…'")
         match = _BEARER.fullmatch(authorization.strip())
@@ -105,7 +110,7 @@ class Authenticator:
             raise Unauthorized("the API key is not known here, or was revoked")
         if scope not in key.scopes:
             raise Forbidden(f"this API key lacks the scope {scope.value!r}")
-        return key.key_id
+        return key
 
     async def _find(self, key: str) -> ApiKey | None:
         key_hash = hash_key(key)

@@ -33,7 +33,7 @@ from serve_app.gateway.edge.proxy import body_held_back
 from serve_app.gateway.edge.rate import RateLimiter
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint, RouteTable
 from serve_app.gateway.edge.shares import Shares
-from serve_app.schemas import PATTERN_PREFIX, StopReason
+from serve_app.schemas import LOCAL_OWNER, PATTERN_PREFIX, StopReason
 from serve_app.telemetry import (
     GATEWAY_ONGOING,
     GATEWAY_REQUESTS,
@@ -177,7 +177,11 @@ class Edge:
             self._check_room()
         if rule.access != PUBLIC:
             authorization = headers.get(b"authorization")
-            exchange.owner = await self._authenticator.owner(authorization, rule.access)
+            key = await self._authenticator.caller(authorization, rule.access)
+            if key is None:
+                exchange.owner = LOCAL_OWNER
+            else:
+                exchange.owner, exchange.lists = key.key_id, key.lists
             exchange.line.owner = exchange.owner
         scope.update(found)
         return headers, endpoint

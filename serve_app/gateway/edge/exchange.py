@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from starlette.types import Message, Send
 
 from serve_app.gateway.edge.routes import UNKNOWN_ROUTE, RouteRule
+from serve_app.schemas import ALL_ACCESS, AccessLists
 from serve_app.telemetry import RequestLine
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Exchange:
     ends_s: float = 0.0
     """Monotonic time of the request's deadline, once the body has named it."""
     owner: str = ""
+    lists: AccessLists = ALL_ACCESS
+    """Models and tools that the key of the owner may use."""
     body: bytes = b""
     held_bytes: int = 0
     """Bytes of the body that count in the gateway's budget until the request ends."""
