@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -397,50 +396,3 @@ def check_rules(config: AtlasConfig, *, fitted: bool = True) -> None:
             fault = fit_fault(rule, config.embedder.model)
             if fault is not None:
                 raise ConfigError(fault)
-
-
-def read_rules(entries: Any) -> Any:
-    """Rules as in a file, with the utterances and calibrations of the files that they name.
-
-    A calibration that is not there yet counts as none.
-
-    Raises:
-        ConfigError: If a file cannot be read.
-    """
-    if not isinstance(entries, list):
-        return entries
-    return [_with_files(entry) for entry in entries]
-
-
-def _with_files(rule: Any) -> Any:
-    if not isinstance(rule, dict) or rule.get("type") != "semantic":
-        return rule
-    rule = dict(rule)
-    if isinstance(rule.get("routes"), list):
-        rule["routes"] = [_with_utterances(route) for route in rule["routes"]]
-    if isinstance(rule.get("fitted"), str):
-        path = Path(rule["fitted"])
-        if not path.exists():
-            del rule["fitted"]
-        else:
-            try:
-                rule["fitted"] = json.loads(_read(path))
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"the calibration {str(path)!r} is not JSON: {error}") from None
-    return rule
-
-
-def _with_utterances(route: Any) -> Any:
-    if not isinstance(route, dict) or not isinstance(route.get("utterances"), str):
-        return route
-    lines = _read(Path(route["utterances"])).splitlines()
-    return {**route, "utterances": [line.strip() for line in lines if line.strip()]}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise ConfigError(f"rules: cannot read {str(path)!r}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"rules: {str(path)!r} is not UTF-8") from None
