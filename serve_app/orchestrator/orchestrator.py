@@ -379,7 +379,7 @@ class Orchestrator:
         if not can_be_pattern(run.call):
             limits = self._without_patterns(limits)
         asleep = self._waker.asleep(self._watcher.state)
-        ruled = await self._rules.decide(run, limits)
+        ruled = await self._rules.decide(run, replace(limits, without=self._left_alone()))
         if ruled.decision is not None:
             run.embedding, run.decision = ruled.embedding, sleepers_last(ruled.decision, asleep)
             return None

@@ -249,7 +249,7 @@ class RuleFollower:
         outside = decision.path is DecidedBy.OUT_OF_DISTRIBUTION
         confidence = 0.0 if outside else decision.confidence
         floor = 0.0 if ruled.is_narrowed else default.floor
-        stays = confidence >= floor
+        stays = confidence >= floor or decision.path is DecidedBy.SESSION
         hop = Hop(
             LEARNED,
             "learned",
