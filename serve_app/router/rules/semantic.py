@@ -49,9 +49,9 @@ class SemanticRule:
         Returns:
             Of equally sure routes the one that is written first; `None` if the vector is none.
         """
-        similarities = self._vectors @ vector
-        if not np.isfinite(similarities).all():
+        if not np.isfinite(vector).all():
             return None
+        similarities = self._vectors @ vector
         features = self._features(similarities)
         logits = np.clip((features * self._weights).sum(axis=1), -_MAX_LOGIT, _MAX_LOGIT)
         route = int(logits.argmax())
