@@ -183,14 +183,16 @@ def judge(rows: dict[tuple[str, str], Row], own_ms: float) -> list[Target]:
 class InstantClients(ModelClients):
     """Models that answer at once, in this process."""
 
-    async def complete(self, model_id: str, body: ChatBody, deadline: Deadline) -> dict[str, Any]:
+    async def complete(
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
+    ) -> dict[str, Any]:
         """A short answer."""
         message = {"role": "assistant", "content": "36"}
         usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
         return {"choices": [{"index": 0, "message": message}], "usage": usage}
 
     async def stream(
-        self, model_id: str, body: ChatBody, deadline: Deadline
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Not asked for here."""
         raise NotImplementedError

@@ -50,7 +50,7 @@ def build_api(
     metrics = metrics or NoMetrics()
     gateway = config.gateway
     api = Handlers(orchestrator, store, outcomes, jobs, config, metrics)
-    pool = PoolAdmin(config, store, api.pool_view, orchestrator.breakers)
+    pool = PoolAdmin(config, store, api.pool_view, api.breakers)
 
     async def openapi(request: Request) -> Response:
         """`GET /openapi.json`; the document has this route too, so it is written below."""

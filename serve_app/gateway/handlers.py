@@ -349,6 +349,10 @@ class Handlers:
             self._view = PoolView(pool, pool.config or self._config)
         return self._view
 
+    def breakers(self) -> Mapping[str, str]:
+        """Of the models whose breaker is not closed in this process: where it stands."""
+        return self._orchestrator.breakers()
+
     def _book(self, exchange: Exchange, call: ChatCall, report: Report) -> Json:
         """Log and count a finished request.
 

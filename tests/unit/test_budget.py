@@ -210,7 +210,9 @@ class Honest(Engines):
     """Dollars spent when each call began."""
     bench: Bench
 
-    async def complete(self, model_id: str, body: ChatBody, deadline: Deadline) -> dict[str, Any]:
+    async def complete(
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
+    ) -> dict[str, Any]:
         self.started.append(self.bench.result.usage.cost_usd)
         completion = await super().complete(model_id, body, deadline)
         text = json.dumps([body["messages"], body.get("tools", [])], ensure_ascii=False)

@@ -53,7 +53,9 @@ def pool(**changes: Any) -> dict[str, Any]:
 class Sampler(Engines):
     """A model that gives the samples, and a judge that says what it is told to."""
 
-    async def complete(self, model_id: str, body: ChatBody, deadline: Deadline) -> dict[str, Any]:
+    async def complete(
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
+    ) -> dict[str, Any]:
         completion = await super().complete(model_id, body, deadline)
         if model_id == "small":
             (choice,) = completion["choices"]

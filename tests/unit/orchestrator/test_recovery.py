@@ -73,7 +73,9 @@ class Scripted(Engines):
     broken: Exception | None = None
     """What the reply that begins fails with."""
 
-    async def complete(self, model_id: str, body: ChatBody, deadline: Deadline) -> dict[str, Any]:
+    async def complete(
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
+    ) -> dict[str, Any]:
         self.events.append("first" if body.get("tools") else "second")
         said = self.replies.pop(0) if self.replies else reply("an answer")
         if isinstance(said, Broken):
@@ -83,7 +85,7 @@ class Scripted(Engines):
         return await super().complete(model_id, body, deadline)
 
     async def stream(
-        self, model_id: str, body: ChatBody, deadline: Deadline
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
     ) -> AsyncGenerator[dict[str, Any], None]:
         self.broken = None
         completion = await self.complete(model_id, body, deadline)
