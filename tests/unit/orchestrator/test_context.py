@@ -292,6 +292,11 @@ async def test_a_summary_takes_the_place_of_what_is_left_out_and_is_made_once(
     assert len(bench.engines.asked("sum")) == 1
 
 
+def test_a_summarizer_has_to_be_a_model_of_the_pool(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="summarizer"):
+        Bench(tmp_path, 600, summarizer="nobody")
+
+
 async def test_without_a_summary_sentences_are_kept(tmp_path: Path) -> None:
     bench = Bench(tmp_path, 600, summarizer="sum")
     bench.engines.says |= {"sum": EngineError("no")}

@@ -176,10 +176,10 @@ class Pool:
         self.pairs = PairRunner(self.config, self.engines, ToolRunner([]))
         self.breakers = self.pairs.parts.models.breakers
 
-    async def answer(self) -> Answer:
+    async def answer(self, text: str = "x") -> Answer:
         """Have the candidates tried in their order."""
         limits = Limits(alpha=0.0, deadline_s=30, max_steps=4)
-        call = ChatCall("req_1", "atlas", ({"role": "user", "content": "x"},), {}, limits)
+        call = ChatCall("req_1", "atlas", ({"role": "user", "content": text},), {}, limits)
         run = Run(call)
         candidates = [Candidate(Pair(m.model_id, "none"), 1, 1, 0) for m in self.config.models]
         run.decision = Decision(tuple(candidates), DecidedBy.CLUSTERS, 1.0, 1.0, 1, 1)
@@ -430,6 +430,16 @@ async def test_after_a_context_too_long_comes_a_longer_one(
     else:
         assert (await pool.answer()).pair.model_id == asked[-1]
     assert [model_id for model_id, _ in pool.engines.bodies] == asked
+
+
+async def test_what_fits_only_a_longer_context_goes_there_before_any_call(tmp_path: Path) -> None:
+    pool = Pool(tmp_path, (100, 80, 2000))
+    assert (await pool.answer("word " * 100)).pair.model_id == "m2"
+    assert [model_id for model_id, _ in pool.engines.bodies] == ["m2"]
+    pool = Pool(tmp_path, (100, 80, 200))
+    with pytest.raises(ContextTooLong):
+        await pool.answer("word " * 100)
+    assert not pool.engines.bodies
 
 
 def test_ray_repeats_no_call_of_a_tool(monkeypatch: pytest.MonkeyPatch) -> None:
