@@ -22,6 +22,11 @@ from serve_app.models.protocol import HEALTH_CHECK_PERIOD_S
 from serve_app.models.session_router import session_routing
 from serve_app.telemetry import SERVE_LOGGING
 
+DEPLOYING: dict[str, Any] = {"env_vars": {"RAY_SERVE_ENABLE_HA_PROXY": "0"}}
+"""Runtime environment of the deployer. With HAProxy on, Serve refuses a router
+of its own for an application's first deployment, because HAProxy passes it by; but a model's
+application has no route, and all its calls come from handles."""
+
 
 def deployment_name(config: ModelConfig) -> str:
     """Name of a model's deployment; holds a fingerprint of what needs a new application."""
@@ -111,7 +116,7 @@ class DeployerProcess:
         if isinstance(config, LocalModelConfig):
             await asyncio.to_thread(register_connectors)
         if self._actor is None:
-            self._actor = ray.remote(num_cpus=0)(Deployer).remote()
+            self._actor = ray.remote(num_cpus=0, runtime_env=DEPLOYING)(Deployer).remote()
         self._under_way += 1
         try:
             await self._actor.deploy.remote(config)

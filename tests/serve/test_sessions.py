@@ -14,7 +14,7 @@ from ray.serve.schema import ApplicationStatus
 from serve_app.budget import Deadline
 from serve_app.config.models import CustomModelConfig
 from serve_app.models.clients import ModelClients
-from serve_app.models.deploy import application_name, deploy_model
+from serve_app.models.deploy import DeployerProcess, application_name
 from serve_app.models.protocol import ChatBody
 
 pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("ray_session")]
@@ -43,7 +43,7 @@ def two_replicas() -> Any:
         }
     )
     name = application_name(config)
-    deploy_model(config)
+    asyncio.run(DeployerProcess().deploy(config))
     ends_s = time.monotonic() + START_S
     while serve.status().applications[name].status is not ApplicationStatus.RUNNING:
         assert time.monotonic() < ends_s, serve.status().applications[name]
