@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from serve_app.config.atlas import AtlasConfig
 from serve_app.config.patterns.check import check_patterns
 from serve_app.config.patterns.files import read_patterns
+from serve_app.config.rule_check import check_rules
 from serve_app.config.rule_files import read_rules
-from serve_app.config.rules import check_rules
 from serve_app.errors import ConfigError
 
 

@@ -2,7 +2,8 @@
 
 Keyword rules come first, because nothing has to be embedded for them; then semantic rules; then
 models that decide. The first rule that is sure enough decides: it names candidates, or narrows what
-the learned rules choose among. What fits to a pool and an encoder is checked by `check_rules`.
+the learned rules choose among. What has to fit a pool and an encoder
+is checked in `rule_check`.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from serve_app.config.base import BaseConfig
 from serve_app.config.keywords import keyword_expression
 from serve_app.config.patterns.language import Expression
-from serve_app.errors import ConfigError
-from serve_app.schemas import NO_TOOL, Pair
-
-if TYPE_CHECKING:  # it imports this module
-    from serve_app.config.atlas import AtlasConfig
 
 LEARNED = "learned"
 """The label of what no rule decides, where the learned rules choose."""
@@ -38,13 +42,15 @@ Utterance = Annotated[str, Field(min_length=1, max_length=2000)]
 Names = Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _as_tuple(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 Candidates = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
-    BeforeValidator(_as_list),
+    BeforeValidator(_as_tuple),
     Field(min_length=1, max_length=16),
 ]
 """One candidate, or several of which each takes over where the one before it fails."""
@@ -108,8 +114,13 @@ def _not_too_many(words: tuple[str | RegexConfig, ...]) -> tuple[str | RegexConf
     return words
 
 
+Keyword = Annotated[
+    Annotated[str, Field(min_length=1, max_length=200), Tag("word")]
+    | Annotated[RegexConfig, Tag("expression")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "expression"),
+]
 Keywords = Annotated[
-    tuple[Annotated[str, Field(min_length=1, max_length=200)] | RegexConfig, ...],
+    tuple[Keyword, ...],
     AfterValidator(_not_too_many),
 ]
 """Words or phrases, found as whole words, and RE2 expressions (`{re: "order #[0-9]+"}`)."""
@@ -354,45 +365,3 @@ def targets_of(rule: RuleConfig) -> Iterator[tuple[str, TargetConfig]]:
             yield from ((label.name, label) for label in rule.labels)
         case DefaultRuleConfig():
             yield DEFAULT, TargetConfig(use=rule.use)
-
-
-def check_rules(config: AtlasConfig, *, fitted: bool = True) -> None:
-    """Refuse rules that name what is not there, or whose calibration is of something else.
-
-    Args:
-        config: The deployment.
-        fitted: Whether calibrations are checked too.
-
-    Raises:
-        ConfigError: If there is such a rule; the message names it.
-    """
-    models = {model.model_id for model in config.models if model.role == "chat"}
-    patterns = {str(Pair.of_pattern(pattern.name)) for pattern in config.patterns}
-    pairs = {*map(str, config.all_pairs()), *(f"{name}@{NO_TOOL}" for name in models)}
-    known = {
-        "candidates": pairs | models | patterns,
-        "models": models | patterns,
-        "tools": {NO_TOOL, *(tool.tool_id for tool in config.tools)},
-    }
-
-    def check(where: str, kind: str, names: tuple[str, ...] | None) -> None:
-        for name in names or ():
-            if name not in known[kind]:
-                what = {"candidates": "no candidate", "models": "no model", "tools": "no tool"}
-                raise ConfigError(f"{where}: {name!r} is {what[kind]} of the pool")
-
-    for rule in config.rules:
-        for label, target in targets_of(rule):
-            where = f"{rule.type} rule, {label!r}"
-            if target.use is not None and not {ROUTE, DEFAULT} & set(target.use):
-                check(f"{where}: use", "candidates", target.use)
-            if target.among is not None:
-                check(f"{where}: among.candidates", "candidates", target.among.candidates)
-                check(f"{where}: among.models", "models", target.among.models)
-                check(f"{where}: among.tools", "tools", target.among.tools)
-        if isinstance(rule, LlmRuleConfig) and rule.model not in models:
-            raise ConfigError(f"llm rule {rule.name!r}: {rule.model!r} is no model of the pool")
-        if fitted and isinstance(rule, SemanticRuleConfig):
-            fault = fit_fault(rule, config.embedder.model)
-            if fault is not None:
-                raise ConfigError(fault)

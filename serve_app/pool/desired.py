@@ -20,7 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from serve_app.config import AtlasConfig, ModelConfig, PriceConfig
 from serve_app.config.patterns.check import check_pattern
 from serve_app.config.patterns.language import PatternConfig
-from serve_app.config.rules import Rules, check_rules
+from serve_app.config.rule_check import check_rules
+from serve_app.config.rules import Rules
 from serve_app.config.tools import ToolConfig, ToolsetConfig
 from serve_app.errors import ConfigError, Conflict, InvalidRequest, NotFound, StoreError
 from serve_app.pool.allow_list import AllowList

@@ -6,7 +6,7 @@ Linear in the text, of which at most `MAX_CHARS` are looked at.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from serve_app.config.rules import KeywordRuleConfig, Scope
@@ -17,7 +17,7 @@ MAX_CHARS = 32_000
 
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n?", re.MULTILINE)
 
-Messages = Sequence[Mapping[str, Any]]
+Messages = Sequence[dict[str, Any]]
 
 
 class KeywordRule:

@@ -51,8 +51,7 @@ class SemanticRule:
         """
         if not np.isfinite(vector).all():
             return None
-        similarities = self._vectors @ vector
-        features = self._features(similarities)
+        features = self._features(self._vectors @ vector)
         logits = np.clip((features * self._weights).sum(axis=1), -_MAX_LOGIT, _MAX_LOGIT)
         route = int(logits.argmax())
         return Judgement(

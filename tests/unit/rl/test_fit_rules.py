@@ -50,7 +50,7 @@ def said(text: str, label: str) -> LabelledText:
 TEXTS = [
     *(said(f"{'the ' * n}{word} {word}", "pets") for n in range(1, 8) for word in ("cat", "dog")),
     *(said(f"{'a ' * n}{word} {word}", "money") for n in range(1, 8) for word in ("sum", "tax")),
-    *(said(f"{'the ' * n}sun sun", "learned") for n in range(1, 8)),
+    *(said(f"{'sun ' * n}sea", "learned") for n in range(1, 8)),
 ]
 
 

@@ -16,7 +16,10 @@ def matches(said: str | list[dict[str, Any]], system: str = "", **fields: Any) -
     config = KeywordRuleConfig.model_validate(
         {"type": "keyword", "name": "rule", "use": "route", **fields}
     )
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": said}]
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": said},
+    ]
     return KeywordRule(config).matches(Texts(messages))
 
 
