@@ -149,6 +149,29 @@ class Budget:
         """Seconds to the deadline; below 0: it has passed."""
         return self.deadline.at_s - time.monotonic()
 
+    @property
+    def is_metered(self) -> bool:
+        """Whether something limits dollars or tokens, here or above: calls have to be measured."""
+        return any(budget._is_metered for budget in self._line())
+
+    @property
+    def _is_metered(self) -> bool:
+        return math.isfinite(self._caps.usd) or math.isfinite(self._caps.tokens)
+
+    async def hold(self, most: Use, work: str) -> Reservation:
+        """As `reserve`, and a budget above that has to ask for more does so before.
+
+        Raises:
+            BudgetExceeded: If less is left.
+            AtlasError: What else asking for more fails with.
+        """
+        for budget in self._line():
+            await budget._cover(most, work)
+        return self.reserve(most, work)  # at once: nothing ran since the last budget was asked
+
+    async def _cover(self, most: Use, work: str) -> None:
+        """Have what a call may use, where that is to be had by asking."""
+
     def reserve(self, most: Use, work: str) -> Reservation:
         """Set aside the most that a call may use; the result is a context manager.
 

@@ -7,6 +7,7 @@ AtlasError
 │   │   └── UnfitForPair         400, this pair cannot take the request; another may
 │   │       ├── ContextTooLong   the model's context is shorter than the conversation
 │   │       └── BudgetExceeded   the next call may use more than the request has left
+│   │           └── QuotaExceeded 429, more than the limits of its API key leave
 │   ├── Unauthorized             401, no or unknown API key
 │   ├── Forbidden                403, the key lacks the scope, or the thing is someone else's
 │   ├── NotFound                 404, unknown model, pair, request id, path
@@ -29,6 +30,7 @@ AtlasError
 │   │   ├── EngineUnavailable    a remote endpoint failed in a way that may pass
 │   │   ├── UnreadableCall       the model wrote a tool call that cannot be read
 │   │   └── ReplicaDied          the process that worked on it is no more
+│   ├── QuotaUnknown             503, the store cannot say what the limits of an API key leave
 │   ├── EffectRefused            503, an effect could not be put on record, and was not begun
 │   └── DeadlineExceeded         504, the request's time is up
 ├── ToolError
@@ -120,6 +122,22 @@ class BudgetExceeded(UnfitForPair):
     def cap(self) -> str:
         """Which cap would be passed: a field of `budget.Caps`."""
         return str(self.args[3]) if len(self.args) > 3 else "usd"
+
+
+class QuotaExceeded(BudgetExceeded):
+    """The limits of the API key leave less than the next call may use.
+
+    Arguments: those of `BudgetExceeded`, and the seconds until a limit begins anew.
+    """
+
+    status_code = 429
+    error_type = "insufficient_quota"
+    code = "insufficient_quota"
+
+    @property
+    def retry_after_s(self) -> float:
+        """Until the limit begins anew."""
+        return float(self.args[4]) if len(self.args) > 4 else 1.0
 
 
 class Unauthorized(RequestError):
@@ -296,6 +314,18 @@ class UnreadableCall(EngineError):
 
 class ReplicaDied(EngineError):
     """The process that worked on a request is no more, and what it said nobody heard."""
+
+
+class QuotaUnknown(ServiceError):
+    """The store cannot be asked what the limits of an API key leave."""
+
+    status_code = 503
+    code = "quota_unknown"
+
+    @property
+    def retry_after_s(self) -> float:
+        """About as long as a database takes to come back."""
+        return 5.0
 
 
 class EffectRefused(ServiceError):

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from serve_app.capabilities import NO_NEEDS, Needs, needs_of
 from serve_app.content import last_question, text_of_content
 
-if TYPE_CHECKING:  # it imports this module
+if TYPE_CHECKING:  # they import this module
     from serve_app.config import AtlasConfig
+    from serve_app.purse import Purse
 
 NO_TOOL = "none"
 """The tool id of plain generation."""
@@ -614,6 +615,8 @@ class Report:
     """What happened, each span after the one it is part of."""
     num_dropped: int = 0
     """Spans that were not kept."""
+    lease_id: str | None = None
+    """What the request was paid from; `None`: its key has no limits."""
 
     @property
     def final_step(self) -> Step | None:
@@ -658,6 +661,8 @@ class ChatCall:
     )
     """Puts on record that something begins that must not happen twice, or raises `EffectRefused`;
     awaited before it begins. `None`: the request has no idempotency key, and may not do so."""
+    purse: Purse | None = field(default=None, repr=False, compare=False)
+    """What the key may still spend; the request is paid from there. `None`: nothing limits it."""
 
     @property
     def query(self) -> str:

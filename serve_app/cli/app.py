@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 from serve_app import environment
 from serve_app.cli.console import (
@@ -27,21 +26,20 @@ from serve_app.cli.console import (
     load,
     next_try,
 )
+from serve_app.cli.keys import app as keys_app
 from serve_app.cli.patterns import app as patterns_app
 from serve_app.cli.pool import app as pool_app
 from serve_app.cli.traces import ask_with_events
 from serve_app.cli.traces import trace as trace_command
-from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError, ClusterDied
 from serve_app.gateway.edge.hosts import is_loopback
-from serve_app.schemas import AccessLists, MemberState, ModelMember, PoolState
+from serve_app.schemas import MemberState, ModelMember, PoolState
 
 app = typer.Typer(
     help="Route every request to the right model and tool.",
     no_args_is_help=True,
     add_completion=False,
 )
-keys_app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(pool_app, name="pool")
 app.add_typer(patterns_app, name="patterns")
@@ -314,92 +312,6 @@ def status(
         reason = f"{member.reason}; {next_try(member.retry_unix_s)}" if member.reason else ""
         table.add_row(member.model_id, member.state.value, reason, pairs)
     console.print(table)
-
-
-async def _with_store(config: AtlasConfig, work: Any) -> Any:
-    from serve_app.store import Store
-
-    store = await Store.open(config.store_url())
-    try:
-        return await work(store)
-    finally:
-        await store.close()
-
-
-_Names = Annotated[
-    list[str] | None, typer.Option(help="A name; may be repeated. A pattern is a model.")
-]
-
-
-@keys_app.command("create")
-def keys_create(
-    name: str,
-    config: ConfigOption,
-    scope: Annotated[
-        list[str] | None, typer.Option(help="chat, feedback or admin; may be repeated.")
-    ] = None,
-    model: _Names = None,
-    tool: _Names = None,
-    not_model: _Names = None,
-    not_tool: _Names = None,
-) -> None:
-    """Make a key and show it, this once. By default it may use every model and tool."""
-    from serve_app.store import create_key
-
-    scopes = scope or ["chat", "feedback"]
-    lists = AccessLists(
-        models=None if model is None else frozenset(model),
-        tools=None if tool is None else frozenset(tool),
-        not_models=frozenset(not_model or ()),
-        not_tools=frozenset(not_tool or ()),
-    )
-    try:
-        key_id, key = asyncio.run(
-            _with_store(load(config), lambda store: create_key(store, name, scopes, lists))
-        )
-    except (AtlasError, ValueError) as error:
-        raise fail(str(error)) from None
-    console.print(f"{key_id}  {name}  {', '.join(scopes)}", highlight=False)
-    console.print(key, highlight=False, soft_wrap=True)
-    console.print("[dim]Only its hash is kept: note it now.[/dim]")
-
-
-@keys_app.command("list")
-def keys_list(config: ConfigOption) -> None:
-    """List the keys, never their secrets."""
-    from serve_app.store import list_keys
-
-    try:
-        keys = asyncio.run(_with_store(load(config), list_keys))
-    except AtlasError as error:
-        raise fail(error.message) from None
-    # Never cut: it is what `atlas keys revoke` takes.
-    table = Table(Column("id", no_wrap=True), "name", "scopes", "created", "revoked")
-    for key in keys:
-        table.add_row(
-            key.key_id,
-            key.name,
-            ", ".join(sorted(key.scopes)),
-            _minute(key.created_unix_s),
-            _minute(key.revoked_unix_s),
-        )
-    console.print(table)
-
-
-def _minute(unix_s: float | None) -> str:
-    return "" if unix_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
-
-
-@keys_app.command("revoke")
-def keys_revoke(key_id: str, config: ConfigOption) -> None:
-    """Revoke a key; gateways notice within seconds."""
-    from serve_app.store import revoke_key
-
-    try:
-        asyncio.run(_with_store(load(config), lambda store: revoke_key(store, key_id)))
-    except AtlasError as error:
-        raise fail(error.message) from None
-    console.print(f"{key_id} revoked", highlight=False)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from serve_app.gateway.edge.routes import RouteTable
 from serve_app.gateway.handlers import Handlers, Orchestrator
 from serve_app.gateway.mcp.server import McpServer
 from serve_app.gateway.openapi import openapi_document
+from serve_app.gateway.purses import Purses
 from serve_app.gateway.table import endpoints
 from serve_app.jobs import Jobs
 from serve_app.store import OutcomeLog, Store
@@ -36,6 +37,7 @@ def build_api(
     jobs: Jobs,
     config: AtlasConfig,
     metrics: MetricSink | None = None,
+    purses: Purses | None = None,
 ) -> Starlette:
     """The whole HTTP API as an ASGI app.
 
@@ -46,9 +48,11 @@ def build_api(
         jobs: Takes the jobs of the learning loop.
         config: Limits, authentication, prices.
         metrics: Where counts go.
+        purses: Pay for the requests of keys with limits; `None` makes them.
     """
     metrics = metrics or NoMetrics()
     gateway = config.gateway
+    purses = purses or Purses(store, outcomes, gateway.limits.max_deadline_s)
     api = Handlers(orchestrator, store, outcomes, jobs, config, metrics)
     pool = PoolAdmin(config, store, api.pool_view, api.breakers)
 
@@ -69,6 +73,7 @@ def build_api(
         limits=gateway.limits,
         authenticator=Authenticator(gateway.auth.mode, store),
         idempotency=Idempotency(store, gateway.idempotency, gateway.limits.max_json_depth),
+        purses=purses,
         metrics=metrics,
     )
     # The edge calls the handlers itself; Serve reads the routes for the names in its metrics.

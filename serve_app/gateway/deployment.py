@@ -13,6 +13,7 @@ from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError
 from serve_app.gateway.app import build_api
 from serve_app.gateway.edge.hosts import require_loopback
+from serve_app.gateway.purses import Purses
 from serve_app.jobs import Jobs, RayLauncher
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.schemas import ChatCall, Report
@@ -71,6 +72,7 @@ class Gateway:
             metrics=self._metrics,
         )
         self._outcomes.start()
+        self._purses = Purses(self._store, self._outcomes, config.gateway.limits.max_deadline_s)
         self._retention = Retention(self._store, config.store.retention_days)
         self._retention.start()
         self._orchestrator = Orchestrator(
@@ -82,7 +84,13 @@ class Gateway:
         """Serve asks for the application after the constructor."""
         jobs = Jobs(self._config, self._store, RayLauncher())
         return build_api(
-            self._orchestrator, self._store, self._outcomes, jobs, self._config, self._metrics
+            self._orchestrator,
+            self._store,
+            self._outcomes,
+            jobs,
+            self._config,
+            self._metrics,
+            self._purses,
         )
 
     async def measure(self, call: ChatCall) -> tuple[Report, AtlasError | None]:
@@ -92,6 +100,7 @@ class Gateway:
     async def __del__(self) -> None:
         """Serve's shutdown hook: write what is pending."""
         self._orchestrator.close()
+        await self._purses.close()
         await self._retention.close()
         await self._outcomes.close()
         await self._store.close()

@@ -30,6 +30,7 @@ from serve_app.gateway.chat.wire import ChatRequest, FeedbackRequest
 from serve_app.gateway.edge.errors import JsonResponse
 from serve_app.gateway.edge.exchange import Exchange, looks_like_request_id
 from serve_app.gateway.edge.rate import RateLimiter
+from serve_app.gateway.usage import KeyUsage
 from serve_app.jobs import Jobs, JobSubmission
 from serve_app.orchestrator.direct import DirectTools
 from serve_app.schemas import AccessLists, ChatCall, Decision, PoolState, Report
@@ -41,6 +42,7 @@ from serve_app.store import (
     list_policies,
     list_snapshots,
     read_trace,
+    usage_of,
 )
 from serve_app.telemetry import GATEWAY_COST_USD, GATEWAY_TOKENS, MetricSink
 
@@ -165,6 +167,7 @@ class Handlers:
 
     async def _complete(self, exchange: Exchange, call: ChatCall) -> Json:
         async with in_time(exchange):
+            await _admit(call)
             completion, report = await self._orchestrator.complete(call)
         extension = self._book(exchange, call, report)
         return completion | {"model": extension["pair"], "atlas": extension}
@@ -173,6 +176,7 @@ class Handlers:
         items = self._orchestrator.stream(call)
         try:
             async with in_time(exchange):
+                await _admit(call)
                 first = await anext(items)
             if isinstance(first, Report):
                 raise TypeError("the orchestrator's stream had no chunk")
@@ -236,6 +240,13 @@ class Handlers:
             exchange, request_id, lambda: read_trace(self._store, request_id, exchange.owner)
         )
         return JsonResponse(Trajectory.of(trace).model_dump(mode="json"))
+
+    async def usage(self, request: Request) -> Response:
+        """`GET /v1/usage`."""
+        exchange: Exchange = request.scope["atlas"]
+        await self._outcomes.flush(PATIENCE_S)
+        periods = await usage_of(self._store, exchange.owner)
+        return JsonResponse(KeyUsage.of(exchange.owner, periods).model_dump(mode="json"))
 
     async def _once_written(
         self, exchange: Exchange, request_id: str, work: Callable[[], Awaitable[T]]
@@ -329,6 +340,7 @@ class Handlers:
             limits=self._limits,
             elapsed_s=exchange.elapsed_s(),
             begin_effect=None if exchange.held_key is None else exchange.held_key.begin_effect,
+            purse=exchange.purse,
         )
         exchange.ends_s = time.monotonic() + call.limits.deadline_s
         view = self.pool_view()
@@ -370,6 +382,17 @@ class Handlers:
         self._metrics.record(GATEWAY_TOKENS, line.completion_tokens, pair=pair, kind="completion")
         self._metrics.record(GATEWAY_COST_USD, line.cost_usd, pair=pair)
         return completion_extension(report, alpha=call.limits.alpha, explain=call.explain)
+
+
+async def _admit(call: ChatCall) -> None:
+    """Let a request begin, if the limits of its key leave anything.
+
+    Raises:
+        QuotaExceeded: If they do not.
+        QuotaUnknown: If the store cannot be asked.
+    """
+    if call.purse is not None:
+        await call.purse.admit()
 
 
 def _job_object(job: Job) -> Json:

@@ -21,6 +21,7 @@ from serve_app.gateway.chat.wire import (
 from serve_app.gateway.edge.operation import Answer, Operation
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint, Handler
 from serve_app.gateway.handlers import Handlers
+from serve_app.gateway.usage import KeyUsage
 from serve_app.jobs import JobSubmission
 from serve_app.store import Scope
 
@@ -104,6 +105,17 @@ def _chat(api: Handlers) -> list[Endpoint]:
                 "What happened in one of your requests: decisions, calls and checks as a tree.",
                 Answer("The request, and its spans.", Trajectory),
                 errors=(404,),
+            ),
+        ),
+        Endpoint(
+            "GET",
+            "/v1/usage",
+            api.usage,
+            Scope.CHAT,
+            Operation(
+                "getUsage",
+                "What your key has used this hour, day, week and month, and its limits.",
+                Answer("The periods.", KeyUsage),
             ),
         ),
         Endpoint(

@@ -30,6 +30,8 @@ from serve_app.errors import (
     InvalidRequest,
     ModelNotFound,
     NoCandidate,
+    QuotaExceeded,
+    QuotaUnknown,
     ReplicaDied,
     RequestError,
     ToolError,
@@ -61,8 +63,8 @@ class Fault(StrEnum):
     """What a failure says."""
 
     CALLER = "caller"
-    """The request is wrong for every candidate, or its key may not: 400, 401, 403, 404, 413, 422,
-    429 with the key's quota."""
+    """The request is wrong for every candidate, or its key may not, or may not spend more: 400,
+    401, 403, 404, 413, 422, 429 with the key's quota."""
     EXTRA = "extra"
     """The engine refuses what the caller did not ask for: log-probabilities."""
     UNFIT = "unfit"
@@ -133,6 +135,8 @@ TABLE: Mapping[tuple[Fault, Effects, bool], tuple[Move, ...]] = {
 follows upon it."""
 
 _FAULTS: tuple[tuple[type[AtlasError], Fault], ...] = (
+    (QuotaExceeded, Fault.CALLER),
+    (QuotaUnknown, Fault.CALLER),
     (UnfitForPair, Fault.UNFIT),
     (ModelNotFound, Fault.OTHER),
     (RequestError, Fault.CALLER),

@@ -111,7 +111,9 @@ class Run:
         caps = Caps(
             usd=math.inf if max_usd is None else max_usd, tool_calls=float(self.max_tool_calls)
         )
-        self.budget = Budget(Deadline.after(self.call.limits.deadline_s), caps)
+        self.budget = Budget(
+            Deadline.after(self.call.limits.deadline_s), caps, parent=self.call.purse
+        )
         listen = self._tell if self.call.events and self.channel is not None else None
         self.trace = Trace(self.call.request_id, listen, keeps_content=self.keeps_content)
         self._last: Report | None = None
@@ -176,4 +178,5 @@ class Run:
             stop=self.stop,
             spans=self.trace.records(),
             num_dropped=self.trace.num_dropped,
+            lease_id=None if self.call.purse is None else self.call.purse.lease_id,
         )

@@ -32,6 +32,16 @@ from serve_app.store.keys import (
     list_keys,
     revoke_key,
 )
+from serve_app.store.leases import Grant, Refusal, draw_lease, give_back_lease, renew_leases
+from serve_app.store.limits import (
+    UNITS,
+    Amounts,
+    Period,
+    PeriodUsage,
+    remove_limits,
+    set_limit,
+    usage_of,
+)
 from serve_app.store.mcp_definitions import (
     McpDefinition,
     accept_definition,
@@ -68,8 +78,11 @@ from serve_app.store.retention import Retention, delete_expired_keys, delete_old
 from serve_app.store.traces import StoredTrace, read_trace
 
 __all__ = [
+    "UNITS",
+    "Amounts",
     "ApiKey",
     "Claim",
+    "Grant",
     "Job",
     "Journal",
     "KeptAnswer",
@@ -77,6 +90,8 @@ __all__ = [
     "McpDefinition",
     "Mode",
     "OutcomeLog",
+    "Period",
+    "PeriodUsage",
     "Policy",
     "PoolRevision",
     "ProfileOutcome",
@@ -84,6 +99,7 @@ __all__ = [
     "ProfileThought",
     "RatedRequest",
     "RatedTrajectory",
+    "Refusal",
     "Retention",
     "Scope",
     "SnapshotInfo",
@@ -103,10 +119,12 @@ __all__ = [
     "create_key",
     "delete_expired_keys",
     "delete_old",
+    "draw_lease",
     "find_key",
     "find_policy",
     "forget_errors",
     "get_job",
+    "give_back_lease",
     "give_up_claim",
     "hash_key",
     "jobs_under_way",
@@ -127,10 +145,14 @@ __all__ = [
     "read_thoughts",
     "read_trace",
     "read_verdicts",
+    "remove_limits",
     "renew_claim",
+    "renew_leases",
     "revoke_key",
     "serving_policies",
+    "set_limit",
     "trial_policies",
     "update_job",
+    "usage_of",
     "verdict_ids",
 ]

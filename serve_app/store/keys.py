@@ -41,6 +41,8 @@ class ApiKey:
     revoked_unix_s: float | None = None
     lists: AccessLists = ALL_ACCESS
     """Models and tools that its requests may use."""
+    limited_unix_s: float | None = None
+    """When its limits were changed last; `None`: it has none."""
 
 
 def hash_key(key: str) -> str:
@@ -140,6 +142,7 @@ _KEY_COLUMNS = select(
     ApiKeyRow.created_unix_s,
     ApiKeyRow.revoked_unix_s,
     ApiKeyRow.lists,
+    ApiKeyRow.limited_unix_s,
 )
 
 
@@ -150,6 +153,8 @@ def _api_key(
     created: float,
     revoked: float | None,
     lists: dict[str, list[str]] | None,
+    limited: float | None,
 ) -> ApiKey:
     access = AccessLists(**{of: frozenset(names) for of, names in (lists or {}).items()})
-    return ApiKey(key_id, name, frozenset(map(Scope, scopes.split())), created, revoked, access)
+    of = frozenset(map(Scope, scopes.split()))
+    return ApiKey(key_id, name, of, created, revoked, access, limited)

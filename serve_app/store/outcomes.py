@@ -25,6 +25,7 @@ from serve_app.errors import StoreError
 from serve_app.schemas import Report
 from serve_app.store.database import Store, is_transient
 from serve_app.store.journal import Journal
+from serve_app.store.leases import settle
 from serve_app.store.rows import RequestRows, rows_of
 from serve_app.store.tables import OutcomeRow, RequestRow, ShadowRow, TraceRow, TrajectoryRow
 from serve_app.telemetry import (
@@ -346,6 +347,7 @@ class OutcomeLog:
                     ):
                         if added:
                             await connection.execute(insert(table), added)
+                    await settle(connection, new)
             except (StoreError, TimeoutError) as error:
                 if not is_transient(error):
                     raise

@@ -36,6 +36,8 @@ class RequestRows:
     shadow: _Values | None
     trace: _Values | None = None
     """`None` also in lines of the journal that an earlier version wrote."""
+    lease_id: str | None = None
+    """The lease that the request was paid from; `None`: its key had no limits."""
 
     def num_bytes(self) -> int:
         """Bytes in memory, about."""
@@ -137,7 +139,14 @@ def rows_of(report: Report, alpha: float | None, created_unix_s: float) -> Reque
         }
         for index, step in enumerate(report.steps)
     ]
-    return RequestRows(request, outcomes, _trajectory(report), _shadow(report), _trace(report))
+    return RequestRows(
+        request,
+        outcomes,
+        _trajectory(report),
+        _shadow(report),
+        _trace(report),
+        report.lease_id,
+    )
 
 
 def _trajectory(report: Report) -> _Values | None:

@@ -40,12 +40,65 @@ class ApiKeyRow(Base):
     """What it may use: see `serve_app.schemas.AccessLists`; `None`: everything."""
     created_unix_s: Mapped[float] = mapped_column(Float)
     revoked_unix_s: Mapped[float | None] = mapped_column(Float)
+    limited_unix_s: Mapped[float | None] = mapped_column(Float)
+    """When its limits were changed last; `None`: it has none."""
+
+
+class KeyLimitRow(Base):
+    """What one API key may use in each period of one kind."""
+
+    __tablename__ = "key_limits"
+
+    key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.key_id"), primary_key=True)
+    per: Mapped[str] = mapped_column(String(16), primary_key=True)
+    """A `limits.Period`."""
+    usd: Mapped[float | None] = mapped_column(Float)
+    """`None`: unlimited, as the others."""
+    tokens: Mapped[float | None] = mapped_column(Float)
+    requests: Mapped[float | None] = mapped_column(Float)
+
+
+class KeyWindowRow(Base):
+    """What one API key with limits has used in one period, and what gateways hold of it."""
+
+    __tablename__ = "key_windows"
+
+    key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.key_id"), primary_key=True)
+    per: Mapped[str] = mapped_column(String(16), primary_key=True)
+    began_unix_s: Mapped[float] = mapped_column(Float, primary_key=True)
+    ends_unix_s: Mapped[float] = mapped_column(Float, index=True)
+    spent_usd: Mapped[float] = mapped_column(Float)
+    """Of the requests that began in the period and are in `requests`, as the others."""
+    spent_tokens: Mapped[float] = mapped_column(Float)
+    spent_requests: Mapped[float] = mapped_column(Float)
+    leased_usd: Mapped[float] = mapped_column(Float)
+    """The sum over the leases of the period, as the others."""
+    leased_tokens: Mapped[float] = mapped_column(Float)
+    leased_requests: Mapped[float] = mapped_column(Float)
+
+
+class KeyLeaseRow(Base):
+    """What one gateway holds of one key's period; less with each outcome that is written."""
+
+    __tablename__ = "key_leases"
+
+    lease_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    per: Mapped[str] = mapped_column(String(16), primary_key=True)
+    key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.key_id"), index=True)
+    began_unix_s: Mapped[float] = mapped_column(Float)
+    """Of the period."""
+    usd: Mapped[float] = mapped_column(Float)
+    tokens: Mapped[float] = mapped_column(Float)
+    requests: Mapped[float] = mapped_column(Float)
+    expires_unix_s: Mapped[float] = mapped_column(Float)
+    """The gateway holds nothing from then on, unless the gateway renews the lease before."""
 
 
 class RequestRow(Base):
     """One finished request: what was asked and what was decided."""
 
     __tablename__ = "requests"
+    __table_args__ = (Index("ix_requests_owner_created", "owner", "created_unix_s"),)
 
     request_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     owner: Mapped[str] = mapped_column(String(64))

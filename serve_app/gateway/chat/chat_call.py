@@ -25,6 +25,7 @@ from serve_app.gateway.chat.wire import (
     TextPart,
     ToolMessage,
 )
+from serve_app.purse import Purse
 from serve_app.schema_check import SchemaBudget
 from serve_app.schemas import ChatCall, Limits
 
@@ -38,6 +39,7 @@ def to_chat_call(
     limits: LimitsConfig,
     elapsed_s: float = 0.0,
     begin_effect: Callable[[], Awaitable[None]] | None = None,
+    purse: Purse | None = None,
 ) -> ChatCall:
     """Check what spans fields or depends on the configuration, and build the call.
 
@@ -49,6 +51,7 @@ def to_chat_call(
         limits: The bounds.
         elapsed_s: Seconds since the request arrived; the call's deadline is what is left.
         begin_effect: Of the request's idempotency key; `None`: the request came without one.
+        purse: What the request is paid from; `None`: nothing limits its key.
 
     Raises:
         DeadlineExceeded: If nothing is left.
@@ -76,6 +79,7 @@ def to_chat_call(
         events=request.atlas is not None and request.atlas.events,
         session=_session(owner, request.atlas),
         begin_effect=begin_effect,
+        purse=purse,
     )
 
 

@@ -1,4 +1,4 @@
-"""Who calls: a bearer key in, its owner's id out."""
+"""Who calls: a bearer key in, what is known of it out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from serve_app.store.database import Store
 from serve_app.store.keys import ApiKey, Scope, find_key, hash_key
 
 logger = logging.getLogger(__name__)
+
+EVERYBODY = ApiKey(LOCAL_OWNER, LOCAL_OWNER, frozenset(Scope), 0.0)
+"""Stands for a key where none is asked for."""
 
 _BEARER = re.compile(rb"bearer +(atlas_[A-Za-z0-9_-]{43})", re.IGNORECASE)
 _MAX_UNKNOWN = 1024
@@ -82,13 +85,8 @@ class Authenticator:
         self._lookups = asyncio.Semaphore(_MAX_LOOKUPS)
         self._waiting = 0
 
-    async def owner(self, authorization: bytes | None, scope: Scope) -> str:
-        """The id of the calling key; the arguments and errors are those of `caller`."""
-        key = await self.caller(authorization, scope)
-        return LOCAL_OWNER if key is None else key.key_id
-
-    async def caller(self, authorization: bytes | None, scope: Scope) -> ApiKey | None:
-        """The calling key; `None`: none is asked for.
+    async def caller(self, authorization: bytes | None, scope: Scope) -> ApiKey:
+        """The calling key.
 
         Args:
             authorization: The header's value; `None` where there is none.
@@ -101,7 +99,7 @@ class Authenticator:
             StoreError: If the store is away.
         """
         if self._mode == "open":
-            return None
+            return EVERYBODY
         if authorization is None:
             raise Unauthorized("send your API key as 'authorization: Bearer atlas_…'")
         match = _BEARER.fullmatch(authorization.strip())

@@ -33,7 +33,8 @@ from serve_app.gateway.edge.proxy import body_held_back
 from serve_app.gateway.edge.rate import RateLimiter
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint, RouteTable
 from serve_app.gateway.edge.shares import Shares
-from serve_app.schemas import LOCAL_OWNER, PATTERN_PREFIX, StopReason
+from serve_app.gateway.purses import Purses
+from serve_app.schemas import PATTERN_PREFIX, StopReason
 from serve_app.telemetry import (
     GATEWAY_ONGOING,
     GATEWAY_REQUESTS,
@@ -82,6 +83,7 @@ class Edge:
         limits: LimitsConfig,
         authenticator: Authenticator,
         idempotency: Idempotency,
+        purses: Purses,
         metrics: MetricSink,
     ) -> None:
         """Stand before the handlers.
@@ -93,6 +95,7 @@ class Edge:
             limits: The bounds.
             authenticator: Turns a key into its owner.
             idempotency: Answers POSTs that come with an idempotency key.
+            purses: Pay for the requests of keys with limits.
             metrics: Counts requests.
         """
         self._app = app
@@ -101,6 +104,7 @@ class Edge:
         self._limits = limits
         self._authenticator = authenticator
         self._idempotency = idempotency
+        self._purses = purses
         self._metrics = metrics
         self._bodies = BodyReader(limits)
         self._ongoing = 0
@@ -148,7 +152,10 @@ class Edge:
             key = read_key(scope) if has_key else None
 
         async def work(send: Send) -> None:
-            with self._work_place(reply, exchange):
+            with (
+                self._work_place(reply, exchange),
+                self._purses.of(exchange.key) as exchange.purse,
+            ):
                 await self._run(endpoint, scope, receive, reply, send)
 
         with self._place(exchange):
@@ -177,11 +184,7 @@ class Edge:
             self._check_room()
         if rule.access != PUBLIC:
             authorization = headers.get(b"authorization")
-            key = await self._authenticator.caller(authorization, rule.access)
-            if key is None:
-                exchange.owner = LOCAL_OWNER
-            else:
-                exchange.owner, exchange.lists = key.key_id, key.lists
+            exchange.key = await self._authenticator.caller(authorization, rule.access)
             exchange.line.owner = exchange.owner
         scope.update(found)
         return headers, endpoint

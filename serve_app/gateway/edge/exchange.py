@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 from starlette.types import Message, Send
 
+from serve_app.gateway.edge.auth import EVERYBODY
 from serve_app.gateway.edge.routes import UNKNOWN_ROUTE, RouteRule
-from serve_app.schemas import ALL_ACCESS, AccessLists
+from serve_app.schemas import AccessLists
+from serve_app.store import ApiKey
 from serve_app.telemetry import RequestLine
 
 if TYPE_CHECKING:
     from serve_app.gateway.edge.held_key import HeldKey
+    from serve_app.purse import Purse
 
 _REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")
 EVENT_STREAM = b"text/event-stream"
@@ -32,9 +35,10 @@ class Exchange:
     """The rule of its route, once that is found."""
     ends_s: float = 0.0
     """Monotonic time of the request's deadline, once the body has named it."""
-    owner: str = ""
-    lists: AccessLists = ALL_ACCESS
-    """Models and tools that the key of the owner may use."""
+    key: ApiKey = EVERYBODY
+    """The calling key, once it is known."""
+    purse: Purse | None = None
+    """What it is paid from while it is worked on; `None`: nothing limits its key."""
     body: bytes = b""
     held_bytes: int = 0
     """Bytes of the body that count in the gateway's budget until the request ends."""
@@ -42,6 +46,16 @@ class Exchange:
     """Whether part of the body was not read; the connection cannot be used again then."""
     held_key: HeldKey | None = None
     """Its idempotency key, while it is worked on; `None`: it came without one."""
+
+    @property
+    def owner(self) -> str:
+        """Id of the calling key."""
+        return self.key.key_id
+
+    @property
+    def lists(self) -> AccessLists:
+        """Models and tools that the calling key may use."""
+        return self.key.lists
 
     @property
     def request_id(self) -> str:

@@ -62,6 +62,9 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+_CHARS_PER_TOKEN = 4
+"""Of a prompt, about."""
+
 
 class PaidModels:
     """The pool's models, and what their tokens cost."""
@@ -197,7 +200,7 @@ class PaidModels:
             )
 
         with (
-            self._reserve(model_id, bodies, budget) as held,
+            await self._hold(model_id, bodies, budget) as held,
             span.child(SpanKind.MODEL, model_id) as calls,
         ):
             tasks = [asyncio.ensure_future(ask(body)) for body in bodies]
@@ -280,7 +283,7 @@ class PaidModels:
         body = self._affordable(model_id, body, work.budget)
         session = {"session": work.call.session} if work.call.session else {}
         with (
-            self._reserve(model_id, [body], work.budget) as held,
+            await self._hold(model_id, [body], work.budget) as held,
             work.span.child(SpanKind.MODEL, model_id) as span,
         ):
             if emit is None:
@@ -290,7 +293,7 @@ class PaidModels:
                 choices: list[Choice] = completion["choices"]
                 span.said(text_of(choices))
                 return choices
-            merger, usage = ChunkMerger(), None
+            merger, usage, num_pieces = ChunkMerger(), None, 0
             try:
                 async with aclosing(
                     self._clients.stream(model_id, body, deadline, **session)
@@ -301,11 +304,12 @@ class PaidModels:
                             {**c, "delta": c.get("delta") or {}} for c in chunk.get("choices") or ()
                         ]
                         merger.add(pieces)
+                        num_pieces += len(pieces)
                         if pieces:
                             await emit(pieces)
             except BaseException:
-                if usage:
-                    self._charge(model_id, usage, span, held)
+                if usage or num_pieces:
+                    self._charge(model_id, usage or _about(body, num_pieces), span, held)
                 raise
             self._charge(model_id, usage, span, held)
             self._learn(model_id, body, span)
@@ -332,15 +336,14 @@ class PaidModels:
         covered = min(covered, left.tokens - prompt.tokens) / body.get("n", 1)
         return body | {"max_tokens": int(max(1, min(body["max_tokens"], covered)))}
 
-    def _reserve(self, model_id: str, bodies: Sequence[ChatBody], budget: Budget) -> Reservation:
-        left = budget.left
-        if math.isinf(left.usd) and math.isinf(left.tokens):
+    async def _hold(self, model_id: str, bodies: Sequence[ChatBody], budget: Budget) -> Reservation:
+        if not budget.is_metered:
             most = Use(model_calls=len(bodies))  # the prompts need not be measured
         else:
             each = [self._most(model_id, body) for body in bodies]
             most = Use(sum(use.usd for use in each), sum(use.tokens for use in each), len(bodies))
         work = "a call" if len(bodies) == 1 else f"{len(bodies)} calls"
-        return budget.reserve(most, f"{work} of the model {model_id!r}")
+        return await budget.hold(most, f"{work} of the model {model_id!r}")
 
     def _most(self, model_id: str, body: ChatBody) -> Use:
         """What a request may use: no tokenizer makes more tokens of a text than it has bytes."""
@@ -373,6 +376,14 @@ class PaidModels:
         held.settle(used)
         if used is not None:
             span.charge(used)
+
+
+def _about(body: ChatBody, num_pieces: int) -> dict[str, int]:
+    """About what a call has used that ended before its engine said so: no answer is free."""
+    messages, num_pictures = without_pictures(body["messages"])
+    text = json.dumps([messages, body.get("tools", [])], ensure_ascii=False)
+    prompt_tokens = len(text) // _CHARS_PER_TOKEN + PICTURE_TOKENS * num_pictures
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": num_pieces}
 
 
 class PaidTools:
@@ -438,7 +449,7 @@ class PaidTools:
         )
         most = Use(usd=tool.config.price_usd_per_call, tool_calls=1)
         with (
-            work.budget.reserve(most, f"a call of the tool {tool_id!r}") as held,
+            await work.budget.hold(most, f"a call of the tool {tool_id!r}") as held,
             work.span.child(SpanKind.TOOL, called) as span,
         ):
             began_s = span.began_s

@@ -41,7 +41,7 @@ async def run(work: PairWork, parts: Parts) -> list[Choice]:
     began_s = time.monotonic()
     price = Usage(cost_usd=settings.price_usd_per_call)
     most = Use(usd=price.cost_usd, tool_calls=1)
-    with work.budget.reserve(most, f"a call of the tool {pair.tool_id!r}") as held:
+    with await work.budget.hold(most, f"a call of the tool {pair.tool_id!r}") as held:
         choices = await parts.models.generate(work, body, outlet=None)
         answers = [choice["message"].get("content") or "" for choice in choices]
         data: dict[str, Any] = {"answers": answers}

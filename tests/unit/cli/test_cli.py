@@ -44,7 +44,8 @@ CLUSTER = {
 }
 """Commands that only begin here, and what runs them, or what they call, whole."""
 WHOLE = (
-    "ask", "explain", "trace", "environment", "keys create", "keys list", "keys revoke", "fit",
+    "ask", "explain", "trace", "environment", "keys create", "keys list", "keys revoke",
+    "keys limit", "keys usage", "fit",
     "evaluate", "promote", "rollback", "snapshots", "pool list", "pool status",
     "pool add-model", "pool update-model", "pool remove-model", "pool set-price", "pool add-tool",
     "pool remove-tool", "pool accept-tool",
@@ -120,6 +121,46 @@ def test_every_command_is_listed_here() -> None:
 @pytest.mark.parametrize("command", sorted({*WHOLE, *CLUSTER}))
 def test_every_command_has_help(command: str) -> None:
     assert "Usage:" in CliRunner().invoke(app, [*command.split(), "--help"]).output
+
+
+def test_keys_are_limited_and_their_use_is_shown(deployment: Path) -> None:
+    option = ("--config", deployment)
+    key_id = atlas("keys create", "a team", *option).split()[0]
+    assert " 0 of 5 " in atlas("keys limit", key_id, "--usd", 5, "--per", "day", *option)
+    shown = atlas("keys limit", key_id, "--tokens", 1e6, "--per", "day", *option)
+    assert " 0 of 5 " in shown
+    assert " 0 of 1,000,000 " in shown
+    assert " 0 of 30 " in atlas("keys limit", key_id, "--usd", 30, "--per", "month", *option)
+    assert " 0 of 5 " in atlas("keys usage", key_id, *option)
+    assert " 0 of 30 " in atlas("keys usage", *option)
+    left = atlas("keys limit", key_id, "--remove", "--per", "day", *option)
+    assert " 0 of 5 " not in left
+    assert " 0 of 30 " in left
+    assert " of " not in atlas("keys limit", key_id, "--remove", *option)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--usd", -1, "--per", "day"), "above 0"),
+        (("--usd", 0, "--per", "day"), "above 0"),
+        (("--usd", "nan", "--per", "day"), "above 0"),
+        (("--usd", "inf", "--per", "day"), "above 0"),
+        (("--requests", 0.5, "--per", "day"), "1 at least"),
+        (("--usd", 1, "--per", "yesterday"), "got 'yesterday'"),
+        (("--usd", 1), "--per"),
+        (("--per", "day"), "none was given"),
+        (("--usd", 1, "--remove"), "--remove"),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused(
+    deployment: Path, arguments: tuple[object, ...], word: str
+) -> None:
+    option = ("--config", deployment)
+    key_id = atlas("keys create", "a team", *option).split()[0]
+    assert word in atlas("keys limit", key_id, *arguments, *option, code=1)
+    assert "error:" in atlas("keys limit", "key_0", "--usd", 1, "--per", "day", *option, code=1)
+    assert "error:" in atlas("keys usage", "key_0", *option, code=1)
 
 
 def test_keys_are_made_listed_and_revoked(deployment: Path) -> None:

@@ -224,15 +224,15 @@ async def test_a_flood_of_unknown_keys_asks_the_store_for_two_at_once(
     authenticator = Authenticator("required", store, clock=lambda: now_s)
     key_id, key = await create_key(store, "ann", ["chat"])
     known = f"Bearer {key}".encode()
-    assert await authenticator.owner(known, Scope.CHAT) == key_id
+    assert (await authenticator.caller(known, Scope.CHAT)).key_id == key_id
     flood = [
-        asyncio.create_task(authenticator.owner(random_key(number), Scope.ADMIN))
+        asyncio.create_task(authenticator.caller(random_key(number), Scope.ADMIN))
         for number in range(500)
     ]
     while slow.lookups < 2 or sum(task.done() for task in flood) < 500 - 2 - 64:
         await asyncio.sleep(0.01)
     now_s = 4.0  # what is remembered of the known key is too old: the store is asked again
-    assert await authenticator.owner(known, Scope.CHAT) == key_id
+    assert (await authenticator.caller(known, Scope.CHAT)).key_id == key_id
     assert slow.most_at_once == 2
     slow.released.set()
     results = await asyncio.gather(*flood, return_exceptions=True)
@@ -249,7 +249,7 @@ async def test_a_key_that_is_looked_up_by_many_is_asked_for_by_few(
     store = await Store.open(f"sqlite+aiosqlite:///{tmp_path / 'atlas.db'}")
     authenticator = Authenticator("required", store)
     slow.released.set()
-    calls = [authenticator.owner(random_key(1), Scope.CHAT) for _ in range(60)]
+    calls = [authenticator.caller(random_key(1), Scope.CHAT) for _ in range(60)]
     results = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(result) for result in results} == {Unauthorized}
     assert slow.lookups <= 2
@@ -262,14 +262,14 @@ async def test_a_turn_that_does_not_come_in_time_is_a_429(
     store = await Store.open(f"sqlite+aiosqlite:///{tmp_path / 'atlas.db'}")
     authenticator = Authenticator("required", store)
     first = [
-        asyncio.create_task(authenticator.owner(random_key(number), Scope.CHAT))
+        asyncio.create_task(authenticator.caller(random_key(number), Scope.CHAT))
         for number in range(2)
     ]
     while slow.lookups < 2:
         await asyncio.sleep(0.01)
     monkeypatch.setattr("serve_app.gateway.edge.auth._LOOKUP_TIMEOUT_S", 0.05)
     with pytest.raises(RateLimited, match="unknown API keys"):
-        await authenticator.owner(random_key(2), Scope.CHAT)
+        await authenticator.caller(random_key(2), Scope.CHAT)
     slow.released.set()
     await asyncio.gather(*first, return_exceptions=True)
     await store.close()

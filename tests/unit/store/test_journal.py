@@ -540,19 +540,19 @@ async def test_a_known_key_goes_on_while_the_store_is_away(
     key_id, key = await create_key(store, "ann", ["chat"])
     _, other = await create_key(store, "bob", ["chat"])
     header = f"Bearer {key}".encode()
-    assert await authenticator.owner(header, Scope.CHAT) == key_id
+    assert (await authenticator.caller(header, Scope.CHAT)).key_id == key_id
     await store.close()
     be_there(False)
     for now[0] in (4.0, 5.0, 100.0, 599.0):
-        assert await authenticator.owner(header, Scope.CHAT) == key_id
+        assert (await authenticator.caller(header, Scope.CHAT)).key_id == key_id
     with pytest.raises(StoreError):
-        await authenticator.owner(f"Bearer {other}".encode(), Scope.CHAT)
+        await authenticator.caller(f"Bearer {other}".encode(), Scope.CHAT)
     now[0] = 601.0
     with pytest.raises(StoreError):
-        await authenticator.owner(header, Scope.CHAT)
+        await authenticator.caller(header, Scope.CHAT)
     be_there(True)
     now[0] = 605.0
-    assert await authenticator.owner(header, Scope.CHAT) == key_id
+    assert (await authenticator.caller(header, Scope.CHAT)).key_id == key_id
     await asked(authenticator)
 
 
@@ -564,18 +564,18 @@ async def test_a_key_revoked_meanwhile_stops_when_the_store_is_back(
     authenticator = Authenticator("required", store, ttl_s=3, clock=lambda: now[0])
     key_id, key = await create_key(store, "ann", ["chat"])
     header = f"Bearer {key}".encode()
-    await authenticator.owner(header, Scope.CHAT)
+    await authenticator.caller(header, Scope.CHAT)
     await revoke_key(store, key_id)
     await store.close()
     be_there(False)
     now[0] = 4.0
-    assert await authenticator.owner(header, Scope.CHAT) == key_id
+    assert (await authenticator.caller(header, Scope.CHAT)).key_id == key_id
     be_there(True)
     now[0] = 5.0  # it was away a moment ago: asked beside the request
-    await authenticator.owner(header, Scope.CHAT)
+    await authenticator.caller(header, Scope.CHAT)
     await asked(authenticator)
     with pytest.raises(Unauthorized):
-        await authenticator.owner(header, Scope.CHAT)
+        await authenticator.caller(header, Scope.CHAT)
 
 
 # The gateway.

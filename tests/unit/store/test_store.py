@@ -171,13 +171,13 @@ async def test_the_gateway_asks_the_store_again_after_its_time(store: Store) -> 
     authenticator = Authenticator("required", store, ttl_s=3, clock=lambda: now[0])
     key_id, key = await create_key(store, "ann", ["chat"])
     header = f"Bearer {key}".encode()
-    assert await authenticator.owner(header, Scope.CHAT) == key_id
+    assert await authenticator.caller(header, Scope.CHAT) == key_id
     await revoke_key(store, key_id)
     now[0] = 2.9
-    assert await authenticator.owner(header, Scope.CHAT) == key_id
+    assert await authenticator.caller(header, Scope.CHAT) == key_id
     now[0] = 3.1
     with pytest.raises(Unauthorized):
-        await authenticator.owner(header, Scope.CHAT)
+        await authenticator.caller(header, Scope.CHAT)
 
 
 async def test_many_wrong_keys_take_bounded_memory(
@@ -187,7 +187,7 @@ async def test_many_wrong_keys_take_bounded_memory(
     authenticator = Authenticator("required", store)
     for index in range(30):
         with pytest.raises(Unauthorized):
-            await authenticator.owner(b"Bearer atlas_" + b"%043d" % index, Scope.CHAT)
+            await authenticator.caller(b"Bearer atlas_" + b"%043d" % index, Scope.CHAT)
     assert len(authenticator._unknown) == 10
 
 
