@@ -20,6 +20,7 @@ AtlasError
 │   ├── Conflict                 409, said already
 │   │   ├── KeyInFlight          409, the request with this Idempotency-Key is under way
 │   │   ├── OutcomeUnknown       409, it began an effect, and how it ended is not known
+│   │   ├── CandidateGone        409, what a request chose is no more, so it cannot be replayed
 │   │   └── AnswerNotKept        409, it was answered, and the answer was too large to keep
 │   ├── KeyReused                422, this Idempotency-Key came with another request
 │   └── RateLimited              429, over the caller's or the server's limit
@@ -223,6 +224,12 @@ class OutcomeUnknown(Conflict):
     """The request with this `Idempotency-Key` began an effect, and how it ended is not known."""
 
     code = "outcome_unknown"
+
+
+class CandidateGone(Conflict):
+    """A request cannot be replayed: what it chose is not in the pool any more."""
+
+    code = "candidate_gone"
 
 
 class AnswerNotKept(Conflict):

@@ -6,7 +6,7 @@ HTTP API live in `gateway.wire`. A pair is written `model_id@tool_id` everywhere
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -632,6 +632,39 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class Fixed:
+    """How a request is decided that is to have the same result again.
+
+    The policy decides as it was fitted, without what was learned since, without chance and without
+    the clock; parts that run side by side are all waited for.
+    """
+
+    deadline_s: float
+    """What every decision is told is left: all that the caller allows."""
+    policy_version: int | None = None
+    """`None`: the policy that serves, trials aside."""
+
+
+Route = tuple[str, ...]
+"""Names of the spans from a request's candidate down to a node of a pattern."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What was chosen for an earlier request, to be chosen again."""
+
+    request_id: str
+    """Of the earlier request."""
+    steps: tuple[tuple[Action, Pair], ...]
+    """In their order: candidates that were run, and thoughts. Never empty."""
+    is_policy: bool
+    """Whether the learned policy chose them: then all are run, else the next where one fails."""
+    routes: Mapping[Route, tuple[tuple[Pair, ...], ...]]
+    """Of each node of a pattern that left the choice to the router: the pairs that it ran, each
+    time that it chose."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChatCall:
     """A validated chat request on its way to the orchestrator."""
 
@@ -661,6 +694,10 @@ class ChatCall:
     )
     """Puts on record that something begins that must not happen twice, or raises `EffectRefused`;
     awaited before it begins. `None`: the request has no idempotency key, and may not do so."""
+    fixed: Fixed | None = None
+    """`None`: it is decided as well as can be now."""
+    replay: Replay | None = None
+    """`None`: it is decided anew."""
     purse: Purse | None = field(default=None, repr=False, compare=False)
     """What the key may still spend; the request is paid from there. `None`: nothing limits it."""
 

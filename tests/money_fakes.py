@@ -62,6 +62,7 @@ class Spender(Engines):
         share = self.random.random() if self.share is None else self.share
         used = {"prompt_tokens": 10, "completion_tokens": int(body["max_tokens"] * share)}
         self.tokens += sum(used.values())
+        self.bodies.append((model_id, body))
         await self.pause.wait()
         text = body["messages"][-1]["content"][:20]
         message = {"role": "assistant", "content": f"so many {text}"}

@@ -99,7 +99,7 @@ class Handle:
 class WordEmbedder:
     """Embeds texts that name a topic (`topic 1`) onto it, and any other onto an axis of its own."""
 
-    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    async def embed(self, texts: Sequence[str], alone: bool = False) -> NDArray[np.float32]:
         return np.stack([self.one(text) for text in texts])
 
     @staticmethod

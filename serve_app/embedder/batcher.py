@@ -19,7 +19,8 @@ from serve_app.embedder.encoder import TokenIds
 
 logger = logging.getLogger(__name__)
 
-_Waiting = tuple[TokenIds, asyncio.Future[NDArray[np.float32]]]
+_Waiting = tuple[TokenIds, asyncio.Future[NDArray[np.float32]], bool]
+"""Ids, who waits, and whether the text has a batch of its own."""
 
 
 class MicroBatcher:
@@ -52,11 +53,16 @@ class MicroBatcher:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoder")
         self._drain: asyncio.Task[None] | None = None
 
-    async def submit(self, token_ids: TokenIds) -> NDArray[np.float32]:
-        """Encode one text; (dim,)."""
+    async def submit(self, token_ids: TokenIds, *, alone: bool = False) -> NDArray[np.float32]:
+        """Encode one text; (dim,).
+
+        Args:
+            token_ids: The text.
+            alone: Whether in a batch of its own: the last bits depend on what shares the batch.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[NDArray[np.float32]] = loop.create_future()
-        self._waiting.append((token_ids, future))
+        self._waiting.append((token_ids, future, alone))
         if self._drain is None or self._drain.done():
             self._drain = loop.create_task(self._run_batches())
         return await future
@@ -67,6 +73,8 @@ class MicroBatcher:
                 await asyncio.sleep(self._batch_wait_timeout_s)
             batch: list[_Waiting] = []
             while self._waiting and len(batch) < self._max_batch_size:
+                if batch and (self._waiting[0][2] or batch[-1][2]):
+                    break
                 entry = self._waiting.popleft()
                 if not entry[1].done():
                     batch.append(entry)
@@ -80,22 +88,20 @@ class MicroBatcher:
                         "a batch of %d texts failed; running them one by one", len(batch)
                     )
                 for entry in batch:
-                    await self._run_alone(*entry)
+                    await self._run_alone(entry)
 
-    async def _run_alone(
-        self, token_ids: TokenIds, future: asyncio.Future[NDArray[np.float32]]
-    ) -> None:
+    async def _run_alone(self, entry: _Waiting) -> None:
         try:
-            await self._run([(token_ids, future)])
+            await self._run([entry])
         except Exception as error:
-            if not future.done():
-                future.set_exception(error)
+            if not entry[1].done():
+                entry[1].set_exception(error)
 
     async def _run(self, batch: list[_Waiting]) -> None:
         loop = asyncio.get_running_loop()
         vectors = await loop.run_in_executor(
-            self._worker, self._encode, [token_ids for token_ids, _ in batch]
+            self._worker, self._encode, [token_ids for token_ids, _, _ in batch]
         )
-        for vector, (_, future) in zip(vectors, batch, strict=True):
+        for vector, (_, future, _) in zip(vectors, batch, strict=True):
             if not future.done():
                 future.set_result(vector)

@@ -26,8 +26,12 @@ class Embedder:
             batch_wait_timeout_s=config.embedder.batch_wait_timeout_s,
         )
 
-    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    async def embed(self, texts: Sequence[str], alone: bool = False) -> NDArray[np.float32]:
         """Vectors (batch, dim) of texts, L2-normalised, in their order; long text is cut.
+
+        Args:
+            texts: The texts.
+            alone: Whether each has a batch of its own, and so the same vector to the last bit.
 
         Raises:
             InvalidRequest: If one of them is no valid text.
@@ -35,4 +39,5 @@ class Embedder:
         token_ids = [self._encoder.tokenize(text) for text in texts]
         if not token_ids:
             return np.empty((0, self._encoder.dim), np.float32)
-        return np.stack(await asyncio.gather(*map(self._batcher.submit, token_ids)))
+        works = [self._batcher.submit(ids, alone=alone) for ids in token_ids]
+        return np.stack(await asyncio.gather(*works))

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.config import AtlasConfig
-from serve_app.errors import DeadlineExceeded, NotFound
+from serve_app.errors import DeadlineExceeded, InvalidRequest, NotFound
 from serve_app.gateway.admin.job_events import JobEvents
 from serve_app.gateway.chat.chat_call import to_chat_call
 from serve_app.gateway.chat.chunk_shaper import ChunkShaper
@@ -38,10 +38,12 @@ from serve_app.store import (
     Job,
     OutcomeLog,
     Store,
+    StoredTrace,
     add_feedback,
     list_policies,
     list_snapshots,
     read_trace,
+    storable_query,
     usage_of,
 )
 from serve_app.telemetry import GATEWAY_COST_USD, GATEWAY_TOKENS, MetricSink
@@ -142,6 +144,25 @@ class Handlers:
         """`POST /v1/chat/completions`."""
         exchange: Exchange = request.scope["atlas"]
         body, call = self._read_call(exchange, self._read_json(exchange))
+        return await self._answered(exchange, body, call)
+
+    async def replay(self, request: Request) -> Response:
+        """`POST /v1/trajectories/{request_id}/replay`."""
+        exchange: Exchange = request.scope["atlas"]
+        body, call = self._read_call(exchange, self._read_json(exchange))
+        trace = await self._trace(exchange, request)
+        if storable_query(call.query) != trace.query:
+            raise InvalidRequest(
+                "messages: send the request again that is to be replayed; its last user message "
+                "was another one",
+                "messages",
+            )
+        if call.fixed is not None and call.fixed.policy_version is None and trace.policy_version:
+            fixed = replace(call.fixed, policy_version=trace.policy_version)
+            call = replace(call, fixed=fixed)
+        return await self._answered(exchange, body, replace(call, replay=trace.choices()))
+
+    async def _answered(self, exchange: Exchange, body: ChatRequest, call: ChatCall) -> Response:
         if body.stream:
             return await self._stream(exchange, body, call)
         completion = await self._complete(exchange, call)
@@ -235,11 +256,19 @@ class Handlers:
     async def trajectory(self, request: Request) -> Response:
         """`GET /v1/trajectories/{request_id}`."""
         exchange: Exchange = request.scope["atlas"]
+        trace = await self._trace(exchange, request)
+        return JsonResponse(Trajectory.of(trace).model_dump(mode="json"))
+
+    async def _trace(self, exchange: Exchange, request: Request) -> StoredTrace:
+        """What happened in the request that the path names.
+
+        Raises:
+            NotFound: If it is none of the caller's.
+        """
         request_id = request.path_params["request_id"].removeprefix("chatcmpl-")
-        trace = await self._once_written(
+        return await self._once_written(
             exchange, request_id, lambda: read_trace(self._store, request_id, exchange.owner)
         )
-        return JsonResponse(Trajectory.of(trace).model_dump(mode="json"))
 
     async def usage(self, request: Request) -> Response:
         """`GET /v1/usage`."""

@@ -108,6 +108,23 @@ def _chat(api: Handlers) -> list[Endpoint]:
             ),
         ),
         Endpoint(
+            "POST",
+            "/v1/trajectories/{request_id}/replay",
+            api.replay,
+            Scope.CHAT,
+            Operation(
+                "replayTrajectory",
+                "Answer one of your requests again, with the choices that were made then.",
+                Answer(
+                    "The completion, or its chunks as events.",
+                    shapes.CHAT_COMPLETION,
+                    as_events=True,
+                ),
+                body=ChatRequest,
+                errors=(404, 409, 502, 504),
+            ),
+        ),
+        Endpoint(
             "GET",
             "/v1/usage",
             api.usage,

@@ -21,7 +21,7 @@ from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, Repli
 from serve_app.models.clients import call
 from serve_app.orchestrator.recovery import again, pause_s
 from serve_app.router.rules.base import Answer, RoutingRequest
-from serve_app.schemas import Action, Decision, Fact, Limits, Seen
+from serve_app.schemas import Action, Decision, Fact, Fixed, Limits, Seen
 
 _BATCH_SIZE = 32
 _MAX_IN_FLIGHT = 2
@@ -35,7 +35,7 @@ _Answer = tuple[_Vector | None, Decision | None]
 
 
 class _Embed(Protocol):
-    def remote(self, texts: list[str], /) -> Any: ...
+    def remote(self, texts: list[str], alone: bool = False, /) -> Any: ...
 
 
 class EmbedderHandle(Protocol):
@@ -74,6 +74,8 @@ class UnderWay:
     """Text of the last answer, where it was not embedded yet."""
     answer_embedding: _Vector | None = None
     """(dim,) of the last answer, where it was."""
+    fixed: Fixed | None = None
+    """Of a request that is to have the same result again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class _Waiting:
     under_way: UnderWay | None
     embedding: _Vector | None
     """(dim,) of the query, where it is known already."""
+    fixed: Fixed | None
     answer: asyncio.Future[_Answer]
 
     @property
@@ -158,6 +161,7 @@ class Decider:
         explain: bool = False,
         request_id: str | None = None,
         embedding: _Vector | None = None,
+        fixed: Fixed | None = None,
     ) -> tuple[_Vector, Decision]:
         """The (dim,) embedding of a query, and the decision for it.
 
@@ -168,6 +172,7 @@ class Decider:
             explain: Whether the decision names every candidate and what is like the query.
             request_id: Says whether a canary gets it; `None` never.
             embedding: (dim,) of the query, as `embed_query` gave it; `None`: it is not known yet.
+            fixed: Of a request that is to have the same result again.
 
         Raises:
             NoCandidate: If no ready pair is within the limits.
@@ -176,19 +181,26 @@ class Decider:
             DeadlineExceeded: If time is up.
         """
         embedding, decision = await self._wait(
-            query, limits, deadline, explain, request_id, embedding=embedding
+            query, limits, deadline, explain, request_id, embedding=embedding, fixed=fixed
         )
         assert embedding is not None  # every query is embedded
         assert decision is not None
         return embedding, decision
 
-    async def embed_query(self, query: str, deadline: Deadline) -> _Vector:
+    async def embed_query(
+        self, query: str, deadline: Deadline, fixed: Fixed | None = None
+    ) -> _Vector:
         """The (dim,) embedding of a query, in a batch with whatever else waits.
+
+        Args:
+            query: Any text.
+            deadline: When the embedding must be there.
+            fixed: Of a request that is to have the same result again; it shares no batch.
 
         Raises:
             AtlasError: As `decide`.
         """
-        embedding, _ = await self._wait(query, None, deadline)
+        embedding, _ = await self._wait(query, None, deadline, fixed=fixed)
         assert embedding is not None  # every query is embedded
         return embedding
 
@@ -208,7 +220,9 @@ class Decider:
         Raises:
             AtlasError: As `decide`.
         """
-        embedding, decision = await self._wait("", limits, deadline, under_way=under_way)
+        embedding, decision = await self._wait(
+            "", limits, deadline, under_way=under_way, fixed=under_way.fixed
+        )
         assert decision is not None
         return embedding, decision
 
@@ -234,12 +248,25 @@ class Decider:
         request_id: str | None = None,
         under_way: UnderWay | None = None,
         embedding: _Vector | None = None,
+        fixed: Fixed | None = None,
     ) -> _Answer:
-        if limits is not None and (without := self._left_alone()):
+        if fixed is not None and limits is not None:
+            limits = replace(limits, deadline_s=fixed.deadline_s)
+        elif limits is not None and (without := self._left_alone()):
             limits = replace(limits, without=without)
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append(
-            _Waiting(query, limits, deadline, explain, request_id, under_way, embedding, answer)
+            _Waiting(
+                query,
+                limits,
+                deadline,
+                explain,
+                request_id,
+                under_way,
+                embedding,
+                fixed,
+                answer,
+            )
         )
         self._send()
         try:
@@ -255,8 +282,11 @@ class Decider:
             size = min(_BATCH_SIZE, len(self._waiting))
             taken = [self._waiting.popleft() for _ in range(size)]
             batch = [request for request in taken if not request.answer.done()]
-            if batch:
-                task = asyncio.get_running_loop().create_task(self._run(batch))
+            # By itself: the last bits of a vector depend on what shares its batch.
+            parts = [[request] for request in batch if request.fixed is not None]
+            parts.append([request for request in batch if request.fixed is None])
+            for part in filter(None, parts):
+                task = asyncio.get_running_loop().create_task(self._run(part))
                 self._in_flight.add(task)
                 task.add_done_callback(self._landed)
 
@@ -312,9 +342,12 @@ class Decider:
     ) -> list[_Vector | None]:
         """Per request the embedding of its query, or of its last answer where there is one."""
         texts = [request.text for request in batch if request.text is not None]
+        how = (True,) if batch[0].fixed is not None else ()
         embedded = iter(
             await again(
-                lambda: call(self._embedder.embed.remote(texts), deadline), deadline, max_deaths
+                lambda: call(self._embedder.embed.remote(texts, *how), deadline),
+                deadline,
+                max_deaths,
             )
             if texts
             else ()
@@ -335,7 +368,12 @@ def _routing_request(request: _Waiting, limits: Limits, vector: _Vector | None) 
     if way is None:
         assert vector is not None  # every query is embedded
         return RoutingRequest(
-            vector, limits, explain=request.explain, request_id=request.request_id
+            vector,
+            limits,
+            explain=request.explain,
+            request_id=request.request_id,
+            policy_version=None if request.fixed is None else request.fixed.policy_version,
+            as_fitted=request.fixed is not None,
         )
     return RoutingRequest(
         way.embedding,
@@ -344,4 +382,5 @@ def _routing_request(request: _Waiting, limits: Limits, vector: _Vector | None) 
         vector,
         explain=request.explain,
         policy_version=way.policy_version,
+        as_fitted=request.fixed is not None,
     )

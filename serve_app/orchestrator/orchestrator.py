@@ -22,6 +22,7 @@ from serve_app.config import AtlasConfig
 from serve_app.errors import (
     AtlasError,
     BudgetExceeded,
+    CandidateGone,
     InvalidRequest,
     ModelNotFound,
     NoCandidate,
@@ -57,6 +58,7 @@ from serve_app.schemas import (
     MemberState,
     Pair,
     PoolState,
+    Replay,
     Report,
     StopReason,
 )
@@ -366,6 +368,9 @@ class Orchestrator:
         Returns:
             The model that would have been chosen if it did not sleep; `None` where that is none.
         """
+        if run.call.replay is not None:
+            await self._choose_again(run, run.call.replay)
+            return None
         if run.call.model != ROUTED:
             run.decision = self._pinned(run.call)
             return None
@@ -379,14 +384,18 @@ class Orchestrator:
         if not can_be_pattern(run.call):
             limits = self._without_patterns(limits)
         asleep = self._waker.asleep(self._watcher.state)
-        ruled = await self._rules.decide(run, replace(limits, without=self._left_alone()))
+        without = self._left_alone() if run.call.fixed is None else frozenset[str]()
+        ruled = await self._rules.decide(run, replace(limits, without=without))
         if ruled.decision is not None:
             run.embedding, run.decision = ruled.embedding, sleepers_last(ruled.decision, asleep)
             return None
         limits = ruled.limits
         embedding, decision = await self._route(run, limits, ruled.embedding)
         wanted: str | None = None
-        if asleep:
+        if run.call.fixed is not None:  # what sleeps is waited for
+            version = decision.policy_version
+            run.call = replace(run.call, fixed=replace(run.call.fixed, policy_version=version))
+        elif asleep:
             awake = awake_only(limits, self._watcher.state, asleep)
             if self._sleepers(decision.pair):
                 wanted = self._sleepers(decision.pair)[0]
@@ -395,13 +404,41 @@ class Orchestrator:
                     embedding, decision = await self._route(run, awake, embedding)
             if not self._sleepers(decision.pair):
                 limits, decision = awake, sleepers_last(decision, asleep)
-        if run.call.session:
+        if run.call.session and run.call.fixed is None:
             decision = self._sessions.stay(run.call, decision)
         decision = self._rules.after(run, ruled, decision)
         run.embedding, run.decision = embedding, decision
         if decision.path is DecidedBy.POLICY:
             run.course = Course(limits, embedding, [decision])
         return wanted
+
+    async def _choose_again(self, run: Run, replay: Replay) -> None:
+        """Decide as an earlier request was decided.
+
+        Raises:
+            CandidateGone: If anything that the request chose is not in the pool any more.
+            NoCandidate: If it is, and does not answer now.
+        """
+        chosen = {pair for _, pair in replay.steps}
+        chosen |= {pair for times in replay.routes.values() for time in times for pair in time}
+        for pair in sorted(chosen):
+            try:
+                self._pinned(replace(run.call, model=str(pair)))
+            except ModelNotFound:
+                raise CandidateGone(
+                    f"request {replay.request_id!r} chose {str(pair)!r}, which is not in the pool "
+                    "any more; it cannot be replayed"
+                ) from None
+        pool = self._watcher.state
+        if not replay.is_policy:
+            pairs = dict.fromkeys(pair for _, pair in replay.steps)
+            candidates = tuple(_decided(pair, pool).candidates[0] for pair in pairs)
+            run.decision = replace(_decided(replay.steps[0][1], pool), candidates=candidates)
+            return
+        course = [replace(_decided(pair, pool), action=action) for action, pair in replay.steps]
+        run.decision, *rest = course
+        (run.embedding,) = await self._engine.decider.embed([run.call.query], run.budget.deadline)
+        run.course = Course(run.call.limits, run.embedding, [run.decision], recorded=rest)
 
     def _sleepers(self, pair: Pair) -> list[str]:
         """Models that sleep and that a candidate cannot do without."""
@@ -440,6 +477,7 @@ class Orchestrator:
                     explain=call.explain,
                     request_id=call.request_id,
                     embedding=embedding,
+                    fixed=call.fixed,
                 )
                 span.attributes |= facts_of(decision)
                 return embedding, decision
@@ -448,7 +486,9 @@ class Orchestrator:
                 raise
             # Raises again unless the cost is what leaves no pair.
             anything = replace(limits, max_cost_usd=None)
-            _, dear = await decider.decide(call.query, anything, deadline, explain=True)
+            _, dear = await decider.decide(
+                call.query, anything, deadline, explain=True, fixed=call.fixed
+            )
             least_usd = min((candidate.cost_usd for candidate in dear.candidates), default=0.0)
             raise BudgetExceeded(
                 f"atlas.max_cost_usd: {limits.max_cost_usd:g} USD is below the price of every "

@@ -188,7 +188,9 @@ class RuleFollower:
                 return ruled
         query = run.call.query
         if rules.semantic and query.strip():
-            ruled.embedding = await self._decider.embed_query(query, run.budget.deadline)
+            ruled.embedding = await self._decider.embed_query(
+                query, run.budget.deadline, run.call.fixed
+            )
             for semantic in rules.semantic:
                 with following.hop(semantic.config) as hop:
                     hop.found(semantic.judge(ruled.embedding))

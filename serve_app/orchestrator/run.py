@@ -61,6 +61,8 @@ class Course:
     """At each decision after the first."""
     answer_embeddings: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     """Of each step's answer that the router was told of."""
+    recorded: list[Decision] | None = None
+    """Decisions of an earlier request that are left to be taken again; `None`: it is no replay."""
 
     def circumstances(self, steps: list[Step]) -> Circumstances:
         """What it takes to decide the request anew, beside its decisions and steps."""
@@ -159,7 +161,9 @@ class Run:
         if self._last is not None:
             return self._last
         assert self.decision is not None
-        steps, course = self.steps, self.course
+        steps = self.steps
+        # What is taken again was not decided by the policy: nothing is to be learned of it.
+        course = self.course if self.call.replay is None else None
         return Report(
             request_id=self.call.request_id,
             decision=self.decision,

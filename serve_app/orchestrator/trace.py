@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from serve_app.errors import AtlasError
-from serve_app.schemas import Fact, SpanKind, SpanRecord, Step, ToolCall, Usage
+from serve_app.schemas import Fact, Route, SpanKind, SpanRecord, Step, ToolCall, Usage
 
 __all__ = ["MAX_SPANS", "Listener", "Phase", "Span", "SpanKind", "Trace"]
 
@@ -121,6 +121,11 @@ class Span:
         while above is not None and not above.is_kept:
             above = above.parent
         return above
+
+    def route(self) -> Route:
+        """Names of the spans from the request's candidate down to this one, of those kept."""
+        above = self.kept_above()
+        return () if above is None else (*above.route(), self.name)
 
     def record(self) -> SpanRecord:
         """What may be told of it as it is now."""

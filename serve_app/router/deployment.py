@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
 from serve_app.config.abilities import abilities_of
-from serve_app.errors import AtlasError, NoCandidate
+from serve_app.errors import AtlasError, InvalidRequest, NoCandidate
 from serve_app.models.watcher import PoolWatcher
 from serve_app.router.rules.admission import Abilities
 from serve_app.router.rules.base import Answer, Batch, RoutingRequest
@@ -110,18 +110,14 @@ class Router:
         ready = pool.ready_candidates()
         if not ready:
             return answers
-        groups: dict[int, tuple[Serving, list[int]]] = {}
+        groups: dict[tuple[int, bool], tuple[Serving, list[int]]] = {}
         for number, request in enumerate(requests):
-            version = request.policy_version
-            serving = (
-                self._follower.choose(request.request_id)
-                if version is None
-                else await self._follower.began_with(version)
-            )
+            serving = await self._serving(request)
             if serving is None:
-                answers[number] = NoCandidate(f"policy {version} is gone")
+                answers[number] = _gone(request)
                 continue
-            groups.setdefault(serving.policy_version, (serving, []))[1].append(number)
+            which = (serving.policy_version, request.as_fitted)
+            groups.setdefault(which, (serving, []))[1].append(number)
         batch = Batch(
             tuple(requests),
             ready,
@@ -135,6 +131,15 @@ class Router:
                 answers[number] = answer
         self._ask_shadow(answers, batch)
         return answers
+
+    async def _serving(self, request: RoutingRequest) -> Serving | None:
+        """The policy of a request; `None`: it is gone, or there never was one."""
+        version = request.policy_version
+        if request.as_fitted:
+            return await self._follower.as_fitted(version)
+        if version is None:
+            return self._follower.choose(request.request_id)
+        return await self._follower.began_with(version)
 
     async def following(self) -> Following:
         """Which policies this replica serves with."""
@@ -158,7 +163,11 @@ class Router:
     def _ask_shadow(self, answers: list[Answer], batch: Batch) -> None:
         """Note in the first decisions what the policy in the shadow would have done."""
         shadow = self._follower.shadow
-        new = [number for number, of in enumerate(batch.requests) if of.policy_version is None]
+        new = [
+            number
+            for number, of in enumerate(batch.requests)
+            if of.policy_version is None and not of.as_fitted
+        ]
         if shadow is None or not new:
             return
         try:
@@ -179,6 +188,18 @@ class Router:
                 propensity=would_be.propensity,
             )
             answers[number] = replace(answer, shadow=noted)
+
+
+def _gone(request: RoutingRequest) -> AtlasError:
+    """Why a request has no policy."""
+    version = request.policy_version
+    if request.as_fitted and version is not None and not request.history:
+        return InvalidRequest(
+            f"atlas.policy_version: there is no policy {version} that can be loaded here",
+            "atlas.policy_version",
+        )
+    which = "the serving policy" if version is None else f"policy {version}"
+    return NoCandidate(f"{which} is gone")
 
 
 def _decide(serving: Serving, batch: Batch) -> list[Answer]:

@@ -75,6 +75,7 @@ from serve_app.store.profiles import (
     read_thoughts,
 )
 from serve_app.store.retention import Retention, delete_expired_keys, delete_old
+from serve_app.store.rows import storable_query
 from serve_app.store.traces import StoredTrace, read_trace
 
 __all__ = [
@@ -151,6 +152,7 @@ __all__ = [
     "revoke_key",
     "serving_policies",
     "set_limit",
+    "storable_query",
     "trial_policies",
     "update_job",
     "usage_of",

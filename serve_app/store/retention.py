@@ -23,6 +23,7 @@ from serve_app.store.tables import (
     FeedbackRow,
     IdempotencyKeyRow,
     JobRow,
+    KeyWindowRow,
     OutcomeRow,
     RequestRow,
     ShadowRow,
@@ -92,7 +93,7 @@ class Retention:
 
 
 async def delete_old(store: Store, before_unix_s: float) -> int:
-    """Delete requests, and jobs that are over, from before a time, in small batches.
+    """Delete requests, jobs and periods of keys that were over before a time, in small batches.
 
     Returns:
         How many; 0 also where another process deletes just now.
@@ -103,6 +104,7 @@ async def delete_old(store: Store, before_unix_s: float) -> int:
 
     async def one_batch(connection: AsyncConnection) -> int:
         count = await _delete_requests(connection, before_unix_s)
+        count += await _delete_windows(connection, before_unix_s)
         return count + await _delete_jobs(connection, before_unix_s)
 
     return await _in_batches(store, one_batch)
@@ -155,6 +157,16 @@ async def _delete_requests(connection: AsyncConnection, before_unix_s: float) ->
         for table in (FeedbackRow, OutcomeRow, TrajectoryRow, ShadowRow, TraceRow, RequestRow):
             await connection.execute(delete(table).where(table.request_id.in_(ids)))
     return len(ids)
+
+
+async def _delete_windows(connection: AsyncConnection, before_unix_s: float) -> int:
+    row = KeyWindowRow
+    oldest = select(row.key_id, row.per, row.began_unix_s).where(row.ends_unix_s < before_unix_s)
+    windows = (await connection.execute(oldest.limit(_BATCH))).all()
+    for key_id, per, began_s in windows:
+        this = (row.key_id == key_id, row.per == per, row.began_unix_s == began_s)
+        await connection.execute(delete(row).where(*this))
+    return len(windows)
 
 
 async def _delete_jobs(connection: AsyncConnection, before_unix_s: float) -> int:

@@ -84,6 +84,11 @@ def storable_text(text: str) -> str:
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
+def storable_query(query: str) -> str:
+    """A query as it is kept."""
+    return storable_text(query[:MAX_QUERY_CHARS])
+
+
 def rows_of(report: Report, alpha: float | None, created_unix_s: float) -> RequestRows:
     """The rows of a request.
 
@@ -96,7 +101,7 @@ def rows_of(report: Report, alpha: float | None, created_unix_s: float) -> Reque
     request = {
         "request_id": report.request_id,
         "owner": report.owner,
-        "query": storable_text(report.query[:MAX_QUERY_CHARS]),
+        "query": storable_query(report.query),
         "embedding": report.embedding,
         "model_id": decision.pair.model_id,
         "tool_id": decision.pair.tool_id,

@@ -8,7 +8,17 @@ import orjson
 from sqlalchemy import select
 
 from serve_app.errors import NotFound
-from serve_app.schemas import DecidedBy, Pair, SpanKind, SpanRecord, StopReason, Usage
+from serve_app.schemas import (
+    Action,
+    DecidedBy,
+    Pair,
+    Replay,
+    Route,
+    SpanKind,
+    SpanRecord,
+    StopReason,
+    Usage,
+)
 from serve_app.store.database import Store
 from serve_app.store.tables import RequestRow, TraceRow
 
@@ -38,6 +48,41 @@ class StoredTrace:
     """Each after the one it is part of; never empty."""
     num_dropped: int
     """Spans that were not kept."""
+    query: str
+    """The last user message, as far as it is kept."""
+
+    def choices(self) -> Replay:
+        """What was chosen, so that it can be chosen again."""
+        kinds = {SpanKind.PAIR: Action.ROUTE, SpanKind.THOUGHT: Action.THINK}
+        steps = tuple(
+            (kinds[span.kind], Pair.parse(span.name)) for span in self.spans if span.kind in kinds
+        )
+        return Replay(
+            self.request_id,
+            steps or ((Action.ROUTE, self.pair),),
+            self.path is DecidedBy.POLICY,
+            self._routes(),
+        )
+
+    def _routes(self) -> dict[Route, tuple[tuple[Pair, ...], ...]]:
+        """What the router chose for nodes of patterns."""
+        spans = {span.span_id: span for span in self.spans}
+        routes: dict[Route, list[list[Pair]]] = {}
+        for span in self.spans:
+            above = None if span.parent_id is None else spans[span.parent_id]
+            if above is None or above.kind is SpanKind.REQUEST:
+                continue
+            names: list[str] = []
+            while above.parent_id is not None:
+                names.insert(0, above.name)
+                above = spans[above.parent_id]
+            chosen = span.attributes.get("pair")
+            if span.kind is SpanKind.DECISION and isinstance(chosen, str):
+                routes.setdefault(tuple(names), []).append([Pair.parse(chosen)])
+            elif span.kind is SpanKind.CALL and tuple(names) in routes:
+                ran = routes[tuple(names)][-1]
+                ran += [pair for pair in [Pair.parse(span.name)] if pair not in ran]
+        return {route: tuple(map(tuple, chosen)) for route, chosen in routes.items()}
 
 
 async def read_trace(store: Store, request_id: str, owner: str) -> StoredTrace:
@@ -67,6 +112,7 @@ async def read_trace(store: Store, request_id: str, owner: str) -> StoredTrace:
             RequestRow.cost_usd,
             RequestRow.seconds,
             RequestRow.error,
+            RequestRow.query,
             TraceRow.stop,
             TraceRow.spans,
             TraceRow.num_dropped,
@@ -96,4 +142,5 @@ async def read_trace(store: Store, request_id: str, owner: str) -> StoredTrace:
             for span in orjson.loads(row.spans)
         ),
         num_dropped=row.num_dropped,
+        query=row.query,
     )

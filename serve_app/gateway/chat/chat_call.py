@@ -7,7 +7,9 @@ right together and within the limits, in the shape that engines take.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from serve_app.config import LimitsConfig
@@ -27,7 +29,7 @@ from serve_app.gateway.chat.wire import (
 )
 from serve_app.purse import Purse
 from serve_app.schema_check import SchemaBudget
-from serve_app.schemas import ChatCall, Limits
+from serve_app.schemas import ChatCall, Fixed, Limits
 
 
 def to_chat_call(
@@ -60,12 +62,18 @@ def to_chat_call(
     _check_bounds(request, limits)
     _check_contradictions(request)
     _check_tools(request)
-    return ChatCall(
+    options = request.atlas or AtlasOptions()
+    bounds = _limits(options, default_alpha, limits, elapsed_s)
+    fixed = None
+    if options.deterministic:
+        # What is left of the time when the body is there differs from one try to the next.
+        fixed = Fixed(options.deadline_s or limits.default_deadline_s, options.policy_version)
+    call = ChatCall(
         request_id=request_id,
         model=request.model,
         messages=_messages(request, limits),
         sampling=_sampling(request),
-        limits=_limits(request.atlas or AtlasOptions(), default_alpha, limits, elapsed_s),
+        limits=bounds,
         owner=owner,
         tools=tuple(
             tool.model_dump(mode="json", exclude_none=True) for tool in request.tools or ()
@@ -79,8 +87,10 @@ def to_chat_call(
         events=request.atlas is not None and request.atlas.events,
         session=_session(owner, request.atlas),
         begin_effect=begin_effect,
+        fixed=fixed,
         purse=purse,
     )
+    return call if fixed is None else replace(call, sampling=_fixed_sampling(call))
 
 
 def _session(owner: str, options: AtlasOptions | None) -> str:
@@ -110,6 +120,15 @@ def _check_contradictions(request: ChatRequest) -> None:
         raise InvalidRequest("stream_options: only allowed with 'stream': true", "stream_options")
     if request.atlas is not None and request.atlas.events and not request.stream:
         raise InvalidRequest("atlas.events: only allowed with 'stream': true", "atlas.events")
+    options = request.atlas or AtlasOptions()
+    if options.policy_version is not None and not options.deterministic:
+        raise InvalidRequest(
+            "atlas.policy_version: only allowed with 'deterministic': true", "atlas.policy_version"
+        )
+    if options.deterministic and request.temperature:
+        raise InvalidRequest(
+            f"temperature: 0 with atlas.deterministic, got {request.temperature:g}", "temperature"
+        )
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs: only allowed with 'logprobs': true", "top_logprobs")
     old, new = request.max_tokens, request.max_completion_tokens
@@ -231,6 +250,14 @@ def _sampling(request: ChatRequest) -> dict[str, Any]:
             by_alias=True, exclude_none=True
         )
     return sampling
+
+
+def _fixed_sampling(call: ChatCall) -> dict[str, Any]:
+    """Sampling without chance, and the same seed for the same body."""
+    said = [call.model, call.messages, call.tools, call.tool_choice, call.sampling]
+    text = json.dumps(said, sort_keys=True)
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+    return {"seed": seed, **call.sampling, "temperature": 0.0}
 
 
 def _limits(

@@ -231,6 +231,7 @@ ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 Alpha = Annotated[float, Field(ge=0, le=1)]
 MaxCostUsd = Annotated[float, Field(ge=0)]
 DeadlineS = Annotated[float, Field(ge=0.01)]
+PolicyVersion = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class AtlasOptions(Wire):
@@ -252,6 +253,11 @@ class AtlasOptions(Wire):
     """Model ids that are not used."""
     not_tools: Annotated[list[str], Field(max_length=256, fail_fast=True)] | None = None
     """Tool ids that are not used."""
+    deterministic: bool = False
+    """Decide and answer so that the same request has the same result again: temperature 0, a seed
+    made of the body, no exploration, nothing that was learned since the policy was fitted."""
+    policy_version: PolicyVersion | None = None
+    """With `deterministic`: the policy that decides, `null` = the one that serves."""
     pattern: None = None
     """Reserved."""
     session: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@/-]{1,128}$")] | None = None

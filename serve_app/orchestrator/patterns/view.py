@@ -133,6 +133,14 @@ class NodeView:
         return replace(self, results={**self.results, **results})
 
     @property
+    def until(self) -> str:
+        """What is waited for of what runs side by side, as `asyncio.wait` takes it.
+
+        All of it where the same result is wanted again: the first would be another one next time.
+        """
+        return asyncio.FIRST_COMPLETED if self.work.call.fixed is None else asyncio.ALL_COMPLETED
+
+    @property
     def question(self) -> str:
         """The last user message."""
         return self.work.call.query

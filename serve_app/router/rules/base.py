@@ -46,6 +46,9 @@ class RoutingRequest:
     """Decides whether a canary gets the request; `None`: no canary does."""
     policy_version: int | None = None
     """Of the policy that the request began with; `None` for a new one."""
+    as_fitted: bool = False
+    """Whether the policy decides without what it learned since it was fitted, and without chance;
+    `policy_version` may name it for a new request too."""
 
     @property
     def num_candidates(self) -> int | None:

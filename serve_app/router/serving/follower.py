@@ -51,6 +51,8 @@ _OVERLAP_S = 120.0
 """A verdict may become visible this much later than its time says: clocks differ, and a missing
 embedding is written behind the answer."""
 _COMPLAIN_EVERY_S = 30.0
+_MAX_FITTED = 8
+"""Policies that are kept as they were fitted, for requests that want the same result again."""
 _MAX_RETIRED = 16
 """Policies that are kept for the requests that began with them."""
 
@@ -109,6 +111,7 @@ class PolicyFollower:
         """
         self._config = config
         self._settings = RuleSettings.of(config, explores=True)
+        self._fitted_settings = RuleSettings.of(config, explores=False)
         self._cards = cards
         self._library = SnapshotLibrary(config.snapshots_path())
         self._store: Store | None = None
@@ -116,6 +119,8 @@ class PolicyFollower:
         self._trials: dict[Mode, Serving] = {}
         self._retired: dict[int, tuple[float, Serving]] = {}
         """Version to when it may go (monotonic clock), and the policy."""
+        self._fitted: dict[int, Serving] = {}
+        """Policies that neither learn nor explore, by version."""
         self._offered = False
         """Whether the configuration's snapshot was put before the store."""
         self._refused: dict[int, tuple[float, str]] = {}
@@ -143,6 +148,7 @@ class PolicyFollower:
                 self._cards = before
                 raise
             self._main, self._trials = main, trials
+            self._fitted.clear()
 
     async def _again(self, serving: Serving) -> Serving:
         """A policy under the cards as they are now; the cards alone where it knows none of them."""
@@ -224,6 +230,41 @@ class PolicyFollower:
                 return None
             self._retire(serving)
             return serving
+
+    async def as_fitted(self, policy_version: int | None) -> Serving | None:
+        """A policy as it was fitted: it has learned no verdict since, and does not explore.
+
+        Args:
+            policy_version: Which one; `None`: the one that serves, trials aside.
+
+        Returns:
+            `None` if there is no such policy, or it cannot be loaded.
+        """
+        version = self.policy_version if policy_version is None else policy_version
+        if version in self._fitted:
+            return self._fitted[version]
+        async with self.at_work:
+            held = self._held(version)
+            try:
+                policy = held.policy if held is not None else await self._find(version)
+                if policy is None:
+                    return None
+                rule = await asyncio.to_thread(self._load_rule, policy, self._fitted_settings)
+            except AtlasError as error:
+                logger.warning("policy %d cannot be had as fitted: %s", version, error.message)
+                return None
+            while len(self._fitted) >= _MAX_FITTED:
+                del self._fitted[next(iter(self._fitted))]
+            serving = self._fitted[version] = Serving(policy, rule)
+            return serving
+
+    async def _find(self, policy_version: int) -> Policy | None:
+        """A policy that this replica does not hold.
+
+        Raises:
+            StoreError: If the store is away.
+        """
+        return None if self._store is None else await find_policy(self._store, policy_version)
 
     async def follow(self) -> None:
         """Look at the store for ever."""
@@ -327,11 +368,11 @@ class PolicyFollower:
             SnapshotError: If its snapshot is damaged or does not fit.
             StoreError: If the store is away.
         """
-        serving = Serving(policy, await asyncio.to_thread(self._load_rule, policy))
+        serving = Serving(policy, await asyncio.to_thread(self._load_rule, policy, self._settings))
         await self._learn(store, serving, 0.0)
         return serving
 
-    def _load_rule(self, policy: Policy) -> Rule:
+    def _load_rule(self, policy: Policy, settings: RuleSettings) -> Rule:
         if policy.snapshot_id is None:
             return self._cards.cold_start
         snapshot = self._library.load(policy.snapshot_id, policy.policy_version)
@@ -339,7 +380,7 @@ class PolicyFollower:
             from serve_app.router.rules.policy_rule import use_one_thread
 
             use_one_thread()
-        return build_rule(snapshot, self._cards, self._settings)
+        return build_rule(snapshot, self._cards, settings)
 
     def _everything(self) -> Iterator[Serving]:
         yield self._main

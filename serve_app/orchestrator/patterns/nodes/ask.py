@@ -186,7 +186,14 @@ def _citing(result: Result, sources: tuple[dict[str, Any], ...]) -> Result:
 
 
 async def _routed(node: AskNode, view: NodeView, call: ChatCall) -> list[Pair]:
-    """The router's choice, and the next one."""
+    """The router's choice, and the next one; in a replay the recorded ones."""
+    if call.replay is not None:
+        times = call.replay.routes.get(view.span.route(), ())
+        time = sum(child.kind is SpanKind.DECISION for child in view.span.children)
+        if time < len(times):
+            with view.span.child(SpanKind.DECISION, "replay") as span:
+                span.attributes["pair"] = str(times[time][0])
+            return list(times[time])
     config, asked = view.parts.config, call.limits
     models = {model.model_id for model in config.models}
     for allowed in (node.route.models, asked.models):
@@ -207,7 +214,9 @@ async def _routed(node: AskNode, view: NodeView, call: ChatCall) -> list[Pair]:
     )
     with view.span.child(SpanKind.DECISION, "router") as span:
         decision: Decision
-        _, decision = await view.parts.decider.decide(call.query, limits, view.budget.deadline)
+        _, decision = await view.parts.decider.decide(
+            call.query, limits, view.budget.deadline, fixed=call.fixed
+        )
         pairs = [candidate.pair for candidate in decision.candidates[:ROUTED_TRIES]]
         span.attributes |= facts_of(decision)
     return pairs
@@ -236,7 +245,7 @@ def call_of(node: AskNode, view: NodeView) -> ChatCall:
     sampling["max_tokens"] = node.max_tokens
     if view.streams and "max_tokens" in call.sampling:
         sampling["max_tokens"] = min(node.max_tokens, call.sampling["max_tokens"])
-    if node.temperature is not None:
+    if node.temperature is not None and call.fixed is None:
         sampling["temperature"] = node.temperature
     if node.output is not None:
         sampling["response_format"] = {

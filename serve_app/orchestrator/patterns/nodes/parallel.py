@@ -24,6 +24,8 @@ from serve_app.orchestrator.patterns.view import (
 async def run(node: ParallelNode, view: NodeView) -> Result:
     """Run them until enough have succeeded, end the others, and join the results.
 
+    Where the same result is wanted again, all are waited for.
+
     Returns:
         The joined result. It is partial where a cap kept some from ending.
 
@@ -41,7 +43,7 @@ async def run(node: ParallelNode, view: NodeView) -> Result:
     try:
         running = set(tasks)
         while running and (good := sum(map(_succeeded, tasks))) < needed <= good + len(running):
-            _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            _, running = await asyncio.wait(running, return_when=view.until)
     finally:
         await end(*tasks)
     results = [task.result() for task in tasks if task.done() and not task.cancelled()]

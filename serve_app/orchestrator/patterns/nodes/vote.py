@@ -39,6 +39,8 @@ class _Side:
 async def run(node: VoteNode, view: NodeView) -> Result:
     """Ask all at once; end as soon as no voice that is still to come can change the outcome.
 
+    Where the same result is wanted again, all are waited for.
+
     Returns:
         The answer of the weightiest voice of the winning side. `data` has `sides`, each with its
         `answer`, `weight` and `pairs`, and `conflict`, whether there was more than one. It is
@@ -57,7 +59,7 @@ async def run(node: VoteNode, view: NodeView) -> Result:
     try:
         left = dict(zip(tasks, weights, strict=True))
         while left and not _is_decided(sides, sum(left.values())):
-            done, _ = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(left, return_when=view.until)
             for task in sorted(done, key=tasks.index):
                 weight, result = left.pop(task), task.result()
                 key = answer_key(result.text) if result.is_usable else None
@@ -125,7 +127,7 @@ async def _weights(node: VoteNode, view: NodeView) -> list[float]:
     try:
         with view.span.child(SpanKind.DECISION, "weights"):
             _, decision = await view.parts.decider.decide(
-                view.question, limits, patience, explain=True
+                view.question, limits, patience, explain=True, fixed=view.work.call.fixed
             )
     except AtlasError:
         return [1.0] * len(pairs)
