@@ -107,12 +107,19 @@ class CountingEngine(ModelClients):
         """Whatever answers for a model, it is this object."""
 
     async def complete(self, model_id: str, body: ChatBody, deadline: Deadline) -> dict[str, Any]:
-        """A whole completion."""
-        text = body["messages"][-1]["content"]
+        """A whole completion; one that is cut off has used a part of it."""
+        text, began_s = body["messages"][-1]["content"], time.monotonic()
         share = 1.0 if "all" in text else random.random()
+        seconds = 0.0 if "now" in text else 0.001 + random.random() * 0.2
         used = {"prompt_tokens": 10, "completion_tokens": int(body["max_tokens"] * share)}
-        os.write(self._ledger, b"%d\n" % sum(used.values()))
-        await asyncio.sleep(0.0 if "now" in text else random.random() * 0.2)
+        done = 1.0
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            done = min(1.0, (time.monotonic() - began_s) / seconds)
+            raise
+        finally:
+            self._note(10 + int(used["completion_tokens"] * done))
         message = {"role": "assistant", "content": "so many"}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         return {"choices": [choice], "usage": used | {"total_tokens": sum(used.values())}}
@@ -120,14 +127,20 @@ class CountingEngine(ModelClients):
     async def stream(
         self, model_id: str, body: ChatBody, deadline: Deadline
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The same in two pieces."""
-        whole = await self.complete(model_id, body, deadline)
-        for word in ("so ", "many"):
-            choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
+        """A token at a time, at most 200 of them."""
+        number = min(200, int(body["max_tokens"] * random.random()))
+        self._note(10)
+        for _ in range(number):
+            self._note(1)
+            choice = {"index": 0, "delta": {"content": "word "}, "finish_reason": None}
             yield {"choices": [choice]}
-            await asyncio.sleep(random.random() * 0.05)
+            await asyncio.sleep(0.001)
         yield {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-        yield {"choices": [], "usage": whole["usage"]}
+        used = {"prompt_tokens": 10, "completion_tokens": number, "total_tokens": 10 + number}
+        yield {"choices": [], "usage": used}
+
+    def _note(self, tokens: int) -> None:
+        os.write(self._ledger, b"%d\n" % tokens)
 
 
 class _Pool:

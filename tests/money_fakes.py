@@ -59,23 +59,32 @@ class Spender(Engines):
     random: random.Random = field(default_factory=lambda: random.Random(0))
 
     async def complete(self, model_id: str, body: ChatBody, deadline: Any) -> dict[str, Any]:
-        share = self.random.random() if self.share is None else self.share
-        used = {"prompt_tokens": 10, "completion_tokens": int(body["max_tokens"] * share)}
+        used = self._asked(model_id, body)
         self.tokens += sum(used.values())
-        self.bodies.append((model_id, body))
         await self.pause.wait()
-        text = body["messages"][-1]["content"][:20]
-        message = {"role": "assistant", "content": f"so many {text}"}
+        message = {"role": "assistant", "content": "so many"}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return {"choices": [choice], "usage": used | {"total_tokens": sum(used.values())}}
+        return {"choices": [choice], "usage": used}
 
     async def stream(
         self, model_id: str, body: ChatBody, deadline: Any
     ) -> AsyncGenerator[dict[str, Any], None]:
-        async for chunk in super().stream(model_id, body, deadline):
-            yield chunk
+        """A stream that is left has used next to nothing."""
+        used = self._asked(model_id, body)
+        await self.pause.wait()
+        for word, end in (("so ", None), ("many", "stop")):
+            choice = {"index": 0, "delta": {"content": word}, "finish_reason": end}
+            yield {"choices": [choice]}
             if self.stalls:
                 await asyncio.Event().wait()
+        self.tokens += sum(used.values())
+        yield {"choices": [], "usage": used}
+
+    def _asked(self, model_id: str, body: ChatBody) -> dict[str, int]:
+        """What a call uses."""
+        self.bodies.append((model_id, body))
+        share = self.random.random() if self.share is None else self.share
+        return {"prompt_tokens": 10, "completion_tokens": int(body["max_tokens"] * share)}
 
 
 @dataclass

@@ -28,10 +28,12 @@ from serve_app.store import (
     give_back_lease,
     renew_leases,
 )
+from serve_app.store.database import is_transient
 
 logger = logging.getLogger(__name__)
 
 _STORE_TIMEOUT_S = 5.0
+_DRAW_TRIES = 3
 _RENEW_S = 20.0
 _SAFE_S = 60.0
 """How long a purse may be used without being renewed: a store that is away for a moment costs
@@ -119,10 +121,9 @@ class Purses:
         async def draw(lease_id: str, needed: Amounts) -> Grant | Refusal:
             try:
                 async with asyncio.timeout(_STORE_TIMEOUT_S):
-                    return await draw_lease(
-                        self._store, key.key_id, lease_id, needed, self._lease_s
-                    )
+                    return await self._draw(key.key_id, lease_id, needed)
             except (StoreError, TimeoutError) as error:
+                logger.warning("nothing is drawn for %s: %r", key.key_id, error)
                 raise QuotaUnknown(
                     "the store cannot say what the limits of this API key leave; try again later"
                 ) from error
@@ -134,6 +135,16 @@ class Purses:
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._keep(), name="purses")
         return held
+
+    async def _draw(self, key_id: str, lease_id: str, needed: Amounts) -> Grant | Refusal:
+        """Draw; again where the store gave up, as it does where writers wait for one another."""
+        for _ in range(_DRAW_TRIES - 1):
+            try:
+                return await draw_lease(self._store, key_id, lease_id, needed, self._lease_s)
+            except StoreError as error:
+                if not is_transient(error):
+                    raise
+        return await draw_lease(self._store, key_id, lease_id, needed, self._lease_s)
 
     async def _keep(self) -> None:
         """Renew leases, and give back what is not used, while there are any."""

@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
-
+from serve_app.gateway.chat.trajectory import Shown
 from serve_app.store import Amounts, Period, PeriodUsage
 
 
-class _Shown(BaseModel):
-    """A part of a response; field docstrings become descriptions."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-class ShownAmounts(_Shown):
+class ShownAmounts(Shown):
     """Dollars, tokens and requests."""
 
     usd: float
@@ -33,7 +26,7 @@ class ShownAmounts(_Shown):
         )
 
 
-class ShownLimit(_Shown):
+class ShownLimit(Shown):
     """What may be used in a period; `null`: unlimited."""
 
     usd: float | None = None
@@ -41,7 +34,7 @@ class ShownLimit(_Shown):
     requests: float | None = None
 
 
-class ShownPeriod(_Shown):
+class ShownPeriod(Shown):
     """A period that has not ended."""
 
     per: Period
@@ -55,7 +48,7 @@ class ShownPeriod(_Shown):
     limit: ShownLimit
 
 
-class KeyUsage(_Shown):
+class KeyUsage(Shown):
     """What one key has used, and may use."""
 
     object: Literal["atlas.usage"] = "atlas.usage"

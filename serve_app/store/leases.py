@@ -80,8 +80,11 @@ async def draw_lease(
     async with store.begin() as connection:
         await _release(connection, Lease.key_id == key_id, Lease.expires_unix_s <= now_s)
         limits = await limits_of(connection, key_id)
-        held = await connection.execute(
-            select(Lease.per, Lease.began_unix_s).where(Lease.lease_id == lease_id)
+        held = await connection.execute(  # leases before windows, as everywhere: no deadlock
+            select(Lease.per, Lease.began_unix_s)
+            .where(Lease.lease_id == lease_id)
+            .order_by(Lease.per)
+            .with_for_update()
         )
         began = {Period(per): began_s for per, began_s in held}
         is_new = not began
@@ -309,7 +312,7 @@ async def _open_windows(store: Store, key_id: str, now_s: float) -> None:
             if await connection.scalar(known_s) is not None:
                 continue  # another gateway was first
             spent = await spent_since(connection, key_id, began_s)
-            row = {"key_id": key_id, "per": per.value}
+            row: dict[str, str | float] = {"key_id": key_id, "per": per.value}
             row |= {"began_unix_s": began_s, "ends_unix_s": ends_s}
             row |= {f"spent_{unit}": amount for unit, amount in spent._asdict().items()}
             row |= {f"leased_{unit}": 0.0 for unit in UNITS}

@@ -10,13 +10,13 @@ from serve_app.schemas import DecidedBy, Fact, SpanKind, SpanRecord, StopReason
 from serve_app.store import StoredTrace
 
 
-class _Shown(BaseModel):
+class Shown(BaseModel):
     """A part of a response; field docstrings become descriptions."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-class TokenCounts(_Shown):
+class TokenCounts(Shown):
     """Tokens, as OpenAI counts them."""
 
     prompt_tokens: int
@@ -24,7 +24,7 @@ class TokenCounts(_Shown):
     total_tokens: int
 
 
-class ShownSpan(_Shown):
+class ShownSpan(Shown):
     """One thing that happened, with what happened in it."""
 
     span_id: int
@@ -50,7 +50,7 @@ class ShownSpan(_Shown):
     """In the order they began."""
 
 
-class FirstDecision(_Shown):
+class FirstDecision(Shown):
     """What was chosen first, and how."""
 
     pair: str
@@ -61,7 +61,7 @@ class FirstDecision(_Shown):
     pool_version: int
 
 
-class Trajectory(_Shown):
+class Trajectory(Shown):
     """A finished request."""
 
     object: Literal["atlas.trajectory"] = "atlas.trajectory"

@@ -24,6 +24,7 @@ from serve_app.content import PICTURE_TOKENS, without_pictures
 from serve_app.errors import (
     AtlasError,
     ContextTooLong,
+    DeadlineExceeded,
     EngineBusy,
     EngineError,
     InvalidRequest,
@@ -63,7 +64,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _CHARS_PER_TOKEN = 4
-"""Of a prompt, about."""
+"""About."""
 
 
 class PaidModels:
@@ -287,13 +288,19 @@ class PaidModels:
             work.span.child(SpanKind.MODEL, model_id) as span,
         ):
             if emit is None:
-                completion = await self._clients.complete(model_id, body, deadline, **session)
-                self._charge(model_id, completion.get("usage"), span, held)
-                self._learn(model_id, body, span)
+                try:
+                    completion = await self._clients.complete(model_id, body, deadline, **session)
+                except (asyncio.CancelledError, DeadlineExceeded):
+                    if work.budget.is_metered:  # nobody says how far the engine came
+                        self._charge(model_id, self._most_tokens(body), span, held)
+                    raise
                 choices: list[Choice] = completion["choices"]
-                span.said(text_of(choices))
+                text, usage = text_of(choices), completion.get("usage")
+                self._charge(model_id, usage, span, held, None if usage else _about(body, text))
+                self._learn(model_id, body, usage)
+                span.said(text)
                 return choices
-            merger, usage, num_pieces = ChunkMerger(), None, 0
+            merger, usage = ChunkMerger(), None
             try:
                 async with aclosing(
                     self._clients.stream(model_id, body, deadline, **session)
@@ -304,25 +311,27 @@ class PaidModels:
                             {**c, "delta": c.get("delta") or {}} for c in chunk.get("choices") or ()
                         ]
                         merger.add(pieces)
-                        num_pieces += len(pieces)
                         if pieces:
                             await emit(pieces)
             except BaseException:
-                if usage or num_pieces:
-                    self._charge(model_id, usage or _about(body, num_pieces), span, held)
+                sent = text_of(merger.choices())
+                if usage or sent:
+                    self._charge(model_id, usage or _about(body, sent), span, held)
                 raise
-            self._charge(model_id, usage, span, held)
-            self._learn(model_id, body, span)
             choices = merger.choices()
+            text = text_of(choices)
+            self._charge(model_id, usage, span, held, None if usage else _about(body, text))
+            self._learn(model_id, body, usage)
             if not choices:
                 raise EngineError("the engine gave no choice")
-            span.said(text_of(choices))
+            span.said(text)
             return choices
 
-    def _learn(self, model_id: str, body: ChatBody, span: Span) -> None:
+    def _learn(self, model_id: str, body: ChatBody, usage: dict[str, Any] | None) -> None:
         """Have the context's count learn from what a prompt took, where there is a window."""
-        if span.usage.prompt_tokens and not math.isinf(self.window(model_id)):
-            self._context.told(model_id, body, span.usage.prompt_tokens)
+        taken = (usage or {}).get("prompt_tokens")
+        if taken and not math.isinf(self.window(model_id)):
+            self._context.told(model_id, body, taken)
 
     def _affordable(self, model_id: str, body: ChatBody, budget: Budget) -> ChatBody:
         """The request with no more tokens than the budget covers; one at least."""
@@ -347,12 +356,15 @@ class PaidModels:
 
     def _most(self, model_id: str, body: ChatBody) -> Use:
         """What a request may use: no tokenizer makes more tokens of a text than it has bytes."""
-        messages, num_pictures = without_pictures(body["messages"])
-        text = json.dumps([messages, body.get("tools", [])], ensure_ascii=False)
+        most = self._most_tokens(body)
+        return Use(self._cost_usd(model_id, *most.values()), sum(most.values()))
+
+    @staticmethod
+    def _most_tokens(body: ChatBody) -> dict[str, int]:
+        text, num_pictures = _prompt(body)
         prompt_tokens = len(text.encode("utf-8", "surrogatepass")) + PICTURE_TOKENS * num_pictures
         completion_tokens = body["max_tokens"] * body.get("n", 1)
-        usd = self._cost_usd(model_id, prompt_tokens, completion_tokens)
-        return Use(usd, prompt_tokens + completion_tokens)
+        return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
 
     def _cost_usd(self, model_id: str, prompt_tokens: int, completion_tokens: int) -> float:
         price = self._models[model_id].price
@@ -369,21 +381,32 @@ class PaidModels:
         return Usage(prompt, completion, self._cost_usd(model_id, prompt, completion))
 
     def _charge(
-        self, model_id: str, usage: dict[str, Any] | None, span: Span, held: Reservation
+        self,
+        model_id: str,
+        usage: dict[str, Any] | None,
+        span: Span,
+        held: Reservation,
+        about: dict[str, Any] | None = None,
     ) -> None:
-        """Settle a call and put it on the bill."""
-        used = self._used(model_id, usage)
-        held.settle(used)
-        if used is not None:
-            span.charge(used)
+        """Settle a call and put it on the bill; `about` goes on the bill where nothing is said."""
+        held.settle(self._used(model_id, usage))
+        billed = self._used(model_id, usage or about)
+        if billed is not None:
+            span.charge(billed)
 
 
-def _about(body: ChatBody, num_pieces: int) -> dict[str, int]:
-    """About what a call has used that ended before its engine said so: no answer is free."""
+def _prompt(body: ChatBody) -> tuple[str, int]:
+    """What a model reads, as text, and how many pictures."""
     messages, num_pictures = without_pictures(body["messages"])
-    text = json.dumps([messages, body.get("tools", [])], ensure_ascii=False)
+    return json.dumps([messages, body.get("tools", [])], ensure_ascii=False), num_pictures
+
+
+def _about(body: ChatBody, answer: str | None) -> dict[str, int]:
+    """About what a call has used whose engine did not say so: no answer is free."""
+    text, num_pictures = _prompt(body)
     prompt_tokens = len(text) // _CHARS_PER_TOKEN + PICTURE_TOKENS * num_pictures
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": num_pieces}
+    completion_tokens = math.ceil(len(answer or "") / _CHARS_PER_TOKEN)
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
 
 
 class PaidTools:

@@ -17,9 +17,10 @@ def url(folder: Path) -> str:
 
 
 async def answered(money: Bank, key: str, **body: Any) -> str:
-    """Path of the replay of a request that was answered."""
+    """Path of the replay of a request that was answered and written."""
     response = await money.ask(key, max_tokens=10, **body)
     assert response.status_code == 200
+    assert await money.gateways[0].outcomes.flush(60)
     return f"/v1/trajectories/{response.json()['atlas']['request_id']}/replay"
 
 
@@ -73,7 +74,7 @@ async def test_a_candidate_that_is_gone_is_a_conflict_and_nothing_runs(tmp_path:
 async def test_the_same_body_has_the_same_seed_and_no_temperature(tmp_path: Path) -> None:
     async with bank(tmp_path, url(tmp_path)) as money:
         _, key = await money.key()
-        fixed = {"atlas": {"deterministic": True}, "max_tokens": 10}
+        fixed: dict[str, Any] = {"atlas": {"deterministic": True}, "max_tokens": 10}
         other = [{"role": "user", "content": "How few?"}]
         for body in (fixed, fixed, fixed | {"messages": other}, fixed | {"seed": 7}):
             assert (await money.ask(key, **body)).status_code == 200

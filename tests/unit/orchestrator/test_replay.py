@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from serve_app.errors import CandidateGone, EngineError
-from serve_app.schemas import Action, DecidedBy, Pair, Replay
+from serve_app.schemas import Action, DecidedBy, Pair, Replay, Route
 from serve_app.store import read_trace
 from tests.path2_fakes import CHEAP, Path2, path2, plain_snapshot
 from tests.policy_data import with_policy
@@ -98,7 +98,9 @@ async def test_a_candidate_that_is_gone_is_named_and_nothing_runs(
 ) -> None:
     gone = Pair("retired", "none")
     steps = ((Action.ROUTE, gone if where == "steps" else CHEAP),)
-    routes = {("pattern:x", "ask"): ((gone,),)} if where == "routes" else {}
+    routes: dict[Route, tuple[tuple[Pair, ...], ...]] = {}
+    if where == "routes":
+        routes["pattern:x", "ask"] = ((gone,),)
     async with path2(tmp_path) as deployment:
         with pytest.raises(CandidateGone, match="'retired@none'"):
             await deployment.ask(replay=Replay("req_1", steps, False, routes))

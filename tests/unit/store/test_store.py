@@ -171,10 +171,10 @@ async def test_the_gateway_asks_the_store_again_after_its_time(store: Store) -> 
     authenticator = Authenticator("required", store, ttl_s=3, clock=lambda: now[0])
     key_id, key = await create_key(store, "ann", ["chat"])
     header = f"Bearer {key}".encode()
-    assert await authenticator.caller(header, Scope.CHAT) == key_id
+    assert (await authenticator.caller(header, Scope.CHAT)).key_id == key_id
     await revoke_key(store, key_id)
     now[0] = 2.9
-    assert await authenticator.caller(header, Scope.CHAT) == key_id
+    assert (await authenticator.caller(header, Scope.CHAT)).key_id == key_id
     now[0] = 3.1
     with pytest.raises(Unauthorized):
         await authenticator.caller(header, Scope.CHAT)
