@@ -190,6 +190,14 @@ async def test_texts_that_wait_share_batches_and_each_gets_its_own_vector() -> N
     assert len(encode.batches) <= 6
 
 
+async def test_a_text_that_wants_a_batch_of_its_own_shares_none() -> None:
+    encode = _CountingEncoder()
+    batcher = MicroBatcher(encode, max_batch_size=8)
+    vectors = await asyncio.gather(*(batcher.submit([n], alone=n in (3, 4)) for n in range(7)))
+    assert [int(vector[0]) for vector in vectors] == list(range(7))
+    assert encode.batches == [3, 1, 1, 2]
+
+
 async def test_a_text_that_fails_fails_alone() -> None:
     batcher = MicroBatcher(_CountingEncoder(), max_batch_size=8)
     calls = [batcher.submit(ids) for ids in ([1], POISON, [3])]

@@ -171,6 +171,23 @@ async def test_a_stream_that_its_client_leaves_is_paid_for(tmp_path: Path) -> No
         assert (window.spent_requests, window.spent_usd > 0) == (1, True)
 
 
+async def test_a_whole_answer_that_its_caller_leaves_is_paid_for_by_the_most_it_may_use(
+    tmp_path: Path,
+) -> None:
+    async with bank(tmp_path, sqlite(tmp_path)) as money:
+        key_id, key = await money.key()
+        await set_limit(money.store, key_id, "day", {"usd": 1.0})
+        money.engines.pause.clear()
+        asked = asyncio.create_task(money.ask(key, max_tokens=1000))
+        async with asyncio.timeout(60):
+            while not money.engines.bodies:
+                await asyncio.sleep(0.01)
+        asked.cancel()
+        await asyncio.wait([asked])
+        window = await equals(money, key_id)
+        assert 1000 < window.spent_tokens < 1100
+
+
 async def test_a_key_revoked_while_it_streams_is_charged_to_the_end(tmp_path: Path) -> None:
     async with bank(tmp_path, sqlite(tmp_path)) as money:
         key_id, key = await money.key()
