@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0009"
-down_revision = "0007"
+down_revision = "0008"
 
 
 def _amounts(prefix: str, *, nullable: bool = False) -> list[sa.Column[float]]:
