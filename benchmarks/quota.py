@@ -106,7 +106,9 @@ class CountingEngine(ModelClients):
     def use(self, applications: Any) -> None:
         """Whatever answers for a model, it is this object."""
 
-    async def complete(self, model_id: str, body: ChatBody, deadline: Deadline) -> dict[str, Any]:
+    async def complete(
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
+    ) -> dict[str, Any]:
         """A whole completion; one that is cut off has used a part of it."""
         text, began_s = body["messages"][-1]["content"], time.monotonic()
         share = 1.0 if "all" in text else random.random()
@@ -125,7 +127,7 @@ class CountingEngine(ModelClients):
         return {"choices": [choice], "usage": used | {"total_tokens": sum(used.values())}}
 
     async def stream(
-        self, model_id: str, body: ChatBody, deadline: Deadline
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
     ) -> AsyncGenerator[dict[str, Any], None]:
         """A token at a time, at most 200 of them."""
         number = min(200, int(body["max_tokens"] * random.random()))

@@ -38,7 +38,7 @@ from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.rules import RuleFollower
 from serve_app.orchestrator.run import Run
 from serve_app.questions import read_questions
-from serve_app.schemas import ChatCall, Limits, MemberState, ModelMember, PoolState
+from serve_app.schemas import ChatCall, Fixed, Limits, MemberState, ModelMember, PoolState
 
 ROOT = Path(__file__).parent.parent
 NANO = ROOT / "configs" / "nano.yaml"
@@ -72,8 +72,11 @@ class _InstantDecider(Decider):
         vectors = self._random.normal(size=(len(texts), self._dim)).astype(np.float32)
         return cast("NDArray[np.float32]", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
-    async def embed_query(self, query: str, deadline: Deadline) -> NDArray[np.float32]:
-        return (await self.embed([query], deadline))[0]
+    async def embed_query(
+        self, query: str, deadline: Deadline, fixed: Fixed | None = None
+    ) -> NDArray[np.float32]:
+        vector: NDArray[np.float32] = (await self.embed([query], deadline))[0]
+        return vector
 
 
 def keyword_rules(count: int) -> list[dict[str, Any]]:

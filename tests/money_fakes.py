@@ -58,7 +58,9 @@ class Spender(Engines):
     share: float | None = 1.0
     random: random.Random = field(default_factory=lambda: random.Random(0))
 
-    async def complete(self, model_id: str, body: ChatBody, deadline: Any) -> dict[str, Any]:
+    async def complete(
+        self, model_id: str, body: ChatBody, deadline: Any, session: str = ""
+    ) -> dict[str, Any]:
         used = self._asked(model_id, body)
         self.tokens += sum(used.values())
         await self.pause.wait()
@@ -67,7 +69,7 @@ class Spender(Engines):
         return {"choices": [choice], "usage": used}
 
     async def stream(
-        self, model_id: str, body: ChatBody, deadline: Any
+        self, model_id: str, body: ChatBody, deadline: Any, session: str = ""
     ) -> AsyncGenerator[dict[str, Any], None]:
         """A stream that is left has used next to nothing."""
         used = self._asked(model_id, body)

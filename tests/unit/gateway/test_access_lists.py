@@ -43,16 +43,16 @@ def test_without_lists_nothing_is_limited(locked: Loopback) -> None:
 def test_a_denied_name_is_left_out_of_what_is_allowed(locked: Loopback) -> None:
     limits = limits_of(locked, AccessLists(), not_models=["large"], not_tools=["calculator"])
 
-    assert limits.models == {"small", "broken", "pattern:hello"}
-    assert limits.tools == {"none"}
+    assert limits.models == frozenset({"small", "broken", "pattern:hello"})
+    assert limits.tools == frozenset({"none"})
 
 
 def test_the_keys_and_the_requests_lists_hold_together(locked: Loopback) -> None:
     lists = AccessLists(models=frozenset({"small", "large"}), not_tools=frozenset({"calculator"}))
     limits = limits_of(locked, lists, models=["large", "broken"], tools=["none", "calculator"])
 
-    assert limits.models == {"large"}
-    assert limits.tools == {"none"}
+    assert limits.models == frozenset({"large"})
+    assert limits.tools == frozenset({"none"})
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_denied_name_that_is_not_there_is_a_400(locked: Loopback) -> None:
 def test_a_keys_list_may_name_what_left_the_pool(locked: Loopback) -> None:
     limits = limits_of(locked, AccessLists(models=frozenset({"gone", "small"})))
 
-    assert limits.models == {"small"}
+    assert limits.models == frozenset({"small"})
 
 
 def test_a_key_is_listed_with_what_it_may_use(locked: Loopback) -> None:

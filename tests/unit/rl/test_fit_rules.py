@@ -28,7 +28,8 @@ def encode(texts: Sequence[str]) -> NDArray[np.float32]:
     """(num_texts, 8) which words a text has, as a unit vector."""
     found = np.array([[text.split().count(word) for word in WORDS] for text in texts], np.float32)
     found += 0.01
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    unit: NDArray[np.float32] = found / np.linalg.norm(found, axis=1, keepdims=True)
+    return unit
 
 
 RULE: dict[str, Any] = {
