@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.serving import machine, show_targets
 from benchmarks.stats import Target
-from rl.fit.rules import LabelledText, RulesReport, evaluate_rules, read_labelled
+from rl.fit.rules import Encode, LabelledText, RulesReport, evaluate_rules, read_labelled
 from serve_app.budget import Deadline
 from serve_app.config import AtlasConfig, load_config
 from serve_app.config.patterns.check import members_of_patterns
@@ -69,8 +69,10 @@ class _InstantDecider(Decider):
         self._dim = dim
 
     async def embed(self, texts: list[str], deadline: Deadline) -> NDArray[np.float32]:
-        vectors = self._random.normal(size=(len(texts), self._dim)).astype(np.float32)
-        return cast("NDArray[np.float32]", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+        drawn = self._random.normal(size=(len(texts), self._dim))
+        vectors: NDArray[np.float32] = drawn.astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
 
     async def embed_query(
         self, query: str, deadline: Deadline, fixed: Fixed | None = None
@@ -189,7 +191,20 @@ def show_report(title: str, result: RulesReport) -> None:
     console.print(table)
 
 
-def share_refused(config: AtlasConfig, texts: Sequence[str], encode: Any) -> float:
+def remembering(encode: Encode) -> Encode:
+    """An encoder that embeds each text once."""
+    known: dict[str, NDArray[np.float32]] = {}
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            known.update(zip(new, encode(new), strict=True))
+        return np.stack([known[text] for text in texts])
+
+    return embed
+
+
+def share_refused(config: AtlasConfig, texts: Sequence[str], encode: Encode) -> float:
     """Share of some texts that the rules send to the default."""
     labelled = [
         LabelledText(text, "outside", ({"role": "user", "content": text},)) for text in texts
@@ -197,7 +212,7 @@ def share_refused(config: AtlasConfig, texts: Sequence[str], encode: Any) -> flo
     return evaluate_rules(config.rules, labelled, encode).accuracy
 
 
-def scope_table(config: AtlasConfig, encode: Any) -> dict[str, dict[str, Any]]:
+def scope_table(config: AtlasConfig, encode: Encode) -> dict[str, dict[str, Any]]:
     """What the bundled pool refuses, by kind of text."""
     lines = (ROOT / "configs/nano/scope/outside-held-out.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -225,7 +240,7 @@ def main() -> None:
     nano, desk = load_config(NANO), load_config(DESK)
     added = asyncio.run(measure_added(nano))
     with tempfile.TemporaryDirectory() as cache:
-        encode = TextEncoder(nano.embedder, Path(cache)).encode
+        encode = remembering(TextEncoder(nano.embedder, Path(cache)).encode)
         support = evaluate_rules(
             desk.rules, read_labelled(ROOT / "configs/customer-support/test.jsonl"), encode
         )

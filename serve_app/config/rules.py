@@ -2,8 +2,7 @@
 
 Keyword rules come first, because nothing has to be embedded for them; then semantic rules; then
 models that decide. The first rule that is sure enough decides: it names candidates, or narrows what
-the learned rules choose among. What has to fit a pool and an encoder
-is checked in `rule_check`.
+the learned rules choose among. What has to fit a pool and an encoder is checked in `rule_check`.
 """
 
 from __future__ import annotations

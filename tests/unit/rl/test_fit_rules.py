@@ -26,10 +26,10 @@ WORDS = ("cat", "dog", "sum", "tax", "sea", "sun", "the", "a")
 
 def encode(texts: Sequence[str]) -> NDArray[np.float32]:
     """(num_texts, 8) which words a text has, as a unit vector."""
-    found = np.array([[text.split().count(word) for word in WORDS] for text in texts], np.float32)
-    found += 0.01
-    unit: NDArray[np.float32] = found / np.linalg.norm(found, axis=1, keepdims=True)
-    return unit
+    counts = [[text.split().count(word) + 0.01 for word in WORDS] for text in texts]
+    found: NDArray[np.float32] = np.array(counts, np.float32)
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    return found
 
 
 RULE: dict[str, Any] = {
