@@ -461,6 +461,7 @@ async def test_a_database_of_before_the_steps_keeps_what_it_has(store_url: str) 
             if table.name != ApiKeyRow.__tablename__:
                 await connection.run_sync(table.drop)
         await connection.exec_driver_sql("DROP TABLE alembic_version")
+        await connection.exec_driver_sql("ALTER TABLE api_keys DROP COLUMN lists")  # of v0008
     await store.close()
     store = await Store.open(store_url)
     assert [key.name for key in await list_keys(store)] == ["ann"]
