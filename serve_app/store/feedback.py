@@ -14,6 +14,7 @@ from serve_app.errors import Conflict, NotFound
 from serve_app.schemas import BY_RULE, LOCAL_OWNER, Action, DecidedBy, Pair, Seen
 from serve_app.store.database import Store
 from serve_app.store.rows import storable_text
+from serve_app.store.sums import add_verdict
 from serve_app.store.tables import FeedbackRow, OutcomeRow, RequestRow, TrajectoryRow
 
 _IDS_AT_ONCE = 500
@@ -113,12 +114,13 @@ async def add_feedback(
     """
     try:
         async with store.begin() as connection:
-            known = await connection.scalar(
-                select(RequestRow.request_id).where(
+            rated = await connection.execute(
+                select(RequestRow.model_id, RequestRow.tool_id, RequestRow.confidence).where(
                     RequestRow.request_id == request_id, RequestRow.owner == owner
                 )
             )
-            if known is None:
+            request, now_s = rated.one_or_none(), time.time()
+            if request is None:
                 raise NotFound(f"no request {request_id!r}", "request_id")
             await connection.execute(
                 insert(FeedbackRow).values(
@@ -126,8 +128,15 @@ async def add_feedback(
                     owner=owner,
                     score=score,
                     comment=None if comment is None else storable_text(comment),
-                    created_unix_s=time.time(),
+                    created_unix_s=now_s,
                 )
+            )
+            await add_verdict(
+                connection,
+                (request.model_id, request.tool_id),
+                score=score,
+                confidence=request.confidence,
+                at_unix_s=now_s,
             )
     except IntegrityError as error:
         raise Conflict(f"request {request_id!r} has its feedback already", "request_id") from error

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, or_, select, update
 
 from serve_app.errors import ConfigError, NotFound
 from serve_app.schemas import ALL_ACCESS, AccessLists
+from serve_app.store.console_tables import ConsoleSessionRow
 from serve_app.store.database import Store
 from serve_app.store.tables import ApiKeyRow
 
@@ -126,13 +127,54 @@ async def revoke_key(store: Store, key_id: str) -> None:
 async def find_key(store: Store, key_hash: str) -> ApiKey | None:
     """The key with this hash, unless it is unknown or revoked.
 
+    Args:
+        store: Where keys are kept.
+        key_hash: Of the key, or of the cookie of a session that stands for it.
+
     Raises:
         StoreError: If the store is away.
     """
+    session = select(ConsoleSessionRow.key_id).where(
+        ConsoleSessionRow.session_hash == key_hash, ConsoleSessionRow.expires_unix_s > time.time()
+    )
+    is_meant = or_(ApiKeyRow.key_hash == key_hash, ApiKeyRow.key_id.in_(session))
     async with store.begin() as connection:
-        row = (await connection.execute(_KEY_COLUMNS.where(ApiKeyRow.key_hash == key_hash))).first()
+        row = (await connection.execute(_KEY_COLUMNS.where(is_meant))).first()
     key = _api_key(*row) if row is not None else None
     return key if key is not None and key.revoked_unix_s is None else None
+
+
+async def begin_session(store: Store, key_id: str, lasts_s: float) -> str:
+    """Let a browser stand for a key for a while, without keeping the key.
+
+    Returns:
+        What the browser shows from then on; only its hash is stored.
+
+    Raises:
+        StoreError: If the store is away.
+    """
+    token, now_s = secrets.token_urlsafe(32), time.time()
+    row = {
+        "session_hash": hash_key(token),
+        "key_id": key_id,
+        "expires_unix_s": now_s + lasts_s,
+    }
+    async with store.begin() as connection:
+        is_over = ConsoleSessionRow.expires_unix_s <= now_s
+        await connection.execute(delete(ConsoleSessionRow).where(is_over))
+        await connection.execute(insert(ConsoleSessionRow).values(row))
+    return token
+
+
+async def end_session(store: Store, token: str) -> None:
+    """End a session; gateways notice within their cache's few seconds.
+
+    Raises:
+        StoreError: If the store is away.
+    """
+    this = ConsoleSessionRow.session_hash == hash_key(token)
+    async with store.begin() as connection:
+        await connection.execute(delete(ConsoleSessionRow).where(this))
 
 
 _KEY_COLUMNS = select(

@@ -1,7 +1,8 @@
 """Outcomes of finished requests: a queue beside the request path, and the batches it writes.
 
 In come `Report`s, from `OutcomeLog.record`, which never waits; out go rows of `requests`,
-`outcomes`, `spans`, and of `trajectories` and `shadow_decisions` where there is such a thing. What
+`outcomes`, `spans`, and of `trajectories` and `shadow_decisions` where there is such a thing; the
+requests are added to the console's sums. What
 must stay true: a recorded report survives the death of this process, and a store that is slow or
 away costs memory and disk up to a bound and then outcomes, never a request.
 """
@@ -27,6 +28,7 @@ from serve_app.store.database import Store, is_transient
 from serve_app.store.journal import Journal
 from serve_app.store.leases import settle
 from serve_app.store.rows import RequestRows, rows_of
+from serve_app.store.sums import add_requests
 from serve_app.store.tables import OutcomeRow, RequestRow, ShadowRow, TraceRow, TrajectoryRow
 from serve_app.telemetry import (
     STORE_DROPPED,
@@ -348,6 +350,7 @@ class OutcomeLog:
                         if added:
                             await connection.execute(insert(table), added)
                     await settle(connection, new)
+                    await add_requests(connection, [row.request for row in new])
             except (StoreError, TimeoutError) as error:
                 if not is_transient(error):
                     raise

@@ -2,7 +2,7 @@
 
 Labelled questions, their outcomes, snapshots, policies, the pool and API keys stay: the router is
 made of them. A request goes with all that hangs on it: outcomes, trajectory, shadow decision,
-spans, feedback.
+spans, feedback, and what the sums have of its day.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import StoreError
+from serve_app.store.console_tables import LatencyRow, TrafficRow, UsageDayRow, VerdictDayRow
 from serve_app.store.database import Store
 from serve_app.store.jobs import OVER
+from serve_app.store.sums import DAY_S
 from serve_app.store.tables import (
     FeedbackRow,
     IdempotencyKeyRow,
@@ -39,7 +41,6 @@ _PAUSE_S = 0.1
 """Between two batches: nine tenths of the time belong to others."""
 _LOCK = 20261
 """Number of PostgreSQL's advisory lock: one process at a time deletes."""
-_DAY_S = 86_400.0
 
 
 class Retention:
@@ -82,7 +83,7 @@ class Retention:
             try:
                 await delete_expired_keys(self._store)
                 if days is not None:
-                    count = await delete_old(self._store, time.time() - days * _DAY_S)
+                    count = await delete_old(self._store, time.time() - days * DAY_S)
                     if count:
                         logger.info("deleted %d requests and jobs older than %g days", count, days)
             except StoreError as error:
@@ -107,6 +108,10 @@ async def delete_old(store: Store, before_unix_s: float) -> int:
         count += await _delete_windows(connection, before_unix_s)
         return count + await _delete_jobs(connection, before_unix_s)
 
+    async with store.begin() as connection:
+        for table in (TrafficRow, LatencyRow, UsageDayRow, VerdictDayRow):
+            is_old = table.began_unix_s < before_unix_s - DAY_S
+            await connection.execute(delete(table).where(is_old))
     return await _in_batches(store, one_batch)
 
 

@@ -98,7 +98,10 @@ class RequestRow(Base):
     """One finished request: what was asked and what was decided."""
 
     __tablename__ = "requests"
-    __table_args__ = (Index("ix_requests_owner_created", "owner", "created_unix_s"),)
+    __table_args__ = (
+        Index("ix_requests_owner_created", "owner", "created_unix_s"),
+        Index("ix_requests_pair_created", "model_id", "tool_id", "created_unix_s"),
+    )
 
     request_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     owner: Mapped[str] = mapped_column(String(64))

@@ -1,4 +1,4 @@
-"""Traces of finished requests, for their owners."""
+"""Traces of finished requests, for their owners and for admins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from serve_app.schemas import (
     Usage,
 )
 from serve_app.store.database import Store
-from serve_app.store.tables import RequestRow, TraceRow
+from serve_app.store.tables import FeedbackRow, RequestRow, TraceRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,13 @@ class StoredTrace:
     """Each after the one it is part of; never empty."""
     num_dropped: int
     """Spans that were not kept."""
+    owner: str
     query: str
     """The last user message, as far as it is kept."""
+    alpha: float | None
+    """The cost-quality dial it ran with."""
+    score: float | None
+    """The owner's verdict in [0, 1]; `None`: there is none."""
 
     def choices(self) -> Replay:
         """What was chosen, so that it can be chosen again."""
@@ -85,13 +90,14 @@ class StoredTrace:
         return {route: tuple(map(tuple, chosen)) for route, chosen in routes.items()}
 
 
-async def read_trace(store: Store, request_id: str, owner: str) -> StoredTrace:
+async def read_trace(store: Store, request_id: str, owner: str | None) -> StoredTrace:
     """What happened in a request.
 
     Args:
         store: Where it is kept.
         request_id: The request's id, as its response said.
         owner: Id of the key that reads; only the key that made the request finds the trace.
+            `None` finds everybody's: for admins.
 
     Raises:
         NotFound: If there is no such request of this owner; whether another has it is not told.
@@ -116,10 +122,17 @@ async def read_trace(store: Store, request_id: str, owner: str) -> StoredTrace:
             TraceRow.stop,
             TraceRow.spans,
             TraceRow.num_dropped,
+            RequestRow.owner,
+            RequestRow.query,
+            RequestRow.alpha,
+            FeedbackRow.score,
         )
         .join(TraceRow, TraceRow.request_id == RequestRow.request_id)
-        .where(RequestRow.request_id == request_id, RequestRow.owner == owner)
+        .outerjoin(FeedbackRow, FeedbackRow.request_id == RequestRow.request_id)
+        .where(RequestRow.request_id == request_id)
     )
+    if owner is not None:
+        query = query.where(RequestRow.owner == owner)
     async with store.begin() as connection:
         row = (await connection.execute(query)).one_or_none()
     if row is None:
@@ -142,5 +155,8 @@ async def read_trace(store: Store, request_id: str, owner: str) -> StoredTrace:
             for span in orjson.loads(row.spans)
         ),
         num_dropped=row.num_dropped,
+        owner=row.owner,
         query=row.query,
+        alpha=row.alpha,
+        score=row.score,
     )
