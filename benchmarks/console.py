@@ -10,14 +10,12 @@ Results to expect: see `benchmarks/README.md`.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
 import sqlite3
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from serve_app.store import Store

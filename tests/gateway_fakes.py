@@ -27,7 +27,7 @@ from serve_app.errors import (
     ToolWorkerDied,
 )
 from serve_app.gateway.app import build_api
-from serve_app.jobs import Jobs
+from serve_app.jobs import Jobs, Launcher
 from serve_app.orchestrator.direct import DirectTools
 from serve_app.schemas import (
     Candidate,
@@ -290,8 +290,12 @@ class IdleLauncher:
 class Loopback:
     """A running gateway: real uvicorn, real store, scripted orchestrator."""
 
-    def __init__(self, config: AtlasConfig, store_url: str) -> None:
+    def __init__(
+        self, config: AtlasConfig, store_url: str, launcher: Launcher | None = None
+    ) -> None:
         self.config = config
+        self.launcher = IdleLauncher()
+        self._launcher = launcher or self.launcher
         self.orchestrator: ScriptedOrchestrator
         self.outcomes: OutcomeLog
         self.store: Store
@@ -353,8 +357,7 @@ class Loopback:
         self.store = await Store.open(self._store_url)
         self.outcomes = OutcomeLog(self.store, flush_interval_s=0.05)
         self.orchestrator = ScriptedOrchestrator(self.config, self.outcomes)
-        self.launcher = IdleLauncher()
-        self.jobs = Jobs(self.config, self.store, self.launcher)
+        self.jobs = Jobs(self.config, self.store, self._launcher)
         self.app = build_api(self.orchestrator, self.store, self.outcomes, self.jobs, self.config)
         options = uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="off")
         self._server = uvicorn.Server(options)
@@ -384,11 +387,12 @@ def running_gateway(
     folder: Path,
     store_url: str | None = None,
     tools: list[dict[str, Any]] | None = None,
+    launcher: Launcher | None = None,
     **gateway: Any,
 ) -> Iterator[Loopback]:
     """A gateway with these settings, with its store in `folder` where no URL says another."""
     url = store_url or f"sqlite+aiosqlite:///{folder / 'atlas.db'}"
-    loopback = Loopback(gateway_config(tools, **gateway), url)
+    loopback = Loopback(gateway_config(tools, **gateway), url, launcher)
     loopback.start()
     try:
         yield loopback

@@ -122,6 +122,8 @@ class GatewayConfig(BaseConfig):
     any."""
     mcp: bool = True
     """Whether `/mcp` serves MCP clients: with `ask`, `route`, and the tools marked `exposed`."""
+    console: bool = True
+    """Whether `/console` shows pages for people, to who has a key with the scope `admin`."""
     idempotency: IdempotencyConfig = IdempotencyConfig()
     deployment: GatewayDeploymentConfig = GatewayDeploymentConfig()
 

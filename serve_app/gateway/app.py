@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from serve_app.config import AtlasConfig
 from serve_app.gateway.admin.pool import PoolAdmin
+from serve_app.gateway.console.pages import Console
 from serve_app.gateway.edge.auth import Authenticator
 from serve_app.gateway.edge.edge import Edge
 from serve_app.gateway.edge.errors import JsonResponse
@@ -62,7 +63,8 @@ def build_api(
 
     hosts = HostCheck(gateway.auth.mode, gateway.allowed_hosts)
     mcp = McpServer(api, orchestrator, config, hosts, metrics) if gateway.mcp else None
-    routes = RouteTable(endpoints(api, pool, openapi, None if mcp is None else mcp.handle))
+    console = Console(api, pool, jobs, store, config) if gateway.console else None
+    routes = RouteTable(endpoints(api, pool, openapi, mcp.handle if mcp else None, console))
     document = JsonResponse(
         openapi_document(routes.endpoints, gateway.limits, gateway.auth.mode)
     ).body

@@ -18,6 +18,7 @@ from serve_app.gateway.chat.wire import (
     ToolAcceptance,
     ToolSubmission,
 )
+from serve_app.gateway.console.pages import Console
 from serve_app.gateway.edge.operation import Answer, Operation
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint, Handler
 from serve_app.gateway.handlers import Handlers
@@ -27,7 +28,11 @@ from serve_app.store import Scope
 
 
 def endpoints(
-    api: Handlers, pool: PoolAdmin, openapi: Handler, mcp: Handler | None
+    api: Handlers,
+    pool: PoolAdmin,
+    openapi: Handler,
+    mcp: Handler | None,
+    console: Console | None,
 ) -> list[Endpoint]:
     """Every route of the API; of two that match a request, the first answers it.
 
@@ -36,6 +41,7 @@ def endpoints(
         pool: Answers admins on the pool.
         openapi: Answers with the document that is written from these.
         mcp: Answers MCP clients; `None`: nothing does.
+        console: Shows pages to people; `None`: nothing does.
     """
     return [
         *_chat(api),
@@ -46,6 +52,7 @@ def endpoints(
         *_rules(pool),
         *_learning(api),
         *_public(api, openapi),
+        *([] if console is None else console.endpoints()),
     ]
 
 

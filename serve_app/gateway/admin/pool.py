@@ -62,6 +62,10 @@ class PoolAdmin:
     async def tools(self, request: Request) -> Response:
         """`GET /v1/admin/tools`."""
         view = self._view()
+        return _listed(view, await self.tool_rows(view))
+
+    async def tool_rows(self, view: PoolView) -> list[Json]:
+        """Each tool; of an MCP server its functions, with the hashes that they are pinned by."""
         rows = view.admin_tools()
         servers = {row["tool_id"]: row for row in rows if row.get("type") == "mcp"}
         for row in servers.values():
@@ -71,7 +75,7 @@ class PoolAdmin:
                 told = {"name": seen.function, "state": seen.state, "sha256": seen.seen}
                 told["description"] = seen.description
                 servers[seen.tool_id]["functions"].append(told)
-        return _listed(view, rows)
+        return rows
 
     async def accept_tool(self, request: Request) -> Response:
         """`POST /v1/admin/tools/{tool_id}/accept`."""

@@ -1,4 +1,4 @@
-"""Who calls: a bearer key in, what is known of it out."""
+"""Who calls: a bearer key or a browser's session in, what is known of the key out."""
 
 from __future__ import annotations
 
@@ -85,12 +85,15 @@ class Authenticator:
         self._lookups = asyncio.Semaphore(_MAX_LOOKUPS)
         self._waiting = 0
 
-    async def caller(self, authorization: bytes | None, scope: Scope) -> ApiKey:
+    async def caller(
+        self, authorization: bytes | None, scope: Scope, session: str | None = None
+    ) -> ApiKey:
         """The calling key.
 
         Args:
             authorization: The header's value; `None` where there is none.
             scope: What the call needs.
+            session: Token of a browser's session, which counts where there is no `authorization`.
 
         Raises:
             Unauthorized: If there is no key, or it is unknown or revoked.
@@ -100,12 +103,17 @@ class Authenticator:
         """
         if self._mode == "open":
             return EVERYBODY
-        if authorization is None:
+        if authorization is not None:
+            match = _BEARER.fullmatch(authorization.strip())
+            key = None if match is None else await self._find(match.group(1).decode("ascii"))
+            if key is None:
+                raise Unauthorized("the API key is not known here, or was revoked")
+        elif session is not None:
+            key = await self._find(session)
+            if key is None:
+                raise Unauthorized("the session has ended, or its API key was revoked")
+        else:
             raise Unauthorized("send your API key as 'authorization: Bearer atlas_…'")
-        match = _BEARER.fullmatch(authorization.strip())
-        key = None if match is None else await self._find(match.group(1).decode("ascii"))
-        if key is None:
-            raise Unauthorized("the API key is not known here, or was revoked")
         if scope not in key.scopes:
             raise Forbidden(f"this API key lacks the scope {scope.value!r}")
         return key

@@ -3,8 +3,8 @@
 In comes a raw connection; out goes `scope["atlas"]`, an `Exchange` with the owner and the whole
 body, within its limits. What must stay true: only a route of the table is called, by a caller that
 its row lets in; each request is answered or its connection closed in time, each error leaves in
-OpenAI's shape, each request writes one log line, and nothing the caller sends decides the request's
-id.
+OpenAI's shape or, where a person looks, as a page, each request writes one log line, and nothing
+the caller sends decides the request's id.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from serve_app.errors import AtlasError, DeadlineExceeded, HeadersTooLarge, Rate
 from serve_app.gateway.edge.admission import AdmissionLimit
 from serve_app.gateway.edge.auth import Authenticator
 from serve_app.gateway.edge.bodies import BodyReader, drain
-from serve_app.gateway.edge.errors import error_response
 from serve_app.gateway.edge.exchange import ClientLeft, Exchange, Reply, new_request_id
 from serve_app.gateway.edge.hosts import HostCheck
 from serve_app.gateway.edge.idempotency import HEADER, Idempotency, read_key
 from serve_app.gateway.edge.proxy import body_held_back
 from serve_app.gateway.edge.rate import RateLimiter
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint, RouteTable
+from serve_app.gateway.edge.sessions import require_own_page, session_of
 from serve_app.gateway.edge.shares import Shares
 from serve_app.gateway.purses import Purses
 from serve_app.schemas import PATTERN_PREFIX, StopReason
+from serve_app.store.keys import ApiKey
+from serve_app.store.keys import Scope as KeyScope
 from serve_app.telemetry import (
     GATEWAY_ONGOING,
     GATEWAY_REQUESTS,
@@ -183,11 +185,18 @@ class Edge:
         if not rule.is_urgent:
             self._check_room()
         if rule.access != PUBLIC:
-            authorization = headers.get(b"authorization")
-            exchange.key = await self._authenticator.caller(authorization, rule.access)
+            exchange.key = await self._caller(scope, headers, rule.access)
             exchange.line.owner = exchange.owner
         scope.update(found)
         return headers, endpoint
+
+    async def _caller(self, scope: Scope, headers: dict[bytes, bytes], access: KeyScope) -> ApiKey:
+        """The key that calls, by itself or through a browser's session."""
+        authorization = headers.get(b"authorization")
+        session = session_of(headers.get(b"cookie")) if authorization is None else None
+        if session is not None:
+            require_own_page(scope)
+        return await self._authenticator.caller(authorization, access, session)
 
     def _check_room(self) -> None:
         if self._ongoing >= self._limits.max_ongoing_requests:
@@ -288,7 +297,7 @@ class Edge:
         A close with unread bytes resets the connection, and the answer may be lost on its way: so
         the rest of the body is drained for a moment, with the answer already sent.
         """
-        response: Response = error_response(error)
+        response: Response = exchange.rule.refusal(error)
         start: Message = {
             "type": "http.response.start",
             "status": response.status_code,

@@ -20,6 +20,7 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from serve_app.errors import DeadlineExceeded, MethodNotAllowed, NotFound
+from serve_app.gateway.edge.errors import error_response
 from serve_app.gateway.edge.operation import Operation
 from serve_app.store.keys import Scope as KeyScope
 
@@ -47,6 +48,8 @@ class RouteRule:
     reads_body: bool = False
     is_probe: bool = False
     """Answers however busy the gateway is, and is not worth a line in the log."""
+    refusal: Callable[[BaseException], Response] = error_response
+    """What an error looks like there."""
 
     @property
     def is_urgent(self) -> bool:
@@ -75,6 +78,7 @@ class Endpoint(Route):
         operation: Operation | None,
         *,
         is_probe: bool = False,
+        refusal: Callable[[BaseException], Response] = error_response,
     ) -> None:
         """Declare a route.
 
@@ -86,6 +90,7 @@ class Endpoint(Route):
             operation: What it takes and answers, for the OpenAPI document; `None` leaves the route
                 out of the document.
             is_probe: Whether it is asked every few seconds by whoever watches.
+            refusal: What an error looks like there.
         """
         if access is KeyScope.ADMIN:
             handler = _in_time(handler)
@@ -94,7 +99,7 @@ class Endpoint(Route):
         # Starlette's pattern ends in `$`, which also matches before a line feed at the end.
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
         self.operation = operation
-        self.rule = RouteRule(path, access, reads_body=method in _WITH_BODY, is_probe=is_probe)
+        self.rule = RouteRule(path, access, method in _WITH_BODY, is_probe, refusal)
 
 
 def _in_time(handler: Handler) -> Handler:

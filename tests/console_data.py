@@ -1,0 +1,120 @@
+"""What a store of a busy deployment has, in small: requests of several keys, verdicts, policies."""
+
+from __future__ import annotations
+
+import math
+import uuid
+
+from serve_app.schemas import (
+    Candidate,
+    DecidedBy,
+    Decision,
+    Pair,
+    Report,
+    SpanKind,
+    SpanRecord,
+    Step,
+    Usage,
+)
+from serve_app.store import (
+    OutcomeLog,
+    Store,
+    add_feedback,
+    add_snapshot,
+    note_definitions,
+    publish,
+)
+
+HOSTILE = "<script>alert('query')</script><img src=x onerror=alert(1)>'\"{{7*7}}"
+"""What must never become markup or code, wherever a page shows it."""
+
+_REPORT = {
+    "settings": {"default_alpha": 0.1},
+    "at_alpha": [
+        {
+            "alpha": 0.1,
+            "contenders": {
+                name: {
+                    "utility": {"mean": mean, "low": mean - 0.05, "high": mean + 0.05},
+                    "score": {"mean": mean, "low": mean - 0.05, "high": mean + 0.05},
+                    "cost_usd": {"mean": 0.001, "low": 0.0, "high": 0.002},
+                    "steps": 1.0,
+                }
+                for name, mean in (("serving", 0.61), ("candidate", 0.68), ("best_single", 0.6))
+            },
+        }
+    ],
+    "verdict": {"promote": True, "reason": "better by +0.070 [+0.010, +0.130]"},
+}
+
+
+def report(
+    number: int,
+    *,
+    owner: str = "local",
+    query: str = "What is 6 times 7?",
+    error: str | None = None,
+) -> Report:
+    """A finished request of one of two candidates."""
+    pair = Pair(("small", "large")[number % 3 == 0], ("calculator", "none")[number % 2])
+    path = (DecidedBy.CLUSTERS, DecidedBy.POLICY, DecidedBy.OUT_OF_DISTRIBUTION)[number % 3]
+    seconds = 0.2 + 0.1 * math.sin(number) ** 2
+    usage = Usage(40, 20, 0.0001 * (1 + number % 5))
+    decision = Decision(
+        (Candidate(pair, 0.7, 0.8, 0.1, 0.6, 0.9, 0.0003),), path, (number % 10) / 10, 0.9, 2, 3
+    )
+    step = Step(pair, path, 0.9, usage, seconds, answer="42", error=error)
+
+    def span(
+        span_id: int, above: int | None, kind: SpanKind, name: str, began_s: float, took_s: float
+    ) -> SpanRecord:
+        fault = error if kind is SpanKind.PAIR else None
+        attributes = {"path": str(path)} if kind is SpanKind.DECISION else {}
+        return SpanRecord(
+            span_id, above, kind, name, began_s, took_s, fault, 40, 20, usage.cost_usd, attributes
+        )
+
+    return Report(
+        request_id=f"req_{uuid.uuid5(uuid.NAMESPACE_OID, f'{owner} {number}').hex}",
+        decision=decision,
+        steps=(step,),
+        usage=usage,
+        seconds=seconds,
+        query=query,
+        embedding=b"\0\0\0\0",
+        owner=owner,
+        error=error,
+        spans=(
+            span(0, None, SpanKind.REQUEST, "request", 0.0, seconds),
+            span(1, 0, SpanKind.DECISION, "router", 0.001, 0.01),
+            span(2, 0, SpanKind.PAIR, str(pair), 0.012, seconds - 0.02),
+            span(3, 2, SpanKind.MODEL, pair.model_id, 0.013, seconds / 2),
+            span(4, 2, SpanKind.TOOL, pair.tool_id, 0.013 + seconds / 2, seconds / 4),
+        ),
+    )
+
+
+async def fill(store: Store, log: OutcomeLog, *, owner: str = "local", count: int = 60) -> str:
+    """Write requests of the last hours, of which the newest is hostile, and what goes with them.
+
+    Returns:
+        Id of the hostile request.
+    """
+    await add_snapshot(store, "snap_one", {"kind": "clusters"})
+    await add_snapshot(store, "snap_two", {"kind": "clusters"})
+    await publish(store, "snap_one", "the first")
+    await publish(store, "snap_two", "better", _REPORT)
+    seen = {HOSTILE[:60]: ("a" * 64, HOSTILE), "search": ("b" * 64, "looks things up")}
+    await note_definitions(store, "notes", seen, accept=False)
+    rated = []
+    for number in range(count):
+        one = report(number, owner=owner, error="the engine failed" if number % 20 == 7 else None)
+        log.record(one, 0.1)
+        if one.error is None and number % 2:
+            rated.append((one.request_id, float(number % 4 == 1)))
+    hostile = report(count, owner=owner, query=HOSTILE, error=f"the engine said {HOSTILE}")
+    log.record(hostile, 0.1)
+    await log.flush(20)
+    for request_id, score in rated:
+        await add_feedback(store, request_id, owner, score, HOSTILE)
+    return hostile.request_id
