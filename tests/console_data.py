@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 import uuid
+
+from sqlalchemy import insert
 
 from serve_app.schemas import (
     Candidate,
@@ -24,6 +27,9 @@ from serve_app.store import (
     note_definitions,
     publish,
 )
+from serve_app.store.rows import rows_of
+from serve_app.store.sums import add_requests
+from serve_app.store.tables import RequestRow, TraceRow
 
 HOSTILE = "<script>alert('query')</script><img src=x onerror=alert(1)>'\"{{7*7}}"
 """What must never become markup or code, wherever a page shows it."""
@@ -94,8 +100,17 @@ def report(
     )
 
 
-async def fill(store: Store, log: OutcomeLog, *, owner: str = "local", count: int = 60) -> str:
-    """Write requests of the last hours, of which the newest is hostile, and what goes with them.
+async def fill(
+    store: Store, log: OutcomeLog, *, owner: str = "local", count: int = 60, hours: float = 0.0
+) -> str:
+    """Write requests, of which the newest is hostile, and what goes with them.
+
+    Args:
+        store: Where they go.
+        log: Takes the requests.
+        owner: Who asked.
+        count: Requests, beside the hostile one.
+        hours: Over which they are spread, up to now; 0: all of them are of now.
 
     Returns:
         Id of the hostile request.
@@ -109,7 +124,10 @@ async def fill(store: Store, log: OutcomeLog, *, owner: str = "local", count: in
     rated = []
     for number in range(count):
         one = report(number, owner=owner, error="the engine failed" if number % 20 == 7 else None)
-        log.record(one, 0.1)
+        if hours:
+            await _write(store, one, time.time() - 3600 * hours * (1 - number / count))
+        else:
+            log.record(one, 0.1)
         if one.error is None and number % 2:
             rated.append((one.request_id, float(number % 4 == 1)))
     hostile = report(count, owner=owner, query=HOSTILE, error=f"the engine said {HOSTILE}")
@@ -118,3 +136,12 @@ async def fill(store: Store, log: OutcomeLog, *, owner: str = "local", count: in
     for request_id, score in rated:
         await add_feedback(store, request_id, owner, score, HOSTILE)
     return hostile.request_id
+
+
+async def _write(store: Store, one: Report, at_unix_s: float) -> None:
+    """Write a request as the log does, of another time."""
+    rows = rows_of(one, 0.1, at_unix_s)
+    async with store.begin() as connection:
+        await connection.execute(insert(RequestRow), [rows.request])
+        await connection.execute(insert(TraceRow), [rows.trace])
+        await add_requests(connection, [rows.request])
