@@ -110,7 +110,7 @@ class Browser:
             value = self.evaluate(
                 f"(() => {{ try {{ return {script} }} catch {{ return null }} }})()"
             )
-            if value:
+            if value or value == {}:  # an element comes as nothing but that it is there
                 return value
             time.sleep(0.02)
         raise AssertionError(f"never true: {script}; the page says {self.text()!r}")

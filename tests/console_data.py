@@ -12,6 +12,7 @@ from serve_app.schemas import (
     Candidate,
     DecidedBy,
     Decision,
+    Fact,
     Pair,
     Report,
     SpanKind,
@@ -75,7 +76,7 @@ def report(
         span_id: int, above: int | None, kind: SpanKind, name: str, began_s: float, took_s: float
     ) -> SpanRecord:
         fault = error if kind is SpanKind.PAIR else None
-        attributes = {"path": str(path)} if kind is SpanKind.DECISION else {}
+        attributes: dict[str, Fact] = {"path": str(path)} if kind is SpanKind.DECISION else {}
         return SpanRecord(
             span_id, above, kind, name, began_s, took_s, fault, 40, 20, usage.cost_usd, attributes
         )
@@ -141,6 +142,7 @@ async def fill(
 async def _write(store: Store, one: Report, at_unix_s: float) -> None:
     """Write a request as the log does, of another time."""
     rows = rows_of(one, 0.1, at_unix_s)
+    assert rows.trace is not None
     async with store.begin() as connection:
         await connection.execute(insert(RequestRow), [rows.request])
         await connection.execute(insert(TraceRow), [rows.trace])

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from serve_app.config import AtlasConfig
-from serve_app.errors import NotFound, Unauthorized
+from serve_app.errors import InvalidRequest, NotFound, Unauthorized
 from serve_app.gateway.admin.pool import PoolAdmin
 from serve_app.gateway.console.assets import read_assets
 from serve_app.gateway.console.queries import (
@@ -130,6 +131,8 @@ class Console:
             return Response(status_code=204)
         if "authorization" not in request.headers:
             raise Unauthorized("a session begins with a key, and not with another session")
+        if exchange.held_key is not None:  # the cookie would be kept with the answer
+            raise InvalidRequest("a session takes no Idempotency-Key", "Idempotency-Key")
         token = await begin_session(self._store, exchange.owner, SESSION_S)
         return _with_cookie(request, token)
 
@@ -269,7 +272,7 @@ class Console:
         names = [entry["id"] for entry in self._api.pool_view().entries()]
         return self._page(request, "ask", models=names, default_alpha=self._default_alpha)
 
-    def _page(self, request: Request, name: str, **values: object) -> Response:
+    def _page(self, request: Request, name: str, **values: Any) -> Response:
         address = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         return self._renderer.page(name, address=address, now_s=time.time(), **values)
 
