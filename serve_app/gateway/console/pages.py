@@ -49,10 +49,10 @@ from serve_app.store import (
     read_trace,
     serving_policies,
 )
+from serve_app.store.request_lists import listed_requests
 from serve_app.store.traffic import (
     calibration,
     latency_over_time,
-    listed_requests,
     policy_changes,
     policy_reports,
     profile_by_domain,

@@ -10,8 +10,8 @@ from urllib.parse import urlencode
 
 from serve_app.errors import InvalidRequest
 from serve_app.schemas import DecidedBy, Pair
+from serve_app.store.request_lists import RequestFilter
 from serve_app.store.sums import DAY_S, TRAFFIC_S
-from serve_app.store.traffic import RequestFilter
 
 _HOUR_S = 3600
 

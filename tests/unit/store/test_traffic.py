@@ -12,14 +12,13 @@ from alembic import command
 from sqlalchemy import create_engine, text
 
 from serve_app.schemas import Pair
-from serve_app.store import OutcomeLog, Store, add_feedback, delete_old, publish, traffic
+from serve_app.store import OutcomeLog, Store, add_feedback, delete_old, publish, request_lists
 from serve_app.store.migrations import configuration
+from serve_app.store.request_lists import RequestFilter, listed_requests
 from serve_app.store.sums import DAY_S, seconds_of, step_of
 from serve_app.store.traffic import (
-    RequestFilter,
     calibration,
     latency_over_time,
-    listed_requests,
     policy_changes,
     traffic_by_candidate,
     traffic_over_time,
@@ -105,7 +104,7 @@ async def test_verdicts_are_summed_by_candidate_and_by_confidence(store: Store) 
 async def test_a_search_for_what_is_rare_ends_and_goes_on(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(traffic, "MAX_SEARCHED", 10)
+    monkeypatch.setattr(request_lists, "MAX_SEARCHED", 10)
     await write(store, 45)
     wanted, found, looks = RequestFilter(min_cost_usd=0.0005), [], 0
     while True:
@@ -122,7 +121,7 @@ async def test_a_search_for_what_is_rare_ends_and_goes_on(
 async def test_the_requests_of_a_key_are_found_behind_many_others(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(traffic, "MAX_SEARCHED", 10)
+    monkeypatch.setattr(request_lists, "MAX_SEARCHED", 10)
     await write(store, 3, "key_rare")
     await write(store, 40, "key_busy")
     rows, after = await listed_requests(store, RequestFilter(owner="key_rare"), 50)
