@@ -62,10 +62,11 @@
   // Forms that change something.
 
   function valueOf(input) {
+    // What was seen last counts where a page goes on changing.
+    if (input.dataset.live) return Number(find(input.dataset.live).value);
     if (input.type === "checkbox") return input.checked ? true : undefined;
     if (input.value === "") return undefined;
-    const isNumber = input.type === "number" || input.dataset.type === "number";
-    return isNumber ? Number(input.value) : input.value;
+    return input.type === "number" ? Number(input.value) : input.value;
   }
 
   function bodyOf(form) {
