@@ -153,6 +153,9 @@ class _Idle:
     def ready(self) -> tuple[bool, dict[str, Any]]:
         return True, {}
 
+    def breakers(self) -> dict[str, str]:
+        return {}
+
     @property
     def tools(self) -> DirectTools:
         raise NotImplementedError

@@ -60,7 +60,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("session_hash"),
     )
     op.create_index("ix_console_sessions_expires_unix_s", "console_sessions", ["expires_unix_s"])
-    op.create_index("ix_requests_owner_created", "requests", ["owner", "created_unix_s"])
     op.create_index(
         "ix_requests_pair_created", "requests", ["model_id", "tool_id", "created_unix_s"]
     )
@@ -116,7 +115,6 @@ def _whole(value: str) -> str:
 
 def downgrade() -> None:
     """Drop them."""
-    op.drop_index("ix_requests_owner_created", "requests")
     op.drop_index("ix_requests_pair_created", "requests")
     for name in ("traffic", "latencies", "usage_days", "verdict_days", "console_sessions"):
         op.drop_table(name)
