@@ -167,7 +167,7 @@ def _places(config: Path) -> dict[str, Path]:
     """Of each rule that names one, the file of its calibration."""
     rules = yaml.safe_load(config.read_text()).get("rules", [])
     return {
-        rule["name"]: config.absolute().parent / rule["fitted"]
+        rule["name"]: config.parent / rule["fitted"]
         for rule in rules
         if isinstance(rule, dict) and isinstance(rule.get("fitted"), str)
     }
