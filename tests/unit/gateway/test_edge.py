@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.errors import Unauthorized
 from serve_app.gateway.edge.auth import Authenticator
 from serve_app.gateway.edge.proxy import BodyGate, ProxyEdge, body_held_back, middlewares
+from serve_app.store import ApiKey
 from tests.gateway_fakes import Loopback, eventually, read_all, running_gateway
 from tests.haproxy import started_haproxy
 
@@ -434,12 +435,12 @@ async def test_serve_reads_no_body_while_the_key_is_looked_up(
 ) -> None:
     asked, answered = asyncio.Event(), asyncio.Event()
 
-    async def owner(self: Authenticator, *_: object) -> str:
+    async def caller(self: Authenticator, *_: object) -> ApiKey:
         asked.set()
         await answered.wait()
         raise Unauthorized("the API key is not known here")
 
-    monkeypatch.setattr(Authenticator, "owner", owner)
+    monkeypatch.setattr(Authenticator, "caller", caller)
     sent: list[Message] = []
 
     async def send(message: Message) -> None:

@@ -462,6 +462,7 @@ async def test_a_database_of_before_the_steps_keeps_what_it_has(store_url: str) 
                 await connection.run_sync(table.drop)
         await connection.exec_driver_sql("DROP TABLE alembic_version")
         await connection.exec_driver_sql("ALTER TABLE api_keys DROP COLUMN lists")  # of v0008
+        await connection.exec_driver_sql("ALTER TABLE api_keys DROP COLUMN limited_unix_s")
     await store.close()
     store = await Store.open(store_url)
     assert [key.name for key in await list_keys(store)] == ["ann"]
