@@ -61,6 +61,8 @@ def pattern_config(folder: Path, *patterns: str, **extra: Any) -> AtlasConfig:
                 {"type": "calculator", "tool_id": "calculator", "price_usd_per_call": 1e-4},
                 {"type": "retrieval", "tool_id": "handbook", "corpus": str(folder)},
                 {"type": "python", "tool_id": "python"},
+                {"type": "debug", "tool_id": "debug"},
+                {"type": "retrieval", "tool_id": "bugs", "corpus": str(folder)},
             ],
             "patterns": [pattern(text) for text in patterns],
             "data_dir": str(folder),

@@ -8,6 +8,7 @@ from serve_app.config.tools import (
     BestOfConfig,
     CalculatorConfig,
     CustomToolConfig,
+    DebugConfig,
     FetchConfig,
     FilesConfig,
     McpConfig,
@@ -50,6 +51,10 @@ def build_tool(config: ToolConfig) -> Tool:
             from serve_app.tools.builtin.python import PythonTool
 
             return PythonTool(config)
+        case DebugConfig():
+            from serve_app.tools.builtin.debug import DebugTool
+
+            return DebugTool(config)
         case RetrievalConfig():
             from serve_app.tools.builtin.retrieval import Retrieval
 

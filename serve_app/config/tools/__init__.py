@@ -16,6 +16,7 @@ from serve_app.config.tools.base import (
 from serve_app.config.tools.builtin import (
     BestOfConfig,
     CalculatorConfig,
+    DebugConfig,
     EncoderConfig,
     NoneConfig,
     PythonConfig,
@@ -33,6 +34,7 @@ ToolConfig = Annotated[
     NoneConfig
     | CalculatorConfig
     | PythonConfig
+    | DebugConfig
     | RetrievalConfig
     | BestOfConfig
     | ToolsetConfig
@@ -54,6 +56,7 @@ __all__ = [
     "BestOfConfig",
     "CalculatorConfig",
     "CustomToolConfig",
+    "DebugConfig",
     "EncoderConfig",
     "Examples",
     "FetchConfig",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,9 +26,6 @@ class ToolSettings(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
-
-    dedicated_worker: ClassVar[bool] = False
-    """Whether the tool's tasks get worker processes of their own, because a cold one is slow."""
 
     kind: ToolKind
     """How the tool joins a model; each type fixes it or its choices."""
@@ -72,6 +69,11 @@ class ToolSettings(BaseModel):
 
     max_result_chars: int = Field(default=8192, ge=64, le=1 << 20)
     """Longest text a model gets back; the rest is cut and said to be."""
+
+    @property
+    def dedicated_worker(self) -> bool:
+        """Whether its tasks get worker processes of their own, because a cold one is slow."""
+        return False
 
     @model_validator(mode="after")
     def _only_functions_are_exposed(self) -> Self:

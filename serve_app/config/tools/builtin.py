@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,8 +35,6 @@ class CalculatorConfig(ToolSettings):
 
 class PythonConfig(ToolSettings):
     """Runs Python code in the sandbox."""
-
-    dedicated_worker: ClassVar[bool] = True
 
     type: Literal["python"] = "python"
     kind: Literal["function"] = "function"
@@ -78,6 +76,37 @@ class PythonConfig(ToolSettings):
     packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]{0,99}$")], ...] = ()
     """Importable packages beyond the standard library; loaded once per sandbox server."""
 
+    @property
+    def dedicated_worker(self) -> bool:
+        """What it loads takes a while."""
+        return True
+
+
+class DebugConfig(ToolSettings):
+    """Says what is wrong with Python code: compiles it, runs it in the sandbox, tries examples."""
+
+    type: Literal["debug"] = "debug"
+    kind: Literal["function"] = "function"
+    description: str = Field(
+        default="Run faulty Python code and say what is wrong: the exception, its line and locals, "
+        "or the example that fails.",
+        max_length=MAX_DESCRIPTION_CHARS,
+    )
+    timeout_s: float = Field(default=5.0, gt=0, le=600)
+    """Longest run of one call, in seconds; a caller's shorter deadline wins."""
+
+    num_cpus: float = Field(default=0.25, ge=0)
+    """CPUs each running call reserves in Ray."""
+
+    code_seconds: float = Field(default=3.0, gt=0, le=600)
+    """Longest run of the code, in seconds: then the tool says what did not finish."""
+
+    cpu_seconds: int = Field(default=5, ge=1, le=600)
+    """CPU time of one call."""
+
+    memory_mb: int = Field(default=256, ge=16, le=65536)
+    """Address space the code may add, in MiB."""
+
 
 class EncoderConfig(BaseModel):
     """The sentence encoder of a retrieval tool."""
@@ -99,8 +128,6 @@ class EncoderConfig(BaseModel):
 
 class RetrievalConfig(ToolSettings):
     """Finds sentences in a corpus: BM25 and embeddings, fused by reciprocal rank."""
-
-    dedicated_worker: ClassVar[bool] = True
 
     type: Literal["retrieval"] = "retrieval"
     description: str = Field(
@@ -139,6 +166,11 @@ class RetrievalConfig(ToolSettings):
 
     timeout_s: float = Field(default=10.0, gt=0, le=3600)
     """Longest run of one call, in seconds; a caller's shorter deadline wins."""
+
+    @property
+    def dedicated_worker(self) -> bool:
+        """The encoder takes seconds to load."""
+        return self.encoder is not None
 
 
 class BestOfConfig(ToolSettings):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -57,8 +57,6 @@ class ToolsetConfig(ManyFunctionsSettings):
 class CustomToolConfig(ManyFunctionsSettings):
     """A tool that is a class of your own, a subclass of `serve_app.tools.base.Tool`."""
 
-    dedicated_worker: ClassVar[bool] = True
-
     type: Literal["custom"] = "custom"
     kind: Literal["function", "context"] = "function"
     """`function` offers the tool to the model; `context` calls it with `{"query": …}` first, and
@@ -69,3 +67,8 @@ class CustomToolConfig(ManyFunctionsSettings):
     arguments. Imported by gateways too, which read its functions."""
 
     settings: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def dedicated_worker(self) -> bool:
+        """What it loads takes a while."""
+        return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,8 +12,6 @@ from serve_app.config.tools.base import MAX_DESCRIPTION_CHARS, ToolSettings
 
 class SqlConfig(ToolSettings):
     """Answers SELECT statements from a DuckDB or SQLite file, read-only and in the sandbox."""
-
-    dedicated_worker: ClassVar[bool] = True
 
     type: Literal["sql"] = "sql"
     kind: Literal["function"] = "function"
@@ -44,3 +42,8 @@ class SqlConfig(ToolSettings):
 
     num_cpus: float = Field(default=0.25, ge=0)
     """CPUs each running call reserves in Ray."""
+
+    @property
+    def dedicated_worker(self) -> bool:
+        """What it loads takes a while."""
+        return True

@@ -1,26 +1,13 @@
-"""Examples in a question, and a program that tries an answer's code on them."""
+"""A program that tries an answer's code on the examples of a question."""
 
 from __future__ import annotations
 
-import ast
 import json
-import re
 import secrets
 from dataclasses import dataclass
 
-_FENCE = "```"
-_MAX_LINE_CHARS = 500
-_RETURNS = re.compile(
-    r"^(?:[-*]\s*)?`?(?P<call>[A-Za-z_]\w*\(.*\))`?\s*"
-    r"(?:==|=>|->|returns|should return|must return|gives)\s*`?(?P<value>.+?)`?[.,;]?\s*$"
-)
-_EXPECTED = re.compile(
-    r"(?P<call>[A-Za-z_]\w*\(.*?\)) (?:returned|returns|raised|raises|gave|gives) .*, "
-    r"expected (?P<value>.+?)[.;]?\s*$"
-)
-_ASSERT = re.compile(r"^assert\s+(?P<test>.+)$")
-_PROMPT = re.compile(r"^>>>\s*(?P<call>.+)$")
-_MAX_EXAMPLES = 16
+from serve_app.tools.reports import code_of, examples_in
+
 _MAX_FAULTS = 4
 _MARK = "atlas-examples"
 
@@ -55,69 +42,6 @@ else:
             _said.append(_call[:200] + _wrong)
 _out.write("\\n{mark} " + _json.dumps(_said[:{most}]) + "\\n")
 """
-
-
-@dataclass(frozen=True)
-class Example:
-    """One thing that code has to do."""
-
-    call: str
-    """A Python expression."""
-    value: str | None
-    """A Python expression of what it must equal; `None`: it must be true."""
-
-
-def examples_in(question: str) -> list[Example]:
-    """The examples of a question.
-
-    They are `assert` lines, doctests, `f(3) == 7`, `f(3) returns 7` and
-    `f(3) returned 5, expected 7`.
-
-    Lines that are no Python, or very long, are left out.
-    """
-    found: list[Example] = []
-    lines = [line.strip() for line in question.splitlines()]
-    lines = [line if len(line) <= _MAX_LINE_CHARS else "" for line in lines]
-    for number, line in enumerate(lines):
-        if match := _ASSERT.match(line):
-            found.append(Example(match["test"], None))
-        elif match := _PROMPT.match(line):
-            value = lines[number + 1] if number + 1 < len(lines) else ""
-            if value and not value.startswith(">>>"):
-                found.append(Example(match["call"], value))
-        elif match := _EXPECTED.search(line) or _RETURNS.match(line):
-            found.append(Example(match["call"], match["value"]))
-    return [example for example in found if _is_python(example)][:_MAX_EXAMPLES]
-
-
-def _is_python(example: Example) -> bool:
-    try:
-        for text in (example.call, example.value):
-            if text is not None:
-                ast.parse(text, mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
-
-
-def code_of(text: str) -> str:
-    """The code of an answer: its last block of Python, or all of it."""
-    found: list[str] | None = None
-    block: list[str] = []
-    inside: str | None = None
-    for line in text.splitlines():
-        said = line.strip()
-        if not said.startswith(_FENCE):
-            if inside is not None:
-                block.append(line)
-        elif inside is None:
-            inside, block = said.removeprefix(_FENCE).strip().casefold(), []
-        else:
-            found = block if inside in ("", "py", "python", "python3") else found
-            inside = None
-    if found is None and inside is not None:
-        found = block  # the answer was cut short within it
-    return text if found is None else "\n".join(found) + "\n"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from serve_app.orchestrator.patterns.examples import Example, code_of, examples_in, trial_of
+from serve_app.orchestrator.patterns.examples import trial_of
+from serve_app.tools.reports import Example, code_of, examples_in
 
 
 @pytest.mark.parametrize(
