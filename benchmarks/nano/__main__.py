@@ -31,6 +31,9 @@ def train_command(
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step, with padding")] = 2048,
     split_share: Annotated[float, typer.Option(help="Share of splits", min=0, max=0.9)] = 0.0,
     repair_share: Annotated[float, typer.Option(help="Share of repairs", min=0, max=0.9)] = 0.0,
+    checkpoint_minutes: Annotated[
+        float | None, typer.Option(help="Minutes between checkpoints [none]")
+    ] = None,
 ) -> None:
     """Train one model from scratch on this machine's CPU."""
     _log_to_console()
@@ -49,6 +52,7 @@ def train_command(
         adamw_lr=adamw_lr,
         batch_tokens=batch_tokens,
         warm_start=warm_start,
+        checkpoint_minutes=checkpoint_minutes,
     )
     try:
         generator = with_skills(
@@ -136,6 +140,19 @@ def scope_command() -> None:
 
     write_scope()
     console.print(f"known.txt, fit.jsonl -> {FOLDER}")
+
+
+@app.command("bugs")
+def bugs_command(
+    out: Annotated[Path, typer.Argument(help="JSONL file to write")],
+    count: Annotated[int, typer.Option(help="Bugs", min=1)] = 480,
+    seed: Annotated[int, typer.Option()] = 4,
+) -> None:
+    """Write the corpus of similar bugs; by default the one that ships."""
+    from benchmarks.nano.bugs import write_bugs
+
+    write_bugs(out, count, seed)
+    console.print(f"{count} bugs -> {out}")
 
 
 def _check_name(name: str) -> None:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 PROMPTS_DIR = Path(__file__).parents[2] / "configs" / "patterns" / "prompts"
-_SLOT = re.compile(r"\{\{(\w+)\}\}")
+_SLOT = re.compile(r"\{\{([\w.]+)\}\}")
 
 
 @cache

@@ -8,15 +8,20 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.nano.code_repair import draw_repair
+from benchmarks.nano.bugs import similar
+from benchmarks.nano.code_repair import Repair, draw_repair
 from benchmarks.nano.compound import split_conversation, split_question
 from benchmarks.nano.task import Conversation, EvalCell, Question, Split, TaskGenerator
 
 if TYPE_CHECKING:
     from benchmarks.nano.evaluate import EvalItem
 
-_PROMPTED_SHARE = 0.3
-"""Of the repairs, those in the prompt of patterns."""
+_PROMPTED_SHARE = 0.75
+"""Of the repairs, those in the prompts of the pattern `debug`."""
+_SIMILAR_SHARE = 0.6
+"""Of the prompted repairs of logic errors, those that have a similar bug beside them."""
+_KNOWN_SHARE = 0.3
+"""Of these, those for which bugs of the same function are known."""
 
 SKILL_CELLS: tuple[EvalCell, ...] = (
     EvalCell("split", "seen", (), 0.95),
@@ -24,7 +29,8 @@ SKILL_CELLS: tuple[EvalCell, ...] = (
     EvalCell("split, one part", "seen", (), None, ("single",)),
     EvalCell("repair", "seen", (), None),
     EvalCell("repair, new wording", "held_out", (), None),
-    EvalCell("repair, as patterns ask", "seen", (), None),
+    EvalCell("repair, as the pattern asks", "seen", (), None),
+    EvalCell("repair, as the pattern asks, new functions", "held_out", (), None),
 )
 
 
@@ -81,19 +87,27 @@ def repair_conversation(rng: random.Random) -> Conversation:
     """One training conversation that repairs a function."""
     repair = draw_repair(rng, "seen")
     is_prompted = rng.random() < _PROMPTED_SHARE
-    text = repair.prompted() if is_prompted else repair.worded(rng, "seen")
+    text = _prompted(rng, repair) if is_prompted else repair.worded(rng, "seen")
     return Conversation((_user(text), {"role": "assistant", "content": repair.answer}))
+
+
+def _prompted(rng: random.Random, repair: Repair) -> str:
+    if repair.error != "logic" or rng.random() >= _SIMILAR_SHARE:
+        return repair.prompted()
+    return repair.prompted(similar(repair, knows_function=rng.random() < _KNOWN_SHARE))
 
 
 def repair_question(rng: random.Random, split: Split, *, prompted: bool = False) -> Question:
     """A labelled repair, in a wording of the split or as patterns word it."""
     repair = draw_repair(rng, split)
+    known = split == "seen"
+    looked_up = similar(repair, knows_function=known) if repair.error == "logic" else None
     return Question(
-        query=repair.prompted() if prompted else repair.worded(rng, split),
+        query=repair.prompted(looked_up) if prompted else repair.worded(rng, split),
         gold=repair.answer,
         metric="unit_tests",
         domain="code",
-        kind=f"repair.{repair.fault}",
+        kind=f"repair.{repair.error}",
         split=split,
         tests=repair.tests,
     )
@@ -106,7 +120,7 @@ def skill_items(cell: EvalCell, rng: random.Random, n: int) -> list[EvalItem]:
     if cell.name.startswith("split"):
         asked = [split_question(rng, cell.split, cell.kinds) for _ in range(n)]
     else:
-        prompted = cell.name == "repair, as patterns ask"
+        prompted = cell.name.startswith("repair, as the pattern asks")
         asked = [repair_question(rng, cell.split, prompted=prompted) for _ in range(n)]
     return [EvalItem((_user(question.query),), cell.tools, question) for question in asked]
 

@@ -15,6 +15,7 @@ so a shared CPU cannot break the schedule; only a token budget makes the run its
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -67,6 +68,8 @@ class TrainingSettings:
     final_lr_share: float = 0.02
     clip_norm: float = 1.0
     compile_model: bool = False
+    checkpoint_minutes: float | None = None
+    """Wall-clock time between checkpoints, in the folder `checkpoint` of the run; `None` = none."""
     warm_start: Path | None = None
     """Folder of an earlier run to continue from, with its tokenizer."""
 
@@ -115,7 +118,7 @@ def train(
     )
     logger.info("training %s: %d parameters", model_id, report.num_parameters)
     with _progress_bar() as bar:
-        _fit(model, tokenizer, generator, settings, report, bar)
+        _fit(model, tokenizer, generator, settings, report, bar, out_dir)
     _save(model, tokenizer, report, out_dir)
     return report
 
@@ -228,6 +231,7 @@ def _fit(
     settings: TrainingSettings,
     report: TrainingReport,
     bar: Progress,
+    out_dir: Path,
 ) -> None:
     """The training loop: fills `report` and changes `model` in place."""
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
@@ -236,7 +240,7 @@ def _fit(
     muon = Muon(hidden, lr=settings.muon_lr)
     adamw = torch.optim.AdamW(rest, lr=settings.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
     loss_of = _loss_function(model, compiled=settings.compile_model)
-    started = time.monotonic()
+    started = kept_s = time.monotonic()
 
     def progress() -> float:
         by_time = (time.monotonic() - started) / (60 * settings.minutes) if settings.minutes else 0
@@ -251,7 +255,8 @@ def _fit(
         seed=settings.seed + 2,
         batch_tokens=settings.batch_tokens,
         max_length=settings.max_length,
-        progress=progress,
+        # A continued run is past the drills of the beginning.
+        progress=progress if settings.warm_start is None else lambda: 1.0,
     )
     while (now := progress()) < 1.0:
         batch = next(stream)
@@ -270,7 +275,12 @@ def _fit(
         if report.steps % _LOG_EVERY_STEPS == 0:
             _log_point(report, sums, bar, task, now)
             sums.zero_()
-    report.seconds = time.monotonic() - started
+        report.seconds = time.monotonic() - started
+        if settings.checkpoint_minutes and time.monotonic() - kept_s > (
+            60 * settings.checkpoint_minutes
+        ):
+            _save(copy.deepcopy(model), tokenizer, report, out_dir / "checkpoint")
+            kept_s = time.monotonic()
 
 
 def learning_rate_share(step: int, progress: float, settings: TrainingSettings) -> float:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.nano import code_repair, compound
+from benchmarks.nano import code_reports, compound
 from benchmarks.nano import compound_wording as wording
-from benchmarks.nano.code_repair import FAULTS, draw_repair
+from benchmarks.nano.bugs import BUGS_PATH, bug_entries
+from benchmarks.nano.code_faults import ERROR_TYPES, FAULTS
+from benchmarks.nano.code_repair import HELD_OUT_FUNCTIONS, draw_repair, examined, plain
 from benchmarks.nano.code_tasks import GENERATOR
 from benchmarks.nano.code_values import VALUE_KINDS
 from benchmarks.nano.compound import draw_compound, lowered, split_prompt, split_text, unmarked
@@ -27,6 +29,7 @@ from benchmarks.nano.skills import (
 )
 from benchmarks.nano.task import EvalCell, Split
 from serve_app.scoring import extract_code
+from serve_app.tools.reports import ErrorType, code_in, trials_in
 
 PROMPTS = Path("configs/patterns/prompts")
 SPLITS: tuple[Split, ...] = ("seen", "held_out")
@@ -47,18 +50,25 @@ def test_the_split_prompt_of_patterns_is_the_one_trained_on() -> None:
         assert chat.messages[0]["content"] == expected == f"Split into subtasks as JSON: {query}"
 
 
-def test_the_repair_prompt_of_patterns_is_one_trained_on() -> None:
-    asked = {
-        message["content"]
-        for seed in range(300)
-        for message in repair_conversation(random.Random(seed)).messages[:1]
-    }
-    head, _ = prompt_file("nano-repair").split("{{draft}}")
-    trained = [text for text in asked if text.startswith(head)]
-    assert len(trained) > 50
+@pytest.mark.parametrize("name", ["nano-repair", "nano-repair-logic"])
+def test_the_repair_prompts_of_the_pattern_are_trained_on(name: str) -> None:
+    asked = [
+        str(repair_conversation(random.Random(seed)).messages[0]["content"]) for seed in range(300)
+    ]
+    parts = re.split(r"\{\{[\w.]+\}\}", prompt_file(name))
+    shape = re.compile("(?s)" + ".*".join(map(re.escape, parts)))
+    assert sum(shape.fullmatch(text) is not None for text in asked) > 30
+
+
+def test_a_prompted_repair_is_the_prompt_with_the_code_and_what_the_tool_says() -> None:
     repair = draw_repair(random.Random(3), "seen")
-    text = prompt_file("nano-repair").replace("{{draft}}", repair.draft)
-    assert repair.prompted() == text.replace("{{objections}}", repair.failure)
+    text = prompt_file("nano-repair").replace("{{found.data.code}}", repair.code)
+    assert repair.prompted() == text.replace("{{found}}", repair.said)
+
+
+def test_the_second_round_asks_as_the_first_does() -> None:
+    first, second = prompt_file("nano-repair"), prompt_file("nano-repair-again")
+    assert first.replace("{{found", "{{tried") == second
 
 
 def test_what_fills_a_prompt_is_not_read_for_slots() -> None:
@@ -121,7 +131,8 @@ def test_a_final_mark_is_left_out_only_where_it_can_be_told() -> None:
         wording.VALUE_HOPS,
         wording.TEXT_HOPS,
         wording.PAIR_HOPS,
-        code_repair.WORDINGS,
+        code_reports.REQUESTS,
+        *code_reports.REPORTS.values(),
     ],
 )
 def test_held_out_wordings_are_not_trained_on(group: dict[Split, tuple[object, ...]]) -> None:
@@ -171,23 +182,41 @@ def test_a_split_is_right_only_to_the_letter() -> None:
     assert question.query.startswith(split_prompt(""))
 
 
-def test_the_draft_fails_the_example_and_the_answer_passes_all_tests() -> None:
+@pytest.mark.parametrize("error", ERROR_TYPES)
+def test_a_request_says_what_the_code_does_and_the_answer_passes_all_tests(
+    error: ErrorType,
+) -> None:
     rng = random.Random(7)
     faults = set()
-    for _ in range(400):
-        repair = draw_repair(rng, rng.choice(SPLITS))
+    for _ in range(150):
+        split = rng.choice(SPLITS)
+        repair = draw_repair(rng, split, error)
         faults.add(repair.fault)
         right: dict[str, object] = {}
         exec(extract_code(repair.answer), right)
         for test in repair.tests:
             exec(test, right)
-        if repair.fault == "syntax":
-            assert repair.failure.startswith("SyntaxError: ")
-            continue
-        found = re.fullmatch(r"(?s)(solution\(.*\)) (?:returned|raised|did not).*", repair.failure)
-        assert found is not None
-        assert repair.draft != repair.answer
-    assert faults == set(FAULTS)
+        asked = repair.worded(rng, split)
+        code = code_in(asked)
+        found = examined(code, trials_in(asked, code))
+        assert (code.strip("\n"), found["error"]) == (repair.code, repair.finding["error"])
+        assert found["kind"] == error or (error, found["kind"]) == ("logic", "none")
+        mended = plain(repair.answer)
+        assert examined(mended, trials_in(asked, mended))["kind"] == "none"
+    assert faults == set(FAULTS[error])
+
+
+def test_functions_held_out_are_never_mended_in_training() -> None:
+    rng = random.Random(11)
+    drawn = {split: {draw_repair(rng, split).function for _ in range(300)} for split in SPLITS}
+    assert drawn["held_out"] - {"composed"} <= HELD_OUT_FUNCTIONS
+    assert not drawn["seen"] & HELD_OUT_FUNCTIONS
+
+
+def test_the_shipped_bugs_are_those_of_the_generator() -> None:
+    shipped = [json.loads(line) for line in BUGS_PATH.read_text(encoding="utf-8").splitlines()]
+    assert shipped == bug_entries(480, 4)
+    assert not {entry["id"].rpartition("-")[0] for entry in shipped} & HELD_OUT_FUNCTIONS
 
 
 def test_a_repair_in_a_new_wording_is_scored_by_its_tests() -> None:
