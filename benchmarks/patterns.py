@@ -143,6 +143,7 @@ PATTERNS = {
     "facts": ("cheap-first", "look-up-or-refuse"),
     "look-ups": ("look-up-or-refuse", "cheap-first"),
     "math": ("ask-three",),
+    "repair": ("debug",),
 }
 """Which patterns each set of questions is asked of, beside `atlas` and every pair."""
 DEAR = "nano-facts@retrieval"
