@@ -77,7 +77,9 @@ class NanoClients(ModelClients):
         self._waiting: list[tuple[ChatBody, asyncio.Future[tuple[str, int, int]]]] = []
         self._answering: asyncio.Task[None] | None = None
 
-    async def complete(self, model_id: str, body: ChatBody, deadline: Deadline) -> dict[str, Any]:
+    async def complete(
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
+    ) -> dict[str, Any]:
         """Its answer."""
         future: asyncio.Future[tuple[str, int, int]] = asyncio.get_running_loop().create_future()
         self._waiting.append((body, future))
@@ -92,7 +94,7 @@ class NanoClients(ModelClients):
         }
 
     async def stream(
-        self, model_id: str, body: ChatBody, deadline: Deadline
+        self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Not asked for here."""
         raise NotImplementedError

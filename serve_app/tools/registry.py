@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import assert_never
+import importlib
+from collections.abc import Mapping
 
 from serve_app.config.tools import (
     BestOfConfig,
@@ -24,6 +25,26 @@ from serve_app.config.tools import (
 )
 from serve_app.tools.base import Tool
 
+_MADE_BY: Mapping[type[ToolConfig], tuple[str, str]] = {
+    NoneConfig: ("serve_app.tools.builtin.none", "NoTool"),
+    CalculatorConfig: ("serve_app.tools.builtin.calculator", "Calculator"),
+    PythonConfig: ("serve_app.tools.builtin.python", "PythonTool"),
+    DebugConfig: ("serve_app.tools.builtin.debug", "DebugTool"),
+    RetrievalConfig: ("serve_app.tools.builtin.retrieval", "Retrieval"),
+    BestOfConfig: ("serve_app.tools.builtin.best_of", "BestOf"),
+    ToolsetConfig: ("serve_app.tools.builtin.toolset", "Toolset"),
+    CustomToolConfig: ("serve_app.tools.builtin.custom", "load_custom"),
+    FetchConfig: ("serve_app.tools.web.fetch", "Fetch"),
+    WebSearchConfig: ("serve_app.tools.web.search", "WebSearch"),
+    OpenApiConfig: ("serve_app.tools.openapi.tool", "OpenApiTool"),
+    SqlConfig: ("serve_app.tools.builtin.sql", "SqlTool"),
+    FilesConfig: ("serve_app.tools.builtin.files", "FilesTool"),
+    OcrConfig: ("serve_app.tools.builtin.ocr", "Ocr"),
+    McpConfig: ("serve_app.tools.mcp.tool", "McpTool"),
+}
+"""Module of each kind of tool, and what in it makes the tool. Imported on use: reading a tool's
+schema must not load another tool's libraries."""
+
 
 def build_tool(config: ToolConfig) -> Tool:
     """Make the tool that these settings describe; cheap, heavy state comes with `warm` or `run`.
@@ -37,67 +58,6 @@ def build_tool(config: ToolConfig) -> Tool:
     Raises:
         ConfigError: If there is no such tool: a class that cannot be imported or made.
     """
-    # Imported on use: reading a tool's schema must not load another tool's libraries.
-    match config:
-        case NoneConfig():
-            from serve_app.tools.builtin.none import NoTool
-
-            return NoTool(config)
-        case CalculatorConfig():
-            from serve_app.tools.builtin.calculator import Calculator
-
-            return Calculator(config)
-        case PythonConfig():
-            from serve_app.tools.builtin.python import PythonTool
-
-            return PythonTool(config)
-        case DebugConfig():
-            from serve_app.tools.builtin.debug import DebugTool
-
-            return DebugTool(config)
-        case RetrievalConfig():
-            from serve_app.tools.builtin.retrieval import Retrieval
-
-            return Retrieval(config)
-        case BestOfConfig():
-            from serve_app.tools.builtin.best_of import BestOf
-
-            return BestOf(config)
-        case ToolsetConfig():
-            from serve_app.tools.builtin.toolset import Toolset
-
-            return Toolset(config)
-        case CustomToolConfig():
-            from serve_app.tools.builtin.custom import load_custom
-
-            return load_custom(config)
-        case FetchConfig():
-            from serve_app.tools.web.fetch import Fetch
-
-            return Fetch(config)
-        case WebSearchConfig():
-            from serve_app.tools.web.search import WebSearch
-
-            return WebSearch(config)
-        case OpenApiConfig():
-            from serve_app.tools.openapi.tool import OpenApiTool
-
-            return OpenApiTool(config)
-        case SqlConfig():
-            from serve_app.tools.builtin.sql import SqlTool
-
-            return SqlTool(config)
-        case FilesConfig():
-            from serve_app.tools.builtin.files import FilesTool
-
-            return FilesTool(config)
-        case OcrConfig():
-            from serve_app.tools.builtin.ocr import Ocr
-
-            return Ocr(config)
-        case McpConfig():
-            from serve_app.tools.mcp.tool import McpTool
-
-            return McpTool(config)
-        case _:
-            assert_never(config)
+    module, name = _MADE_BY[type(config)]
+    tool: Tool = getattr(importlib.import_module(module), name)(config)
+    return tool

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from serve_app.config.tools import ToolConfig
-from serve_app.tools.registry import build_tool
+from serve_app.tools.registry import _MADE_BY, build_tool
 
 ADAPTER: TypeAdapter[ToolConfig] = TypeAdapter(ToolConfig)
 
@@ -43,6 +44,13 @@ KINDS = {
 
 def config(name: str, **settings: Any) -> ToolConfig:
     return ADAPTER.validate_python({"type": name, "tool_id": name, **TOOLS[name], **settings})
+
+
+def test_every_type_of_tool_has_a_class() -> None:
+    types = get_args(get_args(ToolConfig)[0])
+    assert set(_MADE_BY) == set(types)
+    for module, name in _MADE_BY.values():
+        assert callable(getattr(importlib.import_module(module), name))
 
 
 @pytest.mark.parametrize("name", TOOLS)
