@@ -183,6 +183,7 @@ def test_a_price_is_set_by_clicking(site: Site) -> None:
     assert prices["large"] == {
         "usd_per_1m_prompt_tokens": 3.5,
         "usd_per_1m_completion_tokens": 7.0,
+        "usd_per_1m_cached_prompt_tokens": None,
     }
 
 

@@ -21,7 +21,10 @@ def store_of(revision: str, path: Path) -> None:
     with engine.begin() as connection:
         command.upgrade(configuration(connection), revision)
         connection.execute(
-            text("INSERT INTO api_keys VALUES ('key_1', :hash, 'a team', 'chat', 1.0, NULL)"),
+            text(
+                "INSERT INTO api_keys (key_id, key_hash, name, scopes, created_unix_s) "
+                "VALUES ('key_1', :hash, 'a team', 'chat', 1.0)"
+            ),
             {"hash": hash_key(KEY)},
         )
         connection.execute(
