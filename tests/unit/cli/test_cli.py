@@ -353,7 +353,8 @@ def test_rules_are_listed_and_changed(gateway: Loopback, tmp_path: Path) -> None
     assert newest is not None
     assert [rule["type"] for rule in newest.rules] == ["keyword", "default"]
     assert "rule" in atlas("rules list", *option)
-    file.write_text(file.read_text().replace("invoice", "x").replace("large]", "gone]"))
+    gone = yaml.safe_load(RULES.replace("[large]", "[gone]"))
+    file.write_text(yaml.safe_dump(settings | gone))
     assert "error:" in atlas("rules set", file, *option, code=1)
 
 
