@@ -28,8 +28,5 @@ class OcrConfig(ToolSettings):
     timeout_s: float = Field(default=30.0, gt=0, le=3600)
     """Longest run of one call, in seconds; a caller's shorter deadline wins."""
 
-    num_cpus: float = Field(default=1.0, ge=0)
-    """CPUs each running call reserves in Ray."""
-
     max_concurrency: int = Field(default=2, ge=1, le=256)
     """Calls running at once for one gateway replica."""

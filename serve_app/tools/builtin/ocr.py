@@ -72,7 +72,7 @@ class Ocr(Tool):
 
 @functools.lru_cache(maxsize=2)
 def _engine(max_side: int, min_score: float) -> RapidOCR:
-    """The models, once in each worker; on one thread, as a call reserves one CPU."""
+    """The models, once in each worker; on one thread."""
     try:
         from rapidocr import RapidOCR
     except ImportError:
