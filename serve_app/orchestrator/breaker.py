@@ -139,7 +139,8 @@ class Breakers:
             self._open(model_id, breaker, failure)
 
     def _open(self, model_id: str, breaker: _Breaker, failure: AtlasError) -> None:
-        open_s = min(_LONGEST_S, _OPEN_S * 2.0**breaker.times) * random.uniform(0.75, 1.25)
+        doubled_s = _OPEN_S * 2 ** min(breaker.times, 10)  # no outage is too long for a float
+        open_s = min(_LONGEST_S, doubled_s) * random.uniform(0.75, 1.25)
         if isinstance(failure, EngineBusy):
             open_s = max(open_s, failure.retry_after_s or 0.0)
         breaker.times += 1
