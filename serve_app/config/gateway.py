@@ -122,6 +122,10 @@ class GatewayConfig(BaseConfig):
     any."""
     mcp: bool = True
     """Whether `/mcp` serves MCP clients: with `ask`, `route`, and the tools marked `exposed`."""
+    breaker_failures: int = Field(default=5, ge=1, le=1_000_000)
+    """Calls in a row that fail by a model's own fault before its breaker opens, for each replica:
+    then no decision names the model until it answers a probe."""
+
     console: bool = True
     """Whether `/console` shows pages for people, to who has a key with the scope `admin`."""
     idempotency: IdempotencyConfig = IdempotencyConfig()

@@ -1,6 +1,6 @@
 """A breaker for each model: who fails for everybody is left alone, and asked again now and then.
 
-A breaker opens when `_FAILURES` calls in a row failed by the model's own fault. While it is open no
+A breaker opens when so many calls in a row failed by the model's own fault. While it is open no
 decision and no fallback names the model, and no call is made again; a request whose caller named
 the model goes to it all the same. When its time is over, the next decision has one small request
 sent (the breaker is half-open): an answer closes the breaker, a failure opens it for twice as long.
@@ -23,8 +23,6 @@ from serve_app.orchestrator.recovery import Fault, fault_of
 
 logger = logging.getLogger(__name__)
 
-_FAILURES = 5
-"""Calls in a row that fail before a breaker opens."""
 _OPEN_S = 5.0
 """For how long it opens first, give or take a quarter, so that gateways do not probe in step."""
 _LONGEST_S = 60.0
@@ -68,12 +66,14 @@ class Breakers:
         - At most one probe of a model is under way, and it ends by `_PROBE_S`.
     """
 
-    def __init__(self, clients: ModelClients) -> None:
+    def __init__(self, clients: ModelClients, failures: int) -> None:
         """Begin with all closed.
 
         Args:
             clients: Handles to the models.
+            failures: Calls in a row that fail before a breaker opens.
         """
+        self._failures = failures
         self._clients = clients
         self._breakers: dict[str, _Breaker] = {}
 
@@ -88,7 +88,7 @@ class Breakers:
             return
         breaker = self._breakers.setdefault(model_id, _Breaker())
         breaker.failures += 1
-        if breaker.failures >= _FAILURES and not self.is_open(model_id):
+        if breaker.failures >= self._failures and not self.is_open(model_id):
             self._open(model_id, breaker, failure)
 
     def is_open(self, model_id: str) -> bool:

@@ -75,6 +75,7 @@ class PaidModels:
         clients: ModelClients,
         context: ContextConfig | None = None,
         embed: Embed | None = None,
+        breaker_failures: int = 5,
     ) -> None:
         """Know no model yet.
 
@@ -82,6 +83,7 @@ class PaidModels:
             clients: Handles to the models.
             context: How conversations are made to fit; `None`: by the defaults.
             embed: The deployment's encoder; `None`: words alone say which turns are kept.
+            breaker_failures: Calls in a row that fail before a model's breaker opens.
         """
         context = context or ContextConfig()
         self._counter = TokenCounter()
@@ -90,7 +92,7 @@ class PaidModels:
         self._clients = clients
         self._models: dict[str, ModelConfig] = {}
         self._retries = RetryBudget()
-        self.breakers = Breakers(clients)
+        self.breakers = Breakers(clients, breaker_failures)
         """Of the pool's models."""
         self._no_logprobs: set[str] = set()
         """Models whose engines refused a request for log-probabilities, and took it without."""

@@ -47,7 +47,7 @@ class PairRunner:
         self._runner = runner or ToolRunner(config.tools, config.data_path() / "cache")
         limits = config.gateway.limits
         self.parts = Parts(
-            PaidModels(clients, config.context, embed),
+            PaidModels(clients, config.context, embed, config.gateway.breaker_failures),
             PaidTools(self._runner),
             FunctionSelector(embed),
             limits.max_tool_rounds,

@@ -34,7 +34,7 @@ def engines() -> Engines:
 
 @pytest.fixture
 def breakers(engines: Engines, loop_clock: LoopClock) -> Breakers:
-    return Breakers(engines)
+    return Breakers(engines, NUM_FAILURES)
 
 
 def fail(breakers: Breakers, failure: AtlasError = AWAY, times: int = NUM_FAILURES) -> None:
