@@ -36,6 +36,17 @@ def with_pictures(text: str, pictures: list[dict[str, Any]]) -> Content:
     return [{"type": "text", "text": text}, *pictures] if pictures else text
 
 
+BLANK_PICTURE: dict[str, Any] = {
+    "type": "image_url",
+    "image_url": {
+        "url": "data:image/png;base64,"
+        "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAAAAACPAi4CAAAAKUlEQVR42u3MQREAAAwCIPuX1hD77SAA"
+        "6VEEAoFAIBAIBAKBQCAQfA8Gpwvw4qrwDDIAAAAASUVORK5CYII="
+    },
+}
+"""A white square, for whoever has to be asked with a picture."""
+
+
 def last_question(messages: Sequence[Message]) -> Content:
     """The content of the last user message; `None`: there is none."""
     for message in reversed(messages):

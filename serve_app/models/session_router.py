@@ -31,6 +31,19 @@ class SessionRouter(ConsistentHashRouter):  # type: ignore[misc]  # Ray is untyp
         pending_request.routing_context.should_backoff = True
         return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
 
+    def _fulfill_next_pending_request(self, replica: Any, request_metadata: Any = None) -> None:
+        """Give a replica to the very call that it was chosen for.
+
+        Serve finds the call by the id of the HTTP request that it belongs to. Calls that a pattern
+        makes side by side share that id, and all but one of them would wait for ever.
+        """
+        for pending in self._pending_requests_to_fulfill:
+            if pending.metadata is request_metadata and not pending.future.done():
+                self._record_queue_wait_time(pending)
+                pending.future.set_result(replica)
+                self._remove_pending_request_from_indices(pending)
+                return
+
 
 def session_routing() -> RequestRouterConfig:
     """What a deployment is given so that its calls are routed so."""

@@ -26,6 +26,7 @@ from ray.serve.schema import ApplicationStatus
 from serve_app.budget import Budget, Deadline
 from serve_app.config import AtlasConfig, LocalModelConfig, ModelConfig, load_config
 from serve_app.config.patterns.check import members_of_patterns
+from serve_app.content import BLANK_PICTURE, with_pictures
 from serve_app.errors import (
     AtlasError,
     ConfigError,
@@ -64,6 +65,7 @@ a request may be between its decision and its call."""
 _STORE_PATIENCE_S = 10.0
 _COMPLAIN_EVERY_S = 30.0
 _GREETING: dict[str, Any] = {"role": "user", "content": "Hello."}
+_SHOWING: dict[str, Any] = {"role": "user", "content": with_pictures("Hello.", [BLANK_PICTURE])}
 
 
 @dataclass
@@ -567,7 +569,7 @@ async def _answers(pairs: PairRunner, pair: Pair) -> str | None:
     call = ChatCall(
         request_id="warm-up",
         model=str(pair),
-        messages=(_GREETING,),
+        messages=(_SHOWING if pairs.reads_pictures(pair.tool_id) else _GREETING,),
         sampling={"max_tokens": 1},
         limits=Limits(alpha=0.0, deadline_s=_WARM_UP_TIMEOUT_S),
     )

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 
 from serve_app.config import LocalModelConfig, ScoringConfig
 from serve_app.errors import InvalidRequest
-from serve_app.models.deploy import build_model
+from serve_app.models.deploy import DEPLOYING, build_model
 from serve_app.models.verifier import read_score, scoring_body
 
 pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("ray_session")]
@@ -110,7 +110,7 @@ def verifier(weights: Path) -> Iterator[Any]:
     name = "judge-alone"  # an application named like a model's, and not in the pool, is deleted
     try:
         # In a task: the engine's modules are not for a process that takes warnings for errors.
-        ray.get(ray.remote(num_cpus=0)(_deploy).remote(config, name))
+        ray.get(ray.remote(num_cpus=0, runtime_env=DEPLOYING)(_deploy).remote(config, name))
         handle = serve.get_app_handle(name)
         if not handle.is_initialized:
             handle._init(_run_router_in_separate_loop=True)  # here is no event loop

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from serve_app.config import AtlasConfig
+from serve_app.config.tools import OcrConfig
 from serve_app.errors import InvalidRequest
 from serve_app.models.clients import ModelClients
 from serve_app.orchestrator.answer import Choice
@@ -57,6 +58,10 @@ class PairRunner:
         self._kinds: dict[str, ToolKind] = {tool.tool_id: tool.kind for tool in config.tools}
         self.direct = DirectTools(self._runner)
         """The tools, for a caller that calls them itself."""
+
+    def reads_pictures(self, tool_id: str) -> bool:
+        """Whether a tool is for requests with pictures alone."""
+        return tool_id in self._runner and isinstance(self._runner.tool(tool_id).config, OcrConfig)
 
     def use(self, config: AtlasConfig) -> None:
         """Take over a changed pool; what was there stays usable for requests under way."""
