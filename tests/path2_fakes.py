@@ -213,6 +213,7 @@ def path2_config(
     patterns: Sequence[Any] = (),
     capabilities: Mapping[str, Any] = MappingProxyType({}),
     rules: Sequence[Any] = (),
+    breaker_failures: int = 5,
     **router: Any,
 ) -> AtlasConfig:
     """Three models without tools, the third one dear."""
@@ -236,6 +237,7 @@ def path2_config(
             "router": {"refresh_interval_s": 0.05, "rollback": {"interval_s": 0.05}} | router,
             "data_dir": str(folder),
             "store": {"url": store_url},
+            "gateway": {"breaker_failures": breaker_failures},
         }
     )
 
@@ -306,10 +308,13 @@ async def path2(
     patterns: Sequence[Any] = (),
     capabilities: Mapping[str, Any] = MappingProxyType({}),
     rules: Sequence[Any] = (),
+    breaker_failures: int = 5,
     **router: Any,
 ) -> AsyncIterator[Path2]:
     """A deployment in this process."""
-    config = path2_config(folder, store_url, patterns, capabilities, rules, **router)
+    config = path2_config(
+        folder, store_url, patterns, capabilities, rules, breaker_failures, **router
+    )
     store = await Store.open(config.store_url())
     embedder, controller = Handle(WordEmbedder()), Handle(Controller(config))
     replica = Router.__new__(Router)

@@ -53,6 +53,7 @@ def two_replicas() -> Any:
     serve.delete(name)
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_calls_of_a_session_go_to_one_replica(two_replicas: str) -> None:
     clients = ModelClients()
     clients.use({"tells": two_replicas})
@@ -70,6 +71,7 @@ async def test_calls_of_a_session_go_to_one_replica(two_replicas: str) -> None:
     assert len(spread) == 2
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_calls_that_a_request_makes_side_by_side_are_all_answered(two_replicas: str) -> None:
     clients = ModelClients()
     clients.use({"tells": two_replicas})

@@ -117,8 +117,8 @@ class PoolView:
         if call.model == ROUTED_MODEL:
             if self._common.take(needs):
                 return
-            admitted = self._admission.admits(limits, self._routable, self._abilities)
-            self._check_needs(needs, self._routable[admitted], "no model that may answer can")
+            listed = self._admission.listed(limits, self._routable)
+            self._check_needs(needs, self._routable[listed], "no model that may answer can")
             return
         if call.model in self._patterns:
             self._check_pattern(call)

@@ -61,17 +61,26 @@ class Admission:
             indices: Of the pairs.
             abilities: What the pool's candidates can take.
         """
-        admits = self.able(limits.needs, indices, abilities)
+        return self.able(limits.needs, indices, abilities) & self.listed(limits, indices)
+
+    def listed(self, limits: Limits, indices: _Indices) -> NDArray[np.bool_]:
+        """(len(indices),) whether the request's lists of names admit these pairs.
+
+        Args:
+            limits: What the caller allows.
+            indices: Of the pairs.
+        """
+        listed = np.ones(len(indices), np.bool_)
         if limits.models is not None:
-            admits &= np.isin(self._models[indices], list(limits.models))
+            listed &= np.isin(self._models[indices], list(limits.models))
         if limits.tools is not None:
-            admits &= np.isin(self._tools[indices], list(limits.tools))
+            listed &= np.isin(self._tools[indices], list(limits.tools))
         if limits.without:
-            admits &= ~np.isin(self._models[indices], list(limits.without))
+            listed &= ~np.isin(self._models[indices], list(limits.without))
         if limits.candidates is not None:
             named = limits.candidates
-            admits &= np.array([self._pairs[index] in named for index in indices], np.bool_)
-        return admits
+            listed &= np.array([self._pairs[index] in named for index in indices], np.bool_)
+        return listed
 
     def able(self, needs: Needs, indices: _Indices, abilities: Abilities) -> NDArray[np.bool_]:
         """(len(indices),) whether these pairs can take what a request needs.
