@@ -125,3 +125,25 @@ def test_an_admin_sees_what_each_model_can_take() -> None:
     eye, text = (row["capabilities"] for row in view().admin_models())
     assert eye == {"vision": True, "json_schema": False, "tools": False, "context_tokens": 100}
     assert text == {"vision": False, "json_schema": True, "tools": True, "context_tokens": 50}
+
+
+def test_a_picture_for_the_router_is_taken_where_a_tool_reads_pictures() -> None:
+    settings = {
+        "models": [
+            {
+                "type": "remote",
+                "model_id": "text",
+                "base_url": "http://127.0.0.1:1/v1",
+                "remote_model": "x",
+                "tools": ["none", "ocr"],
+            }
+        ],
+        "tools": [{"type": "ocr", "tool_id": "ocr"}],
+    }
+    config = AtlasConfig.model_validate(settings)
+    member = ModelMember("text", MemberState.READY)
+    reads = PoolView(PoolState(1, (member,), ("none", "ocr"), config.all_pairs()), config)
+    reads.check(call(message=asking()))
+    reads.check(call())
+    with pytest.raises(InvalidRequest, match="cannot answer without a picture"):
+        reads.check(call("text@ocr"))
