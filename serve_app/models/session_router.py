@@ -5,44 +5,46 @@ Serve loads the class by its import path wherever a handle to a model's applicat
 
 from __future__ import annotations
 
-import random
+import hashlib
 from typing import Any
 
+from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.config import RequestRouterConfig
-from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+
+_MOST_TRIED = 3
+"""Replicas that a call with a session may go to: its own, and where that is full the next ones."""
 
 
-class SessionRouter(ConsistentHashRouter):  # type: ignore[misc]  # Ray is untyped
-    """Serve's consistent hash for calls with a session; the less busy one of two for the others.
+class SessionRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]  # Ray is untyped
+    """Rendezvous hashing for calls with a session; Serve's default for the others.
 
-    The consistent hash alone spreads calls without a session by chance, and so worse than Serve's
-    own default does.
+    Not Serve's own consistent hash: that one finds a call by the id of the HTTP request that it
+    belongs to. Calls that a pattern makes side by side share that id, and some would wait for ever.
     """
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: Any = None
     ) -> list[list[Any]]:
         """Replicas to try, in groups: the least busy of the first group that can take the call."""
-        if pending_request is None or pending_request.metadata.session_id:
-            ranked: list[list[Any]] = await super().choose_replicas(
+        session = "" if pending_request is None else pending_request.metadata.session_id
+        if not session:
+            default: list[list[Any]] = await super().choose_replicas(
                 candidate_replicas, pending_request
             )
-            return ranked
+            return default
         pending_request.routing_context.should_backoff = True
-        return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
 
-    def _fulfill_next_pending_request(self, replica: Any, request_metadata: Any = None) -> None:
-        """Give a replica to the very call that it was chosen for.
+        def weight(replica: Any) -> bytes:
+            return hashlib.sha256(f"{session}\n{replica.replica_id.unique_id}".encode()).digest()
 
-        Serve finds the call by the id of the HTTP request that it belongs to. Calls that a pattern
-        makes side by side share that id, and all but one of them would wait for ever.
-        """
+        return [[replica] for replica in sorted(candidate_replicas, key=weight)[:_MOST_TRIED]]
+
+    def _get_pending_request_matching_metadata(self, request_metadata: Any = None) -> Any:
+        """The call that a replica was chosen for; `None`: it has one, and the next is served."""
         for pending in self._pending_requests_to_fulfill:
             if pending.metadata is request_metadata and not pending.future.done():
-                self._record_queue_wait_time(pending)
-                pending.future.set_result(replica)
-                self._remove_pending_request_from_indices(pending)
-                return
+                return pending
+        return None
 
 
 def session_routing() -> RequestRouterConfig:

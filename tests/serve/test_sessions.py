@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from typing import Any
 
 import pytest
+import ray
 from ray import serve
 from ray.serve.context import _set_request_context, _unset_request_context
-from ray.serve.schema import ApplicationStatus
 
 from serve_app.budget import Deadline
 from serve_app.config.models import CustomModelConfig
 from serve_app.models.clients import ModelClients
-from serve_app.models.deploy import DeployerProcess, application_name
+from serve_app.models.deploy import DEPLOYING, build_model
 from serve_app.models.protocol import ChatBody
 
 pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("ray_session")]
-
-START_S = 180.0
 
 
 class Tells:
@@ -43,14 +40,14 @@ def two_replicas() -> Any:
             "autoscaling": {"min_replicas": 2, "max_replicas": 2},
         }
     )
-    name = application_name(config)
-    asyncio.run(DeployerProcess().deploy(config))
-    ends_s = time.monotonic() + START_S
-    while serve.status().applications[name].status is not ApplicationStatus.RUNNING:
-        assert time.monotonic() < ends_s, serve.status().applications[name]
-        time.sleep(0.2)
+    name = "tells-alone"  # an application named like a model's, and not in the pool, is deleted
+    ray.get(ray.remote(num_cpus=0, runtime_env=DEPLOYING)(_deploy).remote(config, name))
     yield name
     serve.delete(name)
+
+
+def _deploy(config: CustomModelConfig, name: str) -> None:
+    serve.run(build_model(config), name=name, route_prefix=None)
 
 
 @pytest.mark.asyncio(loop_scope="module")
