@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import ray
 from ray import serve
-from ray.serve.context import _set_request_context, _unset_request_context
 
 from serve_app.budget import Deadline
 from serve_app.config.models import CustomModelConfig
@@ -50,7 +49,6 @@ def _deploy(config: CustomModelConfig, name: str) -> None:
     serve.run(build_model(config), name=name, route_prefix=None)
 
 
-@pytest.mark.asyncio(loop_scope="module")
 async def test_calls_of_a_session_go_to_one_replica(two_replicas: str) -> None:
     clients = ModelClients()
     clients.use({"tells": two_replicas})
@@ -66,18 +64,3 @@ async def test_calls_of_a_session_go_to_one_replica(two_replicas: str) -> None:
     assert len(set.union(*of_sessions)) == 2
     spread = set(await asyncio.gather(*(replica("") for _ in range(40))))
     assert len(spread) == 2
-
-
-@pytest.mark.asyncio(loop_scope="module")
-async def test_calls_that_a_request_makes_side_by_side_are_all_answered(two_replicas: str) -> None:
-    clients = ModelClients()
-    clients.use({"tells": two_replicas})
-    body: ChatBody = {"messages": [{"role": "user", "content": "Who?"}], "max_tokens": 8}
-    # As in a gateway: Serve knows one id for all that a request does.
-    _set_request_context(_internal_request_id="the same")
-    try:
-        calls = [clients.complete("tells", body, Deadline.after(60)) for _ in range(8)]
-        answers = await asyncio.gather(*calls)
-    finally:
-        _unset_request_context()
-    assert len(answers) == 8
