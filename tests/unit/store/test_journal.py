@@ -264,7 +264,7 @@ async def test_what_was_written_just_before_the_death_is_not_written_twice(
     journal = Journal(tmp_path / "as it was", MIB)
     log = OutcomeLog(store, flush_interval_s=0.01, journal=journal, metrics=counts)
     log.start()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while "store/outcomes_recovered" not in counts.of:
             await asyncio.sleep(0.01)
     assert (await in_order(store), log.dropped) == (ids(20), 0)
@@ -315,11 +315,13 @@ async def main(url, folder, interval):
     store = await Store.open(url, must_answer=False)
     journal = Journal(Path(folder), 1 << 20)
     log = OutcomeLog(store, flush_interval_s=float(interval), max_pending=50, journal=journal)
-    for number in range(10**6):
+    for number in range(400):  # as many as the journal takes, however long the kill takes to come
         log.record(report(f"req_{number}"))
         sys.stdout.write(f"{number}\\n")
         sys.stdout.flush()
         await asyncio.sleep(0)
+    assert not log.dropped, "the journal is too small for this test"
+    await asyncio.sleep(3600)
 
 asyncio.run(main(*sys.argv[1:]))
 """
