@@ -16,6 +16,7 @@ import httpx2
 import uvicorn
 import yaml
 from sqlalchemy import func, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.config import AtlasConfig
 from serve_app.gateway.app import build_api
@@ -89,11 +90,43 @@ class Spender(Engines):
         return {"prompt_tokens": 10, "completion_tokens": int(body["max_tokens"] * share)}
 
 
+class MortalStore(Store):
+    """A gateway's way to the shared store, on which nothing begins any more once it is killed.
+
+    What has begun ends first. A process that dies lets go of its locks; a task that is cancelled in
+    this process, with a statement under way in a thread, may keep them.
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store._engine, store._file)
+        self._has_schema = True
+        self.is_dead = False
+        self.under_way = 0
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        if self.is_dead:
+            await asyncio.Event().wait()
+        self.under_way += 1
+        try:
+            async with super().begin() as connection:
+                yield connection
+        finally:
+            self.under_way -= 1
+
+    async def die(self) -> None:
+        self.is_dead = True
+        async with asyncio.timeout(60):
+            while self.under_way:
+                await asyncio.sleep(0.01)
+
+
 @dataclass
 class MoneyGateway:
     """One gateway."""
 
     url: str
+    store: MortalStore
     outcomes: OutcomeLog
     purses: Purses
     journal: Journal
@@ -105,6 +138,7 @@ class MoneyGateway:
     async def kill(self) -> None:
         """Stop at once, as a killed process does: nothing is written, nothing is given back."""
         self.is_dead = True
+        await self.store.die()
         for task in (self.outcomes._task, self.purses._task):
             if task is not None:
                 task.cancel()
@@ -254,8 +288,9 @@ def money_config(folder: Path, store_url: str, patterns: Sequence[str] = ()) -> 
 
 
 async def _gateway(
-    config: AtlasConfig, store: Store, engines: Spender, folder: Path
+    config: AtlasConfig, shared: Store, engines: Spender, folder: Path
 ) -> MoneyGateway:
+    store = MortalStore(shared)
     journal = Journal(folder / "journal", 1 << 20)
     outcomes = OutcomeLog(store, flush_interval_s=0.02, journal=journal)
     outcomes.start()
@@ -277,7 +312,7 @@ async def _gateway(
     while not server.started:
         await asyncio.sleep(0.01)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    return MoneyGateway(url, outcomes, purses, journal, server, serving, orchestrator)
+    return MoneyGateway(url, store, outcomes, purses, journal, server, serving, orchestrator)
 
 
 @asynccontextmanager
