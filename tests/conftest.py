@@ -112,12 +112,11 @@ def graph_config(port: int) -> dict[str, Any]:
     )
     config["models"].append(
         {
-            "type": "local",
+            "type": "custom",
             "model_id": "broken",
-            "model_source": "/nonexistent/weights",
-            "bundle": {"CPU": 0.01},
-            "num_cpus": 0.01,
-            "startup_memory_gib": 0.1,
+            "import_path": "tests.fakes:NeedsFile",
+            "settings": {"path": "/nonexistent/weights"},
+            "num_cpus": 0,
             "card": {"examples": ["zzz broken zzz"]},
         }
     )

@@ -21,6 +21,7 @@ from benchmarks.nano.gazetteer import (
     real_entry,
     real_subject,
     search_result,
+    untold,
     with_sources,
 )
 from benchmarks.nano.phrasing import Relation, Subject, load_facts, load_gazetteer
@@ -75,9 +76,10 @@ class FactsGenerator:
             self._sources,
             lambda rng: self._rivals(rng, sizes=(2, 3, 4, 4, 5)),
             self._search,
+            self._untold,
             self._other_tools,
         )
-        return rng.choices(makers, weights=(30, 18, 18, 30, 4))[0](rng)
+        return rng.choices(makers, weights=(27, 16, 16, 26, 11, 4))[0](rng)
 
     def questions(self, rng: random.Random, split: Split, n: int) -> list[Question]:
         """Two thirds real facts, one third questions about the corpus; see `TaskGenerator`."""
@@ -209,6 +211,27 @@ class FactsGenerator:
             turns += [_user(query), _assistant(answer)]
         return Conversation(tuple(turns))
 
+    def _untold(self, rng: random.Random) -> Conversation:
+        """A question that its sources come close to and do not answer; then one that they do."""
+        size = rng.choices((1, 2, 3, 4), weights=(45, 20, 10, 25))[0]
+        relation, subject, told = untold(rng, size, "seen", reserved=False)
+        sentences = [e.sentence for e in rng.sample(told, size)]
+        query = relation.question(rng, subject, "seen")
+        if rng.random() < 0.35:
+            searched = relation.search_query(subject)
+            turns = [
+                _user(query),
+                tool_call("retrieval", query=searched),
+                {"role": "tool", "content": search_result(searched, sentences)},
+                _assistant(UNKNOWN),
+            ]
+            return Conversation(tuple(turns), ("retrieval",))
+        turns = [_user(with_sources(query, sentences)), _assistant(UNKNOWN)]
+        for entry in told[: rng.randint(0, size)]:
+            question = entry.relation.question(rng, entry.subject, "seen")
+            turns += [_user(question), _assistant(entry.value)]
+        return Conversation(tuple(turns))
+
     def _rivals(self, rng: random.Random, sizes: Sequence[int]) -> Conversation:
         """Questions on sources; in many, little but the name tells the sentences apart."""
         size = rng.choice(sizes)
@@ -336,6 +359,8 @@ EVAL_CELLS: tuple[EvalCell, ...] = (
     EvalCell("sources, 4 sentences", "seen", (), 0.70),
     EvalCell("sources, 4 sentences, held-out", "held_out", (), None),
     EvalCell("sources without the answer", "seen", (), None),
+    EvalCell("sources that tell something else", "seen", (), None),
+    EvalCell("sources that tell something else, held-out", "held_out", (), None),
     EvalCell("search call names the entity", "seen", ("retrieval",), None),
     EvalCell("search call names the entity, held-out", "held_out", ("retrieval",), None),
 )
@@ -363,6 +388,12 @@ def _item(cell: EvalCell, rng: random.Random) -> EvalItem:
         others = passage(rng, rng.randint(1, 4), split, reserved=True)
         prompt = with_sources(question.query, [e.sentence for e in others])
         return EvalItem((_user(prompt),), (), question)
+    if cell.name.startswith("sources that tell something else"):
+        relation, subject, told = untold(rng, rng.randint(1, 4), split, reserved=True)
+        sentences = [entry.sentence for entry in rng.sample(told, len(told))]
+        query = relation.question(rng, subject, split)
+        question = Question(query, UNKNOWN, "exact", "facts", "untold", split)
+        return EvalItem((_user(with_sources(query, sentences)),), (), question)
     size = next((int(c) for c in cell.name if c.isdigit()), 1)
     entries = passage(rng, size, split, reserved=True, plain=False)
     entry = entries[0]

@@ -56,11 +56,14 @@ def invented_value(rng: random.Random, kind: str, *, reserved: bool) -> str:
 
 def invented_subject(rng: random.Random, entity_type: str, *, reserved: bool) -> Subject:
     """A subject of a type named in `gazetteer.json`."""
+    make = invented.person if entity_type == "person" else invented.word
+    return _named(entity_type, make(rng, reserved=reserved))
+
+
+def _named(entity_type: str, word: str) -> Subject:
+    """The subject of a type that has this word, or is this person."""
     entry = load_gazetteer()[1][entity_type]
-    if entity_type == "person":
-        name = invented.person(rng, reserved=reserved)
-    else:
-        name = entry["name"].replace("{w}", invented.word(rng, reserved=reserved))
+    name = entry["name"].replace("{w}", word).replace("{p}", word)
     return Subject(phrase=f"the {name}" if entry["article"] else name, name=name)
 
 
@@ -147,6 +150,42 @@ def passage(
             other_subject = invented_subject(rng, other, reserved=reserved)
             chosen.append((other_subject, rng.choice(types[other]["relations"])))
     return [_entry(rng, relations[key], s, split, reserved=reserved) for s, key in chosen]
+
+
+def untold(
+    rng: random.Random, size: int, split: Split, *, reserved: bool
+) -> tuple[Relation, Subject, list[Entry]]:
+    """What to ask, and sentences that come close and do not tell it.
+
+    The first tells something else of the entity, or something of another kind of entity with the
+    same name; the others are as in `passage`.
+
+    Args:
+        rng: Source of randomness.
+        size: Number of sentences.
+        split: Which statement patterns to use.
+        reserved: Whether names are made of reserved words.
+    """
+    relations, types, _ = load_gazetteer()
+    entity_type, namesake = rng.sample([key for key in types if key != "person"], 2)
+    word = invented.word(rng, reserved=reserved)
+    subject = _named(entity_type, word)
+    own = rng.sample(types[entity_type]["relations"], len(types[entity_type]["relations"]))
+    asked = own.pop()
+    first = (subject, own.pop())
+    if rng.random() < 0.35:
+        first = (_named(namesake, word), rng.choice(types[namesake]["relations"]))
+    chosen = [first]
+    while len(chosen) < size:
+        if own and rng.random() < 0.4:
+            chosen.append((subject, own.pop()))
+        else:
+            others = [t for t in types if asked in types[t]["relations"]]
+            other = invented_subject(rng, rng.choice(others), reserved=reserved)
+            if other != subject:
+                chosen.append((other, asked))
+    told = [_entry(rng, relations[key], s, split, reserved=reserved) for s, key in chosen]
+    return relations[asked], subject, told
 
 
 def _entry(

@@ -24,6 +24,7 @@ from benchmarks.nano.gazetteer import (
     corpus_entries,
     passage,
     search_result,
+    untold,
     with_sources,
 )
 from benchmarks.nano.phrasing import (
@@ -68,6 +69,15 @@ def test_there_are_hundreds_of_facts_over_many_relations() -> None:
     assert sum(len(entries) for entries in facts.values()) >= 300
     for key, entries in corpus_only.items():
         assert not set(entries) & set(facts[key]), key
+
+
+def test_what_is_left_untold_is_told_of_no_entity_of_that_name_and_kind() -> None:
+    rng = random.Random(3)
+    for _ in range(500):
+        relation, subject, told = untold(rng, rng.randint(1, 4), "seen", reserved=True)
+        assert (subject.name, relation.key) not in {(e.subject.name, e.relation.key) for e in told}
+        (word,) = filter(invented.is_reserved, subject.name.split())
+        assert word in told[0].sentence
 
 
 @pytest.mark.parametrize("relation", ALL_RELATIONS, ids=lambda r: r.key)
