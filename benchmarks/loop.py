@@ -43,11 +43,17 @@ class Result:
 
 
 async def ask_each(
-    url: str, model: str, questions: Sequence[Question]
+    url: str, model: str, questions: Sequence[Question], options: dict[str, Any] | None = None
 ) -> list[tuple[float, dict[str, Any]]]:
     """Ask every question once, greedily; its score, and the answer's `atlas` object.
 
     A request that fails scores 0, with an empty object.
+
+    Args:
+        url: Where the graph answers.
+        model: Who is asked.
+        questions: What is asked.
+        options: The request's `atlas` object.
     """
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     gate = asyncio.Semaphore(_AT_ONCE)
@@ -59,6 +65,7 @@ async def ask_each(
                     model=model,
                     messages=[{"role": "user", "content": question.query}],
                     temperature=0,
+                    extra_body={"atlas": options} if options else None,
                 )
             except openai.APIError:
                 return 0.0, {}

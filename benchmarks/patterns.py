@@ -82,7 +82,10 @@ class Row:
 
 async def ask_all(url: str, name: str, set_name: str, questions: Sequence[Question]) -> Row:
     """Ask every question once, and sum up."""
-    answers = await ask_each(url, name, questions)
+    if name == PAIRS_ALONE:
+        answers = await ask_each(url, "atlas", questions, {"not_models": [str(PLAN)]})
+    else:
+        answers = await ask_each(url, name, questions)
     scores = [value for value, _ in answers]
     seen = [extension for _, extension in answers if extension]
     low, high = interval(scores)
@@ -123,7 +126,11 @@ def question_sets(count: int) -> dict[str, list[Question]]:
     for question in held:
         sets.setdefault(question.domain or "other", []).append(question)
     sets["look-ups"] = [question for question in sets["facts"] if _is_in_corpus(question)]
-    return {name: questions[:count] for name, questions in sets.items()}
+    found = {name: questions[:count] for name, questions in sets.items()}
+    parts = [found["compound"][::2] + found["hops"][::2]]
+    parts += [found[name][: len(parts[0])] for name in ("math", "facts", "code")]
+    simple = [question for turn in zip(*parts[1:], strict=False) for question in turn]
+    return found | {MIXTURE: parts[0] + simple[: 2 * len(parts[0])]}
 
 
 @cache
@@ -138,12 +145,19 @@ def _is_in_corpus(question: Question) -> bool:
     return any(all(word in sentence for word in wanted) for sentence in _corpus())
 
 
+PLAN = Pair.of_pattern("split-and-solve")
+PAIRS_ALONE = "atlas without patterns"
+MIXTURE = "mixture"
+"""Two thirds simple questions, one third composed ones."""
 PATTERNS = {
+    "compound": ("split-and-solve",),
+    "hops": ("split-and-solve",),
     "refusal": ("look-up-or-refuse",),
     "facts": ("cheap-first", "look-up-or-refuse"),
     "look-ups": ("look-up-or-refuse", "cheap-first"),
     "math": ("ask-three",),
-    "repair": ("debug",),
+    "repair": ("debug", "write-and-test"),
+    MIXTURE: ("split-and-solve",),
 }
 """Which patterns each set of questions is asked of, beside `atlas` and every pair."""
 DEAR = "nano-facts@retrieval"
@@ -177,6 +191,21 @@ def judge(rows: dict[tuple[str, str], Row], own_ms: float) -> list[Target]:
     found.append(
         Target("cheap-first: upper end of its gain", difference(cheap, dear)[1], ">=", 0.0)
     )
+    plan = pooled(str(PLAN), both)
+    found.append(Target("split-and-solve: composed, all parts right", plan.score, ">=", 0.6))
+    tested, draft = rows["pattern:write-and-test", "repair"], rows["nano-code@none", "repair"]
+    gain = difference(tested, draft)[0]
+    found.append(Target("write-and-test: lower end of its gain over its draft", gain, ">=", 1e-9))
+    routed, alone = rows["atlas", MIXTURE], rows[PAIRS_ALONE, MIXTURE]
+    always = rows[str(PLAN), MIXTURE]
+    gain, loss = difference(routed, alone)[0], difference(routed, always)[1]
+    found.append(Target("mixture: lower end of the gain by patterns", gain, ">=", 1e-9))
+    share = sum(routed.usd) / sum(always.usd)
+    found.append(Target("mixture: dollars of always split-and-solve", share, "<=", 0.8))
+    found.append(Target("mixture: upper end of the gain over always", loss, ">=", 0.0))
+    simple = ("math", "facts", "code")
+    change = difference(pooled("atlas", simple), pooled(PAIRS_ALONE, simple))[1]
+    found.append(Target("simple: upper end of the gain by patterns", change, ">=", 0.0))
     found.append(Target("a pattern of one ask: ms more than its pair", own_ms, "<=", 0.5))
     return found
 
@@ -276,8 +305,9 @@ def main() -> None:
             for of in sets
             for name in (
                 "atlas",
+                PAIRS_ALONE,
                 *(f"pattern:{pattern}" for pattern in PATTERNS.get(of, ())),
-                *pairs,
+                *(pairs if of != MIXTURE else ()),
             )
         ]
         for name, of in track(asked, "questions", console=console):
