@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,13 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from benchmarks.nano.registry import SHAPES, TOKENS, load_generator, weights_dir
+from benchmarks.nano.registry import (
+    QUESTION_SETS,
+    SHAPES,
+    TOKENS,
+    load_generator,
+    weights_dir,
+)
 from serve_app.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="The bundled offline models.")
@@ -31,6 +38,8 @@ def train_command(
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step, with padding")] = 2048,
     split_share: Annotated[float, typer.Option(help="Share of splits", min=0, max=0.9)] = 0.0,
     repair_share: Annotated[float, typer.Option(help="Share of repairs", min=0, max=0.9)] = 0.0,
+    sql_share: Annotated[float, typer.Option(help="Share of SQL", min=0, max=0.9)] = 0.0,
+    clock_share: Annotated[float, typer.Option(help="Share of clock calls", min=0, max=0.9)] = 0.0,
     checkpoint_minutes: Annotated[
         float | None, typer.Option(help="Minutes between checkpoints [none]")
     ] = None,
@@ -56,7 +65,11 @@ def train_command(
     )
     try:
         generator = with_skills(
-            load_generator(name), split_share=split_share, repair_share=repair_share
+            load_generator(name),
+            split_share=split_share,
+            repair_share=repair_share,
+            sql_share=sql_share,
+            clock_share=clock_share,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -69,7 +82,7 @@ def eval_command(
     model_dir: Annotated[Path | None, typer.Option(help="Weights, for one model")] = None,
     n: Annotated[int, typer.Option(help="Questions per cell", min=1)] = 300,
     seed: Annotated[int, typer.Option()] = 1,
-    skills: Annotated[bool, typer.Option(help="Measure splitting and repair too")] = False,
+    skills: Annotated[bool, typer.Option(help="Measure its skills too")] = False,
     wrong: Annotated[Path | None, typer.Option(help="JSONL of wrong answers to write")] = None,
 ) -> None:
     """Evaluate models through vLLM; prints the table and saves it next to the weights."""
@@ -102,14 +115,16 @@ def questions_command(
     ] = 240,
     held_out: Annotated[int, typer.Option(help="Questions per model in new wordings", min=0)] = 60,
     seed: Annotated[int, typer.Option()] = 2,
-    names: Annotated[list[str] | None, typer.Option("--name", help="Models [all]")] = None,
+    names: Annotated[
+        list[str] | None, typer.Option("--name", help="Models, database, clock [all]")
+    ] = None,
 ) -> None:
     """Write labelled questions for `atlas profile`; by default those that ship."""
     from benchmarks.nano.labelled import question_set
 
     chosen = names or list(SHAPES)
     for name in chosen:
-        _check_name(name)
+        _check_name(name, QUESTION_SETS)
     try:
         questions = question_set(chosen, {"seen": train, "held_out": held_out}, seed)
     except ConfigError as error:
@@ -155,9 +170,20 @@ def bugs_command(
     console.print(f"{count} bugs -> {out}")
 
 
-def _check_name(name: str) -> None:
-    if name not in SHAPES:
-        raise typer.BadParameter(f"no nano model {name!r}; choose one of {', '.join(SHAPES)}")
+@app.command("database")
+def database_command(
+    out: Annotated[Path | None, typer.Argument(help="SQLite file [the one that ships]")] = None,
+) -> None:
+    """Write the database of the tool `database`."""
+    from benchmarks.nano import shop
+
+    shop.write_database(out or shop.PATH)
+    console.print(f"customers, products, orders -> {out or shop.PATH}")
+
+
+def _check_name(name: str, names: Iterable[str] = SHAPES) -> None:
+    if name not in names:
+        raise typer.BadParameter(f"no nano model {name!r}; choose one of {', '.join(names)}")
 
 
 def _log_to_console() -> None:

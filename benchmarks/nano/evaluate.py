@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks.nano.chat_format import tool_schemas
 from benchmarks.nano.labelled import labelled
 from benchmarks.nano.registry import load_cells, load_generator, task_module, weights_dir
-from benchmarks.nano.skills import SKILL_CELLS, skill_items
+from benchmarks.nano.skills import SKILL_CELLS, TOOL_CELLS, skill_cells, skill_items
 from benchmarks.nano.task import TOOL_PARAMETERS, EvalCell, Question
 from serve_app.errors import ToolRetry
 from serve_app.scoring import Answer, measure
@@ -61,6 +61,8 @@ class EvalItem:
     question: Question
     run_tool: ToolFunction | None = None
     """Answers the model's call; `None` = the calculator or Python."""
+    judges_result: bool = False
+    """Whether the tool's result is what is scored, rather than what the model makes of it."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def run_builtin_tool(tool_id: str, arguments: Mapping[str, Any]) -> str:
 def cell_items(name: str, cell: EvalCell, seed: int, n: int) -> list[EvalItem]:
     """The prompts of a cell, the same for the same seed."""
     rng = random.Random(f"{seed}-{name}-{cell.name}")
-    if cell in SKILL_CELLS:
+    if cell in SKILL_CELLS or cell in TOOL_CELLS:
         return skill_items(cell, rng, n)
     custom = getattr(task_module(name), "evaluation_items", None)
     if custom is not None:
@@ -190,17 +192,18 @@ def evaluate_items(
     ]
     answers = list(texts)
     called = [index for index, call in enumerate(calls) if call is not None]
-    follow_ups = []
+    follow_ups, results = [], []
     for index in called:
         call, item = calls[index], items[index]
         assert call is not None
         result = (item.run_tool or run_builtin_tool)(call["name"], call["arguments"])
+        results.append(result)
         turn = {"role": "assistant", "content": "", "tool_calls": [_wire_call(call)]}
         answer_turn = {"role": "tool", "tool_call_id": "call-0", "content": result}
         follow_ups.append([*item.messages, turn, answer_turn])
     second = _generate(engine, follow_ups, [items[i] for i in called], max_tokens)
-    for index, text in zip(called, second, strict=True):
-        answers[index] = text
+    for index, text, result in zip(called, second, results, strict=True):
+        answers[index] = result if items[index].judges_result else text
     return [
         ItemResult(item, answer, call, is_right(item.question, answer))
         for item, answer, call in zip(items, answers, calls, strict=True)
@@ -289,7 +292,7 @@ def evaluate_model(
         model_dir: Folder of the weights; `None` = the shipped ones.
         n: Prompts per cell.
         seed: Seed of the questions.
-        skills: Whether to measure splitting and repair too.
+        skills: Whether to measure its skills too.
 
     Returns:
         The rows of the table, and every wrong answer for reading.
@@ -297,7 +300,7 @@ def evaluate_model(
     engine = load_engine(model_dir or weights_dir(name))
     rows: list[CellResult] = []
     wrong: list[dict[str, Any]] = []
-    for cell in (*load_cells(name), *(SKILL_CELLS if skills else ())):
+    for cell in (*load_cells(name), *(skill_cells(name) if skills else ())):
         results = evaluate_items(engine, cell_items(name, cell, seed, n))
         rows.append(summarize(f"nano-{name}", cell, results))
         logger.info("%s %s: %.3f", name, cell.name, rows[-1].accuracy)

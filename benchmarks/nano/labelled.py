@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-from benchmarks.nano.registry import load_generator
+from benchmarks.nano.registry import question_source
 from benchmarks.nano.task import Metric, Question, Split, TaskGenerator
 from serve_app import questions as profiling
 from serve_app.errors import ConfigError
@@ -42,7 +42,7 @@ def question_set(
     """Questions of several domains; no query occurs twice, in whichever split.
 
     Args:
-        names: Short names of the nano models.
+        names: Out of `registry.QUESTION_SETS`.
         sizes: How many questions each model and split gets.
         seed: The same seed gives the same questions.
 
@@ -52,7 +52,7 @@ def question_set(
     asked: set[str] = set()
     found: list[profiling.Question] = []
     for name in names:
-        generator = load_generator(name)
+        generator = question_source(name)
         for split, size in sizes.items():
             rng = random.Random(f"{seed}-{name}-{split}")
             drawn = _distinct(generator, rng, split, size, asked)

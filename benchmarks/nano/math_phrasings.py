@@ -79,14 +79,14 @@ class Phrasings:
 
 
 @cache
-def load_phrasings() -> dict[str, Phrasings]:
+def load_phrasings(path: Path = PHRASINGS_PATH) -> dict[str, Phrasings]:
     """All phrasings by problem type, with alternatives still in brackets."""
     sections: dict[str, tuple[list[str], list[str]]] = {}
-    for raw in PHRASINGS_PATH.read_text(encoding="utf-8").splitlines():
+    for raw in path.read_text(encoding="utf-8").splitlines():
         line = raw.strip()
         if not line or line.startswith("#"):
             continue
-        header = re.fullmatch(r"\[(\w+)\]", line)
+        header = re.fullmatch(r"\[([\w.<>= ]+)\]", line)
         if header:
             current = sections.setdefault(header.group(1), ([], []))
         else:

@@ -40,6 +40,9 @@ TOKENS: dict[str, int] = {"math": 7_600_000, "facts": 10_500_000, "code": 8_500_
 """Training budgets that reach the published figures: 20 to 35 minutes of one idle core. Tokens
 rather than minutes, so that a run comes out the same on a busy machine."""
 
+QUESTION_SETS: tuple[str, ...] = (*SHAPES, "database", "clock")
+"""Whose labelled questions ship: the models' own, and those of tools that a model has learned."""
+
 
 def task_module(name: str) -> ModuleType:
     """The module `benchmarks.nano.<name>_tasks`.
@@ -56,6 +59,15 @@ def load_generator(name: str) -> TaskGenerator:
     """The generator of a nano model, by short name."""
     generator: TaskGenerator = task_module(name).GENERATOR
     return generator
+
+
+def question_source(name: str) -> TaskGenerator:
+    """The generator of a set of labelled questions, out of `QUESTION_SETS`."""
+    modules = {"database": "sql_tasks", "clock": "clock_tasks"}
+    if name not in modules:
+        return load_generator(name)
+    source: TaskGenerator = importlib.import_module(f"benchmarks.nano.{modules[name]}").GENERATOR
+    return source
 
 
 def load_cells(name: str) -> tuple[EvalCell, ...]:

@@ -40,7 +40,7 @@ class Question:
     gold: str
     metric: Metric
     domain: str
-    """`math`, `facts` or `code`."""
+    """`math`, `facts`, `code`, `database` or `clock`."""
     kind: str
     """The problem type, for example `percent_of`."""
     split: Split
@@ -54,6 +54,9 @@ TOOL_PARAMETERS: dict[str, tuple[str, ...]] = {
     "calculator": ("expression",),
     "python": ("code",),
     "retrieval": ("query",),
+    "database": ("query",),
+    "clock__get_current_time": ("timezone",),
+    "clock__convert_time": ("source_timezone", "time", "target_timezone"),
 }
 """Argument names of the tools the nano models know; their prompt shows `name(argument)`."""
 

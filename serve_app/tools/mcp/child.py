@@ -211,12 +211,13 @@ def _plan(config: McpConfig) -> str:
 
 
 def _environment(config: McpConfig) -> dict[str, str]:
-    """The child's whole environment.
+    """The child's whole environment; programs beside this Python are found after all others.
 
     Raises:
         ToolFailed: If a variable that holds a secret is not set.
     """
     inherited = {name: os.environ.get(name, value) for name, value in _INHERITED.items()}
+    inherited["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
     return inherited | config.env | secrets_of(config.env_from)
 
 

@@ -118,6 +118,15 @@ async def test_the_child_gets_the_named_environment_alone(
     assert environment["TOKEN"] == "s3cret"
 
 
+async def test_a_server_installed_beside_this_python_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    config = McpConfig(tool_id="clock", command="mcp-server-time")
+    async with session(config) as clock:
+        assert clock.state().is_up
+
+
 async def test_a_secret_that_is_not_set_is_told_and_nothing_starts(tmp_path: Path) -> None:
     config = config_of("Server", tmp_path, env_from={"TOKEN": "NOT_SET_ANYWHERE"})
     async with session(config) as server:
