@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 from ray._private.authentication import authentication_token_setup as token_setup
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 from ray.exceptions import AuthenticationError
@@ -54,6 +54,7 @@ def connect(address: str, **options: Any) -> None:
         ConnectionError: If `auto` finds no cluster.
     """
     _keep_loopback_addresses()
+    _keep_reports_in_logs()
     if address == "local":
         _prepare_own_cluster()
     else:
@@ -119,6 +120,17 @@ def _keep_loopback_addresses() -> None:
     and so would neither bind to loopback nor find a cluster that listens there.
     """
     ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def _keep_reports_in_logs() -> None:
+    """Have Ray leave out what its processes report to every driver.
+
+    A driver prints these reports ("N PYTHON worker processes have been started …") in a thread of
+    their own, whatever `log_to_driver` says: they are about how Ray is used, which the graph
+    decides, and fall into the lines of a terminal. `raylet.out` has them too. This is the switch by
+    which Ray itself keeps quiet during a breakpoint; workers' output is asked for by nobody here.
+    """
+    worker._worker_logs_enabled = False
 
 
 def _prepare_own_cluster() -> None:

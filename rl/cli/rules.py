@@ -12,8 +12,8 @@ from rich.table import Table
 from serve_app.cli.console import (
     DEFAULT_URL,
     AdminClient,
-    ConfigOption,
     KeyOption,
+    NanoConfigOption,
     UrlOption,
     api_errors,
     console,
@@ -37,7 +37,7 @@ _MAX_SHOWN = 20
 @app.command()
 def fit(
     file: TextsArgument,
-    config: ConfigOption = _NANO,
+    config: NanoConfigOption = _NANO,
     rule: Annotated[list[str] | None, typer.Option(help="Rules to calibrate. [all]")] = None,
 ) -> None:
     """Calibrate semantic rules on labelled texts; writes the files that their `fitted` names."""
@@ -73,7 +73,7 @@ def fit(
 @app.command("test")
 def try_command(
     file: TextsArgument,
-    config: ConfigOption = _NANO,
+    config: NanoConfigOption = _NANO,
     url: Annotated[
         str | None,
         typer.Option(help="A gateway that decides, models that decide included. [decide here]"),

@@ -26,6 +26,8 @@ from serve_app.cli.console import (
     load,
     next_try,
 )
+from serve_app.cli.doctor import doctor as doctor_command
+from serve_app.cli.init import init as init_command
 from serve_app.cli.keys import app as keys_app
 from serve_app.cli.patterns import app as patterns_app
 from serve_app.cli.pool import app as pool_app
@@ -43,6 +45,8 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(pool_app, name="pool")
 app.add_typer(patterns_app, name="patterns")
+app.command("init")(init_command)
+app.command("doctor")(doctor_command)
 app.command("trace")(trace_command)
 
 

@@ -18,9 +18,22 @@ console = Console()
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
+DEFAULT_CONFIG = Path("atlas.yaml")
+"""What `atlas init` writes, and what other commands read unless they are told otherwise."""
+
 ConfigOption = Annotated[
+    Path,
+    typer.Option(
+        "--config",
+        help="Configuration file of the deployment.",
+        default_factory=lambda: DEFAULT_CONFIG,
+        show_default=str(DEFAULT_CONFIG),
+    ),
+]
+NanoConfigOption = Annotated[
     Path, typer.Option("--config", help="Configuration file of the deployment.")
 ]
+"""Of commands that are tried on the nano pool as a rule; they name their own default."""
 UrlOption = Annotated[
     str, typer.Option("--url", envvar="ATLAS_URL", help="Where the gateway listens.")
 ]
@@ -47,6 +60,8 @@ def load(path: Path) -> AtlasConfig:
     Raises:
         typer.Exit: If it cannot work; the reason is printed.
     """
+    if path == DEFAULT_CONFIG and not path.exists():
+        raise fail(f"there is no {path} here; `atlas init` writes one, --config names another file")
     try:
         return load_config(path)
     except ConfigError as error:

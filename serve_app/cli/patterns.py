@@ -13,8 +13,8 @@ from rich.tree import Tree
 from serve_app.cli.console import (
     DEFAULT_URL,
     AdminClient,
-    ConfigOption,
     KeyOption,
+    NanoConfigOption,
     UrlOption,
     console,
     fail,
@@ -35,7 +35,7 @@ FileArgument = Annotated[Path, typer.Argument(help="YAML file of one pattern.")]
 @app.command()
 def check(
     file: FileArgument,
-    config: ConfigOption = Path("configs/nano.yaml"),
+    config: NanoConfigOption = Path("configs/nano.yaml"),
     question_bytes: Annotated[
         int, typer.Option(min=1, help="Length of the conversation that the worst case is for.")
     ] = QUESTION_BYTES,
