@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +127,37 @@ def test_a_cluster_whose_serve_is_open_to_others_is_left_as_it_was(
     ):
         raise AssertionError
     assert touched == ["left"]
+
+
+REPORTED = """
+import logging, threading
+import ray
+from ray._private import worker
+from ray._private.utils import publish_error_to_driver
+from serve_app.ray_cluster import connect
+
+connect("local", log_to_driver=False, logging_level=logging.WARNING, num_cpus=1,
+        include_dashboard=False, object_store_memory=80 << 20)
+came, printing = threading.Event(), worker.print_to_stdstream
+
+def show(*arguments, **named):
+    printing(*arguments, **named)
+    came.set()
+
+worker.print_to_stdstream = show  # the thread that waits for reports calls it by this name
+text = "WARNING: 8 PYTHON worker processes have been started on node"
+while not came.wait(1):
+    publish_error_to_driver("worker_pool_large", text, gcs_client=worker.global_worker.gcs_client)
+print("the report came")
+ray.shutdown()
+"""
+
+
+@pytest.mark.serial
+def test_what_ray_s_processes_report_to_drivers_does_not_reach_the_terminal() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REPORTED], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the report came\n"
+    assert "worker processes" not in done.stderr
