@@ -54,6 +54,5 @@ def _checks(path: Path, host: str, port: int) -> Iterator[Check]:
     except ConfigError as error:
         yield failure("configuration", error.message, "correct the settings that are named")
         return
-    pairs = len(config.all_pairs())
-    yield ok("configuration", f"{path}: {len(config.models)} models, {pairs} pairs")
+    yield ok("configuration", f"{path} loads; pairs: {len(config.all_pairs())}")
     yield from check_settings(config, hardware, host)

@@ -134,3 +134,15 @@ def test_kuberay_runs_the_gpu_image(container: dict[str, Any]) -> None:
     assert container["image"] == f"registry.example.com/atlas-serve:{__version__}"
     assert f"docker build --target gpu -t {container['image']} ." in text
     assert f"WORKDIR {container['workingDir']}" in steps("gpu")
+
+
+def test_what_the_page_on_deploying_says_of_images_can_be_made() -> None:
+    page = (ROOT / "docs/deploy.md").read_text()
+    built = re.findall(r"docker build --target (\w+)", page)
+    assert set(built) == set(TARGETS)
+    assert set(TARGETS) <= set(stages())
+    (run,) = re.findall(r"^\$ docker run (.*)$", page, re.MULTILINE)
+    (tag,) = re.findall(r"^\$ docker build .* -t (\S+) \.$", page, re.MULTILINE)
+    assert run.endswith(tag)
+    # The nano pool asks for no key, so it is served on loopback alone: the host's.
+    assert "--network host" in run

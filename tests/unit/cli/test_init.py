@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from serve_app.config import load_config
 from serve_app.machine.providers import PROVIDERS
 from tests import model_servers
 from tests.model_servers import stub_engine
+
+PAGE = (Path(__file__).parents[3] / "docs/configuration.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +107,44 @@ def test_doctor_names_the_setting_that_is_wrong() -> None:
     code, said = run("doctor", "--port", free_port())
     assert code == 1
     assert "models" in said.partition("FAILS  configuration")[2]
+
+
+def shown(command: str) -> list[str]:
+    """What the page on configuration shows that a command prints."""
+    (block,) = re.findall(rf"^```console\n\$ {command}\n(.*?)^```$", PAGE, re.M | re.S)
+    return str(block).splitlines()
+
+
+def test_init_says_what_the_page_shows() -> None:
+    with (
+        stub_engine(model_servers.OLLAMA) as ollama,
+        stub_engine(model_servers.LLAMA_CPP) as llama_cpp,
+    ):
+        engines = ("--engine", ollama.address, "--engine", llama_cpp.address)
+        code, said = run("init", *engines, answer="y\n")
+    assert code == 0
+    said = said.replace(ollama.address, "127.0.0.1:11434")
+    said = said.replace(llama_cpp.address, "127.0.0.1:8080").replace("[Y/n]: ", "[Y/n]: y\n")
+
+    def words(lines: list[str]) -> list[list[str]]:
+        """Without the lines of the table, and without what is this machine's."""
+        plain = [re.sub(r"[─-╿]", "", line.partition("GiB of memory")[2] or line) for line in lines]
+        return [line.split() for line in plain if line.strip()]
+
+    assert words(said.splitlines()) == words(shown("atlas init"))
+
+
+def test_doctor_looks_at_what_the_page_shows() -> None:
+    with stub_engine(model_servers.OLLAMA) as ollama:
+        with stub_engine(model_servers.LLAMA_CPP) as llama_cpp:
+            engines = ("--engine", ollama.address, "--engine", llama_cpp.address)
+            assert run("init", "--yes", *engines)[0] == 0
+        code, said = run("doctor", "--port", free_port())
+    assert code == 1
+
+    def subjects(lines: list[str]) -> list[str]:
+        found = [re.match(r"(?:ok|warning|FAILS)  ([^:]+):", line) for line in lines]
+        return [match[1] for match in found if match is not None]
+
+    assert subjects(said.splitlines()) == subjects(shown("atlas doctor"))
+    assert "FAILS  model qwen2.5-coder-7b-instruct-q4_k_m: nothing answers" in said
