@@ -73,8 +73,10 @@ def default_addresses(environment: Mapping[str, str] = os.environ) -> tuple[str,
     addresses = [f"127.0.0.1:{port}" for port in DEFAULT_PORTS.values()]
     if said := environment.get("OLLAMA_HOST"):
         host, _, port = said.rpartition("://")[2].rstrip("/").rpartition(":")
-        if host and port.isdigit() and is_loopback(host):
-            addresses.append(f"{host}:{port}".replace("localhost", "127.0.0.1"))
+        if host in ("0.0.0.0", "localhost"):  # all addresses of this machine
+            host = "127.0.0.1"
+        if port.isdigit() and is_loopback(host.strip("[]")):
+            addresses.append(f"{host}:{port}")
     return tuple(dict.fromkeys(addresses))
 
 

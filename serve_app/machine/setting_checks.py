@@ -33,9 +33,11 @@ from serve_app.machine.checks import Check, check_memory, check_sandbox, failure
 from serve_app.machine.engines import model_names
 from serve_app.machine.hardware import GIB, Hardware
 from serve_app.machine.hub import cached_weights
+from serve_app.store.migrations import known_revisions
 
 _DATABASE_TIMEOUT_S = 8.0
 _FREE_DISK_BYTES = 1 << 30
+_REVISION = "SELECT version_num FROM alembic_version"
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -153,19 +155,21 @@ def _store(config: AtlasConfig) -> Check:
 
 
 def _sqlite(file: Path) -> Check:
-    if not file.exists():
+    if not file.exists() or file.stat().st_size == 0:
         return ok("store", "SQLite; made by the first start")
     try:
         database = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=5.0)
         try:
-            (answer,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            revisions = database.execute(_REVISION).fetchall()
         finally:
             database.close()
     except sqlite3.Error as error:
-        answer = str(error)
-    if answer != "ok":
         mend = "bring back a copy, or move the file away: a new one is made"
-        return failure("store", f"{file}: {answer}", mend)
+        return failure("store", f"{file}: {error}", mend)
+    unknown = [revision for (revision,) in revisions if revision not in known_revisions()]
+    if unknown:
+        found = f"{file} is of a newer version (schema {unknown[0]})"
+        return failure("store", found, "serve it with that version, or set another store.url")
     return ok("store", f"SQLite, {file.stat().st_size / 2**20:.1f} MiB")
 
 

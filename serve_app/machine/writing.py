@@ -6,7 +6,6 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +96,11 @@ def write(text: str, path: Path, *, force: bool) -> None:
         try:
             with os.fdopen(descriptor, "w") as out:
                 out.write(text)
-            os.chmod(draft, 0o644)
             load_config(draft)
-            if force:
-                os.replace(draft, path)
-            else:
-                os.link(draft, path)
+            with path.open("w" if force else "x") as out:
+                out.write(text)
         finally:
-            with suppress(FileNotFoundError):
-                os.unlink(draft)
+            os.unlink(draft)
     except FileExistsError:
         raise ConfigError(f"{str(path)!r} is there already; --force replaces it") from None
     except OSError as error:

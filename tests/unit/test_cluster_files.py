@@ -28,7 +28,8 @@ from serve_app.config import (
 from serve_app.graph import BuildArgs, build_app
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = [ROOT / "configs" / name for name in ("gpu-7b.yaml", "nano.yaml", "remote.yaml")]
+NAMES = ("gpu-7b.yaml", "nano.yaml", "ollama.yaml", "remote.yaml", "small.yaml")
+CONFIGS = [ROOT / "configs" / name for name in NAMES]
 SERVE_FILES = sorted((ROOT / "configs/serve").glob("*.yaml"))
 
 

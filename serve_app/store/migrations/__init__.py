@@ -10,19 +10,27 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection
 
 _LOCK = 20260
 """Number of PostgreSQL's advisory lock: one process at a time changes the schema."""
 
 
-def configuration(connection: Connection) -> Config:
-    """Alembic's, on an open connection."""
+def configuration(connection: Connection | None = None) -> Config:
+    """Alembic's, on an open connection where there is one."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
     config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
+    if connection is not None:
+        config.attributes["connection"] = connection
     return config
+
+
+def known_revisions() -> frozenset[str]:
+    """Every schema that this version can bring a database from."""
+    steps = ScriptDirectory.from_config(configuration()).walk_revisions()
+    return frozenset(step.revision for step in steps)
 
 
 def migrate(connection: Connection) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sqlalchemy import text
 
 from serve_app.config import AtlasConfig, load_config
 from serve_app.machine import checks, hardware
@@ -72,7 +73,7 @@ def test_haproxy_runs_by_the_script_that_closes_its_doors() -> None:
 
 
 def test_another_version_of_ray_than_the_pinned_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "2.59.1")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.59.1")
     check = found(check_machine(MACHINE, "127.0.0.1", 0), "Ray")
     assert check.level is Level.FAILURE
     assert check.mend == "pip install 'ray[serve]==2.60.0'"
@@ -198,6 +199,16 @@ async def test_a_store_is_looked_at_and_not_made(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
     await (await Store.open(config.store_url())).close()
     assert of_settings(config, "store").level is Level.OK
+
+
+async def test_a_store_of_a_newer_version_fails(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    store = await Store.open(config.store_url())
+    async with store.begin() as connection:
+        await connection.execute(text("UPDATE alembic_version SET version_num = 'v9999'"))
+    await store.close()
+    check = of_settings(config, "store")
+    assert (check.level, "newer version (schema v9999)" in check.found) == (Level.FAILURE, True)
 
 
 def test_a_damaged_store_fails(tmp_path: Path) -> None:

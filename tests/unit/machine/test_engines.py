@@ -109,7 +109,7 @@ def test_ollama_s_own_variable_is_followed_on_loopback_only() -> None:
     usual = default_addresses({})
     assert default_addresses({"OLLAMA_HOST": "http://127.0.0.1:9999"})[4:] == ("127.0.0.1:9999",)
     assert default_addresses({"OLLAMA_HOST": "192.168.1.2:11434"}) == usual
-    assert default_addresses({"OLLAMA_HOST": "0.0.0.0:11434"}) == usual
+    assert default_addresses({"OLLAMA_HOST": "0.0.0.0:9999"})[4:] == ("127.0.0.1:9999",)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,12 @@ STAND_INS = sorted(folder for folder in NANO.iterdir() if folder.is_dir())
 UNKNOWN_HERE = "qwen3-vl-8b-instruct"
 """vLLM looks into a model that sees with torchvision, which the lock for CPUs leaves out."""
 
+SMALL_MODELS = [
+    model
+    for model in load_config("configs/small.yaml").models
+    if isinstance(model, LocalModelConfig)
+]
+
 QWEN = {"model_type": "qwen2", "hidden_size": 3584, "num_attention_heads": 28}
 LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32}
 PUBLISHED = {
@@ -64,6 +70,25 @@ def engine_config(model: LocalModelConfig) -> Any:
     return llm_config(model).get_engine_config()
 
 
+def resolved_by_vllm(
+    model: LocalModelConfig, architecture: str, positions: int, shape: dict[str, Any], folder: Path
+) -> Any:
+    """What vLLM makes of a model's settings, with what the model's own config.json says."""
+    (folder / "config.json").write_text(
+        json.dumps(
+            shape
+            | {"architectures": [architecture], "max_position_embeddings": positions}
+            | {"num_hidden_layers": 2, "num_key_value_heads": 4, "dtype": "bfloat16"}
+        )
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).symlink_to(STAND_INS[0] / name)
+    _, resolved = _get_vllm_engine_config(
+        llm_config(model.model_copy(update={"model_source": str(folder)}))
+    )
+    return resolved
+
+
 def in_its_place(model: LocalModelConfig) -> LocalModelConfig:
     """The same model with nano weights on a CPU."""
     weights = STAND_INS[GPU_MODELS.index(model) % len(STAND_INS)]
@@ -95,20 +120,22 @@ def test_vllm_accepts_the_engine_settings(
     model: LocalModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     architecture, positions, shape = PUBLISHED[model.model_id]
-    (tmp_path / "config.json").write_text(
-        json.dumps(
-            shape
-            | {"architectures": [architecture], "max_position_embeddings": positions}
-            | {"num_hidden_layers": 2, "num_key_value_heads": 4, "dtype": "bfloat16"}
-        )
-    )
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / name).symlink_to(STAND_INS[0] / name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    published = model.model_copy(update={"model_source": str(tmp_path), "bundle": {"CPU": 1}})
-    _, resolved = _get_vllm_engine_config(llm_config(published))
+    published = model.model_copy(update={"bundle": {"CPU": 1}})
+    resolved = resolved_by_vllm(published, architecture, positions, shape, tmp_path)
     assert resolved.model_config.architecture == architecture
     assert resolved.structured_outputs_config.backend == "xgrammar"
+
+
+@pytest.mark.parametrize("model", SMALL_MODELS, ids=lambda model: model.model_id)
+def test_vllm_accepts_the_settings_of_the_small_pool(
+    model: LocalModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shape = QWEN | {"hidden_size": 1536, "num_attention_heads": 12}
+    resolved = resolved_by_vllm(model, "Qwen2ForCausalLM", 32768, shape, tmp_path)
+    assert resolved.scheduler_config.max_num_seqs == model.max_ongoing_requests
+    assert resolved.model_config.max_model_len == model.engine_kwargs["max_model_len"]
     assert resolved.model_config.max_model_len == model.engine_kwargs["max_model_len"]
     assert (resolved.model_config.runner_type == "pooling") == (model.role == "verifier")
 
