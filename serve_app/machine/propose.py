@@ -211,7 +211,7 @@ def _of_hub(placed: Placed, cpus: int, *, code: bool) -> ProposedModel:
         where = {
             "bundle": {"CPU": 0.2},
             "num_cpus": 0.05,
-            "max_ongoing_requests": 8,
+            "max_ongoing_requests": 32,
             "env": threads,
         }
         engine |= {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}

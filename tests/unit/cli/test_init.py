@@ -124,7 +124,7 @@ def test_init_says_what_the_page_shows() -> None:
         code, said = run("init", *engines, answer="y\n")
     assert code == 0
     said = said.replace(ollama.address, "127.0.0.1:11434")
-    said = said.replace(llama_cpp.address, "127.0.0.1:8080").replace("[Y/n]: ", "[Y/n]: y\n")
+    said = said.replace(llama_cpp.address, "127.0.0.1:8080")
 
     def words(lines: list[str]) -> list[list[str]]:
         """Without the lines of the table, and without what is this machine's."""

@@ -134,7 +134,7 @@ def test_vllm_accepts_the_settings_of_the_small_pool(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shape = QWEN | {"hidden_size": 1536, "num_attention_heads": 12}
     resolved = resolved_by_vllm(model, "Qwen2ForCausalLM", 32768, shape, tmp_path)
-    assert resolved.scheduler_config.max_num_seqs == model.max_ongoing_requests
+    assert resolved.scheduler_config.max_num_seqs == model.engine_kwargs["max_num_seqs"]
     assert resolved.model_config.max_model_len == model.engine_kwargs["max_model_len"]
     assert resolved.model_config.max_model_len == model.engine_kwargs["max_model_len"]
     assert (resolved.model_config.runner_type == "pooling") == (model.role == "verifier")
