@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rl.fit.selection import FitSettings
@@ -33,8 +34,22 @@ _WRITE_EVERY_S = 1.0
 """Seconds between two writes of a job's progress."""
 _NICENESS = 10
 """Of a training process, in the kernel's terms."""
+MAX_POINTS = 200
+"""Of a training's curve, as a job keeps it."""
 
 Json = dict[str, Any]
+
+
+class _HowFar(Protocol):
+    """Progress of any kind of job."""
+
+    @property
+    def done(self) -> int: ...
+
+    @property
+    def total(self) -> int: ...
+
+    def to_json(self) -> Json: ...
 
 
 async def run(config: AtlasConfig, store: Store, job_id: str, request: JobRequest) -> Json:
@@ -109,23 +124,70 @@ async def _train(config: AtlasConfig, store: Store, job_id: str, request: TrainJ
     settings = parse_train_config(request.settings)
     # The process is this job's own; whatever serves on the same machine goes first.
     os.nice(_NICENESS)
+    curve = TrainingCurve()
     async with _written(store, job_id) as on_progress:
         trained = await train(
-            config, store, settings, on_progress, questions=request.read_questions()
+            config,
+            store,
+            settings,
+            lambda progress: on_progress(curve.with_progress(progress)),
+            questions=request.read_questions(),
         )
     return trained.to_json()
 
 
-class _HowFar(Protocol):
-    """Progress of any kind of job."""
+class _Iteration(_HowFar, Protocol):
+    """Progress of a training."""
 
     @property
-    def done(self) -> int: ...
+    def mean_return(self) -> float | None: ...
 
     @property
-    def total(self) -> int: ...
+    def held_out_utility(self) -> float | None: ...
 
-    def to_json(self) -> Json: ...
+
+@dataclass(frozen=True)
+class _Drawn:
+    """How far a training is, with its curve so far."""
+
+    done: int
+    total: int
+    plain: Json
+
+    def to_json(self) -> Json:
+        return self.plain
+
+
+class TrainingCurve:
+    """The return and the utility of a training by iteration, in at most `MAX_POINTS` points."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._points: list[Json] = []
+        self._every = 1
+
+    def with_progress(self, progress: _Iteration) -> _HowFar:
+        """Take in how far training is.
+
+        Returns:
+            The same, with `curve` in its JSON.
+        """
+        is_new = not self._points or self._points[-1]["iteration"] < progress.done
+        if progress.mean_return is not None and is_new and progress.done % self._every == 0:
+            self._points.append(
+                {
+                    "iteration": progress.done,
+                    "mean_return": round(progress.mean_return, 4),
+                    "utility": None
+                    if progress.held_out_utility is None
+                    else round(progress.held_out_utility, 4),
+                }
+            )
+        if len(self._points) > MAX_POINTS:
+            self._every *= 2
+            self._points = [p for p in self._points if p["iteration"] % self._every == 0]
+        plain = progress.to_json() | {"curve": list(self._points)}
+        return _Drawn(progress.done, progress.total, plain)
 
 
 @asynccontextmanager
