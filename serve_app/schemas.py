@@ -216,6 +216,16 @@ class ModelMember:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolLoad:
+    """What the pool has to do at this moment."""
+
+    ongoing: Mapping[str, int]
+    """Requests at the replicas of each model, by model id: being answered, or waiting there."""
+    away: frozenset[str]
+    """Tools whose MCP server does not answer, or may offer nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class PatternMember:
     """One declared pattern, and what it needs of the pool."""
 
@@ -475,6 +485,8 @@ class Decision:
     """Path 2: whether there was a planner that answered, and the limits admitted it."""
     hops: tuple[Hop, ...] = ()
     """What the rules found, in their order; empty where there are none."""
+    cluster: int | None = None
+    """Of the policy's snapshot, nearest to the query; `None`: without a profile, or outside it."""
 
     @property
     def pair(self) -> Pair:

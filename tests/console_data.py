@@ -8,13 +8,16 @@ import uuid
 
 from sqlalchemy import insert
 
+from serve_app.config import AtlasConfig
+from serve_app.orchestrator.decision_client import facts_of
 from serve_app.schemas import (
+    Action,
     Candidate,
     DecidedBy,
     Decision,
-    Fact,
     Pair,
     Report,
+    ShadowDecision,
     SpanKind,
     SpanRecord,
     Step,
@@ -24,35 +27,15 @@ from serve_app.store import (
     OutcomeLog,
     Store,
     add_feedback,
-    add_snapshot,
     note_definitions,
-    publish,
 )
 from serve_app.store.rows import rows_of
 from serve_app.store.sums import add_requests
 from serve_app.store.tables import RequestRow, TraceRow
+from tests.console_learned import fill_learned, topic_embedding
 
 HOSTILE = "<script>alert('query')</script><img src=x onerror=alert(1)>'\"{{7*7}}"
 """What must never become markup or code, wherever a page shows it."""
-
-_REPORT = {
-    "settings": {"default_alpha": 0.1},
-    "at_alpha": [
-        {
-            "alpha": 0.1,
-            "contenders": {
-                name: {
-                    "utility": {"mean": mean, "low": mean - 0.05, "high": mean + 0.05},
-                    "score": {"mean": mean, "low": mean - 0.05, "high": mean + 0.05},
-                    "cost_usd": {"mean": 0.001, "low": 0.0, "high": 0.002},
-                    "steps": 1.0,
-                }
-                for name, mean in (("serving", 0.61), ("candidate", 0.68), ("best_single", 0.6))
-            },
-        }
-    ],
-    "verdict": {"promote": True, "reason": "better by +0.070 [+0.010, +0.130]"},
-}
 
 
 def report(
@@ -68,7 +51,14 @@ def report(
     seconds = 0.2 + 0.1 * math.sin(number) ** 2
     usage = Usage(40, 20, 0.0001 * (1 + number % 5))
     decision = Decision(
-        (Candidate(pair, 0.7, 0.8, 0.1, 0.6, 0.9, 0.0003),), path, (number % 10) / 10, 0.9, 2, 3
+        (Candidate(pair, 0.7, 0.8, 0.1, 0.6, 0.9, 0.0003),),
+        path,
+        confidence=(number % 10) / 10,
+        propensity=0.9,
+        policy_version=3 if number % 10 == 3 else 2,
+        pool_version=3,
+        shadow=_shadow(number),
+        cluster=None if path is DecidedBy.OUT_OF_DISTRIBUTION else number // 3 % 3,
     )
     step = Step(pair, path, 0.9, usage, seconds, answer="42", error=error)
 
@@ -76,7 +66,7 @@ def report(
         span_id: int, above: int | None, kind: SpanKind, name: str, began_s: float, took_s: float
     ) -> SpanRecord:
         fault = error if kind is SpanKind.PAIR else None
-        attributes: dict[str, Fact] = {"path": str(path)} if kind is SpanKind.DECISION else {}
+        attributes = facts_of(decision) if kind is SpanKind.DECISION else {}
         return SpanRecord(
             span_id, above, kind, name, began_s, took_s, fault, 40, 20, usage.cost_usd, attributes
         )
@@ -88,7 +78,7 @@ def report(
         usage=usage,
         seconds=seconds,
         query=query,
-        embedding=b"\0\0\0\0",
+        embedding=topic_embedding(number % 3),
         owner=owner,
         error=error,
         spans=(
@@ -101,14 +91,29 @@ def report(
     )
 
 
+def _shadow(number: int) -> ShadowDecision | None:
+    """What policy 4 would have done with every third request."""
+    if number % 3:
+        return None
+    pair = Pair("large", "none")
+    return ShadowDecision(4, Action.ROUTE, pair, DecidedBy.CLUSTERS, 0.6, 1.0)
+
+
 async def fill(
-    store: Store, log: OutcomeLog, *, owner: str = "local", count: int = 60, hours: float = 0.0
+    store: Store,
+    log: OutcomeLog,
+    config: AtlasConfig,
+    *,
+    owner: str = "local",
+    count: int = 60,
+    hours: float = 0.0,
 ) -> str:
     """Write requests, of which the newest is hostile, and what goes with them.
 
     Args:
         store: Where they go.
         log: Takes the requests.
+        config: The deployment.
         owner: Who asked.
         count: Requests, beside the hostile one.
         hours: Over which they are spread, up to now; 0: all of them are of now.
@@ -116,10 +121,7 @@ async def fill(
     Returns:
         Id of the hostile request.
     """
-    await add_snapshot(store, "snap_one", {"kind": "clusters"})
-    await add_snapshot(store, "snap_two", {"kind": "clusters"})
-    await publish(store, "snap_one", "the first")
-    await publish(store, "snap_two", "better", _REPORT)
+    await fill_learned(store, config)
     seen = {HOSTILE[:60]: ("a" * 64, HOSTILE), "search": ("b" * 64, "looks things up")}
     await note_definitions(store, "notes", seen, accept=False)
     rated = []
@@ -146,4 +148,4 @@ async def _write(store: Store, one: Report, at_unix_s: float) -> None:
     async with store.begin() as connection:
         await connection.execute(insert(RequestRow), [rows.request])
         await connection.execute(insert(TraceRow), [rows.trace])
-        await add_requests(connection, [rows.request])
+        await add_requests(connection, [rows.request], [rows.shadow] if rows.shadow else [])

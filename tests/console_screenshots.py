@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from tests.browser import chromium
 from tests.console_data import fill
+from tests.console_learned import TRAINING
 from tests.gateway_fakes import running_gateway
 
 MAX_BYTES = 100_000
@@ -24,11 +25,16 @@ def main(folder: Path) -> None:
         running_gateway(Path(data)) as gateway,
         chromium(Path(data)) as browser,
     ):
-        gateway.run(lambda: fill(gateway.store, gateway.outcomes, count=400, hours=23.0))
+        gateway.launcher.running.add(TRAINING)
+        gateway.run(
+            lambda: fill(gateway.store, gateway.outcomes, gateway.config, count=400, hours=23.0)
+        )
         pages = {
             "overview": ("/console", 1100, 860, "light"),
-            "request": ("", 1100, 700, "light"),
-            "policies": ("/console/policies", 1100, 860, "dark"),
+            "request": ("", 1100, 960, "light"),
+            "routing": ("/console/routing?cluster=1#cluster", 1100, 720, "light"),
+            "policies": ("/console/policies#evaluation", 1100, 760, "dark"),
+            "spend": ("/console/spend", 1100, 760, "light"),
             "ask": ("/console/ask", 1100, 640, "light"),
         }
         for name, (path, width, height, scheme) in pages.items():

@@ -37,6 +37,7 @@ from serve_app.schemas import (
     MemberState,
     ModelMember,
     Pair,
+    PoolLoad,
     PoolState,
     Report,
     SpanKind,
@@ -112,6 +113,9 @@ class ScriptedOrchestrator:
 
     def pool(self) -> PoolState:
         return self._pool
+
+    async def load(self) -> PoolLoad | None:
+        return PoolLoad({"small": 7, "large": 0}, frozenset({"notes"}))
 
     def breakers(self) -> dict[str, str]:
         return self.not_closed
@@ -392,7 +396,8 @@ def running_gateway(
 ) -> Iterator[Loopback]:
     """A gateway with these settings, with its store in `folder` where no URL says another."""
     url = store_url or f"sqlite+aiosqlite:///{folder / 'atlas.db'}"
-    loopback = Loopback(gateway_config(tools, **gateway), url, launcher)
+    config = gateway_config(tools, **gateway).model_copy(update={"data_dir": str(folder)})
+    loopback = Loopback(config, url, launcher)
     loopback.start()
     try:
         yield loopback

@@ -33,7 +33,7 @@ from serve_app.gateway.edge.rate import RateLimiter
 from serve_app.gateway.usage import KeyUsage
 from serve_app.jobs import Jobs, JobSubmission
 from serve_app.orchestrator.direct import DirectTools
-from serve_app.schemas import AccessLists, ChatCall, Decision, PoolState, Report
+from serve_app.schemas import AccessLists, ChatCall, Decision, PoolLoad, PoolState, Report
 from serve_app.store import (
     Job,
     OutcomeLog,
@@ -104,6 +104,10 @@ class Orchestrator(Protocol):
 
     def pool(self) -> PoolState:
         """The pool, as last heard of; never waits."""
+        ...
+
+    async def load(self) -> PoolLoad | None:
+        """What the pool has to do now; `None` where nobody says."""
         ...
 
     def breakers(self) -> Mapping[str, str]:
@@ -389,6 +393,10 @@ class Handlers:
         if self._view is None or self._view.pool is not pool:
             self._view = PoolView(pool, pool.config or self._config)
         return self._view
+
+    async def load(self) -> PoolLoad | None:
+        """What the pool has to do now; `None` where nobody says."""
+        return await self._orchestrator.load()
 
     def breakers(self) -> Mapping[str, str]:
         """Of the models whose breaker is not closed in this process: where it stands."""

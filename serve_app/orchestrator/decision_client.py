@@ -21,12 +21,14 @@ from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, Repli
 from serve_app.models.clients import call
 from serve_app.orchestrator.recovery import again, pause_s
 from serve_app.router.rules.base import Answer, RoutingRequest
-from serve_app.schemas import Action, Decision, Fact, Fixed, Limits, Seen
+from serve_app.schemas import Action, Candidate, Decision, Fact, Fixed, Limits, Seen
 
 _BATCH_SIZE = 32
 _MAX_IN_FLIGHT = 2
 """Batches under way at once, one embedding and one deciding; full ones do not wait for this."""
 
+_TOLD_CANDIDATES = 3
+"""Best candidates that a decision's span tells of."""
 _MAX_DEATHS = 3
 """Replicas of the embedder or the router that may die over one request before it fails."""
 
@@ -118,11 +120,19 @@ def facts_of(decision: Decision) -> dict[str, Fact]:
     facts: dict[str, Fact] = {"action": str(decision.action)}
     if decision.action is Action.ROUTE:
         facts["pair"] = str(decision.pair)
+        facts["candidates"] = ", ".join(map(_expected, decision.candidates[:_TOLD_CANDIDATES]))
     return facts | {
         "path": str(decision.path),
         "confidence": decision.confidence,
+        "propensity": decision.propensity,
         "policy_version": decision.policy_version,
     }
+
+
+def _expected(candidate: Candidate) -> str:
+    """The score expected of a candidate, with its 95% interval."""
+    interval = f"[{candidate.low:.2f} to {candidate.high:.2f}]"
+    return f"{candidate.pair} {candidate.quality:.2f} {interval}"
 
 
 class Decider:

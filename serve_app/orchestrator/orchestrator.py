@@ -57,6 +57,7 @@ from serve_app.schemas import (
     Limits,
     MemberState,
     Pair,
+    PoolLoad,
     PoolState,
     Replay,
     Report,
@@ -66,6 +67,8 @@ from serve_app.schemas import (
 logger = logging.getLogger(__name__)
 
 _SUSPECT_EVERY_S = 1.0
+_LOAD_TIMEOUT_S = 2.0
+"""A page does without what takes longer."""
 
 ROUTED = "atlas"
 """The `model` name that lets the router decide."""
@@ -75,8 +78,17 @@ class _Suspect(Protocol):
     def remote(self, model_id: str, /) -> Awaitable[None]: ...
 
 
+class _Load(Protocol):
+    def remote(self) -> Awaitable[PoolLoad]: ...
+
+
 class ControllerHandle(PoolHandle, Protocol):
     """What is called on the `PoolController` deployment."""
+
+    @property
+    def load(self) -> _Load:
+        """Answers with what the pool has to do now."""
+        ...
 
     @property
     def suspect(self) -> _Suspect:
@@ -175,6 +187,15 @@ class Orchestrator:
     def pool(self) -> PoolState:
         """The pool as last told by the controller."""
         return self._watcher.state
+
+    async def load(self) -> PoolLoad | None:
+        """What the pool has to do now; `None` where the controller does not say."""
+        try:
+            async with asyncio.timeout(_LOAD_TIMEOUT_S):
+                return await self._controller.load.remote()
+        except Exception as error:
+            logger.warning("the pool controller does not tell of the load: %r", error)
+            return None
 
     def ready(self) -> tuple[bool, dict[str, Any]]:
         """Whether any pair can answer, and where each model stands."""

@@ -47,7 +47,15 @@ from serve_app.pool.applications import (
 )
 from serve_app.pool.desired import DesiredPool
 from serve_app.pool.mcp_servers import McpServers
-from serve_app.schemas import ChatCall, Limits, MemberState, ModelMember, Pair, PoolState
+from serve_app.schemas import (
+    ChatCall,
+    Limits,
+    MemberState,
+    ModelMember,
+    Pair,
+    PoolLoad,
+    PoolState,
+)
 from serve_app.store import Store
 from serve_app.telemetry import RayMetrics
 
@@ -182,6 +190,17 @@ class PoolController:
             except TimeoutError:
                 pass
             return self._state
+
+    async def load(self) -> PoolLoad:
+        """What the pool has to do now; asks every replica of every model."""
+        applications = (await asyncio.to_thread(model_applications)).values()
+        counts = await asyncio.gather(
+            *(asyncio.to_thread(ongoing_requests, of.replicas) for of in applications)
+        )
+        ongoing: dict[str, int] = {}
+        for application, count in zip(applications, counts, strict=True):
+            ongoing[application.model_id] = ongoing.get(application.model_id, 0) + count
+        return PoolLoad(ongoing, self._servers.away(self._config))
 
     async def suspect(self, model_id: str) -> None:
         """Somebody saw a model fail: it is probed at once."""

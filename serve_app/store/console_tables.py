@@ -76,6 +76,49 @@ class VerdictDayRow(Base):
     """Sum of the confidences."""
 
 
+class ChoiceDayRow(Base):
+    """Requests of one day that one policy sent to one candidate in one cluster, and verdicts."""
+
+    __tablename__ = "choice_days"
+
+    began_unix_s: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    policy_version: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    cluster: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    """Of the policy's snapshot; `sums.NO_CLUSTER`: in none of them."""
+    model_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tool_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    requests: Mapped[int] = mapped_column(Integer)
+    errors: Mapped[int] = mapped_column(Integer)
+    cost_usd: Mapped[float] = mapped_column(Float)
+    seconds: Mapped[float] = mapped_column(Float)
+    """Sum of the times that the requests took."""
+    confidence: Mapped[float] = mapped_column(Float)
+    """Sum of the confidences."""
+    verdicts: Mapped[int] = mapped_column(Integer)
+    """Given on this day."""
+    wins: Mapped[int] = mapped_column(Integer)
+
+
+class ShadowDayRow(Base):
+    """Requests of one day for which one policy in the shadow would have chosen one candidate."""
+
+    __tablename__ = "shadow_days"
+
+    began_unix_s: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    policy_version: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    model_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """With `tool_id`: what the shadow would have chosen."""
+    tool_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    requests: Mapped[int] = mapped_column(Integer)
+    agreed: Mapped[int] = mapped_column(Integer)
+    """Requests that went there."""
+    confidence: Mapped[float] = mapped_column(Float)
+    """Sum of the shadow's confidences."""
+    verdicts: Mapped[int] = mapped_column(Integer)
+    """Given on this day on requests that went there."""
+    wins: Mapped[int] = mapped_column(Integer)
+
+
 class ConsoleSessionRow(Base):
     """A browser that has shown a key; its cookie stands for the key until the session ends."""
 

@@ -15,7 +15,7 @@ from serve_app.schemas import BY_RULE, LOCAL_OWNER, Action, DecidedBy, Pair, See
 from serve_app.store.database import Store
 from serve_app.store.rows import storable_text
 from serve_app.store.sums import add_verdict
-from serve_app.store.tables import FeedbackRow, OutcomeRow, RequestRow, TrajectoryRow
+from serve_app.store.tables import FeedbackRow, OutcomeRow, RequestRow, ShadowRow, TrajectoryRow
 
 _IDS_AT_ONCE = 500
 """Ids in one query; databases bound the number of parameters."""
@@ -114,14 +114,19 @@ async def add_feedback(
     """
     try:
         async with store.begin() as connection:
-            rated = await connection.execute(
-                select(RequestRow.model_id, RequestRow.tool_id, RequestRow.confidence).where(
-                    RequestRow.request_id == request_id, RequestRow.owner == owner
-                )
-            )
-            request, now_s = rated.one_or_none(), time.time()
+            rated = select(
+                RequestRow.model_id,
+                RequestRow.tool_id,
+                RequestRow.confidence,
+                RequestRow.policy_version,
+                RequestRow.cluster,
+            ).where(RequestRow.request_id == request_id, RequestRow.owner == owner)
+            request = (await connection.execute(rated)).one_or_none()
+            now_s = time.time()
             if request is None:
                 raise NotFound(f"no request {request_id!r}", "request_id")
+            shadowed = select(ShadowRow.__table__).where(ShadowRow.request_id == request_id)
+            shadow = (await connection.execute(shadowed)).one_or_none()
             await connection.execute(
                 insert(FeedbackRow).values(
                     request_id=request_id,
@@ -133,9 +138,9 @@ async def add_feedback(
             )
             await add_verdict(
                 connection,
-                (request.model_id, request.tool_id),
+                request._asdict(),
+                None if shadow is None else shadow._asdict(),
                 score=score,
-                confidence=request.confidence,
                 at_unix_s=now_s,
             )
     except IntegrityError as error:

@@ -350,7 +350,11 @@ class OutcomeLog:
                         if added:
                             await connection.execute(insert(table), added)
                     await settle(connection, new)
-                    await add_requests(connection, [row.request for row in new])
+                    await add_requests(
+                        connection,
+                        [row.request for row in new],
+                        [row.shadow for row in new if row.shadow],
+                    )
             except (StoreError, TimeoutError) as error:
                 if not is_transient(error):
                     raise

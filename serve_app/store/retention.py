@@ -17,7 +17,14 @@ from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import StoreError
-from serve_app.store.console_tables import LatencyRow, TrafficRow, UsageDayRow, VerdictDayRow
+from serve_app.store.console_tables import (
+    ChoiceDayRow,
+    LatencyRow,
+    ShadowDayRow,
+    TrafficRow,
+    UsageDayRow,
+    VerdictDayRow,
+)
 from serve_app.store.database import Store
 from serve_app.store.jobs import OVER
 from serve_app.store.sums import DAY_S
@@ -41,6 +48,7 @@ _PAUSE_S = 0.1
 """Between two batches: nine tenths of the time belong to others."""
 _LOCK = 20261
 """Number of PostgreSQL's advisory lock: one process at a time deletes."""
+_SUMS = (TrafficRow, LatencyRow, UsageDayRow, VerdictDayRow, ChoiceDayRow, ShadowDayRow)
 
 
 class Retention:
@@ -109,7 +117,7 @@ async def delete_old(store: Store, before_unix_s: float) -> int:
         return count + await _delete_jobs(connection, before_unix_s)
 
     async with store.begin() as connection:
-        for table in (TrafficRow, LatencyRow, UsageDayRow, VerdictDayRow):
+        for table in _SUMS:
             is_old = table.began_unix_s < before_unix_s - DAY_S
             await connection.execute(delete(table).where(is_old))
     return await _in_batches(store, one_batch)

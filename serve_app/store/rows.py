@@ -76,6 +76,7 @@ class RequestRows:
             row = values[table]
             if row is not None and column in row and row[column] is not None:
                 row[column] = base64.b64decode(row[column], validate=True)
+        values["request"].setdefault("cluster", None)  # an earlier version's line has none
         return cls(**values)
 
 
@@ -110,6 +111,7 @@ def rows_of(report: Report, alpha: float | None, created_unix_s: float) -> Reque
         "propensity": decision.propensity,
         "alpha": alpha,
         "policy_version": decision.policy_version,
+        "cluster": decision.cluster,
         "pool_version": decision.pool_version,
         "prompt_tokens": report.usage.prompt_tokens,
         "completion_tokens": report.usage.completion_tokens,

@@ -116,6 +116,8 @@ class RequestRow(Base):
     propensity: Mapped[float] = mapped_column(Float)
     alpha: Mapped[float | None] = mapped_column(Float)
     policy_version: Mapped[int] = mapped_column(Integer)
+    cluster: Mapped[int | None] = mapped_column(Integer)
+    """Of the policy's snapshot; `None`: the policy has none, or the query is outside of them."""
     pool_version: Mapped[int] = mapped_column(Integer)
     prompt_tokens: Mapped[int] = mapped_column(Integer)
     completion_tokens: Mapped[int] = mapped_column(Integer)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, case, func, select
+from sqlalchemy import Select, Text, case, cast, func, select
 
+from serve_app.errors import NotFound
 from serve_app.schemas import DecidedBy, Pair
 from serve_app.store.console_tables import LatencyRow, TrafficRow, UsageDayRow, VerdictDayRow
 from serve_app.store.database import Store
@@ -94,6 +95,17 @@ class DomainScore:
 
     domain: str
     pair: Pair
+    questions: int
+    score: float
+    """Mean."""
+    cost_usd: float
+    """Mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileMean:
+    """What one candidate reached on the profile's questions."""
+
     questions: int
     score: float
     """Mean."""
@@ -266,12 +278,41 @@ async def profile_by_domain(store: Store) -> list[DomainScore]:
     ]
 
 
-async def policy_reports(store: Store, versions: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """The evaluations that policies were promoted on; those without one are left out."""
-    query = select(PolicyRow.policy_version, PolicyRow.report).where(
-        PolicyRow.policy_version.in_(versions), PolicyRow.report.is_not(None)
+async def profile_means(store: Store) -> dict[Pair, ProfileMean]:
+    """What each candidate reached on all questions of the profile."""
+    row = ProfileOutcomeRow
+    means = (func.avg(row.score), func.avg(row.cost_usd))
+    query = select(row.model_id, row.tool_id, func.count(), *means).group_by(
+        row.model_id, row.tool_id
     )
-    return {version: report for version, report in await _all(store, query) if report}
+    return {
+        Pair(model_id, tool_id): ProfileMean(count, score, cost)
+        for model_id, tool_id, count, score, cost in await _all(store, query)
+    }
+
+
+async def evaluated_versions(store: Store, versions: Sequence[int]) -> list[int]:
+    """Which policies were promoted on an evaluation, the newest first."""
+    query = (
+        select(PolicyRow.policy_version)
+        .where(PolicyRow.policy_version.in_(versions), cast(PolicyRow.report, Text) != "null")
+        .order_by(PolicyRow.policy_version.desc())
+    )
+    return [version for (version,) in await _all(store, query)]
+
+
+async def policy_report(store: Store, policy_version: int) -> dict[str, Any]:
+    """The evaluation that a policy was promoted on.
+
+    Raises:
+        NotFound: If there is none.
+    """
+    query = select(PolicyRow.report).where(PolicyRow.policy_version == policy_version)
+    rows = await _all(store, query)
+    if not rows or not rows[0].report:
+        raise NotFound(f"no evaluation of policy {policy_version}", "version")
+    report: dict[str, Any] = rows[0].report
+    return report
 
 
 async def policy_changes(store: Store, since_unix_s: float) -> list[tuple[int, float]]:

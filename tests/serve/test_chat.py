@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import http.client
 import random
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -415,6 +416,9 @@ def test_the_engine_hears_that_a_streaming_client_left(graph: Graph) -> None:
         lines = r.iter_lines()  # held: the connection closes with its iterator
         assert next(lines).startswith("data: ")
         assert ongoing_requests("scripted-drip") == 1
+        pool = httpx.get(f"{graph.url}/console/pool", timeout=30).text
+        (row,) = [row for row in pool.split("<tr>") if ">scripted-drip <" in row]
+        assert re.findall(r'<td class="number">([^<]*)</td>', row)[:2] == ["1", "1"]
     give_up_s = time.monotonic() + 20  # far from the request's own deadline of 60 s
     while ongoing_requests("scripted-drip"):
         assert time.monotonic() < give_up_s

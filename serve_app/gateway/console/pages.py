@@ -17,21 +17,31 @@ from serve_app.config import AtlasConfig
 from serve_app.errors import InvalidRequest, NotFound, Unauthorized
 from serve_app.gateway.admin.pool import PoolAdmin
 from serve_app.gateway.console.assets import read_assets
+from serve_app.gateway.console.clusters import SnapshotReader, clusters_of
+from serve_app.gateway.console.evaluations import (
+    comparison,
+    pareto_chart,
+    reason_of,
+    standing,
+    training_charts,
+)
 from serve_app.gateway.console.queries import (
     DAY_WINDOWS,
     OVERVIEW_WINDOWS,
     SINCE,
     RequestQuery,
+    whole_number,
     window_of,
 )
 from serve_app.gateway.console.rendering import Renderer
 from serve_app.gateway.console.shaping import (
-    comparison,
+    calibration_chart,
     served,
     traffic_charts,
     waterfall,
     with_intervals,
 )
+from serve_app.gateway.console.spending import MAX_LIMITS, limits_left, saving
 from serve_app.gateway.edge.exchange import Exchange
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint, Handler
 from serve_app.gateway.edge.sessions import SESSION_S, session_cookie, session_of
@@ -39,23 +49,39 @@ from serve_app.gateway.handlers import Handlers
 from serve_app.jobs import Jobs
 from serve_app.schemas import DecidedBy
 from serve_app.store import (
+    Mode,
+    Policy,
     Scope,
     Store,
     begin_session,
     end_session,
+    find_policy,
     list_keys,
     list_policies,
     list_snapshots,
     read_trace,
     serving_policies,
+    trial_policies,
 )
+from serve_app.store.choices import (
+    ShadowChoices,
+    choices_by_cluster,
+    choices_by_policy,
+    shadow_choices,
+    versions_of,
+)
+from serve_app.store.limit_lists import limited_usage
+from serve_app.store.neighbours import neighbours_of
 from serve_app.store.request_lists import listed_requests
+from serve_app.store.sums import DAY_S
 from serve_app.store.traffic import (
     calibration,
+    evaluated_versions,
     latency_over_time,
     policy_changes,
-    policy_reports,
+    policy_report,
     profile_by_domain,
+    profile_means,
     traffic_by_candidate,
     traffic_over_time,
     usage_by,
@@ -65,6 +91,7 @@ from serve_app.store.traffic import (
 _PAGE_ROWS = 50
 _POLICIES = 50
 _JOBS = 20
+_NEIGHBOURS = 5
 
 
 class Console:
@@ -88,6 +115,8 @@ class Console:
         self._store = store
         self._asks_for_keys = config.gateway.auth.mode == "required"
         self._default_alpha = config.router.default_alpha
+        self._encoder = config.embedder.model
+        self._snapshots = SnapshotReader(config.snapshots_path())
         self._assets = read_assets()
         self._renderer = Renderer(self._assets, asks_for_keys=self._asks_for_keys)
 
@@ -191,7 +220,9 @@ class Console:
             request,
             "request",
             trace=trace,
+            policy=await find_policy(self._store, trace.policy_version),
             bars=waterfall(trace.spans, trace.seconds),
+            neighbours=await neighbours_of(self._store, request_id, self._encoder, _NEIGHBOURS),
             keys=await self._key_names(),
             again={"model": "atlas", "messages": [{"role": "user", "content": trace.query}]}
             | ({} if trace.alpha is None else {"atlas": {"alpha": trace.alpha}}),
@@ -201,42 +232,89 @@ class Console:
         """`GET /console/routing`."""
         window, now_s = window_of(request.query_params, DAY_WINDOWS, 1), time.time()
         since_s = window.began_s(now_s)
+        serving = next(iter(await serving_policies(self._store, 1)), None)
+        snapshot_id = None if serving is None else serving.snapshot_id
+        snapshot, choices = None, []
+        if snapshot_id is not None:
+            snapshot = await self._snapshots.read(snapshot_id)
+            versions = await versions_of(self._store, snapshot_id)
+            choices = await choices_by_cluster(self._store, since_s, versions)
+        clusters = [] if snapshot is None else clusters_of(snapshot, choices)
+        wanted = whole_number(request.query_params, "cluster")
+        shown = next((one for one in clusters if wanted in (None, one.index)), None)
+        if wanted is not None and shown is None:
+            raise NotFound(f"the policy that serves has no cluster {wanted}", "cluster")
+        tenths = await calibration(self._store, since_s)
         return self._page(
             request,
             "routing",
             window=window,
             windows=DAY_WINDOWS,
+            snapshot_id=snapshot_id,
+            is_readable=snapshot is not None,
+            clusters=clusters,
+            shown=shown,
             rates=with_intervals(await win_rates(self._store, since_s)),
-            tenths=await calibration(self._store, since_s),
+            tenths=tenths,
+            calibration=calibration_chart(tenths),
             domains=await profile_by_domain(self._store),
         )
 
     async def policies(self, request: Request) -> Response:
         """`GET /console/policies`."""
         policies = await list_policies(self._store, _POLICIES)
-        reports = await policy_reports(self._store, [p.policy_version for p in policies])
-        serving = await serving_policies(self._store, 1)
-        newest = max(reports, default=None)
+        evaluated = await evaluated_versions(self._store, [p.policy_version for p in policies])
+        serving = next(iter(await serving_policies(self._store, 1)), None)
+        judged = whole_number(request.query_params, "version")
+        if judged is None:
+            judged = next(iter(evaluated), None)
+        report = {} if judged is None else await policy_report(self._store, judged)
+        jobs = (await self._jobs.list())[:_JOBS]
+        trials = await trial_policies(self._store)
         return self._page(
             request,
             "policies",
-            services=served(policies, reports),
-            serving=serving[0] if serving else None,
+            services=served(policies, evaluated),
+            serving=serving,
             snapshots=await list_snapshots(self._store),
-            judged=newest,
-            verdict={} if newest is None else reports[newest].get("verdict", {}),
-            contenders=[] if newest is None else comparison(reports[newest]),
-            jobs=(await self._jobs.list())[:_JOBS],
+            judged=judged,
+            reason=reason_of(report),
+            contenders=comparison(report),
+            pareto=pareto_chart(report),
+            jobs=jobs,
+            trainings=training_charts(jobs),
+            **await self._side_by_side(serving, trials),
         )
+
+    async def _side_by_side(self, serving: Policy | None, trials: list[Policy]) -> dict[str, Any]:
+        """What serves and the trials beside it, since the day on which the first trial began."""
+        if not trials:
+            return {"standings": [], "shadowed": []}
+        running = [*([] if serving is None else [serving]), *reversed(trials)]
+        began_s = min(trial.created_unix_s for trial in trials) // DAY_S * DAY_S
+        chosen = await choices_by_policy(
+            self._store, began_s, [policy.policy_version for policy in running]
+        )
+        shadowed: list[ShadowChoices] = []
+        standings = []
+        for policy in running:
+            version = policy.policy_version
+            if policy.mode is Mode.SHADOW:
+                shadowed = await shadow_choices(self._store, began_s, version)
+            standings.append(standing(policy, chosen.get(version), shadowed))
+        return {"standings": standings, "shadowed": shadowed}
 
     async def pool(self, request: Request) -> Response:
         """`GET /console/pool`."""
-        view = self._api.pool_view()
+        view, load = self._api.pool_view(), await self._api.load()
         return self._page(
             request,
             "pool",
             pool=view.pool,
             models=view.admin_models(),
+            breakers=self._api.breakers(),
+            ongoing={} if load is None else load.ongoing,
+            away=None if load is None else load.away,
             tools=await self._pool.tool_rows(view),
             patterns=view.admin_patterns(),
         )
@@ -246,6 +324,9 @@ class Console:
         window, now_s = window_of(request.query_params, DAY_WINDOWS, 1), time.time()
         since_s = window.began_s(now_s)
         days = await usage_by(self._store, since_s, "day")
+        candidates = await usage_by(self._store, since_s, "candidate")
+        limits = limits_left(await limited_usage(self._store))
+        pairs = frozenset(self._api.pool_view().pool.pairs)
         return self._page(
             request,
             "spend",
@@ -253,7 +334,10 @@ class Console:
             windows=DAY_WINDOWS,
             days=days,
             owners=await usage_by(self._store, since_s, "owner"),
-            candidates=await usage_by(self._store, since_s, "candidate"),
+            candidates=candidates,
+            limits=limits[:MAX_LIMITS],
+            num_limits=len(limits),
+            saving=saving(candidates, await profile_means(self._store), pairs),
             keys=await self._key_names(),
             total_usd=sum(day.cost_usd for day in days),
             chart={

@@ -110,6 +110,20 @@ class RequestQuery:
         return "/console/requests?" + urlencode({n: v for n, v in values.items() if v})
 
 
+def whole_number(query: Mapping[str, str], name: str) -> int | None:
+    """A number that an address names; `None`: it names none.
+
+    Raises:
+        InvalidRequest: If it is no whole number.
+    """
+    text = query.get(name, "")
+    if not text:
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise InvalidRequest(f"{name}: a whole number, got {text[:40]!r}", name)
+    return int(text)
+
+
 def _number(text: str, name: str) -> float:
     try:
         value = float(text)

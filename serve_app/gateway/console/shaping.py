@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from serve_app.gateway.console.queries import Window
 from serve_app.schemas import SpanRecord
 from serve_app.store import Mode, Policy
-from serve_app.store.traffic import Latency, Traffic, WinRate
+from serve_app.store.traffic import Calibration, Latency, Traffic, WinRate
 
 Json = dict[str, Any]
 
@@ -112,9 +112,32 @@ def wilson(wins: int, count: int) -> Interval:
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
+def share_of(wins: int, count: int) -> Interval | None:
+    """A share with its interval; `None` of nothing."""
+    return wilson(wins, count) if count else None
+
+
 def with_intervals(rates: Sequence[WinRate]) -> list[tuple[WinRate, Interval]]:
     """Each win rate with its interval."""
     return [(rate, wilson(rate.wins, rate.verdicts)) for rate in rates]
+
+
+def calibration_chart(tenths: Sequence[Calibration]) -> Json | None:
+    """What came of decisions by the confidence that was stated; `None` of fewer than two points."""
+    if len(tenths) < 2:
+        return None
+    stated = [100 * one.confidence for one in tenths]
+    return {
+        "title": "Mean score by stated confidence",
+        "unit": "%",
+        "x": {"label": "stated", "unit": "%", "is_log": False},
+        "times": stated,
+        "series": [
+            {"label": "came of it", "values": [100 * one.score for one in tenths]},
+            {"label": "as stated", "values": stated},
+        ],
+        "lines": [],
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,47 +147,15 @@ class Service:
     policy: Policy
     ended_unix_s: float | None
     """`None`: it serves, or is on trial."""
-    report: Json | None
-    """The evaluation it was promoted on."""
+    is_evaluated: bool
+    """Whether there is an evaluation that it was promoted on."""
 
 
-def served(policies: Sequence[Policy], reports: dict[int, Json]) -> list[Service]:
+def served(policies: Sequence[Policy], evaluated: Collection[int]) -> list[Service]:
     """What served when, of publications the newest first."""
     found, ends = [], None
     for policy in policies:
-        found.append(Service(policy, ends, reports.get(policy.policy_version)))
+        found.append(Service(policy, ends, policy.policy_version in evaluated))
         if policy.mode is Mode.SERVING:  # it ended what was before it, trials too
             ends = policy.created_unix_s
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """What one policy reached in an evaluation: means, and the 95% interval of the utility."""
-
-    name: str
-    utility: Interval
-    score: float
-    cost_usd: float
-
-
-def comparison(report: Json) -> list[Contender]:
-    """The contenders of an evaluation at the deployment's own alpha, the best first.
-
-    Of a report that another version wrote, what cannot be read is not shown.
-    """
-    try:
-        alpha = report["settings"]["default_alpha"]
-        figures = next(one for one in report["at_alpha"] if one["alpha"] == alpha)["contenders"]
-        contenders = [
-            Contender(
-                name,
-                Interval(*(float(of["utility"][end]) for end in ("mean", "low", "high"))),
-                float(of["score"]["mean"]),
-                float(of["cost_usd"]["mean"]),
-            )
-            for name, of in figures.items()
-        ]
-    except (KeyError, TypeError, ValueError, StopIteration):
-        return []
-    return sorted(contenders, key=lambda one: -one.utility.middle)

@@ -56,6 +56,11 @@ class Place:
     likeness: NDArray[np.float32] | None
     """(num_cards,) similarity to the cards in [0, 1]; `None` where they do not matter."""
 
+    @property
+    def cluster(self) -> int | None:
+        """The cluster that weighs most; `None` outside the profiled distribution."""
+        return int(self.nearest[self.weights.argmax()]) if self.inside else None
+
 
 @dataclass(frozen=True)
 class Beliefs:

@@ -146,6 +146,7 @@ class ClusterRule(ClusterBeliefs):
             pool_version=batch.pool_version,
             distance_quantile=verdict.distance_quantile,
             likeness=self.likeness(request.embedding) if request.explain else None,
+            cluster=place.cluster,
         )
 
     def _admitted(self, limits: Limits, batch: Batch, place: Place) -> NDArray[np.intp]:

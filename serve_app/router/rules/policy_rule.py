@@ -224,6 +224,7 @@ class LearnedRule:
             action=action,
             can_think=batch.can_think(request),
             likeness=self._clusters.likeness(request.embedding) if request.explain else None,
+            cluster=beliefs.place.cluster,
         )
 
     def _take(

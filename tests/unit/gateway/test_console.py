@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,11 +14,18 @@ import httpx2
 import pytest
 
 from serve_app.gateway.console.assets import FOLDER
+from serve_app.gateway.console.clusters import clusters_of
+from serve_app.gateway.console.evaluations import pareto_chart
 from serve_app.gateway.console.shaping import waterfall, wilson
+from serve_app.gateway.console.spending import saving
 from serve_app.schemas import SpanKind, SpanRecord
 from serve_app.store import create_key, revoke_key
+from serve_app.store.choices import Choices, ClusterChoices
+from serve_app.store.traffic import ProfileMean, Usage
 from tests.console_data import fill
+from tests.console_learned import EXAMPLES, PAIRS, REPORT
 from tests.gateway_fakes import Loopback, eventually, running_gateway
+from tests.router_data import make_snapshot
 
 PAGES = (
     "/console",
@@ -34,7 +42,7 @@ PRICE = {"usd_per_1m_prompt_tokens": 1.0, "usd_per_1m_completion_tokens": 1.0}
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Loopback, str]]:
     with running_gateway(tmp_path_factory.mktemp("open")) as gateway:
-        yield gateway, gateway.run(lambda: fill(gateway.store, gateway.outcomes))
+        yield gateway, gateway.run(lambda: fill(gateway.store, gateway.outcomes, gateway.config))
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +228,62 @@ def test_a_request_is_shown_with_its_spans(filled: tuple[Loopback, str]) -> None
     assert "the engine said &lt;script&gt;" in text
 
 
+def test_a_request_is_shown_with_the_profiles_questions_nearest_to_it(
+    filled: tuple[Loopback, str],
+) -> None:
+    gateway, hostile = filled
+    text = httpx2.get(f"{gateway.url}/console/requests/{hostile}").text
+    shown = text.partition("<h2>Neighbours</h2>")[2].partition("<h2>Route again</h2>")[0]
+    found = re.findall(r'<td class="number">([\d.]+)</td>', shown)
+    assert len(found) == 5
+    assert found[:3] == ["1.000"] * 3  # as many as there are of its topic
+    assert shown.count("What is 17 times 23?") == 3
+    assert "large@none <strong>1.00</strong>" in shown
+
+
+def test_clusters_are_shown_with_questions_of_the_profile_alone(
+    filled: tuple[Loopback, str],
+) -> None:
+    gateway, _ = filled
+    text = httpx2.get(f"{gateway.url}/console/routing?cluster=1").text
+    assert "<li>Who wrote Middlemarch?</li>" in text
+    assert "Where does the Rhine end?" in text
+    assert "What is 6 times 7?" not in text
+    assert "Win rate in cluster 1" in text
+
+
+def test_policies_are_shown_side_by_side_since_the_trials_began(
+    filled: tuple[Loopback, str],
+) -> None:
+    gateway, _ = filled
+    text = httpx2.get(f"{gateway.url}/console/policies").text
+    shown = text.partition("<h2>Side by side</h2>")[2].partition("<h2>What served when</h2>")[0]
+    rows = [re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", row)) for row in shown.split("<tr>")[2:5]]
+    assert [row.split()[:2] for row in rows] == [["2", "serving"], ["3", "canary"], ["4", "shadow"]]
+    assert rows[0].split()[2] == "55"
+    assert rows[1].split()[3] == "6"
+    assert rows[2].split()[2] == "21"
+
+
+def test_the_queue_of_a_model_and_a_server_that_is_away_are_shown(
+    filled: tuple[Loopback, str],
+) -> None:
+    gateway, _ = filled
+    text = httpx2.get(f"{gateway.url}/console/pool").text
+    (row,) = [one for one in text.split("<tr>") if ">small <" in one]
+    assert '<td class="number">7</td>' in row
+
+
+def test_limits_are_shown_with_what_is_reserved_and_left(filled: tuple[Loopback, str]) -> None:
+    gateway, _ = filled
+    text = httpx2.get(f"{gateway.url}/console/spend").text
+    shown = text.partition("<h2>Limits</h2>")[2].partition("<h2>By key</h2>")[0]
+    rows = [re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", row)) for row in shown.split("<tr>")[2:]]
+    assert "team blue dollars per day $2.00 $0 $0.500 $1.50" in rows[0]
+    assert "team blue tokens per day 50,000 0 2,000 48,000" in rows[1]
+    assert "<dt>Saved</dt>" in text
+
+
 def test_requests_are_found_by_what_is_known_of_them(filled: tuple[Loopback, str]) -> None:
     gateway, _ = filled
 
@@ -255,6 +319,10 @@ def test_the_list_goes_on_from_where_a_page_ended(filled: tuple[Loopback, str]) 
         ("/console/requests?window=1y", 400),
         ("/console?window=1y", 400),
         ("/console/requests/req_0", 404),
+        ("/console/routing?cluster=x", 400),
+        ("/console/routing?cluster=77", 404),
+        ("/console/policies?version=-1", 400),
+        ("/console/policies?version=1", 404),
     ],
 )
 def test_what_cannot_be_shown_is_said_on_a_page(
@@ -301,3 +369,67 @@ def test_spans_are_drawn_below_what_they_are_part_of() -> None:
     bars = waterfall(spans, 2.0)
     assert [(bar.span.span_id, bar.depth) for bar in bars] == [(0, 0), (1, 1), (3, 2), (2, 1)]
     assert [(bar.left, bar.width) for bar in bars] == [(0, 100), (25, 25), (25, 0.4), (50, 50)]
+
+
+def test_the_curve_of_an_evaluation_has_every_price_once_and_the_pairs_apart() -> None:
+    chart = pareto_chart(REPORT)
+    assert chart is not None
+    assert chart["times"] == sorted(set(chart["times"]))
+    series = {one["label"]: one for one in chart["series"]}
+    assert list(series) == ["candidate", "serving", "oracle", "random", "one pair alone"]
+    assert [name for name, one in series.items() if one["is_scattered"]] == ["one pair alone"]
+    alone = {
+        x: y for x, y in zip(chart["times"], series["one pair alone"]["values"], strict=True) if y
+    }
+    assert alone == {0.0001: 0.66, 0.0006: 0.75}
+    assert pareto_chart({"frontiers": {"candidate": [{"score": 1}]}}) is None
+    assert pareto_chart({}) is None
+
+
+def test_what_is_free_stands_left_of_what_costs_least() -> None:
+    points = [{"cost_usd": 0.0, "score": 0.5}, {"cost_usd": 0.01, "score": 0.7}]
+    chart = pareto_chart({"frontiers": {"candidate": points}})
+    assert chart is not None
+    assert chart["times"] == [0.001, 0.01]
+
+
+def test_the_least_confident_cluster_comes_first_and_those_without_requests_last() -> None:
+    def went(cluster: int | None, requests: int, confidence: float) -> ClusterChoices:
+        choices = Choices(requests, 0, 0.0, 0.0, requests * confidence, 4, 3)
+        return ClusterChoices(cluster, PAIRS[0], choices)
+
+    snapshot = replace(make_snapshot(), pairs=PAIRS, examples=EXAMPLES)
+    found = clusters_of(snapshot, [went(0, 5, 0.9), went(2, 3, 0.4), went(None, 2, 0.2)])
+    assert [one.index for one in found] == [None, 2, 0, 1]
+    assert [one.confidence for one in found] == pytest.approx([0.2, 0.4, 0.9, None])
+    assert found[1].examples == EXAMPLES[2]
+    best = found[2].candidates[0]
+    assert (best.pair, best.requests) == (PAIRS[2], 0)
+    assert best.fitted is not None
+    assert best.fitted.low < best.fitted.middle < best.fitted.high <= 1
+    assert best.evidence == pytest.approx(50)
+    assert {one.is_best for one in found if one.index is None} == {None}
+    (rated,) = [one for one in found[1].candidates if one.requests]
+    assert rated.win_rate is not None
+    assert (rated.verdicts, rated.win_rate.middle) == (4, 0.75)
+
+
+def test_what_was_saved_is_scaled_by_the_prices_on_the_profile() -> None:
+    means = {
+        PAIRS[0]: ProfileMean(100, 0.6, 0.001),
+        PAIRS[1]: ProfileMean(100, 0.8, 0.004),
+        PAIRS[2]: ProfileMean(3, 1.0, 0.1),
+    }
+    used = [
+        Usage(str(PAIRS[0]), 30, 0, 0, 0, 0.06),
+        Usage(str(PAIRS[1]), 10, 0, 0, 0, 0.08),
+        Usage("pattern:vote@none", 5, 0, 0, 0, 9.0),
+    ]
+    found = saving(used, means, frozenset(PAIRS))
+    assert found is not None
+    assert (found.best, found.requests) == (PAIRS[1], 40)
+    assert found.paid_usd == pytest.approx(0.14)
+    assert found.at_best_usd == pytest.approx(0.14 * 40 * 0.004 / (30 * 0.001 + 10 * 0.004))
+    assert found.score == pytest.approx(0.65)
+    assert saving(used, {}, frozenset(PAIRS)) is None
+    assert saving([], means, frozenset(PAIRS)) is None

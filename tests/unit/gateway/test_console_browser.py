@@ -16,9 +16,10 @@ import pytest
 
 from serve_app.config import AtlasConfig, StoreConfig
 from serve_app.jobs import do_job
-from serve_app.store import create_key, list_policies, newest_pool
+from serve_app.store import create_key, list_policies, newest_pool, update_job
 from tests.browser import Browser, chromium, needs_chromium
 from tests.console_data import HOSTILE, fill
+from tests.console_learned import TRAINING
 from tests.gateway_fakes import Loopback, running_gateway
 
 pytestmark = needs_chromium
@@ -79,7 +80,8 @@ class ThreadLauncher:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("console")
     with running_gateway(folder) as gateway, chromium(folder) as browser:
-        hostile = gateway.run(lambda: fill(gateway.store, gateway.outcomes))
+        gateway.launcher.running.add(TRAINING)
+        hostile = gateway.run(lambda: fill(gateway.store, gateway.outcomes, gateway.config))
         browser.show(1280, 900)
         yield Site(gateway, browser, hostile)
 
@@ -168,6 +170,41 @@ def test_requests_are_filtered_without_a_reload(site: Site) -> None:
     )
     assert set(rows) == {"failed"}
     assert site.browser.evaluate("window.stays") is True
+
+
+def test_a_cluster_is_looked_at_by_clicking(site: Site) -> None:
+    site.go("Routing")
+    site.browser.click("a[href*='cluster=2']")
+    site.browser.wait_for("document.querySelector('#cluster')?.innerText.endsWith('cluster 2')")
+    assert "Write a haiku about rain." in site.browser.text()
+    assert site.browser.evaluate("document.querySelectorAll('tr.chosen').length") == 1
+    assert site.browser.complaints == []
+
+
+def test_an_evaluation_and_a_training_are_drawn(site: Site) -> None:
+    site.go("Policies")
+    assert site.browser.evaluate("document.querySelectorAll('.uplot canvas').length") == 2
+    legends = site.browser.evaluate(
+        "[...document.querySelectorAll('.u-legend')].map(e => e.innerText)"
+    )
+    assert "iteration" in legends[0]
+    assert "utility on questions apart" in legends[0]
+    assert "dollars a question" in legends[1]
+    for name in ("candidate", "serving", "oracle", "one pair alone"):
+        assert name in legends[1]
+    assert site.browser.complaints == []
+
+
+def test_the_curve_of_a_training_grows_while_one_looks(site: Site) -> None:
+    site.go("Policies")
+    curve = [{"iteration": n, "mean_return": -0.1 * n, "utility": None} for n in range(1, 31)]
+    progress = {"done": 30, "total": 60, "phase": "training", "curve": curve}
+    site.gateway.run(lambda: update_job(site.gateway.store, TRAINING, progress=progress))
+    site.browser.wait_for(
+        "JSON.parse(document.querySelector('[data-chart]').dataset.chart).times.length === 30"
+        " && document.querySelector('[data-chart] canvas')"
+    )
+    assert site.browser.complaints == []
 
 
 def test_a_price_is_set_by_clicking(site: Site) -> None:

@@ -17,7 +17,7 @@ from serve_app.errors import (
     NoCandidate,
     ReplicaDied,
 )
-from serve_app.orchestrator.decision_client import Decider, UnderWay
+from serve_app.orchestrator.decision_client import Decider, UnderWay, facts_of
 from serve_app.router.rules.base import Answer, RoutingRequest
 from serve_app.schemas import Candidate, DecidedBy, Decision, Limits, Pair, Seen
 from tests.path2_fakes import Method
@@ -240,3 +240,13 @@ async def test_nothing_is_embedded_where_there_is_no_new_text() -> None:
     )
     assert (embedded, decided.candidates[0].quality) == (None, 7)
     assert deployments.batches == []
+
+
+def test_a_decisions_span_tells_the_best_candidates_with_their_intervals() -> None:
+    candidates = tuple(
+        Candidate(Pair(name, "none"), 0.5, 0.8, 0.1, 0.7, 0.9) for name in ("a", "b", "c", "d")
+    )
+    facts = facts_of(Decision(candidates, DecidedBy.CLUSTERS, 0.6, 0.9, 2, 3))
+    told = "a@none 0.80 [0.70 to 0.90], b@none 0.80 [0.70 to 0.90], c@none 0.80 [0.70 to 0.90]"
+    assert facts["candidates"] == told
+    assert facts["propensity"] == 0.9

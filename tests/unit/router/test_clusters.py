@@ -190,6 +190,12 @@ def test_outside_the_profile_it_says_so_and_takes_the_pair_that_is_best_overall(
     assert cheap_only.pair == STRONG
 
 
+def test_a_decision_names_its_cluster_and_none_outside_the_profile() -> None:
+    rule = ClusterRule(make_snapshot())
+    found = [decide(rule, query, LIMITS, PAIRS).cluster for query in (*topics(), far_away())]
+    assert found == [0, 1, 2, None]
+
+
 def test_a_pair_the_snapshot_does_not_know_is_ranked_by_its_prior() -> None:
     prior = new_pair_prior(likeness=0.9)
     rule = ClusterRule(make_snapshot(), prior)

@@ -43,7 +43,7 @@ def store_of(revision: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "revision", ["0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009"]
+    "revision", ["0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010"]
 )
 async def test_a_store_of_an_earlier_schema_is_read_whole(revision: str, tmp_path: Path) -> None:
     path = tmp_path / "store.db"

@@ -264,27 +264,52 @@
     };
   }
 
+  function shownIn(unit) {
+    return (value) => {
+      if (value === null || value === undefined) return "-";
+      const digits = String(Number(value.toPrecision(3)));
+      return unit === "$" ? `$${digits}` : `${digits}${unit}`;
+    };
+  }
+
+  // The axis along which a chart goes: time, or what it names in `x`.
+  function alongOf(chart) {
+    if (!chart.x) return { scale: {}, axis: {}, series: { value: "{YYYY}-{MM}-{DD} {HH}:{mm}" } };
+    const shown = shownIn(chart.x.unit);
+    const marked = (_, values) => values.map((value) => (value === null ? "" : shown(value)));
+    return {
+      scale: { time: false, distr: chart.x.is_log ? 3 : 1 },
+      axis: { values: marked },
+      series: { label: chart.x.label, value: (_, value) => shown(value) },
+    };
+  }
+
   function draw(place) {
     const chart = JSON.parse(place.dataset.chart);
     const axis = { stroke: colour("--quiet"), grid: { stroke: colour("--line"), width: 1 } };
-    const shown = (value) => {
-      if (value === null) return "-";
-      const digits = String(Number(value.toPrecision(3)));
-      return chart.unit === "$" ? `$${digits}` : `${digits}${chart.unit}`;
-    };
+    const shown = shownIn(chart.unit);
+    const along = alongOf(chart);
+    const fromZero = (_, low, high) => [0, high > 0 ? high * 1.1 : 1];
+    const around = (_, low, high) => (low === null ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true));
     const series = chart.series.map((one, index) => ({
       label: one.label,
-      stroke: colour(`--series-${index + 1}`),
+      stroke: colour(`--series-${(index % 6) + 1}`),
       width: 2,
       dash: index ? [6, 3] : undefined,
-      value: (_, value) => shown(value ?? null),
+      spanGaps: Boolean(chart.x),
+      paths: one.is_scattered ? () => null : undefined,
+      points: one.is_scattered ? { show: true, size: 7 } : undefined,
+      value: (_, value) => shown(value),
     }));
     const options = {
       width: place.clientWidth,
       height: 190,
-      scales: { y: { range: (_, low, high) => [0, high > 0 ? high * 1.1 : 1] } },
-      axes: [axis, { ...axis, size: 60, values: (_, values) => values.map(shown) }],
-      series: [{ value: "{YYYY}-{MM}-{DD} {HH}:{mm}" }, ...series],
+      scales: { x: along.scale, y: { range: chart.x ? around : fromZero } },
+      axes: [
+        { ...axis, ...along.axis },
+        { ...axis, size: 60, values: (_, values) => values.map(shown) },
+      ],
+      series: [along.series, ...series],
       hooks: { draw: [policyLines(chart.lines)] },
     };
     const values = [chart.times, ...chart.series.map((one) => one.values)];
