@@ -1,10 +1,12 @@
 """How long does a page of the console take with a million requests in the store?
 
 How to run: `python -m benchmarks.console --out FILE.json [--requests N] [--store FILE.db]`. The
-requests are written by bulk insert into a SQLite file of thirty days, ten keys, twelve candidates
-and four paths, with a verdict on every tenth and the sums that the outcome log would have kept;
-then each page is asked for over loopback, again and again. A file named by `--store` is kept, and
-used as it is where it is there.
+requests are written by bulk insert into a SQLite file of thirty days, ten keys, twelve candidates,
+four paths and 32 clusters, with a verdict on every tenth and the sums that the outcome log would
+have kept; every tenth was looked at by a policy in the shadow. Beside them are a profile of 2,000
+questions, a snapshot that serves, its evaluation, two trials, and limits of every key. Then each
+page is asked for over loopback, again and again. A file named by `--store` is kept, and used as it
+is where it is there; its snapshot lies beside it.
 
 Results to expect: see `benchmarks/README.md`.
 """
@@ -16,13 +18,10 @@ import asyncio
 import json
 import os
 import platform
-import random
 import socket
-import sqlite3
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,18 +29,25 @@ from typing import Any
 import httpx2
 import uvicorn
 
+from benchmarks.console_store import MODELS, TOOLS, console_config, fill
 from benchmarks.serving import show_targets
 from benchmarks.stats import Target, percentile
 from serve_app.config import AtlasConfig
 from serve_app.gateway.app import build_api
 from serve_app.jobs import Jobs
 from serve_app.orchestrator.direct import DirectTools
-from serve_app.schemas import ChatCall, Decision, MemberState, ModelMember, PoolState, Report
+from serve_app.schemas import (
+    ChatCall,
+    Decision,
+    MemberState,
+    ModelMember,
+    PoolLoad,
+    PoolState,
+    Report,
+)
 from serve_app.store import OutcomeLog, Store
-from serve_app.store.sums import add_requests, add_verdict
 
 REQUESTS = 1_000_000
-DAYS = 30
 LIMIT_MS = 300.0
 ROUNDS = 20
 PAGES = {
@@ -56,88 +62,13 @@ PAGES = {
     "requests of a key, none found": "/console/requests?owner=key_0000000000000001&min_usd=1000",
     "one request": "/console/requests/req_00000000000000000000000000000001",
     "routing, last year": "/console/routing?window=365d",
+    "routing, a cluster": "/console/routing?cluster=7",
     "policies": "/console/policies",
+    "policies, an evaluation": "/console/policies?version=5",
     "pool": "/console/pool",
     "spend, last year": "/console/spend?window=365d",
     "ask": "/console/ask",
 }
-_BATCH = 50_000
-_DIMENSIONS = 384
-_PATHS = ("clusters", "policy", "out_of_distribution", "pinned")
-_MODELS = tuple(f"model-{number}" for number in range(4))
-_TOOLS = ("none", "calculator", "retrieval")
-_SPANS = json.dumps(
-    [
-        {
-            "span_id": 0, "parent_id": None, "kind": "request", "name": "req", "began_s": 0.0,
-            "seconds": 1.0, "error": None, "prompt_tokens": 100, "completion_tokens": 50,
-            "cost_usd": 0.001, "attributes": {}, "arguments": None, "text": None,
-        }
-    ]
-)  # fmt: skip
-
-
-def request_rows(count: int, now_s: float) -> Iterator[dict[str, Any]]:
-    """Values of `RequestRow` for requests of the last `DAYS`, the oldest first."""
-    chance = random.Random(20)
-    embedding = chance.randbytes(4 * _DIMENSIONS)
-    keys = [f"key_{number:016x}" for number in range(10)]
-    step_s = DAYS * 86_400 / count
-    for number in range(count):
-        yield {
-            "request_id": f"req_{number:032x}",
-            "owner": chance.choice(keys),
-            "query": f"Question {number}: " + "what is the answer to this one? " * 4,
-            "embedding": embedding,
-            "model_id": chance.choice(_MODELS),
-            "tool_id": chance.choice(_TOOLS),
-            "path": chance.choice(_PATHS),
-            "confidence": chance.random(),
-            "propensity": 0.9,
-            "alpha": 0.3,
-            "policy_version": 1 + number * 5 // count,
-            "pool_version": 1,
-            "prompt_tokens": 100,
-            "completion_tokens": 50,
-            "cost_usd": chance.expovariate(1000),
-            "seconds": chance.lognormvariate(0, 0.7),
-            "error": "the engine failed" if chance.random() < 0.01 else None,
-            "created_unix_s": now_s - (count - number) * step_s,
-        }
-
-
-async def fill(store: Store, path: Path, count: int) -> None:
-    """Write the requests, and what the log would have summed up."""
-    rows = request_rows(count, time.time())
-    while batch := list(islice(rows, _BATCH)):
-        await asyncio.to_thread(_insert, path, batch)
-        async with store.begin() as connection:
-            await add_requests(connection, batch)
-            for row in batch[::10]:
-                pair = (row["model_id"], row["tool_id"])
-                score = float(random.Random(row["request_id"]).random() < row["confidence"])
-                await add_verdict(
-                    connection,
-                    pair,
-                    score=score,
-                    confidence=row["confidence"],
-                    at_unix_s=row["created_unix_s"],
-                )
-
-
-def _insert(path: Path, batch: list[dict[str, Any]]) -> None:
-    with sqlite3.connect(path) as connection:
-        names = list(batch[0])
-        marks = ", ".join(f":{name}" for name in names)
-        connection.executemany(f"INSERT INTO requests ({', '.join(names)}) VALUES ({marks})", batch)
-        connection.executemany(
-            "INSERT INTO spans VALUES (?, 'answered', 0, ?)",
-            [(row["request_id"], _SPANS) for row in batch],
-        )
-        connection.executemany(
-            "INSERT INTO feedback VALUES (?, ?, 1.0, NULL, ?)",
-            [(r["request_id"], r["owner"], r["created_unix_s"]) for r in batch[::10]],
-        )
 
 
 class _Idle:
@@ -145,13 +76,16 @@ class _Idle:
 
     def __init__(self, config: AtlasConfig) -> None:
         members = tuple(ModelMember(m.model_id, MemberState.READY) for m in config.models)
-        self._pool = PoolState(1, members, _TOOLS, config.all_pairs(), config)
+        self._pool = PoolState(1, members, TOOLS, config.all_pairs(), config)
 
     def pool(self) -> PoolState:
         return self._pool
 
     def ready(self) -> tuple[bool, dict[str, Any]]:
         return True, {}
+
+    async def load(self) -> PoolLoad | None:
+        return PoolLoad(dict.fromkeys(MODELS, 3), frozenset())
 
     def breakers(self) -> dict[str, str]:
         return {}
@@ -183,21 +117,6 @@ class _NoJobs:
         raise NotImplementedError
 
 
-def _config() -> AtlasConfig:
-    models = [
-        {
-            "type": "remote",
-            "model_id": name,
-            "base_url": "http://127.0.0.1:1/v1",
-            "remote_model": "x",
-            "tools": list(_TOOLS),
-        }
-        for name in _MODELS
-    ]
-    tools = [{"type": "calculator", "tool_id": name} for name in _TOOLS if name != "none"]
-    return AtlasConfig.model_validate({"models": models, "tools": tools, "gateway": {"mcp": False}})
-
-
 @dataclass
 class Took:
     """Milliseconds that a page took, each time."""
@@ -217,9 +136,9 @@ class Took:
         }
 
 
-async def measure(store: Store) -> dict[str, Took]:
-    """What each page took."""
-    config = _config()
+async def measure(store: Store, folder: Path) -> dict[str, Took]:
+    """What each page took; the folder has the snapshot."""
+    config = console_config(folder)
     jobs, outcomes = Jobs(config, store, _NoJobs()), OutcomeLog(store)
     app = build_api(_Idle(config), store, outcomes, jobs, config)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -255,7 +174,7 @@ async def run(path: Path, count: int) -> tuple[float, dict[str, Took]]:
         began_s = time.perf_counter()
         if not is_there:
             await fill(store, path, count)
-        return time.perf_counter() - began_s, await measure(store)
+        return time.perf_counter() - began_s, await measure(store, path.parent)
     finally:
         await store.close()
 
