@@ -335,7 +335,7 @@ class Loopback:
         async def wrapped() -> T:
             return await work()
 
-        return asyncio.run_coroutine_threadsafe(wrapped(), self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(wrapped(), self._loop).result(60)
 
     def client(self, api_key: str = "none", **options: Any) -> openai.OpenAI:
         return openai.OpenAI(
