@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from serve_app.capabilities import NO_NEEDS, Needs, needs_of
 from serve_app.content import last_question, text_of_content
+from serve_app.signals import Signals
 
 if TYPE_CHECKING:  # they import this module
     from serve_app.config import AtlasConfig
@@ -98,10 +99,13 @@ class DecidedBy(StrEnum):
     CLUSTERS = "clusters"
     """Path 1: the outcomes of like questions."""
     OUT_OF_DISTRIBUTION = "out_of_distribution"
-    """The query is unlike everything profiled: the pair that is best overall, or the configured
-    fallback."""
+    """The query is unlike everything profiled: the pair whose card is most like it (best overall
+    where cards say nothing), or the configured fallback."""
     POLICY = "policy"
     """Path 2: the learned multi-step policy."""
+    VOI = "voi"
+    """The value of information: how likely the answers held are right says whether another
+    candidate is worth its price."""
     SESSION = "session"
     """The router would have switched; the conversation stays with who answered it last, because
     to have it read anew would cost more."""
@@ -117,6 +121,8 @@ class DecidedBy(StrEnum):
     """No rule was sure, or one sent the request there: the default."""
 
 
+BY_STEPS = frozenset({DecidedBy.POLICY, DecidedBy.VOI})
+"""Paths on which the router is asked again after each step."""
 BY_RULE = frozenset({DecidedBy.KEYWORD, DecidedBy.SEMANTIC, DecidedBy.LLM, DecidedBy.DEFAULT})
 """Paths on which a rule decided, so that they say nothing of a policy."""
 
@@ -419,6 +425,8 @@ class Seen:
     tool_errors: int
     """Tool calls that failed."""
     cost_usd: float
+    signals: tuple[float, ...] = ()
+    """What else it showed, as `Signals.numbers` gives it; empty: not kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,6 +495,11 @@ class Decision:
     """What the rules found, in their order; empty where there are none."""
     cluster: int | None = None
     """Of the policy's snapshot, nearest to the query; `None`: without a profile, or outside it."""
+    answer_step: int | None = None
+    """With `ANSWER`: the step whose answer is the best; `None`: it is not said."""
+    chances: tuple[float | None, ...] = ()
+    """Of each finished step: the calibrated chance that its answer is right, in [0, 1]; `None`: it
+    gave none. Empty without a verifier."""
 
     @property
     def pair(self) -> Pair:
@@ -546,6 +559,8 @@ class Step:
     """`THINK` where the planner ran: its text is no answer."""
     policy_version: int = 0
     """Of the policy that decided on the step; the same through all steps of a request."""
+    signals: Signals | None = None
+    """What it showed beside its text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -674,6 +689,8 @@ class Replay:
     routes: Mapping[Route, tuple[tuple[Pair, ...], ...]]
     """Of each node of a pattern that left the choice to the router: the pairs that it ran, each
     time that it chose."""
+    answer_step: int | None = None
+    """Number of the step whose answer the policy returned; `None`: it is not known."""
 
 
 @dataclass(frozen=True, slots=True)

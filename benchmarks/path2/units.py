@@ -30,6 +30,8 @@ MAX_STEPS = 4
 
 GATED, PATH_1, PATH_2, ONE_STEP = "gated", "path 1", "path 2", "path 2, one step"
 ORACLE, BEST_SINGLE, HINDSIGHT = "oracle", "best single", "best single in hindsight"
+COLD_START = "cold start"
+"""The cards alone; only where there are cards."""
 FIELDS = ("score", "costs_usd", "cost", "steps")
 
 
@@ -105,6 +107,9 @@ def contend(
             ONE_STEP: once.answer(table, alpha, pair_costs_usd=usd),
             ORACLE: _run_once(test, utilities.argmax(axis=1)),
         }
+        if test.similarity.any():
+            by_cards = _by_quality(test, alpha, test.similarity.astype(np.float64))
+            found[COLD_START] = _run_once(test, by_cards.argmax(axis=1))
         found |= {
             name: _run_once(test, np.full(test.num_queries, column))
             for name, column in singles.items()
@@ -140,8 +145,11 @@ def joined(units: Sequence[Unit]) -> Unit:
 
 
 def _utilities(table: ReplayTable, alpha: float) -> Array:
-    cost = normalised_cost(table.pair_costs_usd)
-    utilities = utility(alpha, table.score[0].astype(np.float64), cost)
+    return _by_quality(table, alpha, table.score[0].astype(np.float64))
+
+
+def _by_quality(table: ReplayTable, alpha: float, quality: Array) -> Array:
+    utilities = utility(alpha, quality, normalised_cost(table.pair_costs_usd))
     return np.where(table.measured[0], utilities, -1.0)
 
 

@@ -14,6 +14,7 @@ from rl.profile.prices import PriceHistory
 from rl.profile.run import fingerprint, thought_fingerprint
 from serve_app.config import AtlasConfig
 from serve_app.schemas import Pair
+from serve_app.signals import NUMBERS, abstains, stacked
 from serve_app.store import (
     ProfileOutcome,
     ProfileQuestion,
@@ -46,6 +47,8 @@ class Dataset:
     """(num_outcomes,) mean token log-probability of the answer; NaN where unknown."""
     tool_errors: NDArray[np.float32] | None = None
     """(num_outcomes,) tool calls that failed."""
+    signals: NDArray[np.float32] | None = None
+    """(num_outcomes, len(NUMBERS)) as `Signals.numbers`; NaN where not kept."""
     thoughts: Thoughts | None = None
     """What the deployment's planner said, and what came of it; `None` where none was recorded."""
 
@@ -187,7 +190,21 @@ def _laid_out(
             [np.nan if row.mean_logprob is None else row.mean_logprob for row in rows] + unknown
         ),
         tool_errors=_column([row.tool_errors for row in rows] + [0.0] * len(rated)),
+        signals=stacked([_numbers(row) for row in rows] + [()] * len(rated)),
     )
+
+
+def _numbers(row: ProfileOutcome) -> Sequence[float]:
+    """What an outcome showed; of one from before signals were kept, what its columns say."""
+    if row.signals is not None:
+        return row.signals.numbers()
+    numbers = [np.nan] * len(NUMBERS)
+    if row.mean_logprob is not None:
+        numbers[NUMBERS.index("answer_mean")] = row.mean_logprob
+    numbers[NUMBERS.index("num_failed")] = row.tool_errors
+    numbers[NUMBERS.index("abstains")] = float(abstains(row.answer or ""))
+    numbers[NUMBERS.index("log_length")] = float(np.log1p(len(row.answer or "")))
+    return numbers
 
 
 def _indices(

@@ -83,7 +83,8 @@ def fit(
     caution, decided = choose_caution(
         outcomes, scores, counts, pairs, centroids, chosen, seen, settings
     )
-    decided[levels > settings.trusted_quantile] = pairs.mean
+    is_outside = levels > settings.trusted_quantile
+    decided[is_outside] = chosen.outside[is_outside]
     gate_head, gate_weights = calibrate(
         outcomes, scores, counts, pairs, landmarks, chosen.rows, decided, levels, settings
     )

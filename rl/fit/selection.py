@@ -76,13 +76,16 @@ class Chosen:
     head_weight: float
     card_weight: float
     outside_card_weight: float
-    """The same beside the pairs' overall means, which is all there is outside the profile."""
+    """The same where nothing else is known of a query but the pool's mean score; 0 where the pairs'
+    own means say more than the cards."""
     value: float
     """Cross-validated figure of the blend; higher is better."""
     rows: NDArray[np.int64]
     """(num_cv_queries,) the queries that were held out."""
     quality: Float
     """(num_cv_queries, num_pairs) held-out predictions."""
+    outside: Float
+    """(num_cv_queries, num_pairs) what would be predicted if the queries were outside."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,10 @@ def _blend(
 
     card_weight, value = best_weight(held_out)
     overall = np.broadcast_to(pairs.mean.astype(np.float32), held_out[0].shape)
-    outside_card_weight, _ = best_weight([overall])
+    level = np.full_like(overall, pairs.mean.mean())
+    outside_card_weight, by_cards = best_weight([level])
+    if outside_card_weight == 0 or by_cards <= value_of(overall):
+        outside_card_weight, level = 0.0, overall
     return Chosen(
         clusterings=shares,
         penalties=penalties,
@@ -236,6 +242,7 @@ def _blend(
         value=value,
         rows=rows,
         quality=added(held_out[0], card_weight),
+        outside=added(level, outside_card_weight),
     )
 
 

@@ -24,8 +24,12 @@ from serve_app.router.rules.clusters import ClusterRule
 from serve_app.schemas import Pair
 
 NUM_FOLDS = 5
-NUM_GROUPS = 5
-"""Kinds of queries told apart where no domain is known."""
+NUM_KINDS = 30
+"""Kinds of queries told apart, in all domains together."""
+_LEAST_OF_KIND = 10
+"""Queries of a kind, on average."""
+_MAX_FITS = 10
+"""Fits that a view takes at most: with more groups, several are left out at once."""
 QUICK_FIT = FitSettings(num_repeats=1)
 """Of the fits that a view is made of: one round of cross-validation each."""
 
@@ -41,7 +45,7 @@ def make_views(
 
     Args:
         outcomes: What the pairs did.
-        groups: (N,) the kind of each query, for example its domain; see `groups_of`.
+        groups: (N,) the kind of each query; see `groups_of`.
         descriptors: (P, descriptor) of the pairs, as `fit` takes them.
         likeness: (N, P) similarity of the queries to the pairs' cards in [0, 1].
         settings: Of the fits; `QUICK_FIT` where `None`.
@@ -59,10 +63,30 @@ def make_views(
     settings = settings or QUICK_FIT
     rng = np.random.default_rng(settings.seed + 4)
     fold = rng.permutation(num_queries) % min(NUM_FOLDS, max(2, num_queries))
+    num_groups = int(group.max()) + 1
+    group = (rng.permutation(num_groups) % min(num_groups, _MAX_FITS))[group]
     return (
         _held_out_view(outcomes, fold, descriptors, likeness, settings),
         _held_out_view(outcomes, group, descriptors, likeness, settings),
     )
+
+
+def domain_views(
+    outcomes: Outcomes,
+    domains: Sequence[str],
+    descriptors: Float | None = None,
+    likeness: Float | None = None,
+    settings: FitSettings | None = None,
+) -> tuple[View, View]:
+    """As `make_views`, with whole domains left out, or kinds where there is one domain only.
+
+    For what learns to judge answers: it has to hold where path 1 knows nothing.
+    """
+    groups = np.asarray(domains)
+    if len(np.unique(groups)) < 2:
+        groups = groups_of(domains, outcomes.embeddings)
+    settings = replace(settings or QUICK_FIT, num_repeats=1)
+    return make_views(outcomes, groups, descriptors, likeness, settings)
 
 
 def newcomer_view(
@@ -115,21 +139,23 @@ def newcomer_view(
 
 
 def groups_of(domains: Sequence[str], embeddings: Float, seed: int = 0) -> NDArray[np.str_]:
-    """(N,) the kind of each query: its domain, or where it has none the k-means group it falls in.
+    """(N,) the kind of each query: the k-means part of its domain that it falls in.
 
-    Where there is only one domain, it says nothing, and the groups take its place.
+    A domain is one kind where its queries are few. A domain alone would be too coarse: with three
+    of them, what path 1 is shown of an unknown kind would be two fits.
     """
     names = np.array([str(domain) for domain in domains])
-    without = names == ""
-    if len(np.unique(names[~without])) < 2:
-        without = np.ones(len(names), np.bool_)
-    if not without.any():
-        return names
-    part = embeddings[without]
-    centroids = estimators.k_means(part, min(NUM_GROUPS, len(part)), seed)
-    nearest = estimators.assign(part, centroids, 1, 1.0).argmax(axis=1)
     groups = names.astype(object)
-    groups[without] = [f"\0{number}" for number in nearest]  # no domain is called that
+    for name in np.unique(names):
+        rows = np.flatnonzero(names == name)
+        wanted = round(NUM_KINDS * len(rows) / len(names))
+        size = max(1, min(wanted, len(rows) // _LEAST_OF_KIND))
+        if size == 1 and len(rows) == len(names):
+            size = min(2, len(rows))
+        if size > 1:
+            centroids = estimators.k_means(embeddings[rows], size, seed)
+            nearest = estimators.assign(embeddings[rows], centroids, 1, 1.0).argmax(axis=1)
+            groups[rows] = [f"{name}\0{number}" for number in nearest]
     return groups.astype(str)
 
 

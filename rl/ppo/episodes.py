@@ -25,6 +25,7 @@ from serve_app.router.policy.features import (
     encode,
     legal_actions,
     think_action,
+    voices,
 )
 from serve_app.router.rules.utility import cost_range
 
@@ -265,9 +266,9 @@ class Episodes:
         self._num_steps[rows] += 1
         self._pair_keys[rows, pairs] = batch.answer_key
         keys, own = self._keys[rows,], self._pair_keys[rows]
-        given = keys != NO_ANSWER
-        same = (own[:, :, None] == keys[:, None, :]) & given[:, None, :]
-        states.agreement[rows] = same.sum(axis=2) / np.maximum(given.sum(axis=1), 1)[:, None]
+        counts = voices(keys, self.table.voter_of(self._step_pair[rows,]))
+        agreeing = ((own[:, :, None] == keys[:, None, :]) * counts[:, None, :]).sum(axis=2)
+        states.agreement[rows] = agreeing / np.maximum(counts.sum(axis=1), 1)[:, None]
 
     def _think(self, rows: Index) -> None:
         """Let the planner speak in some episodes; it gives no answer."""
@@ -297,7 +298,8 @@ class Episodes:
         pair = np.full(self.num_envs, -1, np.intp)
         rows = np.flatnonzero(done)
         if len(rows):
-            step = best_answers(self._keys[rows])
+            voters = self.table.voter_of(self._step_pair[rows])
+            step = best_answers(self._keys[rows], voters)
             answered = (step != NO_ANSWER) & ~illegal[rows]
             given = self._step_score[rows, step]
             after = np.minimum(states.thought[rows], len(self._best) - 1)

@@ -29,9 +29,10 @@ from rl.ppo.algorithm import make_algorithm
 from rl.ppo.algorithm_state import load_state, save_state
 from rl.ppo.backend import Backend, ReplayBackend
 from rl.ppo.config import TrainConfig, ValidationConfig
+from rl.ppo.randomise import as_unknown
 from rl.ppo.rollout import roll_out
 from rl.ppo.run_folder import Checkpoint, RunFolder
-from rl.ppo.sampling import TERMS, scrambled
+from rl.ppo.sampling import TERMS
 from rl.ppo.spend import CapReached, Ledger, Spent
 from rl.ppo.table import ReplayTable
 from serve_app.errors import TrainingStopped
@@ -39,8 +40,6 @@ from serve_app.router.policy.policy_net import PolicyNet
 
 logger = logging.getLogger(__name__)
 
-_NUM_SCRAMBLED = 4
-"""Ways in which the questions of an unknown kind are scrambled for the validation."""
 _MODULE = "default_policy"
 _LEARNER_METRICS = {
     "entropy": "entropy",
@@ -232,7 +231,7 @@ def validate(
     Returns:
         `<view>/<alpha>` to utility; the view is its index in the table.
     """
-    unknown = [scrambled(table, seed) for seed in range(_NUM_SCRAMBLED)]
+    unknown = as_unknown(table)
     return {
         f"{view}/{alpha:g}": float(
             np.mean(

@@ -6,14 +6,15 @@ One policy is to serve every preference and to survive a changed pool, so traini
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from rl.ppo.reward import RewardSettings
-from serve_app.router.policy.features import MAX_STEPS
+from rl.ppo.table import ReplayTable
+from serve_app.router.policy.features import DESCRIPTOR_DIM, MAX_STEPS
 from serve_app.schemas import Pair
 
 Float = NDArray[np.float32]
@@ -24,6 +25,13 @@ _DOLLAR_ROOM = 3.0
 """Times the dearest pair's price that a limit in dollars is at most."""
 _TIME_ROOM = 5.0
 """Times the slowest pair's seconds that a limit in seconds is at most."""
+
+
+SECONDS_BLUR = 0.3
+"""Of the pairs' seconds where a state is scrambled; in orders of magnitude over 3, as `features`
+scales them."""
+_NUM_SCRAMBLED = 4
+"""Ways in which queries stand for those of an unknown kind."""
 
 
 @dataclass(frozen=True)
@@ -226,3 +234,26 @@ def _members(names: list[str]) -> tuple[int, Index]:
     """How many different names there are, and which one each is."""
     different, index = np.unique(np.array(names), return_inverse=True)
     return len(different), index.astype(np.intp)
+
+
+def scrambled(table: ReplayTable, seed: int = 0) -> ReplayTable:
+    """A table as `sampling.augmented` scrambles it, with the same signs for all queries."""
+    rng = np.random.default_rng(seed)
+
+    def signs(size: int) -> Float:
+        return (2.0 * rng.integers(0, 2, size) - 1.0).astype(np.float32)
+
+    of_texts = signs(table.embeddings.shape[1])
+    blur = rng.standard_normal(table.num_pairs)
+    return replace(
+        table,
+        embeddings=table.embeddings * of_texts,
+        answer_embeddings=table.answer_embeddings * of_texts,
+        descriptors=table.descriptors * signs(DESCRIPTOR_DIM),
+        pair_seconds=(table.pair_seconds * 1000 ** (SECONDS_BLUR * blur)).astype(np.float32),
+    )
+
+
+def as_unknown(table: ReplayTable) -> list[ReplayTable]:
+    """A table scrambled in several ways, as a network meets a kind of query that it never saw."""
+    return [scrambled(table, seed) for seed in range(_NUM_SCRAMBLED)]

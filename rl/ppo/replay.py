@@ -19,6 +19,7 @@ import numpy as np
 
 from rl.fit.dataset import Dataset, read_dataset
 from rl.fit.selection import FitSettings
+from rl.fit.voters import voters_of
 from rl.ppo.beliefs import (
     QUICK_FIT,
     columns_of,
@@ -37,6 +38,7 @@ from serve_app.router.policy.features import DESCRIPTOR_DIM, NO_ANSWER, project
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.snapshots.build_rule import read_cards, repriced
 from serve_app.router.snapshots.snapshot import RouterSnapshot
+from serve_app.signals import NUMBERS
 from serve_app.store import Store
 from serve_app.tools.builtin.best_of import answer_key
 
@@ -178,6 +180,11 @@ def make_table(
     )
     seconds = laid_out(lambda part: part.outcomes.seconds, np.nan)
     keys, rows, vectors = _answers(parts, shape, encode)
+    signals = np.full((*shape, len(NUMBERS)), np.nan, np.float32)
+    for time, part in enumerate(parts):
+        if part.signals is not None:
+            place = (time, part.outcomes.query_index, part.outcomes.pair_index)
+            signals[place] = part.signals
     nothing = np.zeros(num_queries, np.float32)
     return ReplayTable(
         encoder=outcomes.encoder,
@@ -207,6 +214,8 @@ def make_table(
         think_seconds=nothing if thoughts is None else _or_mean(thoughts.seconds),
         views=(),
         queries=outcomes.queries,
+        voters=voters_of(keys[0]),
+        signals=signals,
     )
 
 
@@ -238,6 +247,7 @@ def with_rule(table: ReplayTable, rule: ClusterRule) -> ReplayTable:
         table,
         pair_costs_usd=rule.costs_usd[columns].astype(np.float32),
         pair_seconds=rule.seconds[columns].astype(np.float32),
+        voters=rule.voters[columns],
         views=(view_of(rule, table.embeddings, table.pairs),),
     )
 

@@ -34,7 +34,7 @@ class RewardSettings:
     format_penalty: float = 1.0
     """Taken off for an illegal action, and for an episode without an answer."""
     cost_weight: float = 1.0
-    """Of the cost; at 1 or less a cheap wrong answer never beats a dear right one."""
+    """Of the cost; at 1 or less one cheap wrong answer never beats one dear right one."""
     tolerance: float = DEFAULT_TOLERANCE
     """Score points below the best that still count as the best."""
     observed_cost: bool = False
@@ -84,10 +84,10 @@ class RewardTerms(NamedTuple):
 def charge(
     settings: RewardSettings, alpha: Float, usd: Float, log_cost_range: NDArray[np.float64]
 ) -> Float:
-    """(n,) what so many dollars take off a reward, at least 0 and at most the cost's weight.
+    """(n,) what so many dollars take off a reward, at least 0.
 
-    `min(alpha / (1 - alpha), 1) * min(normalised(usd), 1)`: in units of the score, as the utility
-    `(1 - alpha) * score - alpha * cost` trades them.
+    `min(alpha / (1 - alpha), 1) * normalised(usd)`: in units of the score, as the utility
+    `(1 - alpha) * score - alpha * cost` trades them. Several runs cost more than the dearest one.
 
     Args:
         settings: The cost's weight.
@@ -95,7 +95,7 @@ def charge(
         usd: (n,) spent so far; 0 costs nothing.
         log_cost_range: (n, 2) as `utility.cost_range` gives it.
     """
-    share = np.where(usd > 0, np.minimum(normalised(usd, log_cost_range), 1.0), 0.0)
+    share = np.where(usd > 0, normalised(usd, log_cost_range), 0.0)
     charged: Float = (settings.cost_weight * trade(alpha) * share).astype(np.float32)
     return charged
 

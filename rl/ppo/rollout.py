@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rl.evaluate.held_out import HeldOut
 from rl.evaluate.policies import Reached, ask
 from rl.ppo.episodes import Episodes
-from rl.ppo.randomise import EnvSettings
+from rl.ppo.randomise import EnvSettings, as_unknown
 from rl.ppo.replay import with_rule
 from rl.ppo.table import ReplayTable, View
 from serve_app.errors import ConfigError
@@ -172,7 +172,8 @@ def choose_gate(
 
     Of all thresholds the one of the highest mean utility, over the table's views and the alphas.
     The views make it count both what path 1 knows of queries like the profiled ones and what it
-    only seems to know of a kind that was not profiled. Of equal thresholds the highest is taken:
+    only seems to know of a kind that was not profiled. Path 2 was trained on those kinds, so there
+    it is shown scrambled queries, as in its validation. Of equal thresholds the highest is taken:
     path 1 has to have shown, on some query, that such a confidence is worth it, because only
     path 2 sees the answer and can still change its mind.
 
@@ -187,12 +188,19 @@ def choose_gate(
         One of `GATE_THRESHOLDS`.
     """
     gains = np.zeros(len(GATE_THRESHOLDS))
+    unknown = as_unknown(table)
     for number, view in enumerate(table.views):
         kept = [view.confidence >= threshold for threshold in GATE_THRESHOLDS]
         chosen = path_1_choices(view, table, caution, alphas)
         for alpha, choice in zip(alphas, chosen, strict=True):
             first = run_once(table, choice, view.confidence).utility(alpha)
-            second = roll_out(net, table, alpha, max_steps=max_steps, view=number).utility(alpha)
+            second = np.mean(
+                [
+                    roll_out(net, seen, alpha, max_steps=max_steps, view=number).utility(alpha)
+                    for seen in (unknown if number else [table])
+                ],
+                axis=0,
+            )
             gains += [np.where(keeps, first, second).mean() for keeps in kept]
     best = np.flatnonzero(gains >= gains.max() - 1e-9)
     return GATE_THRESHOLDS[int(best[-1])]

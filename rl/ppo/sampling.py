@@ -8,7 +8,7 @@ arrays over time and rows, from which the connector makes the train batch at onc
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,17 +38,13 @@ from ray.rllib.utils.metrics import (
 from rl.ppo.backend import Backend
 from rl.ppo.env import spaces_of
 from rl.ppo.episodes import Episodes
-from rl.ppo.randomise import EnvSettings
-from rl.ppo.table import ReplayTable
+from rl.ppo.randomise import SECONDS_BLUR, EnvSettings
 from serve_app.router.policy.features import DESCRIPTOR_DIM, LOG_SECONDS
 
 Float = NDArray[np.float32]
 
 TERMS = ("r_out", "r_fmt", "r_sel", "r_cost")
 """Of the reward, as `rl.ppo.episodes` names them; each is logged as its mean per episode."""
-
-_SECONDS_BLUR = 0.3
-"""In units of the feature, three orders of magnitude."""
 
 
 @dataclass(frozen=True)
@@ -378,28 +374,10 @@ def augmented(
     candidates = observation["candidates"].copy()
     candidates[scrambled, :, :DESCRIPTOR_DIM] *= signs[:, None, dim:]
     there = (candidates[scrambled] != 0).any(axis=2)
-    blur = _SECONDS_BLUR * random.standard_normal(there.shape, np.float32)
+    blur = SECONDS_BLUR * random.standard_normal(there.shape, np.float32)
     candidates[scrambled, :, LOG_SECONDS] += blur * there
     changed["candidates"] = candidates
     return changed
-
-
-def scrambled(table: ReplayTable, seed: int = 0) -> ReplayTable:
-    """A table as `augmented` scrambles it, with the same signs for all queries."""
-    rng = np.random.default_rng(seed)
-
-    def signs(size: int) -> Float:
-        return (2.0 * rng.integers(0, 2, size) - 1.0).astype(np.float32)
-
-    of_texts = signs(table.embeddings.shape[1])
-    blur = rng.standard_normal(table.num_pairs)
-    return replace(
-        table,
-        embeddings=table.embeddings * of_texts,
-        answer_embeddings=table.answer_embeddings * of_texts,
-        descriptors=table.descriptors * signs(DESCRIPTOR_DIM),
-        pair_seconds=(table.pair_seconds * 1000 ** (_SECONDS_BLUR * blur)).astype(np.float32),
-    )
 
 
 def _of_ended(info: Mapping[str, NDArray[Any]], name: str, done: NDArray[np.bool_]) -> Any:

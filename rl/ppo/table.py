@@ -119,6 +119,10 @@ class ReplayTable:
     model in its turn. Its verdicts say nothing."""
     new_tools: View | None = None
     """The same of tools."""
+    signals: Float | None = None
+    """(T, N, P, len(NUMBERS)) as `Signals.numbers`, NaN where not kept; `None`: none were."""
+    voters: Index | None = None
+    """(P,) as of `serve_app.router.policy.features.voices`; `None`: each pair is one."""
 
     @property
     def num_queries(self) -> int:
@@ -135,11 +139,18 @@ class ReplayTable:
         """Whether outcomes after a thought are known."""
         return len(self.score) > 1
 
+    def voter_of(self, pairs: Index) -> Index:
+        """The voters of some pairs, of any shape; what is no pair votes for itself."""
+        return pairs if self.voters is None else np.where(pairs < 0, pairs, self.voters[pairs])
+
     def without_thoughts(self) -> ReplayTable:
         """The same as if there were no planner: T is 1."""
         nothing = np.zeros(self.num_queries, np.float32)
         first = {name: getattr(self, name)[:1] for name in _OUTCOMES}
-        return replace(self, think_cost_usd=nothing, think_seconds=nothing, **first)
+        signals = None if self.signals is None else self.signals[:1]
+        return replace(
+            self, think_cost_usd=nothing, think_seconds=nothing, signals=signals, **first
+        )
 
     def select(
         self, *, queries: Sequence[int] | Index | None = None, pairs: Sequence[int] | Index = ()
@@ -169,5 +180,7 @@ class ReplayTable:
             views=tuple(view.select(rows, columns) for view in self.views),
             new_models=None if self.new_models is None else self.new_models.select(rows, columns),
             new_tools=None if self.new_tools is None else self.new_tools.select(rows, columns),
+            signals=None if self.signals is None else self.signals[:, rows][:, :, columns],
+            voters=None if self.voters is None else self.voters[columns],
             **outcomes,
         )

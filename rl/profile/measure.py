@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from serve_app.errors import AtlasError, EngineError, InvalidRequest, NoCandidate, UnreadableCall
+from serve_app.orchestrator.pairs.paid import WITH_LOGPROBS
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages
 from serve_app.questions import Question
 from serve_app.schemas import ChatCall, Limits, Pair, Report
@@ -85,7 +86,7 @@ async def ask_pair(
         What happened, and what it failed with, if it did.
     """
     sampling = {"temperature": settings.temperature}
-    for extra in ({"logprobs": True}, {}):
+    for extra in (WITH_LOGPROBS, {}):
         call = _call(messages, pair, sampling | extra, settings)
         report, failure = await run(replace(call, note=note))
         if not isinstance(failure, InvalidRequest):
@@ -229,6 +230,7 @@ async def measure_pair(
         error=failure.message if failure is not None else None,
         judge_agreed=scored.judge_agreed,
         created_unix_s=time.time(),
+        signals=steps[-1].signals if steps else None,
     )
 
 

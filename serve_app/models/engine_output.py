@@ -83,8 +83,12 @@ class _Delta(_Part):
     tool_calls: Annotated[list[_CallPiece], Field(max_length=MAX_CALLS)] | None = None
 
 
-class _Token(_Part):
+class _Likely(_Part):
     logprob: float
+
+
+class _Token(_Likely):
+    top_logprobs: list[_Likely] | None = None
 
 
 class _Logprobs(_Part):

@@ -78,6 +78,8 @@ class UnderWay:
     """(dim,) of the last answer, where it was."""
     fixed: Fixed | None = None
     """Of a request that is to have the same result again."""
+    answers: tuple[_Vector | None, ...] = ()
+    """(dim,) of each step's answer, as far as they were embedded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,11 @@ def facts_of(decision: Decision) -> dict[str, Fact]:
     if decision.action is Action.ROUTE:
         facts["pair"] = str(decision.pair)
         facts["candidates"] = ", ".join(map(_expected, decision.candidates[:_TOLD_CANDIDATES]))
+    if decision.answer_step is not None:
+        facts["answer_step"] = decision.answer_step
+    known = [chance for chance in decision.chances if chance is not None]
+    if known:
+        facts |= {"answers": len(known), "best_chance": max(known)}
     return facts | {
         "path": str(decision.path),
         "confidence": decision.confidence,
@@ -390,6 +397,7 @@ def _routing_request(request: _Waiting, limits: Limits, vector: _Vector | None) 
         limits,
         way.history,
         vector,
+        way.answers,
         explain=request.explain,
         policy_version=way.policy_version,
         as_fitted=request.fixed is not None,

@@ -9,6 +9,7 @@ from serve_app.budget import Budget, Deadline
 from serve_app.errors import AtlasError, ServiceError
 from serve_app.orchestrator.answer import Answer, Choice, mean_logprob_of, text_of
 from serve_app.orchestrator.decision_client import Decider
+from serve_app.orchestrator.evidence import signals_of
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns.declared import Composed, PatternRunner
@@ -104,6 +105,12 @@ class Engine:
                 answer=text_of(choices),
                 action=plan.action,
                 policy_version=plan.policy_version,
+                signals=signals_of(
+                    span,
+                    choices,
+                    plan.call.query,
+                    offered=self.pairs.kind(plan.pair.tool_id) == "function",
+                ),
             )
         number = next(n for n, step in enumerate(run.steps) if step is span.step)
         return Answer(

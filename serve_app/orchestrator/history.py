@@ -20,6 +20,7 @@ def seen(step: Step) -> Seen:
         mean_logprob=step.mean_logprob,
         tool_errors=sum(not call.ok for call in step.tool_calls),
         cost_usd=step.usage.cost_usd,
+        signals=() if step.signals is None else tuple(step.signals.numbers()),
     )
 
 

@@ -49,7 +49,9 @@ from serve_app.orchestrator.scale_to_zero import Waker, awake_only, sleepers_las
 from serve_app.orchestrator.sessions import Sessions
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.schemas import (
+    BY_STEPS,
     NO_TOOL,
+    Action,
     Candidate,
     ChatCall,
     DecidedBy,
@@ -429,7 +431,7 @@ class Orchestrator:
             decision = self._sessions.stay(run.call, decision)
         decision = self._rules.after(run, ruled, decision)
         run.embedding, run.decision = embedding, decision
-        if decision.path is DecidedBy.POLICY:
+        if decision.path in BY_STEPS:
             run.course = Course(limits, embedding, [decision])
         return wanted
 
@@ -457,6 +459,9 @@ class Orchestrator:
             run.decision = replace(_decided(replay.steps[0][1], pool), candidates=candidates)
             return
         course = [replace(_decided(pair, pool), action=action) for action, pair in replay.steps]
+        if replay.answer_step is not None:
+            end = replace(course[-1], action=Action.ANSWER, answer_step=replay.answer_step)
+            course.append(end)
         run.decision, *rest = course
         (run.embedding,) = await self._engine.decider.embed([run.call.query], run.budget.deadline)
         run.course = Course(run.call.limits, run.embedding, [run.decision], recorded=rest)

@@ -16,8 +16,9 @@ from typing import Literal, Self
 
 from serve_app.errors import AtlasError
 from serve_app.schemas import Fact, Route, SpanKind, SpanRecord, Step, ToolCall, Usage
+from serve_app.signals import Certainty
 
-__all__ = ["MAX_SPANS", "Listener", "Phase", "Span", "SpanKind", "Trace"]
+__all__ = ["MAX_SPANS", "Listener", "Phase", "Span", "SpanKind", "Trace", "Turn"]
 
 MAX_SPANS = 256
 """Spans kept of one request, steps not counted: limits of their own bound those."""
@@ -38,6 +39,16 @@ Listener = Callable[[Phase, "Span"], None]
 
 _QUOTING = (SpanKind.TOOL, SpanKind.VALIDATION)
 """Kinds of spans whose errors repeat what a tool was given or a model said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one reply of a model shows beside its text."""
+
+    certainty: Certainty | None
+    """`None`: the engine gave no log-probabilities."""
+    called: bool
+    """Whether it calls a tool."""
 
 
 @dataclass(slots=True)
@@ -69,6 +80,8 @@ class Span:
     """What a step came to."""
     tool_call: ToolCall | None = None
     """What a call of a tool came to."""
+    turn: Turn | None = None
+    """What a reply of a model shows."""
     arguments: str | None = None
     """What a tool was given, as JSON, where content is kept."""
     text: str | None = None

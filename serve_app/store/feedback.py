@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from serve_app.errors import Conflict, NotFound
 from serve_app.schemas import BY_RULE, LOCAL_OWNER, Action, DecidedBy, Pair, Seen
+from serve_app.signals import numbers_kept
 from serve_app.store.database import Store
 from serve_app.store.rows import storable_text
 from serve_app.store.sums import add_verdict
@@ -362,6 +363,7 @@ def _rated(row: Any, steps: Sequence[Any]) -> RatedTrajectory:
                 mean_logprob=step.mean_logprob,
                 tool_errors=sum(not call["ok"] for call in step.tool_calls),
                 cost_usd=step.cost_usd,
+                signals=numbers_kept(step.signals),
             )
             vector = row.answer_embeddings[number * size : (number + 1) * size]
             answer = vector if any(vector) else None

@@ -9,6 +9,7 @@ from sqlalchemy import delete, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from serve_app.schemas import Pair
+from serve_app.signals import Signals, read_signals
 from serve_app.store.database import Store
 from serve_app.store.rows import storable_text
 from serve_app.store.tables import ProfileOutcomeRow, ProfileQuestionRow, ProfileThoughtRow
@@ -49,6 +50,7 @@ class ProfileOutcome:
     judge_agreed: bool | None
     created_unix_s: float
     propensity: float = 1.0
+    signals: Signals | None = None
 
     @property
     def pair(self) -> Pair:
@@ -199,5 +201,7 @@ async def read_profile(
     )
     async with store.begin() as connection:
         asked = [ProfileQuestion(**row) for row in (await connection.execute(questions)).mappings()]
-        done = [ProfileOutcome(**row) for row in (await connection.execute(outcomes)).mappings()]
+        found = (await connection.execute(outcomes)).mappings()
+        done = [ProfileOutcome(**dict(row) | {"signals": read_signals(row["signals"])})
+                for row in found]  # fmt: skip
     return asked, done

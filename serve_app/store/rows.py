@@ -6,7 +6,7 @@ import base64
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 import orjson
@@ -77,6 +77,8 @@ class RequestRows:
             if row is not None and column in row and row[column] is not None:
                 row[column] = base64.b64decode(row[column], validate=True)
         values["request"].setdefault("cluster", None)  # an earlier version's line has none
+        for outcome in values["outcomes"]:
+            outcome.setdefault("signals", None)  # a line of an earlier version
         return cls(**values)
 
 
@@ -133,6 +135,7 @@ def rows_of(report: Report, alpha: float | None, created_unix_s: float) -> Reque
             "cost_usd": step.usage.cost_usd,
             "seconds": step.seconds,
             "mean_logprob": step.mean_logprob,
+            "signals": None if step.signals is None else asdict(step.signals),
             "tool_calls": [
                 {
                     "tool_id": call.tool_id,

@@ -145,6 +145,8 @@ class OutcomeRow(Base):
     mean_logprob: Mapped[float | None] = mapped_column(Float)
     tool_calls: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     """`tool_id`, `function`, `ok`, `seconds` of each call."""
+    signals: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """As `serve_app.signals.Signals`; `None`: not kept."""
     error: Mapped[str | None] = mapped_column(Text)
 
 
@@ -318,6 +320,8 @@ class ProfileOutcomeRow(Base):
     """Why there is no answer; the score is 0 then."""
     judge_agreed: Mapped[bool | None] = mapped_column(Boolean)
     """Whether the judge said the same in both orders; `None` without a judge."""
+    signals: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """As `serve_app.signals.Signals`; `None`: not kept."""
     propensity: Mapped[float] = mapped_column(Float)
     created_unix_s: Mapped[float] = mapped_column(Float)
 

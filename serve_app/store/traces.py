@@ -9,6 +9,7 @@ from sqlalchemy import select
 
 from serve_app.errors import NotFound
 from serve_app.schemas import (
+    BY_STEPS,
     Action,
     DecidedBy,
     Pair,
@@ -65,9 +66,16 @@ class StoredTrace:
         return Replay(
             self.request_id,
             steps or ((Action.ROUTE, self.pair),),
-            self.path is DecidedBy.POLICY,
+            self.path in BY_STEPS,
             self._routes(),
+            self._answer_step(),
         )
+
+    def _answer_step(self) -> int | None:
+        """The step whose answer the router chose last."""
+        chosen = [span.attributes.get("answer_step") for span in self.spans if span.parent_id == 0]
+        steps = [step for step in chosen if isinstance(step, int)]
+        return steps[-1] if steps else None
 
     def _routes(self) -> dict[Route, tuple[tuple[Pair, ...], ...]]:
         """What the router chose for nodes of patterns."""

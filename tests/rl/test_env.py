@@ -61,7 +61,8 @@ def test_every_run_is_charged_and_the_terms_sum_to_the_reward() -> None:
         terms = [float(info[name][0]) for name in ("r_out", "r_fmt", "r_sel", "r_cost")]
         assert reward[0] == pytest.approx(sum(terms), abs=1e-6)
         totals += terms
-    assert totals[3] == pytest.approx(-0.25, abs=1e-6)  # more than the dearest counts as much
+    # All three together are 111 times the cheapest, where the dearest is 100 times.
+    assert totals[3] == pytest.approx(-0.25 * np.log(111) / np.log(100), abs=1e-4)
     assert -totals[3] == pytest.approx(info["total_cost"][0])
 
 
@@ -79,6 +80,15 @@ def test_the_answer_most_agree_on_is_returned_and_else_the_last() -> None:
     apart = one_query([1, 0, 0], [0, 1, 2])
     _, info = play(start(apart), CHEAP, MIDDLE, ANSWER)
     assert (info["score"], info["pair"]) == (0.0, MIDDLE)
+
+
+def test_candidates_that_never_differed_have_one_vote() -> None:
+    table = one_query([0, 0, 1], [0, 0, 1])
+    _, info = play(start(table), CHEAP, MIDDLE, DEAR)
+    assert (info["score"], info["pair"]) == (0.0, MIDDLE)
+    clones = replace(table, voters=np.array([0, 0, 2]))
+    _, info = play(start(clones), CHEAP, MIDDLE, DEAR)
+    assert (info["score"], info["pair"]) == (1.0, DEAR)
 
 
 def test_the_observation_tells_which_answers_agree() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rl.fit.dataset import Dataset
+from rl.fit.voters import voters_of
 from rl.ppo.replay import groups_of, make_table, make_views, newcomer_view, view_of, with_rule
 from serve_app.errors import ConfigError
 from serve_app.router.policy.features import NO_ANSWER
@@ -193,14 +194,26 @@ def test_a_pair_that_the_rule_does_not_know_is_refused() -> None:
         view_of(ClusterRule(make_snapshot()), encode([RIGHT]), [Pair("new", "none")])
 
 
-def test_groups_are_the_domains_or_what_lies_together() -> None:
+def test_groups_are_kinds_of_question_within_the_domains() -> None:
     embeddings = make_dataset(60).outcomes.embeddings
-    assert set(groups_of(["a", "b"] * 30, embeddings)) == {"a", "b"}
+    kinds = groups_of(["a", "b"] * 30, embeddings)
+    assert len(set(kinds)) > 2
+    assert all(kind.startswith(domain) for kind, domain in zip(kinds, ["a", "b"] * 30, strict=True))
     for domains in ([""] * 60, ["only"] * 60):
         assert len(set(groups_of(domains, embeddings))) > 1
-    mixed = groups_of(["a", "b", ""] * 20, embeddings)
-    assert {"a", "b"} < set(mixed)
-    assert "" not in mixed
+    assert list(groups_of(["a", "b", "a", "b"], embeddings[:4])) == ["a", "b", "a", "b"]
+
+
+def test_candidates_that_never_differed_are_one_voter() -> None:
+    rng = np.random.default_rng(0)
+    keys = rng.integers(0, 4, (40, 4))
+    keys[:, 2] = keys[:, 0]
+    assert voters_of(keys).tolist() == [0, 1, 0, 3]
+    assert voters_of(keys[:10]).tolist() == [0, 1, 2, 3]  # too few to say so
+    keys[5, 2] = NO_ANSWER  # what gave no answer says nothing
+    assert voters_of(keys).tolist() == [0, 1, 0, 3]
+    keys[6, 2] = 7
+    assert voters_of(keys).tolist() == [0, 1, 2, 3]
 
 
 def test_leaving_a_group_out_takes_two() -> None:

@@ -40,6 +40,7 @@ from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.answer import Choice, ChunkMerger, text_of
 from serve_app.orchestrator.breaker import Breakers
 from serve_app.orchestrator.context import ContextFitter
+from serve_app.orchestrator.evidence import turn_of
 from serve_app.orchestrator.likeness import Likeness
 from serve_app.orchestrator.pairs.base import Emit, PairWork
 from serve_app.orchestrator.pairs.selection import Embed
@@ -63,6 +64,8 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+WITH_LOGPROBS = {"logprobs": True, "top_logprobs": 4}
+"""What a request has whose answer is to be judged: the entropy takes the likeliest tokens."""
 _CHARS_PER_TOKEN = 4
 """About."""
 
@@ -168,7 +171,7 @@ class PaidModels:
         if not asks:
             return await self._reply(work, body, outlet)
         try:
-            return await self._reply(work, body | {"logprobs": True}, outlet)
+            return await self._reply(work, body | WITH_LOGPROBS, outlet)
         except UnfitForPair:
             raise
         except InvalidRequest:
@@ -301,6 +304,7 @@ class PaidModels:
                 self._charge(model_id, usage, span, held, None if usage else _about(body, text))
                 self._learn(model_id, body, usage)
                 span.said(text)
+                span.turn = turn_of(choices)
                 return choices
             merger, usage = ChunkMerger(), None
             try:
@@ -327,6 +331,7 @@ class PaidModels:
             if not choices:
                 raise EngineError("the engine gave no choice")
             span.said(text)
+            span.turn = turn_of(choices)
             return choices
 
     def _learn(self, model_id: str, body: ChatBody, usage: dict[str, Any] | None) -> None:

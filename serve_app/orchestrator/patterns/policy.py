@@ -12,7 +12,7 @@ from serve_app.errors import AtlasError, KeyRequired, NoCandidate
 from serve_app.orchestrator.answer import Answer, pieces_of
 from serve_app.orchestrator.decision_client import UnderWay, facts_of
 from serve_app.orchestrator.engine import Engine, StepPlan
-from serve_app.orchestrator.history import best_step, has_answer, seen
+from serve_app.orchestrator.history import answer_numbers, best_step, has_answer, seen
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages
 from serve_app.orchestrator.recovery import FIRST_TRY_SHARE, Move
 from serve_app.orchestrator.run import Course, Piece, Run
@@ -77,11 +77,15 @@ class PolicyLoop:
                     break
             if is_last or run.recovery.is_deadly:
                 stop = StopReason.STEPS if is_last else StopReason.FAILED
+                if is_last and len(set(answer_numbers(run.steps)) - {None}) > 1:
+                    decision = (await self._decide_next(run, course, decision, last_embedding))[1]
                 break
             last_embedding, decision = await self._decide_next(
                 run, course, decision, last_embedding
             )
-        best = best_step(run.steps)
+        best = decision.answer_step if decision.action is Action.ANSWER else None
+        if best not in answers:
+            best = best_step(run.steps)
         if best is None:
             raise failure
         answer = answers[best]
@@ -152,6 +156,7 @@ class PolicyLoop:
             answer=answer or None,
             answer_embedding=last_embedding,
             fixed=run.call.fixed,
+            answers=tuple(course.answer_embeddings.get(number) for number in range(len(steps))),
         )
         seconds_left = 0.0
         try:

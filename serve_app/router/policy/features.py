@@ -88,7 +88,8 @@ class States:
     tool_errors: Float
     """(B, P) tool calls of the pair's run that failed."""
     agreement: Float
-    """(B, P) share of the answers so far that say the same as the pair's; 0 where it has none."""
+    """(B, P) share of the voters so far that say the same as the pair; 0 where it has no answer.
+    Candidates that never differed in the profile are one voter."""
     last: Index
     """(B,) pair that ran last; -1 before the first."""
     last_answer: Float
@@ -205,14 +206,32 @@ def legal_actions(states: States) -> Bool:
     return np.concatenate([route, think[:, None], answer[:, None]], axis=1)
 
 
-def best_answers(keys: Index) -> Index:
+def voices(keys: Index, voters: Index) -> Float:
+    """(B, steps) what each step's vote counts: steps of one voter that say the same share a vote.
+
+    Args:
+        keys: (B, steps) equal for equal answers, `NO_ANSWER` for none.
+        voters: (B, steps) who gave each; candidates that never differed are one voter.
+    """
+    given = keys != NO_ANSWER
+    same = (keys[:, :, None] == keys[:, None, :]) & (voters[:, :, None] == voters[:, None, :])
+    return np.where(given, 1 / np.maximum((same & given[:, None, :]).sum(axis=2), 1), 0.0).astype(
+        np.float32
+    )
+
+
+def best_answers(keys: Index, voters: Index | None = None) -> Index:
     """(B,) the step whose answer is returned: the last that most agree on; `NO_ANSWER` if none.
 
     Args:
         keys: (B, steps) equal for equal answers, `NO_ANSWER` for none.
+        voters: As of `voices`; `None`: each step is another's.
     """
-    votes = ((keys[:, :, None] == keys[:, None, :]) & (keys != NO_ANSWER)[:, None, :]).sum(axis=2)
-    votes = np.where(keys != NO_ANSWER, votes, 0)
+    if voters is None:
+        voters = np.broadcast_to(np.arange(keys.shape[1]), keys.shape)
+    same = keys[:, :, None] == keys[:, None, :]
+    votes = np.round((same * voices(keys, voters)[:, None, :]).sum(axis=2), 4)
+    votes = np.where(keys != NO_ANSWER, votes, 0.0)
     last = votes.shape[1] - 1 - votes[:, ::-1].argmax(axis=1)
     return np.where(votes.max(axis=1, initial=0) > 0, last, NO_ANSWER)
 

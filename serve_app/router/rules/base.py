@@ -40,6 +40,8 @@ class RoutingRequest:
     """What its steps showed, in their order; empty for a new request."""
     last_answer: NDArray[np.float32] | None = None
     """(dim,) embedding of what the pair that ran last answered; `None`: it gave no answer."""
+    answers: tuple[NDArray[np.float32] | None, ...] = ()
+    """(dim,) embedding of each step's answer, as far as they are known."""
     explain: bool = False
     """Whether to name every candidate, and what the profile holds like the query."""
     request_id: str | None = None

@@ -75,8 +75,8 @@ class Beliefs:
     overall: NDArray[np.float32]
     """(num_pairs,) expected scores over all queries."""
     outside: NDArray[np.float32]
-    """(num_pairs,) the same with what the cards say; path 1 decides by it outside the profiled
-    distribution."""
+    """(num_pairs,) expected scores of a query like nothing profiled, by the cards where they say
+    anything; path 1 decides by it outside the profiled distribution."""
     similarity: NDArray[np.float32]
     """(num_pairs,) of the query to the pairs' cards in [0, 1]; 0 for a pair without one."""
     verdict: GateReading
@@ -136,6 +136,12 @@ class ClusterBeliefs:
     def costs_usd(self) -> NDArray[np.float32]:
         """(num_pairs,) US dollars of a run."""
         return self._costs_usd
+
+    @property
+    def voters(self) -> NDArray[np.intp]:
+        """(num_pairs,) as of `RouterSnapshot.voters`; a pair that it does not know is one."""
+        known = self._snapshot.voters
+        return np.concatenate([known, np.arange(len(known), len(self._pairs))])
 
     @property
     def seconds(self) -> NDArray[np.float32]:
@@ -373,9 +379,18 @@ class ClusterBeliefs:
         return part
 
     def _overall_qualities(self, place: Place) -> NDArray[np.float32]:
-        """(num_pairs,) expected scores of a query that is like nothing profiled."""
+        """(num_pairs,) expected scores of a query that is like nothing profiled.
+
+        Where the cards say anything they rank the pairs that have one: which of the profiled kinds
+        a pair is good at says nothing of another kind. Verdicts count all the same.
+        """
+        feedback = self._feedback
+        expected = feedback.overall
+        if self._snapshot.outside_card_weight and place.likeness is not None:
+            learned = feedback.overall - feedback.fitted
+            expected = np.where(self._has_card, feedback.fitted.mean() + learned, expected)
         cards = self._card_part(place, self._outside_card_weights)
-        overall: NDArray[np.float32] = np.clip(self._feedback.overall + cards, 0.0, 1.0)
+        overall: NDArray[np.float32] = np.clip(expected + cards, 0.0, 1.0).astype(np.float32)
         return overall
 
     def _qualities(self, place: Place) -> NDArray[np.float32]:

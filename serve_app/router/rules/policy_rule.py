@@ -22,7 +22,7 @@ from serve_app.router.rules.base import Answer, Batch, RoutingRequest, none_with
 from serve_app.router.rules.beliefs import Beliefs, Prior
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.gate import POLICY_MAX_ALPHA
-from serve_app.router.rules.policy_states import PolicyStates
+from serve_app.router.rules.policy_states import PolicyStates, most_agreed
 from serve_app.router.rules.utility import normalised, utility
 from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Action, Candidate, DecidedBy, Decision, Pair
@@ -225,7 +225,12 @@ class LearnedRule:
             can_think=batch.can_think(request),
             likeness=self._clusters.likeness(request.embedding) if request.explain else None,
             cluster=beliefs.place.cluster,
+            answer_step=self._best_step(request) if action is Action.ANSWER else None,
         )
+
+    def _best_step(self, request: RoutingRequest) -> int | None:
+        """The step whose answer most voters agree on; `None`: there is no answer."""
+        return most_agreed(request.history, self._clusters)
 
     def _take(
         self, logits: NDArray[np.float32], legal: NDArray[np.bool_]

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from serve_app.router.policy.features import (
     DESCRIPTOR_DIM,
     MAX_STEPS,
+    NO_ANSWER,
     States,
+    best_answers,
     project,
 )
 from serve_app.router.rules.admission import Admission
@@ -22,7 +24,7 @@ from serve_app.router.rules.base import Batch, RoutingRequest
 from serve_app.router.rules.beliefs import Beliefs, Prior
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.utility import cost_range
-from serve_app.schemas import Pair
+from serve_app.schemas import Pair, Seen
 
 _ROOMY_RUNS = 5.0
 """A deadline longer than so many runs of the slowest pair counts as none: the policy learned from
@@ -46,6 +48,7 @@ class PolicyStates:
         self._index = {pair: i for i, pair in enumerate(clusters.pairs)}
         self._admission = Admission(clusters.pairs)
         self._descriptors = _lay_out_descriptors(clusters.pairs, prior)
+        self._voters = clusters.voters
         self._thinks = clusters.snapshot.thinks
 
     def columns(
@@ -66,6 +69,15 @@ class PolicyStates:
         }
         gone = sorted(ran - set(columns.tolist())) if ran else []
         return np.concatenate([columns, np.array(gone, np.intp)]) if gone else columns
+
+    def repeats(self, request: RoutingRequest, columns: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """(num_columns,) pairs that would only say again what one voter has answered."""
+        answered = [
+            self._voters[self._index[seen.pair]]
+            for seen in request.history
+            if seen.answer_key is not None and seen.pair in self._index
+        ]
+        return np.isin(self._voters[columns], answered)
 
     def of(
         self,
@@ -98,7 +110,7 @@ class PolicyStates:
             )
             runs = [(place[self._index[seen.pair]], seen) for seen in asked.history
                     if seen.pair in self._index]  # fmt: skip
-            keys = [seen.answer_key for _, seen in runs if seen.answer_key is not None]
+            said = [(self._voters[columns[c]], of.answer_key) for c, of in runs if of.answer_key]
             for column, seen in runs:
                 present[row, column] = tried[row, column] = True
                 failed[row, column] = seen.answer_key is None
@@ -106,7 +118,8 @@ class PolicyStates:
                     logprob[row, column] = seen.mean_logprob
                 tool_errors[row, column] = seen.tool_errors
                 if seen.answer_key is not None:
-                    agreement[row, column] = keys.count(seen.answer_key) / len(keys)
+                    agreeing = {voter for voter, key in said if key == seen.answer_key}
+                    agreement[row, column] = len(agreeing) / len(set(said))
                 last[row] = column
         thought = np.array([any(seen.pair is None for seen in a.history) for a in requests])
         spent_usd = np.array([sum(seen.cost_usd for seen in a.history) for a in requests])
@@ -152,6 +165,26 @@ class PolicyStates:
             ).astype(np.float32, copy=False),
             spent_usd=_row(spent_usd),
         )
+
+
+def most_agreed(history: Sequence[Seen], clusters: ClusterRule) -> int | None:
+    """The step whose answer most voters agree on; `None`: there is no answer.
+
+    Args:
+        history: What the steps showed.
+        clusters: Knows who is one voter with whom.
+    """
+    if not history:
+        return None
+    index = {pair: i for i, pair in enumerate(clusters.pairs)}
+    number = {key: n for n, key in enumerate({seen.answer_key: 0 for seen in history})}
+    keys = [NO_ANSWER if of.answer_key is None else number[of.answer_key] for of in history]
+    voter = clusters.voters
+    voters = [
+        voter[index[of.pair]] if of.pair in index else -1 - step for step, of in enumerate(history)
+    ]
+    best = int(best_answers(np.array([keys], np.intp), np.array([voters], np.intp))[0])
+    return None if best == NO_ANSWER else best
 
 
 def _lay_out_descriptors(pairs: tuple[Pair, ...], prior: Prior | None) -> NDArray[np.float32]:

@@ -32,12 +32,19 @@ TENSORS_FILE = "tensors.safetensors"
 DOCUMENT_FILE = "snapshot.json"
 POLICY_PREFIX = "policy."
 """Tensors under this prefix are weights of the learned policy; their shapes are its own affair."""
+VERIFIER_PREFIX = "verifier."
+"""Tensors under this prefix are the verifier's; see `router.policy.verifier`."""
 GATE_THRESHOLD = "gate.threshold"
 """Among the policy's tensors: (1,) confidence from which path 1 keeps a request."""
 LEARNED_UNTIL = "learned_until_unix_s"
 CARD_COSTS = "card_costs_usd"
 THINKS = "thinks"
+VOTERS = "voters"
+RULE = "rule"
+VERIFIER = "verifier"
 """Keys of the metadata that the properties of `RouterSnapshot` read."""
+VOI_RULE = "voi"
+"""Value of `RULE`: the value of information says whether another candidate runs."""
 _PROFILE = "profile"
 """In the document: its examples are questions of the profile."""
 _MAX_EXAMPLE_CHARS = 200
@@ -127,7 +134,8 @@ class RouterSnapshot:
     """Score points that one point of cosine similarity to a pair's card is worth; 0 where the cards
     say nothing that the outcomes do not."""
     outside_card_weight: float
-    """The same outside the profiled distribution, where the cards add to the overall means."""
+    """The same outside the profiled distribution, where the cards rank the pairs; 0: the pairs'
+    means over all queries do."""
     caution: float
     """Standard deviations by which a pair must be better than the one that is best overall to take
     its place; see `router.rules.gate`."""
@@ -152,6 +160,8 @@ class RouterSnapshot:
     """How it was made: seed, counts, chosen settings, cross-validated figures."""
     policy: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """Weights of the learned policy by name; empty without one."""
+    verifier: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Arrays of the verifier by name; empty without one."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -164,6 +174,8 @@ class RouterSnapshot:
         if len(set(self.pairs)) != len(self.pairs):
             raise SnapshotError("a snapshot holds a pair twice")
         self._check_arrays()
+        if self.voters.shape != (len(self.pairs),):
+            raise SnapshotError(f"{len(self.pairs)} pairs have {self.voters.shape} voters")
         num_clusters = len(self.centroids)
         if not num_clusters or not len(self.distance_quantiles):
             raise SnapshotError("a snapshot needs a centroid and distance quantiles")
@@ -215,6 +227,17 @@ class RouterSnapshot:
         """
         return bool(self.metadata.get(THINKS, 0))
 
+    @property
+    def decides_by_value(self) -> bool:
+        """Whether the rule `voi` serves it, where it has no policy."""
+        return self.metadata.get(RULE) == VOI_RULE
+
+    @property
+    def voters(self) -> NDArray[np.intp]:
+        """(pairs,) equal for pairs that never differed in the profile, and so have one vote."""
+        voters = self.metadata.get(VOTERS)
+        return np.arange(len(self.pairs)) if voters is None else np.asarray(voters, np.intp)
+
     def _check_arrays(self) -> None:
         sizes: dict[str | int, int] = {"pairs": len(self.pairs)}
         for name, shape in _SHAPES.items():
@@ -253,6 +276,9 @@ def save_snapshot(snapshot: RouterSnapshot, folder: Path) -> None:
     tensors = {name: np.ascontiguousarray(getattr(snapshot, name)) for name in _SHAPES}
     tensors |= {
         POLICY_PREFIX + name: np.ascontiguousarray(value) for name, value in snapshot.policy.items()
+    }
+    tensors |= {
+        VERIFIER_PREFIX + name: np.ascontiguousarray(of) for name, of in snapshot.verifier.items()
     }
     packed = save_tensors(tensors)
     document: dict[str, Any] = {
@@ -307,11 +333,14 @@ def load_snapshot(folder: Path) -> RouterSnapshot:
         raise SnapshotError(f"snapshot {name!r} is damaged: {TENSORS_FILE} does not match its hash")
     try:
         tensors = load_tensors(packed)
-        policy = {
-            key.removeprefix(POLICY_PREFIX): value
-            for key, value in tensors.items()
-            if key.startswith(POLICY_PREFIX)
-        }
+        policy, verifier = (
+            {
+                key.removeprefix(prefix): value
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+            for prefix in (POLICY_PREFIX, VERIFIER_PREFIX)
+        )
         fields_read: dict[str, Any] = {key: tensors[key] for key in _SHAPES}
         fields_read |= {key: document[key] for key in _plain_fields()}
         return RouterSnapshot(
@@ -320,6 +349,7 @@ def load_snapshot(folder: Path) -> RouterSnapshot:
             examples=_read_examples(document),
             metadata=document["metadata"],
             policy=policy,
+            verifier=verifier,
             **fields_read,
         )
     except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
@@ -347,7 +377,7 @@ def _read_examples(document: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
 
 def _plain_fields() -> list[str]:
     """Names of the fields that are one number or word."""
-    special = {"pairs", "scales", "examples", "metadata", "policy", *_SHAPES}
+    special = {"pairs", "scales", "examples", "metadata", "policy", "verifier", *_SHAPES}
     return [entry.name for entry in fields(RouterSnapshot) if entry.name not in special]
 
 
