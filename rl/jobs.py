@@ -73,7 +73,11 @@ async def run(config: AtlasConfig, store: Store, job_id: str, request: JobReques
     if isinstance(request, FitJob):
         settings = FitSettings(seed=request.seed)
         snapshot_id, snapshot = await fit_snapshot(
-            config, store, settings, with_traffic=request.with_traffic
+            config,
+            store,
+            settings,
+            with_traffic=request.with_traffic,
+            by_value=request.voi,
         )
         return {"snapshot_id": snapshot_id, "about": dict(snapshot.metadata)}
     if isinstance(request, TrainJob):

@@ -14,22 +14,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rl.evaluate.evaluate import (
     CANDIDATE,
     PATH_1,
     PATH_2,
+    VOI,
     EvaluationReport,
     EvaluationSettings,
     evaluate,
 )
+from rl.evaluate.evaluate import COLD_START as COLD_START_POLICY
 from rl.evaluate.evaluate import SERVING as SERVING_POLICY
 from rl.evaluate.figures import draw_pareto, draw_reliability
 from rl.evaluate.off_policy import LoggedDecisions, logged_trajectories
 from rl.evaluate.policies import MultiStep
+from rl.evaluate.verified import VerifierFigures
 from rl.fit.dataset import MAX_VERDICTS, read_dataset
 from rl.fit.fit import fit
 from rl.fit.selection import FitSettings
+from rl.fit.voters import answer_keys, voters_of
 from rl.profile.outcomes import NotMeasured
 from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused
@@ -41,7 +46,15 @@ from serve_app.router.snapshots.build_rule import (
     read_cards,
 )
 from serve_app.router.snapshots.library import SnapshotLibrary
-from serve_app.router.snapshots.snapshot import CARD_COSTS, LEARNED_UNTIL, RouterSnapshot
+from serve_app.router.snapshots.snapshot import (
+    CARD_COSTS,
+    LEARNED_UNTIL,
+    RULE,
+    VERIFIER,
+    VOI_RULE,
+    VOTERS,
+    RouterSnapshot,
+)
 from serve_app.store import (
     Mode,
     Policy,
@@ -76,6 +89,7 @@ async def fit_snapshot(
     settings: FitSettings | None = None,
     *,
     with_traffic: bool = True,
+    by_value: bool = False,
 ) -> tuple[str, RouterSnapshot]:
     """Fit a snapshot on the outcomes in the store, and keep it; it does not serve yet.
 
@@ -84,12 +98,14 @@ async def fit_snapshot(
         store: Where the outcomes are.
         settings: What is tried.
         with_traffic: Whether rated requests count too; else they are learned online again.
+        by_value: Whether the rule `voi` is to serve it, and not cluster routing alone.
 
     Returns:
         Its id, and the snapshot.
 
     Raises:
-        ConfigError: If there are no outcomes.
+        ConfigError: If there are no outcomes, or none to fit a verifier on where `by_value` asks
+            for one.
         StoreError: If the store is away.
     """
     began_unix_s = time.time()
@@ -102,14 +118,47 @@ async def fit_snapshot(
         likeness=cards.likeness_of(outcomes.embeddings, outcomes.pairs),
     )
     about = dict(snapshot.metadata) | {
+        VOTERS: voters_of(answer_keys(dataset)).tolist(),
         "num_verdicts": dataset.num_verdicts,
         "num_outdated": dataset.num_outdated,
         "fitted_unix_s": began_unix_s,
         LEARNED_UNTIL: began_unix_s if with_traffic else 0.0,
         CARD_COSTS: cards.costs_usd(),
     }
+    verifier = await _fit_verifier(config, store, cards, settings)
+    if by_value and verifier is None:
+        raise ConfigError(
+            "the rule voi needs a verifier, and too few answers were profiled to fit one: "
+            "run `atlas profile`"
+        )
+    if verifier is not None:
+        arrays, about[VERIFIER] = verifier
+        snapshot = replace(snapshot, verifier=arrays)
+    if by_value:
+        about[RULE] = VOI_RULE
     snapshot = replace(snapshot, metadata=about)
     return await keep_snapshot(config, store, snapshot), snapshot
+
+
+async def _fit_verifier(
+    config: AtlasConfig, store: Store, cards: Cards, settings: FitSettings | None
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
+    """A verifier fitted on the profile, and how good it is; `None`: there are too few answers."""
+    from rl.ppo.beliefs import domain_views
+    from rl.ppo.replay import answer_encoder, make_table
+    from rl.ppo.verified import report_of
+    from rl.ppo.verifier import LEAST_ANSWERS, fit_verifier
+
+    dataset = await read_dataset(config, store, "train")
+    if sum(answer is not None for answer in dataset.answers) < LEAST_ANSWERS:
+        return None
+    outcomes = dataset.outcomes
+    descriptors = cards.descriptors_of(outcomes.pairs)
+    likeness = cards.likeness_of(outcomes.embeddings, outcomes.pairs)
+    table = make_table(dataset, descriptors, likeness, answer_encoder(config))
+    views = domain_views(outcomes, dataset.domains, descriptors, likeness, settings)
+    fitted = fit_verifier(replace(table.without_thoughts(), views=views))
+    return None if fitted is None else (fitted.arrays, report_of(fitted, dataset.domains))
 
 
 async def keep_snapshot(config: AtlasConfig, store: Store, snapshot: RouterSnapshot) -> str:
@@ -177,25 +226,42 @@ async def evaluate_snapshot(
         for name, snapshot_id in ((CANDIDATE, candidate), (SERVING_POLICY, against))
     }
     dataset = await read_dataset(config, store, "held_out")
-    others: dict[str, Deciding | MultiStep] = {"cold_start": cards.cold_start}
+    others: dict[str, Deciding | MultiStep] = {COLD_START_POLICY: cards.cold_start}
     policies: dict[str, Deciding | MultiStep] = {}
     table: ReplayTable | None = None
+    verified: dict[str, VerifierFigures] = {}
     for name, rule in rules.items():
         clusters = rule.clusters
-        if clusters is None or not clusters.snapshot.policy:
+        if clusters is None or not (clusters.snapshot.policy or clusters.snapshot.verifier):
             policies[name] = rule
             continue
         # Only here: they take torch, and the answers' embeddings.
-        from rl.ppo.replay import read_replay
+        from rl.ppo.replay import read_replay, with_rule
         from rl.ppo.rollout import gated_policy
+        from rl.ppo.stepping import ReplayedRule
+        from rl.ppo.verified import verifier_figures
 
         if table is None:
             table = await read_replay(config, store, "held_out", views=None)
-        gated = gated_policy(clusters, table, config.gateway.limits.max_steps)
-        policies[name] = gated
+        max_steps, snapshot = config.gateway.limits.max_steps, clusters.snapshot
+        policies[name] = rule
+        by_value: MultiStep | None = None
+        if snapshot.verifier:
+            of_voi = _voi(config, cards, snapshot, verdicts)
+            by_value = ReplayedRule(of_voi, table.without_thoughts(), max_steps)
+        if snapshot.policy:
+            gated = gated_policy(clusters, table, max_steps)
+            policies[name] = gated
+            if name == CANDIDATE:
+                others[PATH_2] = gated.alone()
+        elif by_value is not None and snapshot.decides_by_value:
+            policies[name] = by_value
         if name == CANDIDATE:
-            others |= {PATH_1: clusters, PATH_2: gated.alone()}
-    return evaluate(
+            others[PATH_1] = clusters
+            if by_value is not None:
+                others[VOI] = by_value
+                verified = verifier_figures(with_rule(table, clusters), snapshot)
+    report = evaluate(
         dataset.outcomes,
         dataset.domains,
         policies[CANDIDATE],
@@ -208,6 +274,18 @@ async def evaluate_snapshot(
             default_alpha=config.router.default_alpha, margin=config.router.promotion_margin
         ),
     )
+    return replace(report, verifier=verified)
+
+
+def _voi(
+    config: AtlasConfig, cards: Cards, snapshot: RouterSnapshot, verdicts: Sequence[Verdict]
+) -> Rule:
+    """The rule `voi` of a snapshot, whatever rule serves it."""
+    about = dict(snapshot.metadata) | {RULE: VOI_RULE}
+    alone = replace(snapshot, policy={}, metadata=about)
+    return _taught(
+        build_rule(alone, cards, RuleSettings.of(config, explores=False)), snapshot, verdicts
+    )
 
 
 def _rule(
@@ -218,6 +296,11 @@ def _rule(
         return cards.cold_start
     snapshot = SnapshotLibrary(config.snapshots_path()).load(snapshot_id, policy_version=1)
     rule = build_rule(snapshot, cards, RuleSettings.of(config, explores=False))
+    return _taught(rule, snapshot, verdicts)
+
+
+def _taught(rule: Rule, snapshot: RouterSnapshot, verdicts: Sequence[Verdict]) -> Rule:
+    """A rule with what users said since its snapshot was fitted."""
     for verdict in verdicts:
         if verdict.created_unix_s >= snapshot.learned_until_unix_s:
             embedding = np.frombuffer(verdict.embedding, "<f4")

@@ -111,6 +111,8 @@ class FitJob(_Request):
     kind: Literal["fit"]
     with_traffic: bool = True
     """Whether rated requests count too."""
+    voi: bool = False
+    """Whether the rule `voi` is to serve it: another candidate runs where it is worth its price."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 

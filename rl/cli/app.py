@@ -151,6 +151,10 @@ def profile_command(
         raise fail(f"{done.failed} are missing, because their engine was away; run it again")
 
 
+_GROUPS = ("candidate", "question")
+"""Within which a verifier tells right answers from wrong ones."""
+
+
 @app.command("fit")
 def fit_command(
     config: ConfigOption,
@@ -158,6 +162,9 @@ def fit_command(
     traffic: Annotated[
         bool, typer.Option(help="Count rated requests too, of no key many (rl/fit/traffic.py).")
     ] = True,
+    voi: Annotated[
+        bool, typer.Option("--voi", help="Ask again where another answer is worth its price.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write a copy of the snapshot to.")
     ] = None,
@@ -165,13 +172,15 @@ def fit_command(
     """Fit a router on the outcomes measured so far. It does not serve before `atlas promote`."""
     from rl.fit.selection import FitSettings
     from rl.publish import fit_snapshot
-    from serve_app.router.snapshots.snapshot import save_snapshot
+    from serve_app.router.snapshots.snapshot import VERIFIER, save_snapshot
 
     deployment = load(config)
     began_s = time.monotonic()
 
     async def work(deployment: AtlasConfig, store: Store) -> Any:
-        return await fit_snapshot(deployment, store, FitSettings(seed=seed), with_traffic=traffic)
+        return await fit_snapshot(
+            deployment, store, FitSettings(seed=seed), with_traffic=traffic, by_value=voi
+        )
 
     with console.status("fitting …"):
         snapshot_id, snapshot = _with_store(deployment, work)
@@ -191,6 +200,13 @@ def fit_command(
         f"{about['cross_validated']:.4f}",
         highlight=False,
     )
+    if VERIFIER in about:
+        within = (about[VERIFIER]["new_questions"][f"auc_within_{of}"] for of in _GROUPS)
+        told = [
+            f"{'unknown' if auc is None else f'{auc:.3f}'} within a {of}"
+            for auc, of in zip(within, _GROUPS, strict=True)
+        ]
+        console.print(f"verifier: AUC {', '.join(told)}", highlight=False)
     if outdated := about["num_outdated"]:
         console.print(
             f"{outdated} outcomes were left out: their model or tool had other settings then; "

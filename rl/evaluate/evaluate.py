@@ -30,6 +30,7 @@ from rl.evaluate.off_policy import (
     estimate_trajectories,
 )
 from rl.evaluate.policies import Interval, MultiStep, Reached, bootstrap, reach
+from rl.evaluate.verified import VerifierFigures
 from rl.profile.outcomes import Outcomes
 from serve_app.router.rules.base import Deciding
 from serve_app.router.rules.gate import NEAR_ORACLE
@@ -38,8 +39,11 @@ from serve_app.schemas import Pair
 
 CANDIDATE = "candidate"
 SERVING = "serving"
-PATH_1, PATH_2 = "path_1", "path_2"
-"""Names of the candidate's two paths alone, where they are among the others."""
+PATH_1, PATH_2, VOI = "path_1", "path_2", "voi"
+"""Names of the candidate's two paths alone, and of the rule `voi` with its verifier, where they are
+among the others."""
+COLD_START = "cold_start"
+"""The cards alone, where it is among the others: nothing learned can be worth less."""
 BEST_SINGLE = "best_single"
 """The pair with the best mean score on these very queries; the cheaper one of equals."""
 RANDOM = "random"
@@ -157,8 +161,8 @@ class EvaluationReport:
     at_alpha: tuple[Comparison, ...]
     """All contenders, every single pair among them, by ascending alpha."""
     domains: dict[str, Comparison]
-    """Candidate, its paths alone, serving and best single at the default alpha; empty where no
-    domain is known."""
+    """Candidate, its paths alone, serving, cold start and best single at the default alpha; empty
+    where no domain is known."""
     distribution: dict[str, Comparison]
     """The same `INSIDE` and `OUTSIDE` of what the candidate calls its distribution."""
     frontiers: dict[str, tuple[Point, ...]]
@@ -171,6 +175,9 @@ class EvaluationReport:
     and they decide once."""
     off_policy_requests: dict[str, OffPolicyEstimate] = field(default_factory=dict)
     """Of both on logged requests of path 2, where there were any."""
+    verifier: dict[str, VerifierFigures] = field(default_factory=dict)
+    """Of the candidate's verifier: `held_out` on the held-out answers, `new_questions` and
+    `without <domain>` from its fit, on questions and domains that it did not see."""
 
     @property
     def at_default(self) -> Comparison:
@@ -202,7 +209,7 @@ def evaluate(
         domains: (num_queries,) may be empty strings.
         candidate: What may serve next. No policy may explore while it is evaluated.
         serving: What answers now.
-        others: More policies by name, for example `cold_start` or `PATH_1`; they do not count for
+        others: More policies by name, for example `COLD_START` or `PATH_1`; they do not count for
             the verdict.
         logged: Traffic, for the off-policy estimate of what decides once.
         logged_requests: Traffic of several steps, for that of `stepping`.
@@ -226,7 +233,7 @@ def evaluate(
     at_default = asked.index(settings.default_alpha)
     inside = reached[CANDIDATE].inside[at_default]
     values = _values(held_out, reached, at_default, settings.default_alpha)
-    grouped = (CANDIDATE, SERVING, PATH_1, PATH_2, BEST_SINGLE)
+    grouped = (CANDIDATE, SERVING, PATH_1, PATH_2, VOI, COLD_START, BEST_SINGLE)
     values = {name: values[name] for name in grouped if name in values}
     off_policy = {}
     if logged is not None:
@@ -318,8 +325,25 @@ def show(report: EvaluationReport, console: Console) -> None:
     ):
         for name, known in estimates.items():
             console.print(f"{name} on {where}: {escape(_estimated(known))}", highlight=False)
+    for name, of in report.verifier.items():
+        console.print(f"verifier, {name}: {escape(_verified(of))}", highlight=False)
     word = "[green]may serve[/green]" if report.verdict.promote else "[red]refused[/red]"
     console.print(f"{word}: {escape(report.verdict.reason)}", highlight=False)
+
+
+def _verified(of: VerifierFigures) -> str:
+    within = ", ".join(
+        f"{'none' if auc is None else f'{auc:.3f}'} within a {group}"
+        for group, auc in (
+            ("candidate", of.auc_within_candidate),
+            ("question", of.auc_within_question),
+        )
+    )
+    return (
+        f"AUC {within}; Brier {of.brier:.3f} (candidates' rates {of.brier_of_rate:.3f}), "
+        f"calibration error {of.calibration_error:.3f}; the likeliest of all answers scores "
+        f"{of.chosen:.3f}, the best {of.best:.3f}"
+    )
 
 
 def _estimated(known: OffPolicyEstimate) -> str:

@@ -18,7 +18,7 @@ from rl.evaluate.policies import UNLIMITED_S, ask
 from serve_app.errors import ConfigError, NoCandidate
 from serve_app.router.policy.features import MAX_STEPS
 from serve_app.router.rules.base import Deciding, RoutingRequest, decide_one
-from serve_app.schemas import Action, DecidedBy, Decision, Limits, Pair, Seen
+from serve_app.schemas import BY_STEPS, Action, Decision, Limits, Pair, Seen
 from serve_app.store import RatedTrajectory
 
 _NUM_COMPONENTS = 16
@@ -150,7 +150,7 @@ def logged_trajectories(
         request
         for request in rated
         if all(
-            made.path is DecidedBy.POLICY and (made.pair is None or made.pair in known)
+            made.path in BY_STEPS and (made.pair is None or made.pair in known)
             for made in request.decisions
         )
     ]
@@ -313,9 +313,10 @@ def _targets(name: str, rule: Deciding, logged: LoggedTrajectories, row: int) ->
     targets: list[int | None] = []
     history: tuple[Seen, ...] = ()
     last_answer: NDArray[np.float32] | None = None
+    answers: tuple[NDArray[np.float32] | None, ...] = ()
     first: Decision | None = None
     for step in logged.steps[row]:
-        if first is not None and first.path is not DecidedBy.POLICY:
+        if first is not None and first.path not in BY_STEPS:
             decision = _next_best(first, history)
         else:
             try:
@@ -326,6 +327,7 @@ def _targets(name: str, rule: Deciding, logged: LoggedTrajectories, row: int) ->
                         replace(logged.limits[row], deadline_s=step.seconds_left),
                         history,
                         last_answer,
+                        answers,
                     ),
                     logged.available[row],
                     planner=_PLANNER if step.can_think else None,
@@ -338,7 +340,7 @@ def _targets(name: str, rule: Deciding, logged: LoggedTrajectories, row: int) ->
         pair = decision.pair if decision.action is Action.ROUTE else None
         targets.append(_index(logged.pairs, decision.action, pair))
         if step.seen is not None:
-            history = (*history, step.seen)
+            history, answers = (*history, step.seen), (*answers, step.answer)
         if step.action is Action.ROUTE:  # a thought leaves the last answer what it was
             last_answer = step.answer
     return targets

@@ -172,7 +172,10 @@ _COMPLETED = Shape(
             "usage": _USAGE,
             "cost_usd": _NUMBER,
         },
-        {"decision": {"type": "object"}},
+        {
+            "decision": {"type": "object"},
+            "chances": {"type": "array", "items": {"type": ["number", "null"]}},
+        },
     ),
 )
 

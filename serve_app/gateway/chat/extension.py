@@ -41,6 +41,9 @@ def completion_extension(report: Report, *, alpha: float, explain: bool) -> Json
         extension["sources"] = [_source(source) for source in report.sources]
     if explain:
         extension["decision"] = decision_object(decision)
+        chances = report.decisions[-1].chances if report.decisions else ()
+        if chances:
+            extension["chances"] = list(chances)
     return extension
 
 

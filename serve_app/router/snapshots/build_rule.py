@@ -19,6 +19,7 @@ from serve_app.router.rules.base import Rule
 from serve_app.router.rules.beliefs import Prior
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.cold_start import ColdStartRule, PairCard, pair_cards, pair_descriptors
+from serve_app.router.rules.voi import VoiRule
 from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Pair
 
@@ -140,12 +141,14 @@ def build_rule(snapshot: RouterSnapshot | None, cards: Cards, settings: RuleSett
     if snapshot is None:
         return cards.cold_start
     check_fit(snapshot, cards, settings.encoder)
-    build: type[ClusterRule | LearnedRule] = ClusterRule
+    build: type[ClusterRule | LearnedRule | VoiRule] = ClusterRule
     if snapshot.policy:
         # Only here: it takes torch.
         from serve_app.router.rules.policy_rule import LearnedRule
 
         build = LearnedRule
+    elif snapshot.decides_by_value:
+        build = VoiRule
     return build(
         repriced(snapshot, cards),
         cards.prior,

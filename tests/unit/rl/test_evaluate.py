@@ -16,6 +16,7 @@ from rich.console import Console
 from rl.evaluate.evaluate import (
     BEST_SINGLE,
     CANDIDATE,
+    COLD_START,
     ORACLE,
     OUTSIDE,
     RANDOM,
@@ -232,7 +233,12 @@ def test_domains_and_the_distribution_split_all_queries(report: EvaluationReport
             group.num_queries * group.contenders[CANDIDATE].score.mean for group in groups.values()
         )
         assert whole / 300 == pytest.approx(report.at_default.contenders[CANDIDATE].score.mean)
-    assert set(report.domains["maths"].contenders) == {CANDIDATE, SERVING, BEST_SINGLE}
+    assert set(report.domains["maths"].contenders) == {
+        CANDIDATE,
+        SERVING,
+        COLD_START,
+        BEST_SINGLE,
+    }
     held_out, _ = make_outcomes(30)
     nameless = evaluate(held_out, ("",) * 30, knowing_rule(), confused_rule(), settings=FAST)
     assert nameless.domains == {}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rl import publish as publishing
-from rl.evaluate.evaluate import CANDIDATE, PATH_1, PATH_2
+from rl.evaluate.evaluate import CANDIDATE, PATH_1, PATH_2, VOI
 from rl.fit.dataset import read_dataset
 from rl.profile.outcomes import NotMeasured
 from rl.profile.run import fingerprint
@@ -121,6 +121,24 @@ async def test_a_fit_reads_the_training_split_and_learns_who_is_right(
     assert snapshot.pairs == kept.pairs == (SUMS, POEMS)
     assert kept.version == 9
     assert len(kept.prior_weights) == DIM + 1
+
+
+async def test_a_fit_with_enough_answers_has_a_verifier_that_the_rule_voi_can_serve(
+    config: AtlasConfig, store: Store
+) -> None:
+    await fill(config, store, 40)
+    with pytest.raises(ConfigError, match="verifier"):
+        await fit_snapshot(config, store, QUICK, by_value=True)
+    await fill(config, store, 150)
+    snapshot_id, snapshot = await fit_snapshot(config, store, QUICK, by_value=True)
+    assert snapshot.decides_by_value
+    assert snapshot.verifier
+    report = await evaluate_snapshot(config, store, snapshot_id, None)
+    shown = report.at_default.contenders
+    assert {PATH_1, VOI, "cold_start"} <= set(shown)
+    assert shown[CANDIDATE] == shown[VOI]
+    assert {"held_out", "new_questions"} <= set(report.verifier)
+    report.to_json()
 
 
 async def test_outcomes_of_other_settings_do_not_count_and_the_newest_does(
