@@ -373,3 +373,21 @@ def _large_rule(num_pairs: int) -> tuple[ClusterRule, tuple[Pair, ...], NDArray[
         examples=((),) * clusters,
     )
     return ClusterRule(snapshot), pairs, uniform(dim, scale=0.05)
+
+
+def test_outside_the_profile_the_cards_rank_and_verdicts_still_count() -> None:
+    likeness = np.array([0.2, 0.3, 0.6], np.float32)
+    prior = Prior(PAIRS, np.array(COSTS_USD, np.float32), lambda _: likeness)
+    elsewhere = np.eye(DIM, dtype=np.float32)[9]
+    # Over all that was profiled the last pair is worst, and its card is most like the query.
+    skill = np.array([0.8, 0.6, 0.1], np.float32)
+    worst = replace(make_snapshot(), pair_alpha=50 * skill, pair_beta=50 * (1 - skill))
+    by_means = ClusterRule(worst, prior)
+    assert decide(by_means, elsewhere, LIMITS, PAIRS).pair == PAIRS[0]
+    by_cards = ClusterRule(replace(worst, outside_card_weight=1.0), prior)
+    decision = decide(by_cards, elsewhere, LIMITS, PAIRS)
+    assert (decision.path, decision.pair) == (DecidedBy.OUT_OF_DISTRIBUTION, PAIRS[2])
+    for _ in range(50):
+        by_cards.update(elsewhere, PAIRS[2], 0.0, LOCAL_OWNER)
+        by_cards.update(elsewhere, PAIRS[1], 1.0, LOCAL_OWNER)
+    assert decide(by_cards, elsewhere, LIMITS, PAIRS).pair == PAIRS[1]
