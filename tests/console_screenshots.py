@@ -31,10 +31,10 @@ def main(folder: Path) -> None:
         )
         pages = {
             "overview": ("/console", 1100, 860, "light"),
-            "request": ("", 1100, 960, "light"),
+            "request": ("", 1100, 820, "light"),
             "routing": ("/console/routing?cluster=1#cluster", 1100, 720, "light"),
-            "policies": ("/console/policies#evaluation", 1100, 760, "dark"),
-            "spend": ("/console/spend", 1100, 760, "light"),
+            "policies": ("/console/policies#evaluation", 1100, 640, "dark"),
+            "spend": ("/console/spend", 1100, 700, "light"),
             "ask": ("/console/ask", 1100, 640, "light"),
         }
         for name, (path, width, height, scheme) in pages.items():
