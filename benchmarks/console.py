@@ -39,6 +39,7 @@ from serve_app.orchestrator.direct import DirectTools
 from serve_app.schemas import (
     ChatCall,
     Decision,
+    Drift,
     MemberState,
     ModelMember,
     PoolLoad,
@@ -89,6 +90,9 @@ class _Idle:
 
     def breakers(self) -> dict[str, str]:
         return {}
+
+    async def drifts(self) -> tuple[Drift, ...]:
+        return ()
 
     @property
     def tools(self) -> DirectTools:

@@ -18,6 +18,7 @@ from serve_app.signals import Signals
 if TYPE_CHECKING:  # they import this module
     from serve_app.config import AtlasConfig
     from serve_app.purse import Purse
+    from serve_app.telemetry.trace_context import TraceContext
 
 NO_TOOL = "none"
 """The tool id of plain generation."""
@@ -167,6 +168,10 @@ class StopReason(StrEnum):
     """The caller went away."""
     ERROR = "error"
     """An unforeseen error."""
+
+
+MAX_DEVIATIONS = 3.0
+"""Of verdicts from what is expected, in standard deviations, that chance explains."""
 
 
 class SpanKind(StrEnum):
@@ -401,6 +406,26 @@ class Candidate:
     high: float = 1.0
     cost_usd: float = 0.0
     """What such a request is expected to cost, in US dollars."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far users' verdicts on a candidate are from what its profile lets expect."""
+
+    pair: Pair
+    verdicts: float
+    """That count: earlier ones and those of one key count for less."""
+    expected: float
+    """Mean score in the profile, in [0, 1]."""
+    observed: float
+    """The same, moved by how much the verdicts missed what was expected of each question."""
+    deviations: float
+    """Standard deviations between the two; below 0: it is worse. 0 until there are enough."""
+
+    @property
+    def has_left(self) -> bool:
+        """Whether chance is no explanation."""
+        return abs(self.deviations) >= MAX_DEVIATIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -644,6 +669,8 @@ class Report:
     """Spans that were not kept."""
     lease_id: str | None = None
     """What the request was paid from; `None`: its key has no limits."""
+    trace: TraceContext | None = None
+    """The W3C trace that it belongs to; `None`: nothing is traced."""
 
     @property
     def final_step(self) -> Step | None:
@@ -729,6 +756,8 @@ class ChatCall:
     """`None`: it is decided anew."""
     purse: Purse | None = field(default=None, repr=False, compare=False)
     """What the key may still spend; the request is paid from there. `None`: nothing limits it."""
+    trace: TraceContext | None = field(default=None, repr=False, compare=False)
+    """The W3C trace that it belongs to; `None`: nothing is traced."""
 
     @property
     def query(self) -> str:

@@ -34,6 +34,7 @@ from serve_app.schemas import (
     ChatCall,
     DecidedBy,
     Decision,
+    Drift,
     MemberState,
     ModelMember,
     Pair,
@@ -88,6 +89,7 @@ class ScriptedOrchestrator:
         cancelled: Request ids whose work was cancelled or closed early.
         acted: Request ids that did what must not happen twice.
         not_closed: Models whose breaker is not closed, and where it stands.
+        drifted: What verdicts say of the candidates.
     """
 
     def __init__(self, config: AtlasConfig, outcomes: OutcomeLog) -> None:
@@ -95,6 +97,7 @@ class ScriptedOrchestrator:
         self.cancelled: list[str] = []
         self.acted: list[str] = []
         self.not_closed: dict[str, str] = {}
+        self.drifted: tuple[Drift, ...] = ()
         self.is_ready = True
         self.runner = ScriptedRunner(config)
         self.tools = DirectTools(self.runner)  # type: ignore[arg-type]
@@ -119,6 +122,9 @@ class ScriptedOrchestrator:
 
     def breakers(self) -> dict[str, str]:
         return self.not_closed
+
+    async def drifts(self) -> tuple[Drift, ...]:
+        return self.drifted
 
     def ready(self) -> tuple[bool, dict[str, Any]]:
         return self.is_ready, {"pool_version": self._pool.pool_version}

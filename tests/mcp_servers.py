@@ -229,6 +229,13 @@ class Environment(Server):
         send({"id": request_id, "result": text(json.dumps(told))})
 
 
+class Meta(Server):
+    """Tells what came beside the arguments."""
+
+    def call(self, request_id: Any, params: Json) -> None:
+        send({"id": request_id, "result": text(json.dumps(params.get("_meta") or {}))})
+
+
 class Escapes(Server):
     """Tries to read and write a path and to reach a port, and tells what it got."""
 

@@ -26,6 +26,7 @@ from serve_app.config.pool import PoolConfig
 from serve_app.config.router import RouterConfig
 from serve_app.config.rules import Rules
 from serve_app.config.store import SnapshotsPlace, StoreConfig
+from serve_app.config.telemetry import TelemetryConfig
 from serve_app.config.tools import BestOfConfig, ToolConfig, ToolsetConfig
 from serve_app.schemas import NO_TOOL, Pair
 
@@ -50,6 +51,7 @@ class AtlasConfig(BaseConfig):
     context: ContextConfig = ContextConfig()
     store: StoreConfig = StoreConfig()
     pool: PoolConfig = PoolConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     data_dir: str = f"~/{DATA_FOLDER}"
     """Folder of the store and the caches. `ATLAS_DATA_DIR` in the environment wins."""
 
@@ -125,6 +127,13 @@ class AtlasConfig(BaseConfig):
                     f"tool {tool.tool_id!r}: {verifier!r} is no configured model with the role "
                     "'verifier'"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _content_is_kept_where_it_is_told(self) -> Self:
+        tracing = self.telemetry.tracing
+        if tracing is not None and tracing.content and not self.store.keep_content:
+            raise ValueError("telemetry.tracing.content: needs store.keep_content, which is off")
         return self
 
     def all_pairs(self) -> tuple[Pair, ...]:

@@ -28,7 +28,8 @@ from serve_app.gateway.purses import Purses
 from serve_app.gateway.table import endpoints
 from serve_app.jobs import Jobs
 from serve_app.store import OutcomeLog, Store
-from serve_app.telemetry import MetricSink, NoMetrics
+from serve_app.telemetry import NoMetrics, ToldMetrics
+from serve_app.telemetry.tracing import NoTracing, Tracing
 
 
 def build_api(
@@ -37,8 +38,9 @@ def build_api(
     outcomes: OutcomeLog,
     jobs: Jobs,
     config: AtlasConfig,
-    metrics: MetricSink | None = None,
+    metrics: ToldMetrics | None = None,
     purses: Purses | None = None,
+    tracing: Tracing | None = None,
 ) -> Starlette:
     """The whole HTTP API as an ASGI app.
 
@@ -50,6 +52,7 @@ def build_api(
         config: Limits, authentication, prices.
         metrics: Where counts go.
         purses: Pay for the requests of keys with limits; `None` makes them.
+        tracing: Where traces go; `None`: nowhere.
     """
     metrics = metrics or NoMetrics()
     gateway = config.gateway
@@ -77,6 +80,7 @@ def build_api(
         idempotency=Idempotency(store, gateway.idempotency, gateway.limits.max_json_depth),
         purses=purses,
         metrics=metrics,
+        tracing=tracing or NoTracing(),
     )
     # The edge calls the handlers itself; Serve reads the routes for the names in its metrics.
     app = Starlette(routes=routes.endpoints, middleware=[edge])

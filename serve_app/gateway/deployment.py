@@ -13,12 +13,14 @@ from serve_app.config import AtlasConfig
 from serve_app.errors import AtlasError
 from serve_app.gateway.app import build_api
 from serve_app.gateway.edge.hosts import require_loopback
+from serve_app.gateway.gauges import Gauges
 from serve_app.gateway.purses import Purses
 from serve_app.jobs import Jobs, RayLauncher
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.schemas import ChatCall, Report
 from serve_app.store import Journal, OutcomeLog, Retention, Store
-from serve_app.telemetry import RayMetrics
+from serve_app.telemetry import RayMetrics, count_request
+from serve_app.telemetry.tracing import tracing_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Gateway:
         require_loopback(config.gateway.auth.mode, host)
         self._config = config
         self._metrics = RayMetrics()
+        self._tracing = tracing_of(config.telemetry.tracing)
         self._store = await Store.open(config.store_url(), must_answer=False)
 
         async def embed(text: str) -> bytes:
@@ -75,10 +78,19 @@ class Gateway:
         self._purses = Purses(self._store, self._outcomes, config.gateway.limits.max_deadline_s)
         self._retention = Retention(self._store, config.store.retention_days)
         self._retention.start()
-        self._orchestrator = Orchestrator(
-            config, embedder, router, controller, self._outcomes.record
-        )
+        self._orchestrator = Orchestrator(config, embedder, router, controller, self._record)
         await self._orchestrator.start()
+        self._gauges = Gauges(self._orchestrator, self._store, self._metrics)
+        self._gauges.start()
+
+    def _record(self, report: Report, alpha: float) -> None:
+        """Put a finished request into the outcome log, count it, and tell its trace."""
+        self._outcomes.record(report, alpha)
+        try:
+            count_request(self._metrics, report)
+        except Exception:  # a fault in what is counted costs no answer
+            logger.exception("request %s is not counted", report.request_id)
+        self._tracing.ran(report)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Serve asks for the application after the constructor."""
@@ -91,6 +103,7 @@ class Gateway:
             self._config,
             self._metrics,
             self._purses,
+            self._tracing,
         )
 
     async def measure(self, call: ChatCall) -> tuple[Report, AtlasError | None]:
@@ -99,8 +112,10 @@ class Gateway:
 
     async def __del__(self) -> None:
         """Serve's shutdown hook: write what is pending."""
+        await self._gauges.close()
         self._orchestrator.close()
         await self._purses.close()
         await self._retention.close()
         await self._outcomes.close()
         await self._store.close()
+        await self._tracing.close()

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.config import AtlasConfig
-from serve_app.errors import DeadlineExceeded, InvalidRequest, NotFound
+from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, NotFound
 from serve_app.gateway.admin.job_events import JobEvents
 from serve_app.gateway.chat.chat_call import to_chat_call
 from serve_app.gateway.chat.chunk_shaper import ChunkShaper
@@ -33,7 +33,7 @@ from serve_app.gateway.edge.rate import RateLimiter
 from serve_app.gateway.usage import KeyUsage
 from serve_app.jobs import Jobs, JobSubmission
 from serve_app.orchestrator.direct import DirectTools
-from serve_app.schemas import AccessLists, ChatCall, Decision, PoolLoad, PoolState, Report
+from serve_app.schemas import AccessLists, ChatCall, Decision, Drift, PoolLoad, PoolState, Report
 from serve_app.store import (
     Job,
     OutcomeLog,
@@ -46,7 +46,9 @@ from serve_app.store import (
     storable_query,
     usage_of,
 )
-from serve_app.telemetry import GATEWAY_COST_USD, GATEWAY_TOKENS, MetricSink
+from serve_app.store.sums import WIN
+from serve_app.telemetry import FEEDBACK_VERDICTS, GATEWAY_FIRST_PIECE_SECONDS, ToldMetrics
+from serve_app.telemetry.projection import Verdict
 
 T = TypeVar("T")
 
@@ -114,6 +116,14 @@ class Orchestrator(Protocol):
         """Of the models whose breaker is not closed in this process: where it stands."""
         ...
 
+    async def drifts(self) -> tuple[Drift, ...]:
+        """How far verdicts on each candidate are from its profile.
+
+        Raises:
+            AtlasError: If the router does not answer.
+        """
+        ...
+
     def ready(self) -> tuple[bool, Json]:
         """Whether any request can be served, and the details; never waits."""
         ...
@@ -129,7 +139,7 @@ class Handlers:
         outcomes: OutcomeLog,
         jobs: Jobs,
         config: AtlasConfig,
-        metrics: MetricSink,
+        metrics: ToldMetrics,
     ) -> None:
         """Of a gateway; the arguments are those of `build_api`."""
         self._orchestrator = orchestrator
@@ -203,6 +213,7 @@ class Handlers:
             async with in_time(exchange):
                 await _admit(call)
                 first = await anext(items)
+                exchange.first_piece_s = exchange.elapsed_s()
             if isinstance(first, Report):
                 raise TypeError("the orchestrator's stream had no chunk")
         except BaseException:
@@ -248,11 +259,14 @@ class Handlers:
         said = validate(FeedbackRequest, self._read_json(exchange))
         self._feedback_rate.take(exchange.owner)
         score = min(1.0, max(0.0, said.score))
-        await self._once_written(
+        rated = await self._once_written(
             exchange,
             said.request_id,
             lambda: add_feedback(self._store, said.request_id, exchange.owner, score, said.comment),
         )
+        verdict = "good" if score >= WIN else "bad"
+        exchange.verdict = Verdict(said.request_id, score, verdict)
+        self._metrics.record(FEEDBACK_VERDICTS, candidate=str(rated), verdict=verdict)
         return JsonResponse(
             {"object": "atlas.feedback", "request_id": said.request_id, "score": score}
         )
@@ -350,6 +364,11 @@ class Handlers:
         """`GET /healthz`: this process answers."""
         return JsonResponse({"status": "ok"})
 
+    async def metrics(self, request: Request) -> Response:
+        """`GET /metrics`: Prometheus' text format."""
+        page = await self._metrics.page()
+        return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+
     async def readyz(self, request: Request) -> Response:
         """`GET /readyz`: a request can be served."""
         ready, details = self._orchestrator.ready()
@@ -374,6 +393,7 @@ class Handlers:
             elapsed_s=exchange.elapsed_s(),
             begin_effect=None if exchange.held_key is None else exchange.held_key.begin_effect,
             purse=exchange.purse,
+            trace=exchange.trace,
         )
         exchange.ends_s = time.monotonic() + call.limits.deadline_s
         view = self.pool_view()
@@ -398,6 +418,13 @@ class Handlers:
         """What the pool has to do now; `None` where nobody says."""
         return await self._orchestrator.load()
 
+    async def drifts(self) -> tuple[Drift, ...]:
+        """How far verdicts on each candidate are from its profile; nothing without the router."""
+        try:
+            return await self._orchestrator.drifts()
+        except AtlasError:
+            return ()
+
     def breakers(self) -> Mapping[str, str]:
         """Of the models whose breaker is not closed in this process: where it stands."""
         return self._orchestrator.breakers()
@@ -415,9 +442,10 @@ class Handlers:
         line.prompt_tokens = report.usage.prompt_tokens
         line.completion_tokens = report.usage.completion_tokens
         line.cost_usd = report.usage.cost_usd
-        self._metrics.record(GATEWAY_TOKENS, line.prompt_tokens, pair=pair, kind="prompt")
-        self._metrics.record(GATEWAY_TOKENS, line.completion_tokens, pair=pair, kind="completion")
-        self._metrics.record(GATEWAY_COST_USD, line.cost_usd, pair=pair)
+        if exchange.first_piece_s is not None:
+            self._metrics.record(
+                GATEWAY_FIRST_PIECE_SECONDS, exchange.first_piece_s, candidate=pair
+            )
         return completion_extension(report, alpha=call.limits.alpha, explain=call.explain)
 
 

@@ -52,6 +52,7 @@ def endpoints(
         *_rules(pool),
         *_learning(api),
         *_public(api, openapi),
+        Endpoint("GET", "/metrics", api.metrics, Scope.ADMIN, None),
         *([] if console is None else console.endpoints()),
     ]
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from serve_app.errors import AtlasError, EngineError
 from serve_app.models.engine_output import StreamChecker, checked_completion
 from serve_app.models.protocol import ChatBody
+from serve_app.telemetry.trace_context import CURRENT, TRACE_FIELD
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def _guarded_pieces(method: Any) -> Any:
     @functools.wraps(method)
     async def pieces(self: Any, body: ChatBody) -> AsyncIterator[Any]:
         try:
+            body = _within_its_trace(body)
             checker = StreamChecker(body)
             async with aclosing(method(self, body)) as inner:
                 async for batch in inner:
@@ -68,6 +70,7 @@ def _guarded_answer(method: Any) -> Any:
     @functools.wraps(method)
     async def answer(self: Any, body: ChatBody) -> Any:
         try:
+            body = _within_its_trace(body)
             return checked_completion(await method(self, body), body)
         except Exception as error:
             raise _ours(error) from None
@@ -85,6 +88,14 @@ def _guarded(method: Any) -> Any:
             raise _ours(error) from None
 
     return whole
+
+
+def _within_its_trace(body: ChatBody) -> ChatBody:
+    """The request without its trace, which is from now on that of the calls that it makes."""
+    if TRACE_FIELD not in body:
+        return body
+    CURRENT.set(body[TRACE_FIELD])
+    return {name: value for name, value in body.items() if name != TRACE_FIELD}
 
 
 _GUARDS = {"complete": _guarded_answer, "stream": _guarded_pieces}

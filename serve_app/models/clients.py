@@ -20,6 +20,7 @@ from serve_app.errors import (
     ReplicaDied,
 )
 from serve_app.models.protocol import ChatBody
+from serve_app.telemetry.trace_context import CURRENT, TRACE_FIELD
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,12 @@ async def call(response: Any, deadline: Deadline) -> Any:
     except Exception as error:
         response.cancel()
         raise translated(error) from error
+
+
+def _traced(body: ChatBody) -> ChatBody:
+    """The request with the trace that the call is part of, where it is part of one."""
+    carrier = CURRENT.get()
+    return body if carrier is None else body | {TRACE_FIELD: dict(carrier)}
 
 
 class ModelClients:
@@ -97,7 +104,7 @@ class ModelClients:
             EngineError: If the application is away or fails.
             DeadlineExceeded: If the answer comes too late.
         """
-        handle = await self._handle(model_id, deadline)
+        handle, body = await self._handle(model_id, deadline), _traced(body)
         try:
             of = handle.options(session_id=session) if session else handle
             answer: dict[str, Any] = await call(of.complete.remote(body), deadline)
@@ -110,7 +117,7 @@ class ModelClients:
         self, model_id: str, body: ChatBody, deadline: Deadline, session: str = ""
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of one completion; arguments and errors as `complete`, at any point."""
-        handle = await self._handle(model_id, deadline)
+        handle, body = await self._handle(model_id, deadline), _traced(body)
         of = {"session_id": session} if session else {}
         response = handle.options(stream=True, **of).stream.remote(body)
         chunks = aiter(response)

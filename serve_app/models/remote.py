@@ -24,6 +24,7 @@ from serve_app.errors import EngineBusy, EngineError, EngineUnavailable, Invalid
 from serve_app.models.boundary import guarded
 from serve_app.models.engine_output import MAX_ANSWER_BYTES
 from serve_app.models.protocol import ChatBody, refusal
+from serve_app.telemetry.trace_context import CURRENT
 
 _T = TypeVar("_T")
 _SPREAD_S = 0.25
@@ -74,7 +75,10 @@ class RemoteModel:
         """Answer a request whole; see `ModelServer.complete`."""
         completion = await self._ask(
             lambda: self._client.chat.completions.create(
-                model=self._config.remote_model, stream=False, **body
+                model=self._config.remote_model,
+                stream=False,
+                extra_headers=CURRENT.get(),
+                **body,
             )
         )
         answer: dict[str, Any] = completion.model_dump(
@@ -89,6 +93,7 @@ class RemoteModel:
                 model=self._config.remote_model,
                 stream=True,
                 stream_options={"include_usage": True},
+                extra_headers=CURRENT.get(),
                 **body,
             )
         )

@@ -8,6 +8,7 @@ again in the same batches, with the text of its last answer in place of its quer
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -94,6 +95,10 @@ class _Waiting:
     embedding: _Vector | None
     """(dim,) of the query, where it is known already."""
     fixed: Fixed | None
+    facts: dict[str, Fact] | None
+    """Of the span that is about the question; `None`: there is none."""
+    began_s: float
+    """Monotonic clock."""
     answer: asyncio.Future[_Answer]
 
     @property
@@ -107,6 +112,12 @@ class _Waiting:
     def known(self) -> _Vector | None:
         """(dim,) embedding that stands in for one of the text."""
         return self.embedding if self.under_way is None else self.under_way.answer_embedding
+
+    def embedded(self, began_s: float, seconds: float) -> None:
+        """Say when its text was embedded, and how long that took."""
+        if self.facts is not None and self.text is not None:
+            after_s = round(max(0.0, began_s - self.began_s), 6)
+            self.facts.update(embedding_after_s=after_s, embedding_s=round(seconds, 6))
 
     def settle(self, answer: _Answer | Exception) -> None:
         if self.answer.done():
@@ -179,6 +190,7 @@ class Decider:
         request_id: str | None = None,
         embedding: _Vector | None = None,
         fixed: Fixed | None = None,
+        facts: dict[str, Fact] | None = None,
     ) -> tuple[_Vector, Decision]:
         """The (dim,) embedding of a query, and the decision for it.
 
@@ -190,6 +202,7 @@ class Decider:
             request_id: Says whether a canary gets it; `None` never.
             embedding: (dim,) of the query, as `embed_query` gave it; `None`: it is not known yet.
             fixed: Of a request that is to have the same result again.
+            facts: Takes what the embedding took; `None`: that is not of interest.
 
         Raises:
             NoCandidate: If no ready pair is within the limits.
@@ -198,7 +211,14 @@ class Decider:
             DeadlineExceeded: If time is up.
         """
         embedding, decision = await self._wait(
-            query, limits, deadline, explain, request_id, embedding=embedding, fixed=fixed
+            query,
+            limits,
+            deadline,
+            explain,
+            request_id,
+            embedding=embedding,
+            fixed=fixed,
+            facts=facts,
         )
         assert embedding is not None  # every query is embedded
         assert decision is not None
@@ -222,7 +242,11 @@ class Decider:
         return embedding
 
     async def decide_next(
-        self, under_way: UnderWay, limits: Limits, deadline: Deadline
+        self,
+        under_way: UnderWay,
+        limits: Limits,
+        deadline: Deadline,
+        facts: dict[str, Fact] | None = None,
     ) -> tuple[_Vector | None, Decision]:
         """What a request under way does next.
 
@@ -230,6 +254,7 @@ class Decider:
             under_way: Where it stands.
             limits: What the caller allows: dollars and steps in all, seconds from now on.
             deadline: When the decision must be there.
+            facts: As of `decide`.
 
         Returns:
             The (dim,) embedding of its last answer, `None` without one, and the decision.
@@ -238,7 +263,7 @@ class Decider:
             AtlasError: As `decide`.
         """
         embedding, decision = await self._wait(
-            "", limits, deadline, under_way=under_way, fixed=under_way.fixed
+            "", limits, deadline, under_way=under_way, fixed=under_way.fixed, facts=facts
         )
         assert decision is not None
         return embedding, decision
@@ -266,6 +291,7 @@ class Decider:
         under_way: UnderWay | None = None,
         embedding: _Vector | None = None,
         fixed: Fixed | None = None,
+        facts: dict[str, Fact] | None = None,
     ) -> _Answer:
         if fixed is not None and limits is not None:
             limits = replace(limits, deadline_s=fixed.deadline_s)
@@ -282,6 +308,8 @@ class Decider:
                 under_way,
                 embedding,
                 fixed,
+                facts,
+                time.monotonic(),
                 answer,
             )
         )
@@ -339,8 +367,11 @@ class Decider:
         deadline = max((request.deadline for request in batch), key=lambda d: d.at_s)
         undecided: list[tuple[_Waiting, _Vector | None]] = []
         asked: list[RoutingRequest] = []
+        began_s = time.monotonic()
         vectors = await self._embed(batch, deadline, max_deaths)
+        seconds = time.monotonic() - began_s
         for request, vector in zip(batch, vectors, strict=True):
+            request.embedded(began_s, seconds)
             if request.limits is None:
                 request.settle((vector, None))
             else:

@@ -13,6 +13,7 @@ from serve_app.orchestrator.evidence import signals_of
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns.declared import Composed, PatternRunner
+from serve_app.orchestrator.recovery import fault_of
 from serve_app.orchestrator.run import Piece, Run
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.schemas import Action, ChatCall, DecidedBy, Pair, Step
@@ -82,6 +83,7 @@ class Engine:
             choices = composed.choices
         except AtlasError as failure:
             error = failure.message
+            span.attributes["fault"] = fault_of(failure).value
             raise
         except Exception as failure:
             # A fault of ours, in what one pair does; another pair may well answer.

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.budget import Deadline
 from serve_app.config import AtlasConfig
 from serve_app.errors import (
     AtlasError,
@@ -28,7 +29,7 @@ from serve_app.errors import (
     NoCandidate,
     ServiceError,
 )
-from serve_app.models.clients import ModelClients
+from serve_app.models.clients import ModelClients, call
 from serve_app.models.watcher import PoolHandle, PoolWatcher
 from serve_app.orchestrator.answer import Answer
 from serve_app.orchestrator.channel import Channel
@@ -56,6 +57,7 @@ from serve_app.schemas import (
     ChatCall,
     DecidedBy,
     Decision,
+    Drift,
     Limits,
     MemberState,
     Pair,
@@ -71,6 +73,8 @@ logger = logging.getLogger(__name__)
 _SUSPECT_EVERY_S = 1.0
 _LOAD_TIMEOUT_S = 2.0
 """A page does without what takes longer."""
+_ASK_ROUTER_S = 5.0
+"""How long the router may take to say what it serves with."""
 
 ROUTED = "atlas"
 """The `model` name that lets the router decide."""
@@ -82,6 +86,19 @@ class _Suspect(Protocol):
 
 class _Load(Protocol):
     def remote(self) -> Awaitable[PoolLoad]: ...
+
+
+class _Drifts(Protocol):
+    def remote(self) -> Any: ...
+
+
+class DriftingRouter(RouterHandle, Protocol):
+    """What is called on the `Router` deployment."""
+
+    @property
+    def drifts(self) -> _Drifts:
+        """Answers with how far verdicts on each candidate are from its profile."""
+        ...
 
 
 class ControllerHandle(PoolHandle, Protocol):
@@ -105,7 +122,7 @@ class Orchestrator:
         self,
         config: AtlasConfig,
         embedder: EmbedderHandle,
-        router: RouterHandle,
+        router: DriftingRouter,
         controller: ControllerHandle,
         record: Callable[[Report, float], None],
         clients: ModelClients | None = None,
@@ -124,6 +141,7 @@ class Orchestrator:
         self._record = record
         self._keeps_content = config.store.keep_content
         self._controller = controller
+        self._router = router
         self._suspicions: dict[str, asyncio.Task[None]] = {}
         self._clients = clients or ModelClients(self._suspect)
         self._waker = Waker(config.pool, self._clients)
@@ -169,6 +187,17 @@ class Orchestrator:
         """Of the models whose breaker is not closed here: where it stands."""
         states = self._pairs.parts.models.breakers.states()
         return {model_id: str(state) for model_id, state in states.items()}
+
+    async def drifts(self) -> tuple[Drift, ...]:
+        """How far verdicts on each candidate are from its profile.
+
+        Raises:
+            AtlasError: If the router does not answer in time.
+        """
+        drifts: tuple[Drift, ...] = await call(
+            self._router.drifts.remote(), Deadline.after(_ASK_ROUTER_S)
+        )
+        return drifts
 
     def _suspect(self, model_id: str) -> None:
         """Have the controller look at a model that failed; not twice a second."""
@@ -504,6 +533,7 @@ class Orchestrator:
                     request_id=call.request_id,
                     embedding=embedding,
                     fixed=call.fixed,
+                    facts=span.attributes,
                 )
                 span.attributes |= facts_of(decision)
                 return embedding, decision

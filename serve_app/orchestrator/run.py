@@ -117,7 +117,12 @@ class Run:
             Deadline.after(self.call.limits.deadline_s), caps, parent=self.call.purse
         )
         listen = self._tell if self.call.events and self.channel is not None else None
-        self.trace = Trace(self.call.request_id, listen, keeps_content=self.keeps_content)
+        self.trace = Trace(
+            self.call.request_id,
+            listen,
+            keeps_content=self.keeps_content,
+            context=self.call.trace,
+        )
         self._last: Report | None = None
 
     @property
@@ -183,4 +188,5 @@ class Run:
             spans=self.trace.records(),
             num_dropped=self.trace.num_dropped,
             lease_id=None if self.call.purse is None else self.call.purse.lease_id,
+            trace=self.call.trace,
         )

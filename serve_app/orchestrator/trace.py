@@ -17,6 +17,7 @@ from typing import Literal, Self
 from serve_app.errors import AtlasError
 from serve_app.schemas import Fact, Route, SpanKind, SpanRecord, Step, ToolCall, Usage
 from serve_app.signals import Certainty
+from serve_app.telemetry.trace_context import CURRENT, Carrier, TraceContext
 
 __all__ = ["MAX_SPANS", "Listener", "Phase", "Span", "SpanKind", "Trace", "Turn"]
 
@@ -87,6 +88,8 @@ class Span:
     text: str | None = None
     """What a model said or a tool gave, where content is kept."""
     children: list[Span] = field(default_factory=list)
+    outer: Carrier | None = None
+    """What calls were told before this one began."""
 
     def child(self, kind: SpanKind, name: str) -> Span:
         """Begin a span below this one. Beyond `MAX_SPANS` it is counted, and not kept."""
@@ -169,8 +172,15 @@ class Span:
         return error[:MAX_ERROR_CHARS]
 
     def __enter__(self) -> Self:
-        """It has begun already."""
+        """It has begun already; calls of others in the block are told that they are part of it."""
+        if self.trace.context is not None:
+            self.outer = CURRENT.get()
+            CURRENT.set(self.trace.context.carrier(self._told().span_id))
         return self
+
+    def _told(self) -> Span:
+        """Itself, or the nearest span above that the trace has."""
+        return self if self.is_kept else self.kept_above() or self.trace.root
 
     def __exit__(
         self,
@@ -179,6 +189,8 @@ class Span:
         trace: TracebackType | None,
     ) -> None:
         """End it, with the error that ends the block."""
+        if self.trace.context is not None:
+            CURRENT.set(self.outer)
         self.fault = None if kind is None else kind.__name__
         self.end(error.message if isinstance(error, AtlasError) else self.fault)
 
@@ -195,7 +207,12 @@ class Trace:
     """
 
     def __init__(
-        self, name: str, listen: Listener | None = None, *, keeps_content: bool = False
+        self,
+        name: str,
+        listen: Listener | None = None,
+        *,
+        keeps_content: bool = False,
+        context: TraceContext | None = None,
     ) -> None:
         """Begin.
 
@@ -203,11 +220,13 @@ class Trace:
             name: Of the request.
             listen: Hears of each span that is kept; `None`: nobody does.
             keeps_content: Whether records have what models and tools said.
+            context: The W3C trace that calls of others are told of; `None`: they are told nothing.
         """
         self.num_begun = 0
         self.num_dropped = 0
         """Spans that were not kept."""
         self.keeps_content = keeps_content
+        self.context = context
         self.began_s = time.monotonic()
         self._listen = listen
         self._bytes_left = MAX_BYTES

@@ -22,7 +22,7 @@ from serve_app.router.rules.cold_start import pair_cards
 from serve_app.router.serving.follower import Following, PolicyFollower, Serving
 from serve_app.router.serving.rollback import PolicyGuard
 from serve_app.router.snapshots.build_rule import Cards, read_cards
-from serve_app.schemas import MemberState, PoolState, ShadowDecision
+from serve_app.schemas import Drift, MemberState, PoolState, ShadowDecision
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +144,10 @@ class Router:
     async def following(self) -> Following:
         """Which policies this replica serves with."""
         return self._follower.state()
+
+    async def drifts(self) -> tuple[Drift, ...]:
+        """How far verdicts on each pair are from its profile."""
+        return self._follower.drifts()
 
     def _abilities_in(self, pool: PoolState) -> Abilities:
         """What the candidates of a pool can take."""

@@ -98,7 +98,7 @@ class RatedTrajectory:
 
 async def add_feedback(
     store: Store, request_id: str, owner: str, score: float, comment: str | None = None
-) -> None:
+) -> Pair:
     """Keep a score for a request.
 
     Args:
@@ -107,6 +107,9 @@ async def add_feedback(
         owner: Who says so; must be who asked.
         score: In [0, 1].
         comment: Free text.
+
+    Returns:
+        The candidate that was chosen first.
 
     Raises:
         NotFound: If there is no such request of this owner; whether another has it is not told.
@@ -146,6 +149,7 @@ async def add_feedback(
             )
     except IntegrityError as error:
         raise Conflict(f"request {request_id!r} has its feedback already", "request_id") from error
+    return Pair(request.model_id, request.tool_id)
 
 
 async def verdict_ids(

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from serve_app.config.tools import McpConfig, ToolConfig, ToolSettings
 from serve_app.errors import ToolFailed, ToolRetry
+from serve_app.telemetry.trace_context import CURRENT, Carrier
 from serve_app.tools.arguments import ArgumentsCheck
 from serve_app.tools.base import Function, Tool, ToolResult
 from serve_app.tools.registry import build_tool
@@ -33,10 +34,15 @@ def _tool(config_json: str) -> Tool:
 
 
 def run_tool(
-    config_json: str, function: str, arguments: dict[str, Any], deadline_s: float
+    config_json: str,
+    function: str,
+    arguments: dict[str, Any],
+    deadline_s: float,
+    carrier: Carrier | None = None,
 ) -> ToolResult:
     """The Ray task: one call of one tool."""
     tool = _tool(config_json)
+    CURRENT.set(carrier)
     try:
         return tool.call(function, arguments, deadline_s)
     except (ToolRetry, ToolFailed):
@@ -84,7 +90,7 @@ class Entry:
         """Begin a call; Ray's reference to its result."""
         if self.session is not None:
             return self.session.call(function, arguments, deadline_s)
-        return self.call.remote(self.config_json, function, arguments, deadline_s)
+        return self.call.remote(self.config_json, function, arguments, deadline_s, CURRENT.get())
 
     def leave(self) -> None:
         """Give a place back."""

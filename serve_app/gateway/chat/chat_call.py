@@ -30,6 +30,7 @@ from serve_app.gateway.chat.wire import (
 from serve_app.purse import Purse
 from serve_app.schema_check import SchemaBudget
 from serve_app.schemas import ChatCall, Fixed, Limits
+from serve_app.telemetry.trace_context import TraceContext
 
 
 def to_chat_call(
@@ -42,6 +43,7 @@ def to_chat_call(
     elapsed_s: float = 0.0,
     begin_effect: Callable[[], Awaitable[None]] | None = None,
     purse: Purse | None = None,
+    trace: TraceContext | None = None,
 ) -> ChatCall:
     """Check what spans fields or depends on the configuration, and build the call.
 
@@ -54,6 +56,7 @@ def to_chat_call(
         elapsed_s: Seconds since the request arrived; the call's deadline is what is left.
         begin_effect: Of the request's idempotency key; `None`: the request came without one.
         purse: What the request is paid from; `None`: nothing limits its key.
+        trace: The W3C trace that the request belongs to; `None`: nothing is traced.
 
     Raises:
         DeadlineExceeded: If nothing is left.
@@ -89,6 +92,7 @@ def to_chat_call(
         begin_effect=begin_effect,
         fixed=fixed,
         purse=purse,
+        trace=trace,
     )
     return call if fixed is None else replace(call, sampling=_fixed_sampling(call))
 

@@ -257,6 +257,7 @@ class Console:
             rates=with_intervals(await win_rates(self._store, since_s)),
             tenths=tenths,
             calibration=calibration_chart(tenths),
+            drifts=[drift for drift in await self._api.drifts() if drift.has_left],
             domains=await profile_by_domain(self._store),
         )
 

@@ -41,9 +41,12 @@ from serve_app.telemetry import (
     GATEWAY_ONGOING,
     GATEWAY_REQUESTS,
     GATEWAY_SECONDS,
+    LIMITS_REFUSED,
     MetricSink,
     RequestLine,
 )
+from serve_app.telemetry.trace_context import CURRENT
+from serve_app.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,16 @@ _MAX_LINGERING = 64
 """Refused senders that are waited for at once; others may find their connection reset."""
 _BACKSTOP_S = 1.0
 """How long after the longest deadline the edge ends a request whose route did not."""
+_LIMITS = {
+    "BudgetExceeded": "cost",
+    "ContextTooLong": "context",
+    "DeadlineExceeded": "deadline",
+    "HeadersTooLarge": "size",
+    "QuotaExceeded": "quota",
+    "RateLimited": "rate",
+    "RequestTooLarge": "size",
+}
+"""By the class of the error that a limit ends a request with: what the metrics call the limit."""
 _CLIENT_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -87,6 +100,7 @@ class Edge:
         idempotency: Idempotency,
         purses: Purses,
         metrics: MetricSink,
+        tracing: Tracing,
     ) -> None:
         """Stand before the handlers.
 
@@ -99,6 +113,7 @@ class Edge:
             idempotency: Answers POSTs that come with an idempotency key.
             purses: Pay for the requests of keys with limits.
             metrics: Counts requests.
+            tracing: Is told of requests, but for public routes.
         """
         self._app = app
         self._routes = routes
@@ -108,6 +123,7 @@ class Edge:
         self._idempotency = idempotency
         self._purses = purses
         self._metrics = metrics
+        self._tracing = tracing
         self._bodies = BodyReader(limits)
         self._ongoing = 0
         self._lingering = 0
@@ -176,6 +192,10 @@ class Edge:
         endpoint, found = self._routes.find(scope)
         rule = exchange.rule = endpoint.rule
         exchange.line.route = rule.name
+        if rule.access != PUBLIC:
+            exchange.trace = self._tracing.begin(headers, exchange.request_id)
+            if exchange.trace is not None:
+                CURRENT.set(exchange.trace.carrier(0))
         if size > self._limits.max_header_bytes:
             raise HeadersTooLarge(
                 f"address and headers have {size} bytes; at most "
@@ -325,6 +345,10 @@ class Edge:
         self._metrics.record(GATEWAY_REQUESTS, 1, route=line.route, status=str(line.status))
         self._metrics.record(GATEWAY_SECONDS, line.seconds, route=line.route)
         self._metrics.record(GATEWAY_ONGOING, self._ongoing)
+        if exchange.trace is not None:
+            self._tracing.served(exchange.trace, line, exchange.verdict)
+        if line.error in _LIMITS:
+            self._metrics.record(LIMITS_REFUSED, limit=_LIMITS[line.error])
 
 
 def _read_headers(scope: Scope, exchange: Exchange) -> tuple[dict[bytes, bytes], int]:

@@ -18,7 +18,7 @@ from serve_app.gateway.edge.exchange import Exchange
 from serve_app.gateway.handlers import Orchestrator, in_time
 from serve_app.gateway.mcp.tool import Json, McpTool, hints, result
 from serve_app.schemas import Effects
-from serve_app.telemetry import GATEWAY_COST_USD, MetricSink
+from serve_app.telemetry import GATEWAY_COST_USD, TOOL_CALLS, TOOL_SECONDS, MetricSink
 from serve_app.tools.base import Function
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,10 @@ class ExposedTools:
                     tool_id, function, arguments, deadline
                 )
             exchange.line.cost_usd = outcome.cost_usd
-            self._metrics.record(GATEWAY_COST_USD, outcome.cost_usd, pair=exchange.line.model)
+            called = exchange.line.model
+            self._metrics.record(GATEWAY_COST_USD, outcome.cost_usd, candidate=called)
+            self._metrics.record(TOOL_CALLS, tool=tool_id, outcome="ok")
+            self._metrics.record(TOOL_SECONDS, outcome.seconds, tool=tool_id)
             return result(exchange, outcome.text)
 
         return McpTool(listed, call)

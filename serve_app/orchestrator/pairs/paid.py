@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from serve_app.budget import Budget, Reservation, Use
 from serve_app.config import ModelConfig, RemoteModelConfig
 from serve_app.config.context import ContextConfig
+from serve_app.config.tools import RetrievalConfig
 from serve_app.content import PICTURE_TOKENS, without_pictures
 from serve_app.errors import (
     AtlasError,
@@ -482,6 +483,9 @@ class PaidTools:
             await work.budget.hold(most, f"a call of the tool {tool_id!r}") as held,
             work.span.child(SpanKind.TOOL, called) as span,
         ):
+            span.attributes["tool"] = tool.tool_id
+            if isinstance(tool.config, RetrievalConfig):
+                span.attributes["type"] = tool.config.type
             began_s = span.began_s
             work.recovery.begin(effects)
             try:

@@ -165,7 +165,7 @@ class PolicyLoop:
             patience = run.budget.part(0.5).deadline.sooner(_ASK_AGAIN_S)
             with run.trace.root.child(SpanKind.DECISION, "router") as span:
                 last_embedding, decision = await self._engine.decider.decide_next(
-                    under_way, limits, patience
+                    under_way, limits, patience, span.attributes
                 )
                 span.attributes |= facts_of(decision)
             if answer and last_embedding is not None:

@@ -19,7 +19,7 @@ from serve_app.router.rules.feedback import PRIOR_INERTIA, Feedback
 from serve_app.router.rules.gate import Gate, GateReading, settle
 from serve_app.router.rules.utility import normalised_cost
 from serve_app.router.snapshots.snapshot import RouterSnapshot
-from serve_app.schemas import Likeness, Pair
+from serve_app.schemas import Drift, Likeness, Pair
 
 _PRIOR_SPREAD = 0.3
 """Score points that one point of cosine similarity is worth for a pair that the snapshot does not
@@ -225,6 +225,16 @@ class ClusterBeliefs:
         self._feedback.learn_mean(index, score, owner)
         residual = score - float(self._fitted(place)[index])
         self._feedback.learn(index, place.nearest, place.weights, residual, owner)
+
+    def drifts(self) -> tuple[Drift, ...]:
+        """How far verdicts are from what was expected, of each pair that has any."""
+        found = []
+        for index, pair in enumerate(self._pairs):
+            seen, difference, deviations = self._feedback.drift(index)
+            if seen:
+                expected = float(self._feedback.fitted[index])
+                found.append(Drift(pair, seen, expected, expected + difference, deviations))
+        return tuple(found)
 
     def _lay_out_costs(self) -> None:
         own = self._snapshot.pair_costs_usd

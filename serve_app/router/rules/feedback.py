@@ -20,6 +20,8 @@ _DISCOUNT = 0.98
 _MAX_INERTIA = 20.0
 """Feedbacks that weigh as much as everything the snapshot knows of a pair; less for a pair it knows
 little of."""
+_LEAST_FOR_DRIFT = 10.0
+"""Verdicts that it takes to say that a pair is not what it was."""
 _LABEL_DISCOUNT = 0.995
 """Weight that earlier feedback keeps in the mean of a pair that the snapshot does not know."""
 
@@ -51,7 +53,9 @@ class Feedback:
         shape = (len(snapshot.centroids), len(self.fitted))
         self.shift = np.zeros(shape, np.float32)
         self.seen = np.zeros(shape, np.float32)
-        known = np.minimum(snapshot.pair_alpha + snapshot.pair_beta, _MAX_INERTIA)
+        profiled = snapshot.pair_alpha + snapshot.pair_beta
+        known = np.minimum(profiled, _MAX_INERTIA)
+        self._evidence = np.concatenate([profiled, np.full(len(prior_mean), PRIOR_INERTIA)])
         self._inertia = np.concatenate([known, np.full(len(prior_mean), _MAX_INERTIA)])
         self._voices: dict[int, Voices] = {}
         """By pair; cell 0 is the pair in general, the others are the clusters."""
@@ -72,6 +76,29 @@ class Feedback:
         labels.add(owner, np.ones(1, np.float32), score - float(prior))
         seen, residual = labels.totals()
         self.fitted[index] = prior + residual[0] / (PRIOR_INERTIA + seen[0])
+
+    def drift(self, index: int) -> tuple[float, float, float]:
+        """How far the verdicts on a pair are from what was expected of them.
+
+        The mean difference of n verdicts from what is expected of a Beta posterior with mean p and
+        k outcomes has the variance p (1 - p) (1 / n + 1 / k).
+
+        Args:
+            index: Of the pair.
+
+        Returns:
+            Verdicts that count, their mean difference from what was expected, and the standard
+            deviations that this is; 0 of those until there are enough verdicts.
+        """
+        if index not in self._voices:
+            return 0.0, 0.0, 0.0
+        seen, total = (float(cells[0]) for cells in self._voices[index].totals())
+        if seen <= 0:
+            return 0.0, 0.0, 0.0
+        difference, mean = total / seen, float(np.clip(self.fitted[index], 0.05, 0.95))
+        variance = mean * (1 - mean) * (1 / seen + 1 / float(self._evidence[index]))
+        deviations = difference / variance**0.5 if seen >= _LEAST_FOR_DRIFT else 0.0
+        return seen, difference, deviations
 
     def learn(
         self,

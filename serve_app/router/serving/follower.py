@@ -25,6 +25,7 @@ from serve_app.router.rules.base import Rule
 from serve_app.router.snapshots.build_rule import Cards, RuleSettings, build_rule, check_fit
 from serve_app.router.snapshots.library import SnapshotLibrary
 from serve_app.router.snapshots.snapshot import load_snapshot
+from serve_app.schemas import Drift
 from serve_app.store import (
     Mode,
     Policy,
@@ -200,6 +201,11 @@ class PolicyFollower:
             self.canary.policy_version if self.canary else None,
             self.shadow.policy_version if self.shadow else None,
         )
+
+    def drifts(self) -> tuple[Drift, ...]:
+        """How far verdicts are from what the snapshot that serves lets expect, by pair."""
+        clusters = self._main.rule.clusters
+        return () if clusters is None else clusters.drifts()
 
     def choose(self, request_id: str | None) -> Serving:
         """The policy of a new request: the same one at every replica that has loaded it."""

@@ -18,6 +18,7 @@ import ray.exceptions
 
 from serve_app.config.tools import McpConfig
 from serve_app.errors import ToolError, ToolFailed
+from serve_app.telemetry.trace_context import CURRENT, Carrier
 from serve_app.tools.base import Function, ToolResult
 from serve_app.tools.mcp.session import McpSession, SessionState
 
@@ -61,9 +62,16 @@ class SessionActor:
         self._session.allow(pins)
         return self._session.state()
 
-    async def call(self, function: str, arguments: dict[str, Any], deadline_s: float) -> ToolResult:
+    async def call(
+        self,
+        function: str,
+        arguments: dict[str, Any],
+        deadline_s: float,
+        carrier: Carrier | None = None,
+    ) -> ToolResult:
         """See `McpSession.call`."""
         self._use()
+        CURRENT.set(carrier)
         try:
             return await self._session.call(function, arguments, deadline_s)
         except ToolError:
@@ -141,7 +149,7 @@ class SessionHandle:
         Returns:
             Ray's reference to its `ToolResult`.
         """
-        return self._actor().call.remote(function, arguments, deadline_s)
+        return self._actor().call.remote(function, arguments, deadline_s, CURRENT.get())
 
     def forget(self) -> None:
         """Let the next use make the actor anew: this one has ended for good."""

@@ -26,6 +26,7 @@ from pydantic import TypeAdapter
 from serve_app.config.tools import McpConfig
 from serve_app.errors import AtlasError, ToolFailed, ToolRetry, ToolTimeout, ToolWorkerDied
 from serve_app.schemas import Effects
+from serve_app.telemetry.trace_context import CURRENT, Carrier
 from serve_app.tools.base import Function, ToolResult
 from serve_app.tools.mcp.child import ChildLink
 from serve_app.tools.mcp.definitions import MAX_FUNCTIONS, Definition, Listing, plain, read_listing
@@ -177,7 +178,9 @@ class McpSession:
             raise ToolFailed(f"the server {server!r} does not answer now")
         if definition is None or self._allowed.get(definition.name) != definition.sha256:
             raise ToolFailed(f"the server {server!r} has no function {function!r} to call")
-        params = types.CallToolRequestParams(name=definition.name, arguments=arguments)
+        params = types.CallToolRequestParams(
+            name=definition.name, arguments=arguments, **_meta(CURRENT.get())
+        )
         request = types.CallToolRequest(params=params)
         try:
             # Not `call_tool`: it would run the patterns of the server's output schemas.
@@ -288,6 +291,11 @@ class McpSession:
     async def _hear(self, message: IncomingMessage) -> None:
         if isinstance(message, types.ToolListChangedNotification):
             self._look.set()
+
+
+def _meta(carrier: Carrier | None) -> dict[str, Any]:
+    """A call's `_meta` with the trace that the call is part of; empty: it is part of none."""
+    return {} if carrier is None else {"_meta": dict(carrier)}
 
 
 def _link(config: McpConfig, lost: asyncio.Event) -> ChildLink | HttpLink:

@@ -10,6 +10,7 @@ from typing import Any
 
 from serve_app.config.tools import OpenApiConfig
 from serve_app.errors import ToolFailed, ToolRetry
+from serve_app.telemetry.trace_context import CURRENT
 from serve_app.tools.base import Function, ManyFunctions, ToolResult
 from serve_app.tools.openapi.document import SpecError, read_document
 from serve_app.tools.openapi.operations import Operation, read_operations, server_of
@@ -83,6 +84,7 @@ class OpenApiTool(ManyFunctions):
             "Accept": "application/json, text/*;q=0.5",
             **({"Content-Type": str(operation.media_type)} if body else {}),
             **self._headers(secrets),
+            **(CURRENT.get() or {}),
         }
         try:
             reply = client.send(

@@ -215,7 +215,7 @@ async def _routed(node: AskNode, view: NodeView, call: ChatCall) -> list[Pair]:
     with view.span.child(SpanKind.DECISION, "router") as span:
         decision: Decision
         _, decision = await view.parts.decider.decide(
-            call.query, limits, view.budget.deadline, fixed=call.fixed
+            call.query, limits, view.budget.deadline, fixed=call.fixed, facts=span.attributes
         )
         pairs = [candidate.pair for candidate in decision.candidates[:ROUTED_TRIES]]
         span.attributes |= facts_of(decision)
