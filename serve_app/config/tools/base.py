@@ -15,6 +15,10 @@ MAX_DESCRIPTION_CHARS = 4000
 Examples = Annotated[tuple[Annotated[str, Field(max_length=2000)], ...], Field(max_length=256)]
 """Utterances of a card; each is embedded when the pool changes, beside the live queries."""
 
+Phrases = dict[str, tuple[Annotated[str, Field(min_length=1, max_length=200)], ...]]
+MAX_PHRASES = 2048
+"""Of one tool. Each is embedded when its functions change."""
+
 
 class ToolSettings(BaseModel):
     """What every kind of tool has. Unknown keys fail, values never change."""
@@ -90,3 +94,13 @@ class ManyFunctionsSettings(ToolSettings):
 
     top_k: int = Field(default=8, ge=1, le=128)
     """Functions a model is offered at once: where the tool has more, those that fit the query."""
+
+    phrases: Phrases = Field(default_factory=dict, max_length=512)
+    """How users ask for single functions, by the name under which each is offered. No model sees
+    them: they help to select what fits a query. A name that the tool does not have is ignored."""
+
+    @model_validator(mode="after")
+    def _phrases_can_be_embedded(self) -> Self:
+        if (number := sum(map(len, self.phrases.values()))) > MAX_PHRASES:
+            raise ValueError(f"phrases: {number} together; at most {MAX_PHRASES}")
+        return self

@@ -116,6 +116,7 @@ async def _fitting(work: PairWork, parts: Parts) -> tuple[Function, ...]:
         work.call.query,
         work.budget.deadline,
         work.embedding,
+        settings.phrases,
     )
 
 

@@ -1,7 +1,9 @@
 """Which functions of a tool a model is offered: where there are many, those that fit the query.
 
-Functions are ranked by their words (BM25) and by their meaning (cosine similarity of embeddings),
-and the two ranks are fused by reciprocal rank. Without the embedder, or without the time for it,
+A function is known by its descriptor (name and description) and by phrases, which say how users ask
+for it. Its score is the sum of three parts, each standardised over the functions: what a linear map
+that is fitted to the embeddings of all these texts gives for the query, the cosine similarity to
+the descriptor, and the words in common (BM25). Without the embedder, or without the time for it,
 the words alone decide.
 """
 
@@ -11,7 +13,7 @@ import asyncio
 import logging
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 from serve_app.budget import Deadline
 from serve_app.errors import AtlasError
+from serve_app.orchestrator.pairs.reading import as_read
 from serve_app.tools.base import Function
 from serve_app.tools.builtin.corpus import words
 
@@ -28,13 +31,11 @@ Vectors = NDArray[np.float32]
 Embed = Callable[[list[str], Deadline], Awaitable[Vectors]]
 """(num_texts, dim) unit vectors of texts."""
 
-_RRF_K = 5
-"""Reciprocal rank fusion (Cormack et al., 2009): rank r adds 1 / (k + r). The usual 60 is for lists
-of a thousand: among tens of functions it makes all ranks nearly the same."""
-_WORDS_WEIGHT = 0.25
-"""Of the rank by words, against 1 for the rank by meaning. On 64 functions with a query each, the
-right one was among the first 4 for 63 queries with this weight, 59 with weight 1 (57 with k = 60),
-and 48 by words alone."""
+_RIDGE = 0.5
+_NEAR_WEIGHT = 0.8
+_WORDS_WEIGHT = 0.8
+"""Of the similarity and of the words, against 1 for the fitted map. These three numbers were chosen
+on 50 queries and on 600 phrases, each left out in turn; see `benchmarks/README.md`, `tools`."""
 _K1, _B = 1.5, 0.75
 """BM25's usual constants."""
 _QUERY_CHARS = 2000
@@ -45,6 +46,7 @@ _BATCH = 16
 """Functions embedded at once: what others embed meanwhile comes in between."""
 _EMBED_WITHIN_S = 60.0
 """For all functions of a tool, in the background."""
+_NO_PHRASES: Mapping[str, Sequence[str]] = {}
 _WORD_BORDER = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[_\W]+")
 
 
@@ -87,17 +89,67 @@ class WordIndex:
         return scores
 
 
+@dataclass(frozen=True)
+class _Meaning:
+    """What the embeddings of a tool's functions tell of a query."""
+
+    descriptors: Vectors
+    """(num_functions, dim) unit vectors."""
+    mean: Vectors
+    """(dim,) of all texts."""
+    weights: Vectors
+    """(dim, num_functions) the map."""
+
+    def scores(self, query: Vectors) -> Vectors:
+        """(num_functions,) how well each fits an embedded query."""
+        fitted = _standard((query - self.mean) @ self.weights)
+        return fitted + _NEAR_WEIGHT * _standard(self.descriptors @ query)
+
+
+def _fit(vectors: Vectors, owners: NDArray[np.intp]) -> _Meaning:
+    """Ridge regression from a text to the function that it belongs to.
+
+    W = (X'X + k I)^-1 X'Y, where X are the centred vectors, and Y is 1 for a text's function.
+
+    Args:
+        vectors: (num_texts, dim) of the descriptors, in order, then of the phrases.
+        owners: (num_texts,) the place of each text's function.
+    """
+    num_functions = int(owners.max()) + 1
+    mean = vectors.mean(axis=0)
+    centred = vectors - mean
+    belongs = np.eye(num_functions, dtype=np.float32)[owners] - 1 / num_functions
+    square = centred.T @ centred + _RIDGE * np.eye(vectors.shape[1], dtype=np.float32)
+    weights = np.linalg.solve(square, centred.T @ belongs)
+    return _Meaning(vectors[:num_functions], mean, weights)
+
+
 @dataclass
 class _Known:
     """The functions of one tool, indexed."""
 
     functions: tuple[Function, ...]
+    phrases: Mapping[str, Sequence[str]]
+    texts: list[str] = field(init=False)
+    """The descriptors, in order, then the phrases."""
+    owners: NDArray[np.intp] = field(init=False)
+    """Of each text, the place of its function."""
     by_words: WordIndex = field(init=False)
-    embedding: asyncio.Task[Vectors | None] | None = None
-    """Of the descriptors; gives `None` where the embedder failed."""
+    meaning: asyncio.Task[_Meaning | None] | None = None
+    """Gives `None` where the embedder failed."""
 
     def __post_init__(self) -> None:
-        self.by_words = WordIndex([descriptor(function) for function in self.functions])
+        described = [descriptor(function) for function in self.functions]
+        asked = [
+            [as_read(phrase) for phrase in self.phrases.get(function.name, ())]
+            for function in self.functions
+        ]
+        self.texts = described + [phrase for phrases in asked for phrase in phrases]
+        places = np.arange(len(described))
+        self.owners = np.concatenate([places, np.repeat(places, [len(p) for p in asked])])
+        self.by_words = WordIndex(
+            [" ".join((text, *phrases)) for text, phrases in zip(described, asked, strict=True)]
+        )
 
 
 class FunctionSelector:
@@ -120,6 +172,7 @@ class FunctionSelector:
         query: str,
         deadline: Deadline,
         embedding: Vectors | None = None,
+        phrases: Mapping[str, Sequence[str]] = _NO_PHRASES,
     ) -> tuple[Function, ...]:
         """The functions that fit a query.
 
@@ -130,6 +183,7 @@ class FunctionSelector:
             query: What the caller wants.
             deadline: Of the request.
             embedding: (dim,) of the query, where it is known.
+            phrases: How users ask for a function, by its name.
 
         Returns:
             At most `top_k`, best first; all of them, in their order, where they are no more.
@@ -137,17 +191,19 @@ class FunctionSelector:
         if len(functions) <= top_k:
             return functions
         known = self._known.get(tool_id)
-        if known is None or known.functions != functions:
-            known = self._known[tool_id] = _Known(functions)
+        if known is None or known.functions != functions or known.phrases != phrases:
+            known = self._known[tool_id] = _Known(functions, phrases)
         query = query[:_QUERY_CHARS]
-        by_words = known.by_words.scores(query)
-        fused = np.where(by_words > 0, _WORDS_WEIGHT / (_RRF_K + _ranks(by_words)), 0.0)
-        near = await self._similarity(tool_id, known, query, embedding, deadline)
-        if near is not None:
-            fused += 1 / (_RRF_K + _ranks(near))
-        return tuple(functions[place] for place in np.argsort(-fused, kind="stable")[:top_k])
+        read = as_read(query)
+        scores = known.by_words.scores(read)
+        # The embedding that is there is of the query as it came.
+        there = embedding if read == query else None
+        meant = await self._meant(tool_id, known, read, there, deadline)
+        if meant is not None:
+            scores = meant + _WORDS_WEIGHT * _standard(scores)
+        return tuple(functions[place] for place in np.argsort(-scores, kind="stable")[:top_k])
 
-    async def _similarity(
+    async def _meant(
         self,
         tool_id: str,
         known: _Known,
@@ -155,7 +211,7 @@ class FunctionSelector:
         embedding: Vectors | None,
         deadline: Deadline,
     ) -> Vectors | None:
-        """(num_functions,) cosine similarities to the query; `None`: not to be had in time."""
+        """(num_functions,) how well each fits by its meaning; `None`: not to be had in time."""
         if self._embed is None:
             return None
         try:
@@ -163,25 +219,25 @@ class FunctionSelector:
             async with asyncio.timeout(soon.remaining_s()):
                 if embedding is None:
                     embedding = (await self._embed([query], soon))[0]
-                vectors = await asyncio.shield(self._vectors(known, self._embed))
+                meaning = await asyncio.shield(self._meaning(known, self._embed))
         except (AtlasError, TimeoutError) as error:
             logger.warning("tool %s: selected by words alone: %s", tool_id, type(error).__name__)
             return None
-        return None if vectors is None else vectors @ embedding
+        return None if meaning is None else meaning.scores(embedding)
 
     @staticmethod
-    def _vectors(known: _Known, embed: Embed) -> asyncio.Task[Vectors | None]:
-        """The embeddings of the descriptors, once for all requests; anew where that failed."""
-        task = known.embedding
+    def _meaning(known: _Known, embed: Embed) -> asyncio.Task[_Meaning | None]:
+        """What the texts mean, once for all requests; anew where that failed."""
+        task = known.meaning
         if task is None or (task.done() and (task.cancelled() or task.result() is None)):
-            texts = [descriptor(function) for function in known.functions]
-            task = known.embedding = asyncio.create_task(_embedded(texts, embed))
+            task = known.meaning = asyncio.create_task(_embedded(known, embed))
         return task
 
 
-async def _embedded(texts: list[str], embed: Embed) -> Vectors | None:
-    """(len(texts), dim) vectors; `None`: the embedder failed."""
+async def _embedded(known: _Known, embed: Embed) -> _Meaning | None:
+    """What the texts of a tool's functions mean; `None`: the embedder failed."""
     deadline = Deadline.after(_EMBED_WITHIN_S)
+    texts = known.texts
     try:
         batches = [
             await embed(texts[start : start + _BATCH], deadline)
@@ -190,11 +246,10 @@ async def _embedded(texts: list[str], embed: Embed) -> Vectors | None:
     except AtlasError as error:
         logger.warning("functions are not embedded: %s", error.message)
         return None
-    return np.concatenate(batches)
+    return await asyncio.to_thread(_fit, np.concatenate(batches), known.owners)
 
 
-def _ranks(scores: NDArray[np.float64] | Vectors) -> NDArray[np.intp]:
-    """(num_scores,) the rank of each, the highest 1; equal ones by their place."""
-    ranks = np.empty(len(scores), np.intp)
-    ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
-    return ranks
+def _standard(scores: NDArray[np.floating]) -> NDArray[np.float32]:
+    """(num_scores,) with mean 0 and deviation 1; all 0 where they are alike."""
+    centred = scores - scores.mean()
+    return (centred / (centred.std() + 1e-9)).astype(np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from serve_app.config import EmbedderConfig
 from serve_app.embedder import TextEncoder
 from serve_app.errors import EngineError
 from serve_app.orchestrator.pairs import selection
+from serve_app.orchestrator.pairs.reading import as_read
 from serve_app.orchestrator.pairs.selection import (
     Embed,
     FunctionSelector,
@@ -165,3 +167,51 @@ def test_a_rare_word_weighs_more_than_a_common_one() -> None:
     index = WordIndex(["common red", "common blue", "common green", "common common common rare"])
     assert index.scores("a common blue thing").argmax() == 1
     assert not index.scores("nothing of it").any()
+
+
+async def test_phrases_say_how_a_function_is_asked_for(tmp_path: Path) -> None:
+    encoder = TextEncoder(EmbedderConfig(), tmp_path)
+
+    async def embed(texts: list[str], deadline: Deadline) -> Vectors:
+        return encoder.encode(texts)
+
+    deadline, query = Deadline.after(60), "Sort it out for Lena, as you did for Karl"
+    selector = FunctionSelector(embed)
+    without = await selector.select("all", FUNCTIONS, 4, query, deadline)
+    assert "github__fork_repository" not in {function.name for function in without}
+    asked = ("Do for Ada what you did for Bob", "Put it right for Eva too, please")
+    phrases = {"github__fork_repository": asked, "of_no_function": ("x",)}
+    chosen = await selector.select("all", FUNCTIONS, 4, query, deadline, phrases=phrases)
+    assert chosen[0].name == "github__fork_repository"
+
+
+async def test_without_an_encoder_the_words_of_phrases_count() -> None:
+    phrases = {"time__convert_time": ("xyzzy",)}
+    chosen = await FunctionSelector(None).select(
+        "all", FUNCTIONS, 4, "please xyzzy now", Deadline.after(60), phrases=phrases
+    )
+    assert "time__convert_time" in {function.name for function in chosen}
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ("Rename 'a b' beach.jpg, please", "Rename 'a b' the image file, please"),
+        ("Open (notes/todo.txt).", "Open (the text file)."),
+        ("Is ~/api clean?", "Is the folder clean?"),
+        ("Read https://example.com/a?b=c.", "Read the URL."),
+        ("See docs.example.com/install now", "See the URL now"),
+        ("feature/login and v1.2, 24/7, e.g. 3.5", "feature/login and v1.2, 24/7, e.g. 3.5"),
+        ("... / !?", "... the folder !?"),
+        ("", ""),
+    ],
+)
+def test_of_a_path_or_an_address_the_kind_is_read(said: str, read: str) -> None:
+    assert as_read(said) == read
+
+
+def test_a_long_text_is_read_in_little_time() -> None:
+    began_s = time.thread_time()
+    for piece in ("a" * 2000, "./" * 1000, "a." * 1000, "-" * 2000, "*.*/" * 500):
+        as_read(piece + "!")
+    assert time.thread_time() - began_s < 1.0
