@@ -80,6 +80,9 @@ class Tool(ABC):
 
     parameters: ClassVar[dict[str, Any]] = NO_PARAMETERS
 
+    reads_functions: ClassVar[bool] = False
+    """Whether `functions` reads a file, the first time: event loops have a thread call it."""
+
     def __init__(self, config: ToolSettings) -> None:
         """Keep the settings; heavy state is made in `warm`.
 
@@ -104,7 +107,7 @@ class Tool(ABC):
         return self.config.kind
 
     def functions(self) -> tuple[Function, ...]:
-        """What a model may call; cheap, and the same in every process."""
+        """What a model may call; the same in every process, and cheap, see `reads_functions`."""
         effects = self.config.effects
         return (Function(self.tool_id, self.description, self.parameters, effects),)
 

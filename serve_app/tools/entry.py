@@ -79,6 +79,31 @@ class Entry:
     running: int = 0
     warming: asyncio.Task[None] | None = None
     """The warm-up under way; there is never a second one beside it."""
+    reading: asyncio.Task[None] | None = None
+    """Reads the functions in a thread; they are not known before it is done."""
+
+    def read(self) -> None:
+        """Learn what may be called; a server's functions are told by its session."""
+        try:
+            self.offer(self.tool.functions())
+        except ToolFailed as error:
+            self._is_broken(error)
+
+    async def read_aside(self) -> None:
+        """As `read`, in a thread."""
+        try:
+            self.offer(await asyncio.to_thread(self.tool.functions))
+        except ToolFailed as error:
+            self._is_broken(error)
+
+    def _is_broken(self, error: ToolFailed) -> None:
+        logger.error("%s", error.message)
+        self.broken = error.message
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its functions are known."""
+        return self.reading is None or self.reading.done()
 
     def offer(self, functions: tuple[Function, ...]) -> None:
         """Say what may be called."""
@@ -99,7 +124,7 @@ class Entry:
 
 
 def entry_of(config: ToolConfig) -> Entry:
-    """Prepare a tool; nothing is started.
+    """Prepare a tool; nothing is started, and its functions are not read yet.
 
     Args:
         config: Its settings.
@@ -114,7 +139,7 @@ def entry_of(config: ToolConfig) -> Entry:
     runtime_env = {"env_vars": {"ATLAS_TOOL": config.tool_id}} if config.dedicated_worker else None
     if runtime_env is not None:
         options["runtime_env"] = runtime_env
-    entry = Entry(
+    return Entry(
         config=config,
         config_json=config.model_dump_json(),
         tool=tool,
@@ -129,12 +154,6 @@ def entry_of(config: ToolConfig) -> Entry:
         ),
         session=_session(config) if isinstance(config, McpConfig) else None,
     )
-    try:
-        entry.offer(tool.functions())
-    except ToolFailed as error:
-        logger.error("%s", error.message)
-        entry.broken = error.message
-    return entry
 
 
 def _session(config: McpConfig) -> SessionHandle:

@@ -61,7 +61,8 @@ class ToolRunner:
         self._cache_dir = cache_dir
         self._entries: dict[str, Entry] = {}
         self._kept_warm: frozenset[str] = frozenset()
-        self.use(configs)
+        for entry in self._take(configs):
+            entry.read()
         self._keep_warm: asyncio.Task[None] | None = None
         self._endings: set[asyncio.Task[None]] = set()
 
@@ -72,7 +73,18 @@ class ToolRunner:
             configs: Settings of every tool of it. A tool that is not among them stays callable, for
                 the requests that chose it before, and is not kept warm. One that cannot be made is
                 logged and left out: its calls fail.
+
+        Where reading a tool's functions takes time, a thread does it; `ready` waits for that.
         """
+        for entry in self._take(configs):
+            if entry.tool.reads_functions:
+                entry.reading = asyncio.create_task(entry.read_aside())
+            else:
+                entry.read()
+
+    def _take(self, configs: Iterable[ToolConfig]) -> list[Entry]:
+        """Make what is new; the functions of these are still to be read."""
+        made = []
         settings = {config.tool_id: _with_cache_dir(config, self._cache_dir) for config in configs}
         for tool_id, config in settings.items():
             held = self._entries.get(tool_id)
@@ -80,6 +92,7 @@ class ToolRunner:
                 self._entries.pop(tool_id, None)
                 try:
                     self._entries[tool_id] = entry_of(config)
+                    made.append(self._entries[tool_id])
                 except ConfigError as error:
                     logger.error("a tool is left out: %s", error.message)
         self._kept_warm = frozenset(
@@ -87,6 +100,7 @@ class ToolRunner:
             for tool_id, config in settings.items()
             if tool_id in self._entries and not isinstance(config, ToolsetConfig)
         )
+        return made
 
     def __contains__(self, tool_id: str) -> bool:
         """Whether the pool has this tool."""
@@ -124,7 +138,7 @@ class ToolRunner:
         return self._owner(tool_id, function).tool
 
     async def ready(self, tool_id: str, deadline_s: float) -> None:
-        """Know a tool's functions; only a server's have to be waited for.
+        """Know a tool's functions: a server's, and those that are read from a file, take time.
 
         Args:
             tool_id: Its name.
@@ -132,23 +146,23 @@ class ToolRunner:
 
         Raises:
             ToolFailed: If the pool has no such tool, or its server offers nothing now.
+            ToolTimeout: If its functions are not read in time.
         """
         entry = self._entry(tool_id)
         config = entry.config
         names = config.members if isinstance(config, ToolsetConfig) else (tool_id,)
-        servers = [
-            server
-            for name in names
-            if (server := self._entries.get(name)) and server.session and not server.functions
-        ]
-        if not servers:
-            return
+        needed = [needed for name in names if (needed := self._entries.get(name))]
+        servers = [server for server in needed if server.session and not server.functions]
         for server in servers:
             if server.warming is None:
                 server.warming = asyncio.create_task(self._warm(server))
-        await asyncio.wait(
-            [server.warming for server in servers if server.warming], timeout=deadline_s
-        )
+        waited = [server.warming for server in servers if server.warming]
+        waited += [one.reading for one in needed if one.reading and not one.is_read]
+        if not waited:
+            return
+        await asyncio.wait(waited, timeout=deadline_s)
+        if not entry.is_read:
+            raise ToolTimeout(f"tool {tool_id!r} is still being read")
         if entry.session is not None and not entry.functions:
             raise ToolFailed(f"the server of the tool {tool_id!r} offers no function now")
 
@@ -199,8 +213,9 @@ class ToolRunner:
         if task is not None:
             task.cancel()
         for entry in self._entries.values():
-            if entry.warming is not None:
-                entry.warming.cancel()
+            for under_way in (entry.warming, entry.reading):
+                if under_way is not None:
+                    under_way.cancel()
 
     def check(self, tool_id: str, arguments: Any, function: str | None = None) -> None:
         """Refuse a call that `run` would refuse at once.
@@ -289,6 +304,7 @@ class ToolRunner:
         return (
             entry is not None
             and not entry.broken
+            and entry.is_read
             and (entry.session is None or bool(entry.functions))
         )
 

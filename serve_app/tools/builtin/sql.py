@@ -36,6 +36,7 @@ class SqlTool(Tool):
     """Runs `query` and returns a header line and a line for each row."""
 
     config: SqlConfig
+    reads_functions: ClassVar[bool] = True
 
     parameters: ClassVar[dict[str, Any]] = {
         "type": "object",

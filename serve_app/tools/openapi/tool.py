@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.config.tools import OpenApiConfig
 from serve_app.errors import ToolFailed, ToolRetry
@@ -36,6 +36,7 @@ class OpenApiTool(ManyFunctions):
     """
 
     config: OpenApiConfig
+    reads_functions: ClassVar[bool] = True
 
     def __init__(self, config: OpenApiConfig, client: WebClient | None = None) -> None:
         """Prepare; reads nothing yet.
