@@ -30,6 +30,7 @@ from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.schemas import MemberState, ModelMember, PoolState
 from serve_app.store import OutcomeLog, Store
+from serve_app.tools.runner import ToolRunner
 
 WATCH_FILE = "loop"
 _FRAME_BYTES = 8
@@ -208,8 +209,8 @@ class _Told:
     def __init__(self, config: AtlasConfig) -> None:
         self._pool = PoolState(
             pool_version=1,
-            models=(ModelMember("stub", MemberState.READY),),
-            tools=("none", "calculator", "best_of"),
+            models=tuple(ModelMember(m.model_id, MemberState.READY) for m in config.models),
+            tools=("none", *(tool.tool_id for tool in config.tools)),
             pairs=config.all_pairs(),
         )
 
@@ -232,13 +233,24 @@ class _NoLauncher:
     def stop(self, job_id: str) -> None: ...
 
 
-async def serve_gateway(config: AtlasConfig, port: int, path: str) -> None:
-    """Run the gateway until it is told to stop."""
+async def serve_gateway(
+    config: AtlasConfig, port: int, clients: ModelClients, runner: ToolRunner | None = None
+) -> None:
+    """Run a gateway until it is told to stop.
+
+    Args:
+        config: Its models and tools; all are taken to be ready.
+        port: Of loopback.
+        clients: Reaches the models.
+        runner: Runs the tools; `None`: as in the deployed graph, by Ray.
+    """
     store = await Store.open(config.store_url())
     outcomes = OutcomeLog(store)
     told: Any = _Told(config)
     nobody: Any = None  # requests name their pair: nothing is embedded or decided
-    orchestrator = Orchestrator(config, nobody, nobody, told, outcomes.record, _Clients(path))
+    orchestrator = Orchestrator(config, nobody, nobody, told, outcomes.record, clients)
+    if runner is not None:
+        orchestrator._pairs._runner = orchestrator._pairs.parts.tools._runner = runner
     while not orchestrator.ready()[0]:
         await asyncio.sleep(0.01)
     app = build_api(orchestrator, store, outcomes, Jobs(config, store, _NoLauncher()), config)
@@ -264,7 +276,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)  # each case would leave a trace
     if not sys.argv[4:]:
         LoopWatch(folder / WATCH_FILE).start()
-    run = serve_model(config, path) if sys.argv[4:] else serve_gateway(config, port, path)
+    run = serve_model(config, path) if sys.argv[4:] else serve_gateway(config, port, _Clients(path))
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(run)
 

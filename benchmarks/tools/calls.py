@@ -1,20 +1,14 @@
 """What does a call of a tool cost beyond the client or library that it stands on?
 
-How to run: `python -m benchmarks.tools --out FILE.json [--calls N]`. Each way of calling is
-measured bare (the MCP SDK's own client over standard streams and over HTTP, `duckdb` and `sqlite3`
-on an open connection) and through our runner (a Ray actor for MCP, a sandboxed Ray task for `sql`),
-taking turns in one run, with one caller and with sixteen. A target holds the difference of the
-medians.
-
-Results to expect: see `benchmarks/README.md`.
+Each way of calling is measured bare (the MCP SDK's own client over standard streams and over HTTP,
+`duckdb` and `sqlite3` on an open connection) and through our runner (a Ray actor for MCP, a
+sandboxed Ray task for `sql`), taking turns in one run, with one caller and with sixteen. A target
+holds the difference of the medians.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import logging
 import os
 import sqlite3
 import subprocess
@@ -29,22 +23,19 @@ from typing import Any
 
 import duckdb
 import httpx2
-import ray
 from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp.server.mcpserver import MCPServer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.serving import free_port, machine, show_targets
+from benchmarks.serving import free_port
 from benchmarks.stats import Target, percentile
 from serve_app.config.tools import McpConfig, SqlConfig
 from serve_app.tools.mcp.actor import SessionHandle
 from serve_app.tools.runner import ToolRunner
 
 CALLERS = (1, 16)
-CALLS = 400
-"""Of each way, with each number of callers."""
 ROUNDS = 4
 """In which the ways take turns."""
 ROWS = 2000
@@ -130,20 +121,26 @@ def serve(transport: str, port: int) -> None:
         server.run("streamable-http", host="127.0.0.1", port=port)
 
 
-async def allowed(config: McpConfig) -> None:
-    """Wait until a server's functions are known, and allow them, as the pool's controller does."""
+async def allowed(config: McpConfig) -> dict[str, str]:
+    """Wait until a server's functions are known, and allow them, as the pool's controller does.
+
+    Returns:
+        The hashes that are allowed.
+    """
     handle = SessionHandle(config)
     async with asyncio.timeout(_PATIENCE_S):
         while not (state := await handle.follow({})).is_up:
             await asyncio.sleep(0.1)
-    await handle.follow({name: sha256 for name, (sha256, _) in state.definitions.items()})
+    pins = {name: sha256 for name, (sha256, _) in state.definitions.items()}
+    await handle.follow(pins)
+    return pins
 
 
 async def measure(folder: Path, num_calls: int) -> list[Pairing]:
     """Every way of calling, with every number of callers."""
     duck, lite = make_databases(folder)
     port = free_port()
-    command = (sys.executable, "-m", "benchmarks.tools", "--serve")
+    command = (sys.executable, "-m", "benchmarks.tools.calls")
     stdio = McpConfig(
         tool_id="stdio",
         command=command[0],
@@ -165,9 +162,7 @@ async def measure(folder: Path, num_calls: int) -> list[Pairing]:
         for name, path in (("duckdb", duck), ("sqlite", lite))
     ]
     async with AsyncExitStack() as stack:
-        server = subprocess.Popen(
-            [*command, "http", "--port", str(port)], stderr=subprocess.DEVNULL
-        )
+        server = subprocess.Popen([*command, "http", str(port)], stderr=subprocess.DEVNULL)
         stack.callback(server.wait)
         stack.callback(server.terminate)
         await _listening(port)
@@ -240,49 +235,19 @@ def targets(found: list[Pairing]) -> list[Target]:
     ]
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument("--calls", type=int, default=CALLS, help="of each way")
-    parser.add_argument("--serve", choices=("stdio", "http"), help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve:
-        serve(options.serve, options.port)
-        return
-    if options.out is None:
-        parser.error("--out: name a file")
-    logging.getLogger("mcp").setLevel(logging.CRITICAL)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 << 20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+def run(num_calls: int) -> tuple[dict[str, Any], list[Target]]:
+    """Measure; Ray must be up."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
-        found = asyncio.run(measure(Path(folder), options.calls))
-    ray.shutdown()
+        found = asyncio.run(measure(Path(folder), num_calls))
     table = Table("call", "at once", "bare p50 ms", "ours p50 ms", "added ms")
     for pair in found:
         figures = (pair.bare_ms, pair.ours_ms, pair.added_ms)
         table.add_row(pair.name, str(pair.callers), *(f"{figure:.2f}" for figure in figures))
     console.print(table)
-    held = targets(found)
-    show_targets(held)
-    record = {
-        "machine": machine(),
-        "calls": options.calls,
-        "pairings": [asdict(pair) | {"added_ms": pair.added_ms} for pair in found],
-        "targets": [target.as_json() for target in held],
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
-    console.print(f"wrote {options.out}")
+    pairings = [asdict(pair) | {"added_ms": pair.added_ms} for pair in found]
+    return {"calls": num_calls, "pairings": pairings}, targets(found)
 
 
 if __name__ == "__main__":
-    main()
+    serve(sys.argv[1], int(sys.argv[2]) if sys.argv[2:] else 0)
