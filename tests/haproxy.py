@@ -30,11 +30,11 @@ def own_haproxy() -> dict[str, str]:
 
 
 @asynccontextmanager
-async def started_haproxy(gateway_port: int, **settings: Any) -> AsyncIterator[Any]:
-    """Ray's own manager of HAProxy, with HAProxy running before one gateway.
+async def started_haproxy(*gateway_ports: int, **settings: Any) -> AsyncIterator[Any]:
+    """Ray's own manager of HAProxy, with HAProxy running before gateways.
 
     Args:
-        gateway_port: Where the gateway listens on 127.0.0.1; it is up where it can be connected to.
+        gateway_ports: Where the gateways listen on 127.0.0.1; each is up that can be connected to.
         settings: Of Ray's `HAProxyConfig`.
     """
     from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
@@ -52,12 +52,15 @@ async def started_haproxy(gateway_port: int, **settings: Any) -> AsyncIterator[A
             **settings,
         )
         api = HAProxyApi(config, config_file_path=f"{folder}/haproxy.cfg")
-        gateway = ServerConfig(name="gateway", host="127.0.0.1", port=gateway_port)
+        gateways = [
+            ServerConfig(name=f"gateway-{port}", host="127.0.0.1", port=port)
+            for port in gateway_ports
+        ]
         backend = BackendConfig(
             name="atlas",
             path_prefix="/",
             app_name="atlas",
-            servers=[gateway],
+            servers=gateways,
             http_health_check_path="",
         )
         api.set_backend_configs({"atlas": backend})
