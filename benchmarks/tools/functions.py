@@ -77,10 +77,8 @@ async def functions_of_servers(folder: Path) -> dict[str, tuple[Function, ...]]:
             stack.push_async_callback(session.close)
             session.start()
             async with asyncio.timeout(_PATIENCE_S):
-                await session.first_try()
-            state = session.state()
-            if not state.is_up:
-                raise SystemExit(f"the server {config.tool_id!r} does not start: {state.reason}")
+                while not (state := session.state()).is_up:
+                    await asyncio.sleep(0.1)
             session.allow({name: sha256 for name, (sha256, _) in state.definitions.items()})
             found[config.tool_id] = session.functions()
     return found

@@ -251,5 +251,6 @@ async def _embedded(known: _Known, embed: Embed) -> _Meaning | None:
 
 def _standard(scores: NDArray[np.floating]) -> NDArray[np.float32]:
     """(num_scores,) with mean 0 and deviation 1; all 0 where they are alike."""
-    centred = scores - scores.mean()
-    return (centred / (centred.std() + 1e-9)).astype(np.float32)
+    centred = np.asarray(scores - scores.mean(), np.float32)
+    standard: NDArray[np.float32] = centred / (centred.std() + np.float32(1e-9))
+    return standard

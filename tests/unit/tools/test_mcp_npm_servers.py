@@ -32,9 +32,8 @@ async def session(config: McpConfig) -> AsyncIterator[McpSession]:
     one.start()
     try:
         async with asyncio.timeout(LONG_S):
-            await one.first_try()
-        state = one.state()
-        assert state.is_up, state.reason
+            while not (state := one.state()).is_up:
+                await asyncio.sleep(0.1)
         assert state.left_out == {}
         one.allow({name: sha256 for name, (sha256, _) in state.definitions.items()})
         yield one
