@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from serve_app.capabilities import NO_NEEDS, Needs, needs_of
 from serve_app.content import last_question, text_of_content
 from serve_app.signals import Signals
+from serve_app.trace_context import TraceContext
 
 if TYPE_CHECKING:  # they import this module
     from serve_app.config import AtlasConfig
     from serve_app.purse import Purse
-    from serve_app.telemetry.trace_context import TraceContext
 
 NO_TOOL = "none"
 """The tool id of plain generation."""

@@ -9,11 +9,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
+
+if TYPE_CHECKING:  # settings load without numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 AnswerKind = Literal["number", "text", "code", "none"]
 
@@ -148,6 +150,8 @@ def numbers_kept(kept: dict[str, Any] | None) -> tuple[float, ...]:
 
 def stacked(numbers: Sequence[Sequence[float]]) -> NDArray[np.float32]:
     """(n, len(NUMBERS)) numbers of several runs; a row of NaN where none were kept."""
+    import numpy as np
+
     nothing = (math.nan,) * len(NUMBERS)
     rows = [tuple(of) if len(of) == len(NUMBERS) else nothing for of in numbers]
     return np.array(rows, np.float32).reshape(len(rows), len(NUMBERS))

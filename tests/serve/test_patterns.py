@@ -63,6 +63,25 @@ def test_figures_of_one_list_come_line_by_line(client: openai.OpenAI) -> None:
     assert extension["usage"]["completion_tokens"] > 0
 
 
+def test_two_questions_at_once_are_split_and_both_answered(client: openai.OpenAI) -> None:
+    question = "What is the capital of Japan, and what is 15% of 240?"
+    answer, extension = ask(client, "split-and-solve", question)
+    assert "Tokyo" in answer
+    assert "36" in answer
+    assert extension["stop"] == "answered"
+
+
+def test_code_that_fails_its_example_is_mended(client: openai.OpenAI) -> None:
+    faulty = "```python\ndef solution(a, b):\n    return sorted(b) == sorted(b)\n```"
+    report = "solution('whale', 'committee') returns True, expected False."
+    answer, _ = ask(client, "write-and-test", f"Fix this function.\n\n{faulty}\n\n{report}")
+    (code,) = re.findall(r"```python\n(.*?)```", answer, re.S)
+    space: dict[str, Any] = {}
+    exec(compile(code, "answer", "exec"), space)
+    assert space["solution"]("whale", "committee") is False
+    assert space["solution"]("listen", "silent") is True
+
+
 def test_the_worst_case_of_each_shipped_pattern_covers_what_it_used(
     client: openai.OpenAI,
 ) -> None:

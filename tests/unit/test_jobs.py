@@ -54,6 +54,7 @@ def test_a_job_is_taken_started_and_listed(gateway: Loopback) -> None:
         "kind": "fit",
         "seed": 3,
         "with_traffic": True,
+        "voi": False,
     }
     named = submit(gateway, kind="rollback", expect_version=7).json()
     assert named["settings"]["expect_version"] == 7

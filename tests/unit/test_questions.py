@@ -237,7 +237,7 @@ def test_more_questions_than_a_generator_knows_are_refused(monkeypatch: pytest.M
         def questions(self, rng: random.Random, split: Split, n: int) -> list[nano.Question]:
             return [nano.Question(rng.choice("ab"), "1", "number", "echo", "k", split)] * n
 
-    monkeypatch.setattr(labelled, "load_generator", lambda name: Echo())
+    monkeypatch.setattr(labelled, "question_source", lambda name: Echo())
     assert len(labelled.question_set(["echo"], {"seen": 1, "held_out": 1}, seed=0)) == 2
     with pytest.raises(ConfigError, match="no 2 different held_out questions"):
         labelled.question_set(["echo"], {"seen": 1, "held_out": 2}, seed=0)

@@ -30,7 +30,7 @@ from serve_app.gateway.chat.wire import (
 from serve_app.purse import Purse
 from serve_app.schema_check import SchemaBudget
 from serve_app.schemas import ChatCall, Fixed, Limits
-from serve_app.telemetry.trace_context import TraceContext
+from serve_app.trace_context import TraceContext
 
 
 def to_chat_call(

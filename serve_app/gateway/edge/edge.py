@@ -45,8 +45,8 @@ from serve_app.telemetry import (
     MetricSink,
     RequestLine,
 )
-from serve_app.telemetry.trace_context import CURRENT
 from serve_app.telemetry.tracing import Tracing
+from serve_app.trace_context import CURRENT
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from serve_app.gateway.edge.held_key import HeldKey
     from serve_app.purse import Purse
     from serve_app.telemetry.projection import Verdict
-    from serve_app.telemetry.trace_context import TraceContext
+    from serve_app.trace_context import TraceContext
 
 _REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")
 EVENT_STREAM = b"text/event-stream"

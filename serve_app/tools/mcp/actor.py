@@ -18,9 +18,9 @@ import ray.exceptions
 
 from serve_app.config.tools import McpConfig
 from serve_app.errors import ToolError, ToolFailed
-from serve_app.telemetry.trace_context import CURRENT, Carrier
 from serve_app.tools.base import Function, ToolResult
 from serve_app.tools.mcp.session import McpSession, SessionState
+from serve_app.trace_context import CURRENT, Carrier
 
 logger = logging.getLogger(__name__)
 

@@ -26,12 +26,12 @@ from pydantic import TypeAdapter
 from serve_app.config.tools import McpConfig
 from serve_app.errors import AtlasError, ToolFailed, ToolRetry, ToolTimeout, ToolWorkerDied
 from serve_app.schemas import Effects
-from serve_app.telemetry.trace_context import CURRENT, Carrier
 from serve_app.tools.base import Function, ToolResult
 from serve_app.tools.mcp.child import ChildLink
 from serve_app.tools.mcp.definitions import MAX_FUNCTIONS, Definition, Listing, plain, read_listing
 from serve_app.tools.mcp.http import HttpLink
 from serve_app.tools.mcp.tool import McpTool
+from serve_app.trace_context import CURRENT, Carrier
 
 logger = logging.getLogger(__name__)
 

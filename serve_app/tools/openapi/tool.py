@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 from serve_app.config.tools import OpenApiConfig
 from serve_app.errors import ToolFailed, ToolRetry
-from serve_app.telemetry.trace_context import CURRENT
 from serve_app.tools.base import Function, ManyFunctions, ToolResult
 from serve_app.tools.openapi.document import SpecError, read_document
 from serve_app.tools.openapi.operations import Operation, read_operations, server_of
 from serve_app.tools.web.addresses import WebError, allowed_entry
 from serve_app.tools.web.client import Reply, WebClient
 from serve_app.tools.web.page import UNTRUSTED, is_text, text_of
+from serve_app.trace_context import CURRENT
 
 _MAX_REFUSAL_CHARS = 500
 _NOT_THE_MODELS = frozenset((401, 407, 408, 425, 429))

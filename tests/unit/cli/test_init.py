@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rl.cli.app import app
+from serve_app.cli.console import console
 from serve_app.config import load_config
 from serve_app.machine.providers import PROVIDERS
 from tests import model_servers
@@ -22,7 +23,7 @@ PAGE = (Path(__file__).parents[3] / "docs/configuration.md").read_text()
 def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user without keys, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(console, "width", 300)
     for name in [provider.key_variable for provider in PROVIDERS] + ["ATLAS_DATA_DIR"]:
         monkeypatch.delenv(name, raising=False)
 

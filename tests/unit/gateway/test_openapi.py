@@ -92,7 +92,11 @@ def test_the_document_is_served_and_has_the_configured_limits(gateway: Loopback)
 
 def test_only_the_route_that_describes_itself_is_left_out_of_the_document() -> None:
     left_out = {route.path for route in table() if route.operation is None}
-    assert {path for path in left_out if not path.startswith("/console")} == {"/mcp", "/"}
+    assert {path for path in left_out if not path.startswith("/console")} == {
+        "/mcp",
+        "/",
+        "/metrics",
+    }
     assert "`/mcp`" in document()["info"]["description"]
 
 

@@ -15,10 +15,10 @@ from serve_app.config import RemoteModelConfig
 from serve_app.config.tools import McpConfig, OpenApiConfig
 from serve_app.models.clients import ModelClients
 from serve_app.models.remote import RemoteModel
-from serve_app.telemetry.trace_context import CURRENT, TraceContext, begin_trace
 from serve_app.tools.entry import entry_of
 from serve_app.tools.mcp.session import McpSession
 from serve_app.tools.openapi.tool import OpenApiTool
+from serve_app.trace_context import CURRENT, TraceContext, begin_trace
 from tests import mcp_servers
 from tests.otlp_collector import collector
 from tests.path2_fakes import Handle
