@@ -11,7 +11,7 @@ INSTALL := $(PIP) install -q --no-deps --require-hashes
 LOCK := .ci/requirements-cpu.lock
 TORCH_LOCK := .ci/requirements-torch-cpu.lock
 
-.PHONY: setup serve test test-serial test-rest check bench lock clean
+.PHONY: setup serve test check bench lock clean
 
 setup: $(STAMP)
 
@@ -35,16 +35,12 @@ $(STAMP): $(LOCK) $(TORCH_LOCK) pyproject.toml
 serve: setup
 	@$(BIN)/atlas serve --config $(CONFIG)
 
-# Side by side: what starts Ray or measures time, one by one, and all the rest. One thread each for linear algebra: more would
-# wait for each other, spinning.
+# Two at a time, then one by one what starts Ray or measures time. `worksteal` keeps the tests of a module together, which
+# share what is slow to make, and runs tests that share an id, which `loadfile` drops. One thread each for linear algebra:
+# more would wait for each other, spinning.
 test: setup
-	@$(MAKE) --no-print-directory -j2 --output-sync=line test-serial test-rest
-
-test-serial:
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not serial" -n 2 --dist worksteal --durations=25
 	@$(BIN)/python -m pytest -m serial --durations=25
-
-test-rest:
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not serial" --durations=25
 
 check: setup
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports && $(BIN)/mypy
