@@ -41,7 +41,7 @@ from serve_app.orchestrator.patterns.declared import PatternRunner
 from serve_app.orchestrator.trace import Trace
 from serve_app.questions import Question
 from serve_app.schemas import ChatCall, Limits, Pair
-from serve_app.scoring import Answer, measure
+from serve_app.scoring import GivenAnswer, measure
 from serve_app.tools.base import ToolResult
 from serve_app.tools.registry import build_tool
 from serve_app.tools.reports import ErrorType, code_in, error_said, trials_in
@@ -221,7 +221,7 @@ class Bench:
         spans = list(trace.root.walk())
         (way,) = [span.attributes["way"] for span in spans if span.name == "branch mended"]
         scores = [
-            await asyncio.to_thread(measure, question, Answer(text_of(of) or ""))
+            await asyncio.to_thread(measure, question, GivenAnswer(text_of(of) or ""))
             for of in (composed.choices, choices)
         ]
         return Asked(

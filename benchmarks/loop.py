@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.stats import Target
 from serve_app.questions import Question, read_questions
-from serve_app.scoring import Answer, score
+from serve_app.scoring import GivenAnswer, score
 
 ROUTED = "atlas"
 _AT_ONCE = 8
@@ -70,7 +70,7 @@ async def ask_each(
             except openai.APIError:
                 return 0.0, {}
             text = completion.choices[0].message.content
-            scored = await score(question, Answer(text))
+            scored = await score(question, GivenAnswer(text))
             extension: dict[str, Any] = (completion.model_extra or {})["atlas"]
             return scored.score, extension
 

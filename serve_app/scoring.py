@@ -36,7 +36,7 @@ _tests_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="unit-tests
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class GivenAnswer:
     """What a pair answered."""
 
     text: str | None
@@ -54,7 +54,7 @@ class Scored:
     """Whether the judge said the same in both orders; `None` where no judge was asked."""
 
 
-async def score(question: Question, answer: Answer, *, judge: Judge | None = None) -> Scored:
+async def score(question: Question, answer: GivenAnswer, *, judge: Judge | None = None) -> Scored:
     """Score an answer.
 
     Args:
@@ -78,7 +78,7 @@ async def score(question: Question, answer: Answer, *, judge: Judge | None = Non
     return Scored(await loop.run_in_executor(thread, measure, question, answer))
 
 
-def measure(question: Question, answer: Answer) -> float:
+def measure(question: Question, answer: GivenAnswer) -> float:
     """Score an answer without a judge; blocks while unit tests run.
 
     Raises:
@@ -310,7 +310,7 @@ def _is_part(part: Question, unit: str) -> bool:
         own = {value for value in _numbers(unit) if value not in asked}
         if len(own) > 1:
             return False
-    return measure(part, Answer(unit)) == 1.0 or _says_only(part.query, (part,), unit)
+    return measure(part, GivenAnswer(unit)) == 1.0 or _says_only(part.query, (part,), unit)
 
 
 def _numbers(text: str) -> list[float]:
@@ -496,7 +496,7 @@ _VERDICT = re.compile(r"verdict\W{0,8}(?:answer\W|a (?=tie))?(tie|a|b)\b", re.IG
 _BARE_VERDICT = re.compile(r"\W{0,8}(tie|a|b)\W{0,8}", re.IGNORECASE)
 
 
-async def _judged(question: Question, answer: Answer, judge: Judge) -> Scored:
+async def _judged(question: Question, answer: GivenAnswer, judge: Judge) -> Scored:
     """Ask which of answer and gold is better, in both orders; only what holds in both counts."""
     text = answer.text or ""
     if not text.strip():

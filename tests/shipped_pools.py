@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from serve_app.machine.engines import OLLAMA, Engine, EngineModel
+from serve_app.machine.engines import OLLAMA, EngineModel, FoundEngine
 from serve_app.machine.hardware import Hardware
 from serve_app.machine.propose import Machine, propose
 from serve_app.machine.writing import render
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-_OLLAMA = Engine(
+_OLLAMA = FoundEngine(
     OLLAMA,
     "127.0.0.1:11434",
     (

@@ -30,7 +30,7 @@ from benchmarks.nano.registry import load_cells, load_generator, task_module, we
 from benchmarks.nano.skills import SKILL_CELLS, TOOL_CELLS, skill_cells, skill_items
 from benchmarks.nano.task import TOOL_PARAMETERS, EvalCell, Question
 from serve_app.errors import ToolRetry
-from serve_app.scoring import Answer, measure
+from serve_app.scoring import GivenAnswer, measure
 from serve_app.tools.builtin.calculator import evaluate
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class CellResult:
 
 def is_right(question: Question, answer: str) -> bool:
     """Whether a final answer is right, by the question's metric."""
-    return measure(labelled(question, "evaluated"), Answer(answer)) == 1.0
+    return measure(labelled(question, "evaluated"), GivenAnswer(answer)) == 1.0
 
 
 def run_python(code: str) -> tuple[int, str]:

@@ -29,7 +29,7 @@ from rl.evaluate.off_policy import (
     estimate,
     estimate_trajectories,
 )
-from rl.evaluate.policies import Interval, MultiStep, Reached, bootstrap, reach
+from rl.evaluate.policies import BootstrapInterval, MultiStep, Reached, bootstrap, reach
 from rl.evaluate.verified import VerifierFigures
 from rl.profile.outcomes import Outcomes
 from serve_app.router.rules.base import Deciding
@@ -86,10 +86,10 @@ class EvaluationSettings:
 class Figures:
     """Means over queries of one contender, or of the candidate minus the serving policy."""
 
-    score: Interval
-    cost_usd: Interval
+    score: BootstrapInterval
+    cost_usd: BootstrapInterval
     """US dollars per query."""
-    utility: Interval
+    utility: BootstrapInterval
     steps: float = field(default=1.0, kw_only=True)
     """Runs of a pair or of the planner per request; 1 for a rule that decides once."""
 
@@ -278,7 +278,9 @@ def evaluate(
     )
 
 
-def judge(differences: Mapping[float, Interval], settings: EvaluationSettings) -> PromotionVerdict:
+def judge(
+    differences: Mapping[float, BootstrapInterval], settings: EvaluationSettings
+) -> PromotionVerdict:
     """Whether a candidate may serve: on the configured objective it is better with confidence.
 
     At the default alpha the 95% interval of its utility minus the serving policy's has to begin
@@ -365,7 +367,7 @@ def _cells(figures: Figures, sign: str) -> list[str]:
     ]
 
 
-def _spread(part: Interval, sign: str) -> str:
+def _spread(part: BootstrapInterval, sign: str) -> str:
     return f"{part.mean:{sign}.3f} [{part.low:{sign}.3f}, {part.high:{sign}.3f}]"
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rl.evaluate.policies import Interval, resampled_means
+from rl.evaluate.policies import BootstrapInterval, resampled_means
 from serve_app.errors import ConfigError
 
 MIN_EFFECTIVE_SIZE = 30.0
@@ -73,7 +73,7 @@ class Trajectories:
 class OffPolicyEstimate:
     """The mean score of a policy on logged queries, or why it cannot be told."""
 
-    score: Interval | None
+    score: BootstrapInterval | None
     """Self-normalised; `None` where it was refused, as are the others."""
     effective_size: float
     """`(sum w)^2 / sum w^2`: how many requests of the policy itself would say as much."""
@@ -84,12 +84,12 @@ class OffPolicyEstimate:
     """Why it was refused; `None` where it was not."""
     coverage: float = 0.0
     """Mean weight: 1 but for chance where the log could have done all that the policy does."""
-    importance: Interval | None = None
+    importance: BootstrapInterval | None = None
     """By importance weights alone: no bias, much noise."""
-    direct: Interval | None = None
+    direct: BootstrapInterval | None = None
     """By the fitted values alone: little noise, and as right as they are. The interval knows of
     the data's chance, not of what linear values cannot say."""
-    doubly_robust: Interval | None = None
+    doubly_robust: BootstrapInterval | None = None
     """By the fitted values, corrected by importance weights: right where either is."""
 
 
@@ -146,9 +146,9 @@ def estimate_value(
     )
 
 
-def _interval(value: _Array, draws: _Array) -> Interval:
+def _interval(value: _Array, draws: _Array) -> BootstrapInterval:
     low, high = np.percentile(draws, [2.5, 97.5])
-    return Interval(float(value[0]), float(low), float(high))
+    return BootstrapInterval(float(value[0]), float(low), float(high))
 
 
 class _Values:

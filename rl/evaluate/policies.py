@@ -24,7 +24,7 @@ UNLIMITED_S = 1e9
 
 
 @dataclass(frozen=True)
-class Choices:
+class PolicyChoices:
     """A rule's decisions on some queries at some alphas; all arrays (num_alphas, num_queries)."""
 
     chosen: NDArray[np.intp]
@@ -96,7 +96,7 @@ def reach(
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class BootstrapInterval:
     """A mean and its 95% bootstrap interval."""
 
     mean: float
@@ -117,7 +117,7 @@ def ask(
     encoder: str,
     pairs: Sequence[Pair],
     alphas: Sequence[float],
-) -> Choices:
+) -> PolicyChoices:
     """Let a rule decide every query at every alpha, with no limit but the pairs.
 
     Args:
@@ -140,7 +140,7 @@ def ask(
     index = {pair: column for column, pair in enumerate(available)}
     limits = [Limits(alpha=alpha, deadline_s=UNLIMITED_S) for alpha in alphas]
     shape = (len(alphas), len(embeddings))
-    choices = Choices(np.empty(shape, np.intp), np.empty(shape, np.bool_), np.empty(shape))
+    choices = PolicyChoices(np.empty(shape, np.intp), np.empty(shape, np.bool_), np.empty(shape))
     for query, embedding in enumerate(embeddings):
         requests = tuple(RoutingRequest(embedding, limit) for limit in limits)
         for row, decision in enumerate(rule.decide(Batch(requests, available, 0))):
@@ -156,7 +156,9 @@ def ask(
     return choices
 
 
-def bootstrap(values: NDArray[np.float64], num_resamples: int, seed: int) -> list[Interval]:
+def bootstrap(
+    values: NDArray[np.float64], num_resamples: int, seed: int
+) -> list[BootstrapInterval]:
     """Percentile intervals of the mean over queries (Efron, 1979).
 
     Every column has the same resamples, so the interval of a column of differences is paired.
@@ -172,7 +174,9 @@ def bootstrap(values: NDArray[np.float64], num_resamples: int, seed: int) -> lis
     draws = resampled_means(values, num_resamples, seed)
     low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     means = values.mean(axis=0)
-    return [Interval(*map(float, numbers)) for numbers in zip(means, low, high, strict=True)]
+    return [
+        BootstrapInterval(*map(float, numbers)) for numbers in zip(means, low, high, strict=True)
+    ]
 
 
 def resampled_means(

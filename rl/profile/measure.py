@@ -14,7 +14,7 @@ from serve_app.orchestrator.pairs.paid import WITH_LOGPROBS
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages
 from serve_app.questions import Question
 from serve_app.schemas import ChatCall, Limits, Pair, Report
-from serve_app.scoring import Answer, score
+from serve_app.scoring import GivenAnswer, score
 from serve_app.store import ProfileOutcome, ProfileThought
 
 _GRACE_S = 10.0
@@ -213,7 +213,7 @@ async def measure_pair(
             raise error
         return said.steps[-1].answer or ""
 
-    scored = await score(question, Answer(answer, calls), judge=judge)
+    scored = await score(question, GivenAnswer(answer, calls), judge=judge)
     return ProfileOutcome(
         question_key=question.key,
         model_id=pair.model_id,

@@ -21,7 +21,7 @@ from serve_app.gateway.edge.errors import JsonResponse
 from serve_app.gateway.edge.hosts import HostCheck
 from serve_app.gateway.edge.idempotency import Idempotency
 from serve_app.gateway.edge.routes import RouteTable
-from serve_app.gateway.handlers import Handlers, Orchestrator
+from serve_app.gateway.handlers import Handlers, RequestRunner
 from serve_app.gateway.mcp.server import McpServer
 from serve_app.gateway.openapi import openapi_document
 from serve_app.gateway.purses import Purses
@@ -33,7 +33,7 @@ from serve_app.telemetry.tracing import NoTracing, Tracing
 
 
 def build_api(
-    orchestrator: Orchestrator,
+    orchestrator: RequestRunner,
     store: Store,
     outcomes: OutcomeLog,
     jobs: Jobs,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 
-from serve_app.gateway.handlers import Orchestrator
+from serve_app.gateway.handlers import RequestRunner
 from serve_app.schemas import MemberState
 from serve_app.store import Store, list_policies, serving_policies
 from serve_app.store.policies import trial_policies
@@ -29,7 +29,7 @@ _MODES = ("serving", "canary", "shadow")
 class Gauges:
     """Sets the gauges of one gateway replica until it is closed."""
 
-    def __init__(self, orchestrator: Orchestrator, store: Store, metrics: MetricSink) -> None:
+    def __init__(self, orchestrator: RequestRunner, store: Store, metrics: MetricSink) -> None:
         """Of a gateway.
 
         Args:

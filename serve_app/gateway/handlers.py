@@ -48,7 +48,7 @@ from serve_app.store import (
 )
 from serve_app.store.sums import WIN
 from serve_app.telemetry import FEEDBACK_VERDICTS, GATEWAY_FIRST_PIECE_SECONDS, ToldMetrics
-from serve_app.telemetry.projection import Verdict
+from serve_app.telemetry.projection import VerdictView
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ trace, waits for the request to appear."""
 _POLL_S = 0.05
 
 
-class Orchestrator(Protocol):
+class RequestRunner(Protocol):
     """What runs a request, and puts its report into the outcome log, answered or not."""
 
     async def complete(self, call: ChatCall) -> tuple[Json, Report]:
@@ -134,7 +134,7 @@ class Handlers:
 
     def __init__(
         self,
-        orchestrator: Orchestrator,
+        orchestrator: RequestRunner,
         store: Store,
         outcomes: OutcomeLog,
         jobs: Jobs,
@@ -265,7 +265,7 @@ class Handlers:
             lambda: add_feedback(self._store, said.request_id, exchange.owner, score, said.comment),
         )
         verdict = "good" if score >= WIN else "bad"
-        exchange.verdict = Verdict(said.request_id, score, verdict)
+        exchange.verdict = VerdictView(said.request_id, score, verdict)
         self._metrics.record(FEEDBACK_VERDICTS, candidate=str(rated), verdict=verdict)
         return JsonResponse(
             {"object": "atlas.feedback", "request_id": said.request_id, "score": score}

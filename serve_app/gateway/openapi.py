@@ -16,7 +16,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from serve_app.config import LimitsConfig
 from serve_app.gateway.edge.idempotency import MAX_KEY_CHARS
-from serve_app.gateway.edge.operation import Answer, Operation, Shape
+from serve_app.gateway.edge.operation import DocumentedAnswer, Operation, Shape
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint
 from serve_app.gateway.shapes import ERROR
 
@@ -173,7 +173,7 @@ def _operation(endpoint: Endpoint, declared: Operation, schemas: _Schemas) -> Js
         statuses.update(_WITH_BODY)
     if endpoint.method == "POST":
         statuses.update(_POSTED)
-    answers = [Answer(_REASONS[status], ERROR, status) for status in sorted(statuses)]
+    answers = [DocumentedAnswer(_REASONS[status], ERROR, status) for status in sorted(statuses)]
     answers += [declared.answer, *declared.also]
     operation: Json = {
         "operationId": declared.operation_id,
@@ -191,7 +191,7 @@ def _operation(endpoint: Endpoint, declared: Operation, schemas: _Schemas) -> Js
     return operation
 
 
-def _response(answer: Answer, schemas: _Schemas) -> Json:
+def _response(answer: DocumentedAnswer, schemas: _Schemas) -> Json:
     content: Json = {"application/json": {"schema": schemas.given(answer.content)}}
     if answer.as_events:
         content["text/event-stream"] = {"schema": {"type": "string"}}

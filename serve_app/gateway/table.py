@@ -19,7 +19,7 @@ from serve_app.gateway.chat.wire import (
     ToolSubmission,
 )
 from serve_app.gateway.console.pages import Console
-from serve_app.gateway.edge.operation import Answer, Operation
+from serve_app.gateway.edge.operation import DocumentedAnswer, Operation
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint, Handler
 from serve_app.gateway.handlers import Handlers
 from serve_app.gateway.usage import KeyUsage
@@ -68,7 +68,7 @@ def _chat(api: Handlers) -> list[Endpoint]:
             Operation(
                 "createChatCompletion",
                 "Answer a chat, whole or as server-sent events.",
-                Answer(
+                DocumentedAnswer(
                     "The completion, or its chunks as events.",
                     shapes.CHAT_COMPLETION,
                     as_events=True,
@@ -85,7 +85,7 @@ def _chat(api: Handlers) -> list[Endpoint]:
             Operation(
                 "decide",
                 "Decide only, and show every candidate's scores.",
-                Answer("The decision.", shapes.DECISION),
+                DocumentedAnswer("The decision.", shapes.DECISION),
                 body=ChatRequest,
                 errors=(404, 502, 504),
             ),
@@ -98,7 +98,7 @@ def _chat(api: Handlers) -> list[Endpoint]:
             Operation(
                 "giveFeedback",
                 "Give a score to one of your requests, once.",
-                Answer("Kept.", shapes.FEEDBACK),
+                DocumentedAnswer("Kept.", shapes.FEEDBACK),
                 body=FeedbackRequest,
                 errors=(404, 409),
             ),
@@ -111,7 +111,7 @@ def _chat(api: Handlers) -> list[Endpoint]:
             Operation(
                 "getTrajectory",
                 "What happened in one of your requests: decisions, calls and checks as a tree.",
-                Answer("The request, and its spans.", Trajectory),
+                DocumentedAnswer("The request, and its spans.", Trajectory),
                 errors=(404,),
             ),
         ),
@@ -123,7 +123,7 @@ def _chat(api: Handlers) -> list[Endpoint]:
             Operation(
                 "replayTrajectory",
                 "Answer one of your requests again, with the choices that were made then.",
-                Answer(
+                DocumentedAnswer(
                     "The completion, or its chunks as events.",
                     shapes.CHAT_COMPLETION,
                     as_events=True,
@@ -140,7 +140,7 @@ def _chat(api: Handlers) -> list[Endpoint]:
             Operation(
                 "getUsage",
                 "What your key has used this hour, day, week and month, and its limits.",
-                Answer("The periods.", KeyUsage),
+                DocumentedAnswer("The periods.", KeyUsage),
             ),
         ),
         Endpoint(
@@ -151,7 +151,7 @@ def _chat(api: Handlers) -> list[Endpoint]:
             Operation(
                 "listModels",
                 "Everything a request may name as `model`.",
-                Answer("The pool.", shapes.MODEL_LIST),
+                DocumentedAnswer("The pool.", shapes.MODEL_LIST),
             ),
         ),
         Endpoint(
@@ -162,7 +162,7 @@ def _chat(api: Handlers) -> list[Endpoint]:
             Operation(
                 "getModel",
                 "One entry of the list of models.",
-                Answer("The model or pair.", shapes.MODEL),
+                DocumentedAnswer("The model or pair.", shapes.MODEL),
                 errors=(404,),
             ),
         ),
@@ -180,7 +180,7 @@ def _models(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "adminListModels",
                 "Models with state and settings.",
-                Answer("The models.", shapes.ADMIN_LIST),
+                DocumentedAnswer("The models.", shapes.ADMIN_LIST),
             ),
         ),
         Endpoint(
@@ -191,7 +191,7 @@ def _models(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "addModel",
                 "Add a model; it gets requests when it is warm.",
-                Answer("Accepted.", shapes.MODEL_CHANGE, 202),
+                DocumentedAnswer("Accepted.", shapes.MODEL_CHANGE, 202),
                 body=ModelSubmission,
                 errors=(404, 409),
             ),
@@ -204,7 +204,7 @@ def _models(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "updateModel",
                 "Change a model's settings; the new version takes over when it is warm.",
-                Answer("Accepted.", shapes.MODEL_CHANGE, 202),
+                DocumentedAnswer("Accepted.", shapes.MODEL_CHANGE, 202),
                 body=ModelSubmission,
                 errors=(404, 409),
             ),
@@ -217,7 +217,7 @@ def _models(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "setPrice",
                 "Change what a model's tokens cost.",
-                Answer("Done.", shapes.MODEL_CHANGE),
+                DocumentedAnswer("Done.", shapes.MODEL_CHANGE),
                 body=PriceConfig,
                 errors=(404, 409),
             ),
@@ -230,7 +230,7 @@ def _models(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "removeModel",
                 "Remove a model; requests that it works on end first.",
-                Answer("Accepted.", shapes.MODEL_CHANGE, 202),
+                DocumentedAnswer("Accepted.", shapes.MODEL_CHANGE, 202),
                 errors=(400, 404),
             ),
         ),
@@ -246,7 +246,9 @@ def _tools(pool: PoolAdmin) -> list[Endpoint]:
             pool.tools,
             Scope.ADMIN,
             Operation(
-                "adminListTools", "Tools with settings.", Answer("The tools.", shapes.ADMIN_LIST)
+                "adminListTools",
+                "Tools with settings.",
+                DocumentedAnswer("The tools.", shapes.ADMIN_LIST),
             ),
         ),
         Endpoint(
@@ -257,7 +259,7 @@ def _tools(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "addTool",
                 "Add a tool to some models, or to all.",
-                Answer("Accepted.", shapes.TOOL_CHANGE, 202),
+                DocumentedAnswer("Accepted.", shapes.TOOL_CHANGE, 202),
                 body=ToolSubmission,
                 errors=(404, 409),
             ),
@@ -270,7 +272,7 @@ def _tools(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "removeTool",
                 "Remove a tool and its pairs.",
-                Answer("Accepted.", shapes.TOOL_CHANGE, 202),
+                DocumentedAnswer("Accepted.", shapes.TOOL_CHANGE, 202),
                 errors=(400, 404),
             ),
         ),
@@ -282,7 +284,7 @@ def _tools(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "acceptTool",
                 "Offer a function of an MCP server whose definition is new or changed.",
-                Answer("Accepted.", shapes.TOOL_CHANGE, 202),
+                DocumentedAnswer("Accepted.", shapes.TOOL_CHANGE, 202),
                 body=ToolAcceptance,
                 errors=(404, 409),
             ),
@@ -301,7 +303,7 @@ def _patterns(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "adminListPatterns",
                 "Patterns with their nodes, whether each answers now, and its worst case.",
-                Answer("The patterns.", shapes.ADMIN_LIST),
+                DocumentedAnswer("The patterns.", shapes.ADMIN_LIST),
             ),
         ),
         Endpoint(
@@ -312,7 +314,7 @@ def _patterns(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "putPattern",
                 "Add a pattern, or give one other nodes.",
-                Answer("Accepted.", shapes.PATTERN_CHANGE, 202),
+                DocumentedAnswer("Accepted.", shapes.PATTERN_CHANGE, 202),
                 body=PatternConfig,
                 errors=(404, 409),
             ),
@@ -325,7 +327,7 @@ def _patterns(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "removePattern",
                 "Remove a pattern.",
-                Answer("Accepted.", shapes.PATTERN_CHANGE, 202),
+                DocumentedAnswer("Accepted.", shapes.PATTERN_CHANGE, 202),
                 errors=(400, 404),
             ),
         ),
@@ -343,7 +345,7 @@ def _rules(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "adminListRules",
                 "The rules in their order, and what keeps one from deciding.",
-                Answer("The rules.", shapes.ADMIN_LIST),
+                DocumentedAnswer("The rules.", shapes.ADMIN_LIST),
             ),
         ),
         Endpoint(
@@ -354,7 +356,7 @@ def _rules(pool: PoolAdmin) -> list[Endpoint]:
             Operation(
                 "putRules",
                 "Put other rules in place of all there are.",
-                Answer("Accepted.", shapes.RULES_CHANGE, 202),
+                DocumentedAnswer("Accepted.", shapes.RULES_CHANGE, 202),
                 body=RulesSubmission,
             ),
         ),
@@ -372,7 +374,7 @@ def _learning(api: Handlers) -> list[Endpoint]:
             Operation(
                 "adminListSnapshots",
                 "Router snapshots, and which of them served when.",
-                Answer("The snapshots.", shapes.SNAPSHOT_LIST),
+                DocumentedAnswer("The snapshots.", shapes.SNAPSHOT_LIST),
             ),
         ),
         Endpoint(
@@ -383,7 +385,7 @@ def _learning(api: Handlers) -> list[Endpoint]:
             Operation(
                 "submitJob",
                 "Profile, fit, train, evaluate, promote or roll back, behind the response.",
-                Answer("Accepted.", shapes.JOB, 201),
+                DocumentedAnswer("Accepted.", shapes.JOB, 201),
                 body=JobSubmission,
             ),
         ),
@@ -393,7 +395,9 @@ def _learning(api: Handlers) -> list[Endpoint]:
             api.list_jobs,
             Scope.ADMIN,
             Operation(
-                "listJobs", "The last jobs, the newest first.", Answer("The jobs.", shapes.JOB_LIST)
+                "listJobs",
+                "The last jobs, the newest first.",
+                DocumentedAnswer("The jobs.", shapes.JOB_LIST),
             ),
         ),
         Endpoint(
@@ -404,7 +408,7 @@ def _learning(api: Handlers) -> list[Endpoint]:
             Operation(
                 "getJob",
                 "One job with its progress, whole or as server-sent events.",
-                Answer("The job, or its changes as events.", shapes.JOB, as_events=True),
+                DocumentedAnswer("The job, or its changes as events.", shapes.JOB, as_events=True),
                 errors=(404,),
             ),
         ),
@@ -416,7 +420,7 @@ def _learning(api: Handlers) -> list[Endpoint]:
             Operation(
                 "cancelJob",
                 "End a job and free what it holds.",
-                Answer("Cancelled.", shapes.JOB),
+                DocumentedAnswer("Cancelled.", shapes.JOB),
                 errors=(404, 409),
             ),
         ),
@@ -434,7 +438,7 @@ def _public(api: Handlers, openapi: Handler) -> list[Endpoint]:
             Operation(
                 "isAlive",
                 "Whether this process answers.",
-                Answer("The process answers.", shapes.STATUS),
+                DocumentedAnswer("The process answers.", shapes.STATUS),
             ),
             is_probe=True,
         ),
@@ -446,9 +450,9 @@ def _public(api: Handlers, openapi: Handler) -> list[Endpoint]:
             Operation(
                 "isReady",
                 "Whether a request can be served.",
-                Answer("A request can be served.", shapes.STATUS),
+                DocumentedAnswer("A request can be served.", shapes.STATUS),
                 errors=(500,),
-                also=(Answer("Nothing in the pool is ready.", shapes.STATUS, 503),),
+                also=(DocumentedAnswer("Nothing in the pool is ready.", shapes.STATUS, 503),),
             ),
             is_probe=True,
         ),
@@ -460,7 +464,7 @@ def _public(api: Handlers, openapi: Handler) -> list[Endpoint]:
             Operation(
                 "getOpenApi",
                 "This document.",
-                Answer("The OpenAPI document.", shapes.DOCUMENT),
+                DocumentedAnswer("The OpenAPI document.", shapes.DOCUMENT),
             ),
         ),
     ]

@@ -52,7 +52,7 @@ class EngineModel:
 
 
 @dataclass(frozen=True)
-class Engine:
+class FoundEngine:
     """A server that answers."""
 
     kind: str
@@ -93,7 +93,7 @@ def checked_address(said: str) -> str:
     return address.replace("localhost", "127.0.0.1")
 
 
-def look_at_engines(addresses: Sequence[str]) -> tuple[Engine, ...]:
+def look_at_engines(addresses: Sequence[str]) -> tuple[FoundEngine, ...]:
     """The servers that answer at loopback addresses, in their order; asks all of them at once."""
     with ThreadPoolExecutor(max_workers=max(1, len(addresses))) as pool:
         found = pool.map(_look, addresses)
@@ -114,7 +114,7 @@ def _client(base_url: str) -> httpx2.Client:
     )
 
 
-def _look(address: str) -> Engine | None:
+def _look(address: str) -> FoundEngine | None:
     with _client(f"http://{address}") as client:
         listed = _listed(client)
         if listed is None:
@@ -123,16 +123,16 @@ def _look(address: str) -> Engine | None:
         if _OURS in owners:
             return None
         if "llamacpp" in owners:
-            return Engine(LLAMA_CPP, address, tuple(_of_llama_cpp(client, listed)))
+            return FoundEngine(LLAMA_CPP, address, tuple(_of_llama_cpp(client, listed)))
         if "vllm" in owners:
-            return Engine(VLLM, address, tuple(_of_vllm(listed)))
+            return FoundEngine(VLLM, address, tuple(_of_vllm(listed)))
         if tags := _mappings(_ask(client, "/api/tags"), "models"):
             models, left_out = _of_ollama(client, tags)
-            return Engine(OLLAMA, address, models, left_out)
+            return FoundEngine(OLLAMA, address, models, left_out)
         if entries := _mappings(_ask(client, "/api/v0/models"), "data"):
-            return Engine(LM_STUDIO, address, tuple(_of_lm_studio(entries)))
+            return FoundEngine(LM_STUDIO, address, tuple(_of_lm_studio(entries)))
         models = tuple(EngineModel(entry["id"], billions_of(entry["id"])) for entry in listed)
-        return Engine(OTHER, address, models) if models else None
+        return FoundEngine(OTHER, address, models) if models else None
 
 
 def _listed(client: httpx2.Client) -> list[dict[str, Any]] | None:

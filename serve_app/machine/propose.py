@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.machine.engines import OLLAMA, Engine, EngineModel, billions_of
+from serve_app.machine.engines import OLLAMA, EngineModel, FoundEngine, billions_of
 from serve_app.machine.hardware import Hardware
 from serve_app.machine.hub import Placed, place
 from serve_app.machine.providers import Offer, Provider
@@ -35,7 +35,7 @@ class Machine:
     """All that was found."""
 
     hardware: Hardware
-    engines: tuple[Engine, ...] = ()
+    engines: tuple[FoundEngine, ...] = ()
     providers: tuple[Provider, ...] = ()
     has_vllm: bool = False
     cached: frozenset[str] = frozenset()
@@ -152,7 +152,9 @@ def propose(machine: Machine) -> Proposal | None:
     return Proposal(tuple(models), tools, tuple(notes))
 
 
-def _of_engines(engines: Sequence[Engine], ids: set[str], *, code: bool) -> Iterator[ProposedModel]:
+def _of_engines(
+    engines: Sequence[FoundEngine], ids: set[str], *, code: bool
+) -> Iterator[ProposedModel]:
     for engine in engines:
         for model in engine.models:
             size = model.billions

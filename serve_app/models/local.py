@@ -52,7 +52,7 @@ class NothingToDownload(CallbackBase):  # type: ignore[misc]  # Ray is untyped
         self.ctx.run_init_node = False
 
 
-class Engine(VLLMEngine):  # type: ignore[misc]  # Ray is untyped
+class OneProcessEngine(VLLMEngine):  # type: ignore[misc]  # Ray is untyped
     """`VLLMEngine` that keeps the executor `uni`: vLLM's engine and its worker in one process.
 
     Ray and vLLM make it `mp` on CPUs, because a worker of its own can be bound to cores and be
@@ -69,7 +69,7 @@ class Engine(VLLMEngine):  # type: ignore[misc]  # Ray is untyped
 class EngineServer(LLMServer):  # type: ignore[misc]  # Ray is untyped
     """`LLMServer` that a new controller of Serve can take over."""
 
-    _default_engine_cls = Engine
+    _default_engine_cls = OneProcessEngine
 
     async def start(self) -> None:
         """Start the engine."""

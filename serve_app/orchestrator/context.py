@@ -22,7 +22,7 @@ from serve_app.content import Message
 from serve_app.errors import AtlasError, ContextTooLong
 from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.fitting import LEAST_RESULT_TOKENS, Fitting
-from serve_app.orchestrator.likeness import Likeness
+from serve_app.orchestrator.likeness import TextLikeness
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.tokens import TokenCounter
 from serve_app.orchestrator.trace import SpanKind
@@ -59,7 +59,7 @@ class ContextFitter:
         self,
         config: ContextConfig,
         counter: TokenCounter,
-        likeness: Likeness,
+        likeness: TextLikeness,
         summarize: Summarize | None = None,
     ) -> None:
         """Join the parts.

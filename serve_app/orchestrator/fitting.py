@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.content import Message, pictures_of, text_of_content, with_pictures
-from serve_app.orchestrator.likeness import Likeness, sentences
+from serve_app.orchestrator.likeness import TextLikeness, sentences
 from serve_app.orchestrator.tokens import TokenCounter
 
 LEAST_RESULT_TOKENS = 64
@@ -28,7 +28,7 @@ _LEAST_SENTENCE_TOKENS = 8
 
 
 @dataclass
-class Parts:
+class ConversationParts:
     """A conversation in its parts; messages are addressed by their places."""
 
     system: list[int] = field(default_factory=list)
@@ -192,7 +192,7 @@ class Fitting:
             if self.messages[place]["role"] in ("user", "assistant")
             for sentence in sentences(text_of_content(self.messages[place].get("content")))
         ][-_MAX_SENTENCES:]
-        return said, Likeness.by_words(self.question, [text for _, _, text in said])
+        return said, TextLikeness.by_words(self.question, [text for _, _, text in said])
 
     def _put(self, turn: Sequence[int], by_place: dict[int, list[str]]) -> None:
         """Have a turn say a few sentences: one message of the user's, and one of the model's."""
@@ -205,8 +205,8 @@ class Fitting:
         ]
 
 
-def _parts(messages: Sequence[Message]) -> Parts:
-    parts = Parts()
+def _parts(messages: Sequence[Message]) -> ConversationParts:
+    parts = ConversationParts()
     turns: list[list[int]] = [[]]
     for place, message in enumerate(messages):
         if message["role"] == "system":

@@ -54,7 +54,7 @@ class Ruled:
     """Whether a rule left the choice to the router, so that the default has no part in it."""
 
 
-class Following:
+class RulesWalk:
     """One request on its way through the rules."""
 
     def __init__(self, run: Run, ruled: Ruled, reachable: Reachable) -> None:
@@ -176,7 +176,7 @@ class HopUnderWay:
     def __init__(
         self,
         rule: _Rule,
-        following: Following,
+        following: RulesWalk,
         span: Span,
     ) -> None:
         self.rule = rule

@@ -40,7 +40,7 @@ def sentences(text: str) -> list[str]:
     return [part for part in found if part]
 
 
-class Likeness:
+class TextLikeness:
     """Compares texts with questions; one per gateway replica."""
 
     def __init__(self, embed: Embed | None) -> None:

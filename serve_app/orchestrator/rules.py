@@ -31,7 +31,7 @@ from serve_app.config.rules import (
 from serve_app.errors import AtlasError
 from serve_app.orchestrator.answer import mean_logprob_of, text_of
 from serve_app.orchestrator.decision_client import Decider
-from serve_app.orchestrator.hops import Following, Ruled
+from serve_app.orchestrator.hops import Ruled, RulesWalk
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns.view import by_deadline
@@ -178,7 +178,7 @@ class RuleFollower:
         ruled = Ruled(limits, default=rules.default)
         if rules.default is None:
             return ruled
-        following = Following(run, ruled, self._reachable)
+        following = RulesWalk(run, ruled, self._reachable)
         texts = Texts(run.call.messages)
         for keyword in rules.keyword:
             with following.hop(keyword.config) as hop:
@@ -204,7 +204,7 @@ class RuleFollower:
             following.to_default()
         return ruled
 
-    async def _ask(self, rule: LlmRuleConfig, run: Run, query: str, following: Following) -> None:
+    async def _ask(self, rule: LlmRuleConfig, run: Run, query: str, following: RulesWalk) -> None:
         """Have a model decide; whatever goes wrong with it, the request passes."""
         with following.hop(rule) as hop:
             pair = Pair(rule.model, NO_TOOL)
@@ -264,7 +264,7 @@ class RuleFollower:
         )
         ruled.hops.append(hop)
         if not stays:
-            Following(run, ruled, self._reachable).to_default()
+            RulesWalk(run, ruled, self._reachable).to_default()
             if ruled.decision is not None:
                 return ruled.decision
             ruled.hops[-2] = replace(hop, decided=True)

@@ -19,7 +19,7 @@ from serve_app.models.watcher import PoolWatcher
 from serve_app.router.rules.admission import Abilities
 from serve_app.router.rules.base import Answer, Batch, RoutingRequest
 from serve_app.router.rules.cold_start import pair_cards
-from serve_app.router.serving.follower import Following, PolicyFollower, Serving
+from serve_app.router.serving.follower import PolicyFollower, Served, Serving
 from serve_app.router.serving.rollback import PolicyGuard
 from serve_app.router.snapshots.build_rule import Cards, read_cards
 from serve_app.schemas import Drift, MemberState, PoolState, ShadowDecision
@@ -141,7 +141,7 @@ class Router:
             return self._follower.choose(request.request_id)
         return await self._follower.began_with(version)
 
-    async def following(self) -> Following:
+    async def following(self) -> Served:
         """Which policies this replica serves with."""
         return self._follower.state()
 

@@ -56,7 +56,7 @@ class CandidateTraffic:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class UsageTotals:
     """What was used, by whatever it is listed by."""
 
     of: str
@@ -188,7 +188,7 @@ async def traffic_by_candidate(store: Store, since_unix_s: float) -> list[Candid
     ]
 
 
-async def usage_by(store: Store, since_unix_s: float, by: str) -> list[Usage]:
+async def usage_by(store: Store, since_unix_s: float, by: str) -> list[UsageTotals]:
     """What was used since a day began.
 
     Args:
@@ -220,7 +220,7 @@ async def usage_by(store: Store, since_unix_s: float, by: str) -> list[Usage]:
     for *named, requests, errors, prompt, completion, usd in await _all(store, query):
         name = str(Pair(*named)) if by == "candidate" else str(named[0])
         counts = (int(requests), int(errors), int(prompt), int(completion))
-        found.append(Usage(name, *counts, usd))
+        found.append(UsageTotals(name, *counts, usd))
     return found
 
 

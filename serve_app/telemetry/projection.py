@@ -27,7 +27,7 @@ Kind = Literal["server", "client", "internal"]
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class VerdictView:
     """A user's verdict on an earlier request."""
 
     request_id: str
@@ -67,7 +67,7 @@ class _Told:
 def server_span(
     line: RequestLine,
     ended_ns: int,
-    verdict: Verdict | None,
+    verdict: VerdictView | None,
     report: Report | None,
     *,
     content: bool,
@@ -126,7 +126,7 @@ def server_span(
     )
 
 
-def _evaluation(verdict: Verdict) -> tuple[str, dict[str, Fact]]:
+def _evaluation(verdict: VerdictView) -> tuple[str, dict[str, Fact]]:
     return names.EVALUATION, {
         names.EVALUATION_NAME: "user_feedback",
         names.EVALUATION_SCORE: verdict.score,

@@ -16,7 +16,7 @@ from serve_app.config.telemetry import TracingConfig
 from serve_app.errors import ConfigError
 from serve_app.schemas import Report
 from serve_app.telemetry.conventions import GENAI_CONVENTIONS
-from serve_app.telemetry.projection import SpanView, Verdict, run_spans, server_span
+from serve_app.telemetry.projection import SpanView, VerdictView, run_spans, server_span
 from serve_app.telemetry.request_line import RequestLine
 from serve_app.trace_context import TraceContext, begin_trace
 
@@ -39,7 +39,7 @@ class Tracing(Protocol):
         """Tell what a run that ended now came to; must neither wait nor raise."""
         ...
 
-    def served(self, trace: TraceContext, line: RequestLine, verdict: Verdict | None) -> None:
+    def served(self, trace: TraceContext, line: RequestLine, verdict: VerdictView | None) -> None:
         """Tell of an HTTP request that ended now; must neither wait nor raise."""
         ...
 
@@ -58,7 +58,7 @@ class NoTracing:
     def ran(self, report: Report) -> None:
         """Do nothing."""
 
-    def served(self, trace: TraceContext, line: RequestLine, verdict: Verdict | None) -> None:
+    def served(self, trace: TraceContext, line: RequestLine, verdict: VerdictView | None) -> None:
         """Do nothing."""
 
     async def close(self) -> None:
@@ -122,7 +122,7 @@ class OtlpTracing:
         began_ns = time.time_ns() - int((report.spans[0].seconds or 0.0) * _NS)
         self._tell(trace, run_spans(report, began_ns, content=self._config.content))
 
-    def served(self, trace: TraceContext, line: RequestLine, verdict: Verdict | None) -> None:
+    def served(self, trace: TraceContext, line: RequestLine, verdict: VerdictView | None) -> None:
         """See `Tracing.served`."""
         report = self._reports.pop(line.request_id, None)
         if trace.is_sampled:

@@ -20,7 +20,7 @@ from rl.evaluate.off_policy import (
     estimate,
     estimate_trajectories,
 )
-from rl.evaluate.policies import Interval
+from rl.evaluate.policies import BootstrapInterval
 from serve_app.errors import ConfigError, NoCandidate
 from serve_app.router.rules.base import Answer, Batch, RoutingRequest
 from serve_app.router.rules.clusters import ClusterRule
@@ -174,7 +174,7 @@ def test_intervals_hold_the_true_value_as_often_as_they_say(
     assert_honest(known, [getattr(one, estimator) for one in found])
 
 
-def assert_honest(known: float, intervals: list[Interval]) -> None:
+def assert_honest(known: float, intervals: list[BootstrapInterval]) -> None:
     """They hold what is true in 95% of the cases, and are not off on average."""
     assert None not in intervals
     held = np.mean([one.low <= known <= one.high for one in intervals])

@@ -18,7 +18,7 @@ from benchmarks.nano.phrasing import load_gazetteer
 from benchmarks.nano.task import Split
 from serve_app.errors import ConfigError
 from serve_app.questions import HELD_OUT_SHARE, NumericMetric, Question, read_questions
-from serve_app.scoring import Answer, measure
+from serve_app.scoring import GivenAnswer, measure
 
 SHIPPED = Path("configs/nano/questions.jsonl")
 COMPOSED = Path("configs/nano/composed.jsonl")
@@ -211,7 +211,7 @@ def test_gold_answers_of_the_composed_set_are_right_a_line_each() -> None:
         if num_programs > 30 and any(part.metric.name == "unit_tests" for part in parts):
             continue
         answer = "\n".join(str(part.gold) for part in parts)
-        assert measure(question, Answer(answer)) == 1.0, question.id
+        assert measure(question, GivenAnswer(answer)) == 1.0, question.id
 
 
 def test_nothing_in_the_corpus_answers_what_is_to_be_refused() -> None:
@@ -227,7 +227,7 @@ def test_nothing_in_the_corpus_answers_what_is_to_be_refused() -> None:
 
 def test_every_gold_answer_of_the_shipped_set_is_right() -> None:
     for question in read_questions(SHIPPED):
-        assert measure(question, Answer(str(question.gold))) == 1.0, question.id
+        assert measure(question, GivenAnswer(str(question.gold))) == 1.0, question.id
 
 
 def test_more_questions_than_a_generator_knows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

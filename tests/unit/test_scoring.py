@@ -16,7 +16,7 @@ from serve_app import scoring
 from serve_app.errors import ConfigError, ToolFailed
 from serve_app.questions import Question
 from serve_app.schemas import ToolCall
-from serve_app.scoring import Answer, Scored, measure, score
+from serve_app.scoring import GivenAnswer, Scored, measure, score
 from serve_app.tools.sandbox.client import GRACE_S, sandbox_server
 
 CODE = "Here it is:\n\n```python\ndef solution(x):\n    return x + 1\n```\n\nIt adds one."
@@ -68,23 +68,23 @@ def judge_saying(*replies: str) -> scoring.Judge:
     ],
 )
 def test_the_number_an_answer_ends_on_is_compared(gold: Any, answer: str) -> None:
-    assert measure(question("numeric", gold), Answer(answer)) == 1.0
+    assert measure(question("numeric", gold), GivenAnswer(answer)) == 1.0
 
 
 @pytest.mark.parametrize("answer", ["43", "I do not know.", "42 is not it: 41", "nan", "9" * 5000])
 def test_another_number_or_none_scores_nothing(answer: str) -> None:
-    assert measure(question("numeric", 42), Answer(answer)) == 0.0
+    assert measure(question("numeric", 42), GivenAnswer(answer)) == 0.0
 
 
 def test_the_tolerance_is_a_share_of_the_gold_number() -> None:
     metric = {"name": "numeric", "tolerance": 0.01}
-    assert measure(question(metric, 200), Answer("202")) == 1.0
-    assert measure(question(metric, 200), Answer("202.1")) == 0.0
+    assert measure(question(metric, 200), GivenAnswer("202")) == 1.0
+    assert measure(question(metric, 200), GivenAnswer("202.1")) == 0.0
 
 
 def test_exact_ignores_outer_white_space_only() -> None:
-    assert measure(question("exact", "Nile"), Answer(" Nile\n")) == 1.0
-    assert measure(question("exact", "Nile"), Answer("nile")) == 0.0
+    assert measure(question("exact", "Nile"), GivenAnswer(" Nile\n")) == 1.0
+    assert measure(question("exact", "Nile"), GivenAnswer("nile")) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ def test_exact_ignores_outer_white_space_only() -> None:
 def test_normalised_ignores_case_articles_and_punctuation_but_not_signs(
     gold: Any, answer: str, right: bool
 ) -> None:
-    assert measure(question("normalised", gold), Answer(answer)) == float(right)
+    assert measure(question("normalised", gold), GivenAnswer(answer)) == float(right)
 
 
 def test_f1_is_the_overlap_of_the_words_with_the_best_gold_answer() -> None:
     asked = question("f1", ["red fox", "a quick brown fox"])
-    assert measure(asked, Answer("The quick fox")) == pytest.approx(2 * 2 / (2 + 3))
-    assert measure(asked, Answer("Red fox.")) == 1.0
-    assert measure(asked, Answer("dog")) == 0.0
+    assert measure(asked, GivenAnswer("The quick fox")) == pytest.approx(2 * 2 / (2 + 3))
+    assert measure(asked, GivenAnswer("Red fox.")) == 1.0
+    assert measure(asked, GivenAnswer("dog")) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -143,16 +143,16 @@ def test_the_letter_a_choice_settles_on(answer: str, letter: str | None) -> None
 
 
 def test_a_choice_is_right_by_its_letter() -> None:
-    assert measure(question("choice", "b"), Answer("The answer is B.")) == 1.0
-    assert measure(question("choice", "A"), Answer("The answer is B.")) == 0.0
+    assert measure(question("choice", "b"), GivenAnswer("The answer is B.")) == 1.0
+    assert measure(question("choice", "A"), GivenAnswer("The answer is B.")) == 0.0
 
 
 def test_code_that_passes_all_its_tests_is_right() -> None:
-    assert measure(unit_tests(), Answer(CODE)) == 1.0
+    assert measure(unit_tests(), GivenAnswer(CODE)) == 1.0
 
 
 def test_the_block_that_defines_the_solution_is_run() -> None:
-    assert measure(unit_tests(), Answer("```sh\npip install x\n```\n" + CODE)) == 1.0
+    assert measure(unit_tests(), GivenAnswer("```sh\npip install x\n```\n" + CODE)) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -171,17 +171,17 @@ def test_the_block_that_defines_the_solution_is_run() -> None:
     ids=["wrong", "syntax", "exit", "hard-exit", "escape", "surrogate", "nul", "deep", "huge"],
 )
 def test_code_that_does_not_reach_the_end_of_its_tests_is_wrong(code: str) -> None:
-    assert measure(unit_tests(), Answer(code)) == 0.0
+    assert measure(unit_tests(), GivenAnswer(code)) == 0.0
 
 
 @pytest.mark.serial
 async def test_hung_code_ends_at_the_time_limit_and_leaves_the_loop_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    measure(unit_tests(), Answer(CODE))  # starts the sandbox
+    measure(unit_tests(), GivenAnswer(CODE))  # starts the sandbox
     monkeypatch.setattr(scoring, "TESTS_TIMEOUT_S", 2.0)
     begin = time.monotonic()
-    hung = asyncio.create_task(score(unit_tests(), Answer("import time\ntime.sleep(60)")))
+    hung = asyncio.create_task(score(unit_tests(), GivenAnswer("import time\ntime.sleep(60)")))
     await asyncio.sleep(0.1)
     assert not hung.done()
     assert await hung == Scored(0.0)
@@ -190,27 +190,28 @@ async def test_hung_code_ends_at_the_time_limit_and_leaves_the_loop_free(
 
 @pytest.mark.serial
 def test_sandbox_that_hangs_fails_the_scoring_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure(unit_tests(), Answer(CODE))  # starts the sandbox
+    measure(unit_tests(), GivenAnswer(CODE))  # starts the sandbox
     monkeypatch.setattr(scoring, "TESTS_TIMEOUT_S", 0.5)
     pid = sandbox_server().pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     begin = time.monotonic()
     with pytest.raises(ToolFailed, match="in time"):
-        measure(unit_tests(), Answer(CODE))
+        measure(unit_tests(), GivenAnswer(CODE))
     assert time.monotonic() - begin < 0.5 + GRACE_S + 3
     monkeypatch.setattr(scoring, "TESTS_TIMEOUT_S", 10.0)
-    assert measure(unit_tests(), Answer(CODE)) == 1.0
+    assert measure(unit_tests(), GivenAnswer(CODE)) == 1.0
 
 
 async def test_programs_scored_together_do_not_use_up_each_others_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    measure(unit_tests(), Answer(CODE))  # starts the sandbox
+    measure(unit_tests(), GivenAnswer(CODE))  # starts the sandbox
     monkeypatch.setattr(scoring, "TESTS_TIMEOUT_S", 1.2)
     slow = unit_tests("import time", "time.sleep(0.5)")
     assert (
-        await asyncio.gather(*(score(slow, Answer("x = 1")) for _ in range(3))) == [Scored(1.0)] * 3
+        await asyncio.gather(*(score(slow, GivenAnswer("x = 1")) for _ in range(3)))
+        == [Scored(1.0)] * 3
     )
 
 
@@ -229,17 +230,17 @@ def test_a_tool_call_is_compared_by_the_value_of_its_arguments(
     arguments: dict[str, Any], right: bool
 ) -> None:
     gold = {"name": "weather", "arguments": {"city": "Oslo", "days": 3, "units": ["c", True]}}
-    answer = Answer(None, (call("weather", arguments),))
+    answer = GivenAnswer(None, (call("weather", arguments),))
     assert measure(question("tool_call", gold), answer) == float(right)
 
 
 def test_the_last_tool_call_counts() -> None:
     asked = question("tool_call", {"name": "weather", "arguments": {"city": "Oslo"}})
     right, wrong = call("weather", {"city": "Oslo"}), call("weather", {"city": "Rome"})
-    assert measure(asked, Answer("", (wrong, right))) == 1.0
-    assert measure(asked, Answer("", (right, wrong))) == 0.0
-    assert measure(asked, Answer("weather in Oslo")) == 0.0
-    assert measure(asked, Answer("", (call("search", {"city": "Oslo"}),))) == 0.0
+    assert measure(asked, GivenAnswer("", (wrong, right))) == 1.0
+    assert measure(asked, GivenAnswer("", (right, wrong))) == 0.0
+    assert measure(asked, GivenAnswer("weather in Oslo")) == 0.0
+    assert measure(asked, GivenAnswer("", (call("search", {"city": "Oslo"}),))) == 0.0
 
 
 TOKYO_AND_36 = Question.model_validate(
@@ -265,7 +266,7 @@ TOKYO_AND_36 = Question.model_validate(
     ],
 )
 def test_an_answer_with_all_its_parts_is_right(answer: str) -> None:
-    assert measure(TOKYO_AND_36, Answer(answer)) == 1.0
+    assert measure(TOKYO_AND_36, GivenAnswer(answer)) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -287,30 +288,30 @@ def test_an_answer_with_all_its_parts_is_right(answer: str) -> None:
     ],
 )
 def test_a_missing_part_or_several_candidates_make_an_answer_wrong(answer: str) -> None:
-    assert measure(TOKYO_AND_36, Answer(answer)) == 0.0
+    assert measure(TOKYO_AND_36, GivenAnswer(answer)) == 0.0
 
 
 def test_parts_of_one_sentence_stand_in_the_order_of_the_question() -> None:
     capitals = [{"metric": "normalised", "gold": gold} for gold in ("Paris", "Tokyo")]
     asked = question("all_of", capitals)
-    assert measure(asked, Answer("Paris and Tokyo")) == 1.0
-    assert measure(asked, Answer("Tokyo and Paris")) == 0.0
+    assert measure(asked, GivenAnswer("Paris and Tokyo")) == 1.0
+    assert measure(asked, GivenAnswer("Tokyo and Paris")) == 0.0
 
 
 def test_a_gold_that_stands_in_the_question_must_have_its_own_line() -> None:
     parts = [{"metric": "numeric", "gold": 10}, {"metric": "normalised", "gold": "x"}]
     fields = {"id": "q", "query": "What is 5 + 5, not 10 + 1? And x?", "metric": "all_of"}
     asked = Question.model_validate({**fields, "gold": parts})
-    assert measure(asked, Answer("What is 5 + 5, 10 + 1 and x")) == 0.0
-    assert measure(asked, Answer("10\nx")) == 1.0
+    assert measure(asked, GivenAnswer("What is 5 + 5, 10 + 1 and x")) == 0.0
+    assert measure(asked, GivenAnswer("10\nx")) == 1.0
 
 
 def test_a_block_of_code_is_one_part() -> None:
     code = {"metric": {"name": "unit_tests", "tests": TESTS}, "gold": None}
     asked = question("all_of", [code, {"metric": "numeric", "gold": 7}])
     block = "```python\ndef solution(x):\n\n    return x + 1\n```"
-    assert measure(asked, Answer(f"{block}\n7")) == 1.0
-    assert measure(asked, Answer(f"{block}\n8")) == 0.0
+    assert measure(asked, GivenAnswer(f"{block}\n7")) == 1.0
+    assert measure(asked, GivenAnswer(f"{block}\n8")) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -326,7 +327,7 @@ def test_a_block_of_code_is_one_part() -> None:
     ],
 )
 def test_an_answer_that_declines_is_a_refusal(answer: str) -> None:
-    assert measure(question("refusal"), Answer(answer)) == 1.0
+    assert measure(question("refusal"), GivenAnswer(answer)) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -342,7 +343,7 @@ def test_an_answer_that_declines_is_a_refusal(answer: str) -> None:
     ],
 )
 def test_an_answer_that_also_claims_something_is_no_refusal(answer: str) -> None:
-    assert measure(question("refusal"), Answer(answer)) == 0.0
+    assert measure(question("refusal"), GivenAnswer(answer)) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -361,7 +362,7 @@ async def test_a_judge_must_say_the_same_in_both_orders(
     first: str, second: str, scored: Scored
 ) -> None:
     judge = judge_saying(first, second)
-    assert await score(question("judge", "gold"), Answer("given"), judge=judge) == scored
+    assert await score(question("judge", "gold"), GivenAnswer("given"), judge=judge) == scored
 
 
 async def test_the_judge_sees_question_and_both_answers_in_both_orders() -> None:
@@ -371,14 +372,14 @@ async def test_the_judge_sees_question_and_both_answers_in_both_orders() -> None
         prompts.append(prompt)
         return "tie"
 
-    await score(question("judge", "the gold"), Answer("the {answer}"), judge=judge)
+    await score(question("judge", "the gold"), GivenAnswer("the {answer}"), judge=judge)
     assert all("What is it?" in prompt for prompt in prompts)
     assert [p.index("the {answer}") < p.index("the gold") for p in prompts] == [True, False]
 
 
 async def test_a_question_for_a_judge_is_refused_without_one() -> None:
     with pytest.raises(ConfigError, match="judge"):
-        await score(question("judge", "gold"), Answer("given"))
+        await score(question("judge", "gold"), GivenAnswer("given"))
 
 
 EVERY_METRIC = [
@@ -398,7 +399,7 @@ EVERY_METRIC = [
 @pytest.mark.parametrize("asked", EVERY_METRIC, ids=lambda asked: asked.metric.name)
 @pytest.mark.parametrize("text", [None, "", " \n"], ids=repr)
 async def test_no_answer_scores_nothing(asked: Question, text: str | None) -> None:
-    assert (await score(asked, Answer(text), judge=judge_saying())).score == 0.0
+    assert (await score(asked, GivenAnswer(text), judge=judge_saying())).score == 0.0
 
 
 PURE = [asked for asked in EVERY_METRIC if asked.metric.name not in ("unit_tests", "judge")]
@@ -428,7 +429,7 @@ JSON = st.recursive(
     arguments=st.dictionaries(st.sampled_from(["x", "y"]), JSON),
 )
 def test_any_answer_has_a_score(asked: Question, text: str, arguments: dict[str, Any]) -> None:
-    assert 0 <= measure(asked, Answer(text, (call("f", arguments),))) <= 1
+    assert 0 <= measure(asked, GivenAnswer(text, (call("f", arguments),))) <= 1
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -459,7 +460,7 @@ REPEATED += ["\\boxed{", "=", "```", "####", "(", "1 x 10", "٣", ".", "a1.", "\
 @pytest.mark.parametrize("part", REPEATED, ids=repr)
 def test_time_does_not_explode_with_the_length_of_an_answer(asked: Question, part: str) -> None:
     begin = time.thread_time()  # other work on the machine does not count
-    measure(asked, Answer(part * (200_000 // len(part)) + "x"))
+    measure(asked, GivenAnswer(part * (200_000 // len(part)) + "x"))
     assert time.thread_time() - begin < 3
 
 
@@ -468,5 +469,5 @@ def test_arguments_nested_without_bound_are_compared() -> None:
     for _ in range(100_000):
         nested = [nested]
     gold = {"name": "f", "arguments": {"x": [[1]]}}
-    answer = Answer(None, (call("f", {"x": nested}),))
+    answer = GivenAnswer(None, (call("f", {"x": nested}),))
     assert measure(question("tool_call", gold), answer) == 0.0

@@ -46,7 +46,7 @@ _PATHS = ("count", "status", "data")
 
 
 @dataclass
-class Needs:
+class PatternNeeds:
     """What a pattern names of the pool."""
 
     pairs: set[Pair] = field(default_factory=set)
@@ -81,9 +81,9 @@ def walk(nodes: Iterable[NodeBase]) -> Iterator[NodeBase]:
         yield from walk(children(node))
 
 
-def needs_of(pattern: PatternConfig) -> Needs:
+def needs_of(pattern: PatternConfig) -> PatternNeeds:
     """What a pattern names, patterns that it asks not followed."""
-    needs = Needs()
+    needs = PatternNeeds()
     for node in walk(pattern.do):
         match node:
             case AskNode(pair=str(pair)) if pair.startswith(PATTERN_PREFIX):

@@ -12,7 +12,7 @@ import numpy as np
 
 from serve_app.config import SnapshotsPlace
 from serve_app.errors import SnapshotError
-from serve_app.gateway.console.shaping import Interval, share_of
+from serve_app.gateway.console.shaping import IntervalBar, share_of
 from serve_app.router.snapshots.library import SnapshotLibrary
 from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Pair
@@ -53,14 +53,14 @@ class ClusterCandidate:
     """One candidate in one cluster."""
 
     pair: Pair
-    fitted: Interval | None
+    fitted: IntervalBar | None
     """Score that the cluster's posterior expects; `None`: the snapshot does not know the pair."""
     evidence: float | None
     """Outcomes that the posterior weighs like."""
     requests: int
     """That went there, in the time looked at."""
     verdicts: int
-    win_rate: Interval | None
+    win_rate: IntervalBar | None
     """Of those verdicts."""
 
 
@@ -108,7 +108,7 @@ def _indices(snapshot: RouterSnapshot) -> range:
 def _cluster(
     snapshot: RouterSnapshot, index: int | None, went: dict[Pair, ClusterChoices]
 ) -> Cluster:
-    fitted: dict[Pair, tuple[Interval, float]] = {}
+    fitted: dict[Pair, tuple[IntervalBar, float]] = {}
     is_best = None
     if index is not None:
         alpha, beta = snapshot.score_alpha[index], snapshot.score_beta[index]
@@ -119,7 +119,7 @@ def _cluster(
         for pair, *numbers, weight in zip(
             snapshot.pairs, *(a.tolist() for a in (mean, low, high, seen)), strict=True
         ):
-            fitted[pair] = (Interval(*numbers), weight)
+            fitted[pair] = (IntervalBar(*numbers), weight)
         if len(mean) > 1:
             first, second = np.argsort(-mean, kind="stable")[:2]
             apart = math.hypot(float(spread[first]), float(spread[second])) or 1e-9
@@ -139,7 +139,7 @@ def _cluster(
 
 
 def _standing(
-    pair: Pair, fitted: tuple[Interval, float] | None, went: ClusterChoices | None
+    pair: Pair, fitted: tuple[IntervalBar, float] | None, went: ClusterChoices | None
 ) -> ClusterCandidate:
     posterior, evidence = fitted or (None, None)
     if went is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.gateway.console.shaping import Interval, share_of
+from serve_app.gateway.console.shaping import IntervalBar, share_of
 from serve_app.schemas import Pair
 from serve_app.store import Job, Mode, Policy
 from serve_app.store.choices import Choices, ShadowChoices
@@ -24,7 +24,7 @@ class Contender:
     """What one policy reached in an evaluation: means, and the 95% interval of the utility."""
 
     name: str
-    utility: Interval
+    utility: IntervalBar
     score: float
     cost_usd: float
 
@@ -40,7 +40,7 @@ def comparison(report: Json) -> list[Contender]:
         contenders = [
             Contender(
                 name,
-                Interval(*(float(of["utility"][end]) for end in ("mean", "low", "high"))),
+                IntervalBar(*(float(of["utility"][end]) for end in ("mean", "low", "high"))),
                 float(of["score"]["mean"]),
                 float(of["cost_usd"]["mean"]),
             )
@@ -132,7 +132,7 @@ class Standing:
     """Of a policy in the shadow: share of the requests that it would have sent where they went."""
     verdicts: int
     """Of a policy in the shadow: on those requests."""
-    win_rate: Interval | None
+    win_rate: IntervalBar | None
 
 
 def standing(

@@ -96,7 +96,7 @@ def waterfall(spans: Sequence[SpanRecord], seconds: float) -> list[Bar]:
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class IntervalBar:
     """A mean, and the 95% interval of what it estimates."""
 
     middle: float
@@ -104,20 +104,20 @@ class Interval:
     high: float
 
 
-def wilson(wins: int, count: int) -> Interval:
+def wilson(wins: int, count: int) -> IntervalBar:
     """Wilson's interval of a share (Wilson, 1927); it holds for few verdicts too."""
     share, z2 = wins / count, _Z * _Z
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+    return IntervalBar(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def share_of(wins: int, count: int) -> Interval | None:
+def share_of(wins: int, count: int) -> IntervalBar | None:
     """A share with its interval; `None` of nothing."""
     return wilson(wins, count) if count else None
 
 
-def with_intervals(rates: Sequence[WinRate]) -> list[tuple[WinRate, Interval]]:
+def with_intervals(rates: Sequence[WinRate]) -> list[tuple[WinRate, IntervalBar]]:
     """Each win rate with its interval."""
     return [(rate, wilson(rate.wins, rate.verdicts)) for rate in rates]
 

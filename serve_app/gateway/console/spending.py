@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from serve_app.schemas import Pair
 from serve_app.store import UNITS, PeriodUsage
-from serve_app.store.traffic import ProfileMean, Usage
+from serve_app.store.traffic import ProfileMean, UsageTotals
 
 MAX_LIMITS = 100
 """Limits that a page shows: the fullest ones."""
@@ -76,7 +76,7 @@ class Saving:
 
 
 def saving(
-    candidates: Sequence[Usage], means: Mapping[Pair, ProfileMean], pairs: frozenset[Pair]
+    candidates: Sequence[UsageTotals], means: Mapping[Pair, ProfileMean], pairs: frozenset[Pair]
 ) -> Saving | None:
     """What routing saved against the best single pair; `None` where that is not known.
 

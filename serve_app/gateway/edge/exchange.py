@@ -19,7 +19,7 @@ from serve_app.telemetry import RequestLine
 if TYPE_CHECKING:
     from serve_app.gateway.edge.held_key import HeldKey
     from serve_app.purse import Purse
-    from serve_app.telemetry.projection import Verdict
+    from serve_app.telemetry.projection import VerdictView
     from serve_app.trace_context import TraceContext
 
 _REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")
@@ -43,7 +43,7 @@ class Exchange:
     """What it is paid from while it is worked on; `None`: nothing limits its key."""
     trace: TraceContext | None = None
     """The W3C trace that it belongs to; `None`: it is not traced."""
-    verdict: Verdict | None = None
+    verdict: VerdictView | None = None
     """What it says of an earlier request."""
     first_piece_s: float | None = None
     """Seconds from arrival to the first piece of a streamed answer."""

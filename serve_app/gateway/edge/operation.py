@@ -20,7 +20,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class DocumentedAnswer:
     """One way in which an operation answers."""
 
     description: str
@@ -37,10 +37,10 @@ class Operation:
 
     operation_id: str
     summary: str
-    answer: Answer
+    answer: DocumentedAnswer
     body: type[BaseModel] | None = None
     """What the request's body is validated as."""
     errors: tuple[int, ...] = ()
     """Statuses of errors beside those that every route has with such an access or a body."""
-    also: tuple[Answer, ...] = ()
+    also: tuple[DocumentedAnswer, ...] = ()
     """Further answers, of other statuses."""

@@ -15,8 +15,8 @@ from serve_app.budget import Deadline
 from serve_app.config.tools import ToolConfig
 from serve_app.errors import ToolFailed
 from serve_app.gateway.edge.exchange import Exchange
-from serve_app.gateway.handlers import Orchestrator, in_time
-from serve_app.gateway.mcp.tool import Json, McpTool, hints, result
+from serve_app.gateway.handlers import RequestRunner, in_time
+from serve_app.gateway.mcp.tool import ExposedTool, Json, hints, result
 from serve_app.schemas import Effects
 from serve_app.telemetry import GATEWAY_COST_USD, TOOL_CALLS, TOOL_SECONDS, MetricSink
 from serve_app.tools.base import Function
@@ -32,7 +32,7 @@ class ExposedTools:
           again, and MCP has no key that would tell both calls to be one.
     """
 
-    def __init__(self, orchestrator: Orchestrator, deadline_s: float, metrics: MetricSink) -> None:
+    def __init__(self, orchestrator: RequestRunner, deadline_s: float, metrics: MetricSink) -> None:
         """Call the pool's tools.
 
         Args:
@@ -45,7 +45,7 @@ class ExposedTools:
         self._metrics = metrics
         self._told_left_out: set[str] = set()
 
-    def tools(self, configs: tuple[ToolConfig, ...]) -> Iterator[McpTool]:
+    def tools(self, configs: tuple[ToolConfig, ...]) -> Iterator[ExposedTool]:
         """The functions that are offered now.
 
         Args:
@@ -77,7 +77,7 @@ class ExposedTools:
             self._told_left_out.add(function.name)
             logger.warning("%s is not exposed at /mcp: its effects are 'once'", function.name)
 
-    def _tool(self, tool_id: str, function: Function) -> McpTool:
+    def _tool(self, tool_id: str, function: Function) -> ExposedTool:
         listed = Tool(
             name=function.name,
             description=function.description,
@@ -100,4 +100,4 @@ class ExposedTools:
             self._metrics.record(TOOL_SECONDS, outcome.seconds, tool=tool_id)
             return result(exchange, outcome.text)
 
-        return McpTool(listed, call)
+        return ExposedTool(listed, call)

@@ -25,7 +25,7 @@ from serve_app.gateway.chat.wire import (
 )
 from serve_app.gateway.edge.exchange import Exchange
 from serve_app.gateway.handlers import Handlers
-from serve_app.gateway.mcp.tool import Json, McpTool, hints, result
+from serve_app.gateway.mcp.tool import ExposedTool, Json, hints, result
 from serve_app.schemas import PATTERN_PREFIX, Effects, MemberState, PoolState
 
 OPTIONS = ("alpha", "max_cost_usd", "deadline_s")
@@ -34,7 +34,7 @@ OPTIONS = ("alpha", "max_cost_usd", "deadline_s")
 _MAX_NAMES = 32
 
 
-class Question(Wire):
+class QuestionArguments(Wire):
     """The arguments of `ask` and `route`."""
 
     question: str = Field(min_length=1)
@@ -91,7 +91,7 @@ def _schema(model: type[BaseModel]) -> Json:
     return schema
 
 
-_ARGUMENTS = _schema(Question)
+_ARGUMENTS = _schema(QuestionArguments)
 _RESULT = _schema(Answered)
 
 
@@ -102,7 +102,7 @@ class Questions:
         """Ask these handlers."""
         self._api = api
 
-    def tools(self, pool: PoolState, effects: Effects) -> list[McpTool]:
+    def tools(self, pool: PoolState, effects: Effects) -> list[ExposedTool]:
         """The tools as they are now.
 
         Args:
@@ -125,10 +125,12 @@ class Questions:
             input_schema=arguments,
             annotations=hints("Route", Effects.NONE),
         )
-        return [McpTool(ask, self._ask), McpTool(route, self._route)]
+        return [ExposedTool(ask, self._ask), ExposedTool(route, self._route)]
 
     async def _ask(self, exchange: Exchange, arguments: Json) -> CallToolResult:
-        completion = await self._api.complete(exchange, validate(Question, arguments).chat())
+        completion = await self._api.complete(
+            exchange, validate(QuestionArguments, arguments).chat()
+        )
         choice, told = completion["choices"][0], completion["atlas"]
         answered = Answered(
             answer=choice["message"].get("content") or "",
@@ -145,7 +147,7 @@ class Questions:
         return result(exchange, answered.answer, answered.model_dump())
 
     async def _route(self, exchange: Exchange, arguments: Json) -> CallToolResult:
-        decision = await self._api.decide(exchange, validate(Question, arguments).chat())
+        decision = await self._api.decide(exchange, validate(QuestionArguments, arguments).chat())
         return result(exchange, json.dumps(decision, ensure_ascii=False), decision)
 
 

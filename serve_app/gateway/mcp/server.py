@@ -38,10 +38,10 @@ from serve_app.gateway.chat.parsing import parse_json
 from serve_app.gateway.edge.errors import JsonResponse
 from serve_app.gateway.edge.exchange import Exchange
 from serve_app.gateway.edge.hosts import HostCheck
-from serve_app.gateway.handlers import Handlers, Orchestrator
+from serve_app.gateway.handlers import Handlers, RequestRunner
 from serve_app.gateway.mcp.exposed import ExposedTools
 from serve_app.gateway.mcp.questions import OPTIONS, Questions
-from serve_app.gateway.mcp.tool import REQUEST_ID, Json, McpTool
+from serve_app.gateway.mcp.tool import REQUEST_ID, ExposedTool, Json
 from serve_app.gateway.openapi import package_version
 from serve_app.telemetry import MetricSink
 
@@ -62,7 +62,7 @@ class McpServer:
     def __init__(
         self,
         api: Handlers,
-        orchestrator: Orchestrator,
+        orchestrator: RequestRunner,
         config: AtlasConfig,
         hosts: HostCheck,
         metrics: MetricSink,
@@ -104,12 +104,12 @@ class McpServer:
             return JsonResponse({"jsonrpc": "2.0", "id": None, "error": told}, 400)
         return _McpReply(self._server, exchange.body)
 
-    def _tools(self) -> dict[str, McpTool]:
+    def _tools(self) -> dict[str, ExposedTool]:
         """Every tool by name; where two have one name, the first counts."""
         pool = self._orchestrator.pool()
         configs = (pool.config or self._config).tools
         own = self._questions.tools(pool, self._exposed.strongest(configs))
-        found: dict[str, McpTool] = {}
+        found: dict[str, ExposedTool] = {}
         for tool in (*own, *self._exposed.tools(configs)):
             found.setdefault(tool.listed.name, tool)
         return found

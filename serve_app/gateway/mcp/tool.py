@@ -18,7 +18,7 @@ REQUEST_ID = "atlas/request_id"
 
 
 @dataclass(frozen=True)
-class McpTool:
+class ExposedTool:
     """One tool of the MCP server."""
 
     listed: Tool

@@ -8,11 +8,11 @@ from serve_app.errors import ToolRetry, UnfitForPair
 from serve_app.orchestrator.answer import Choice
 from serve_app.orchestrator.pairs import plain
 from serve_app.orchestrator.pairs.base import PairWork
-from serve_app.orchestrator.pairs.join import Parts
+from serve_app.orchestrator.pairs.join import JoinParts
 from serve_app.tools.builtin.retrieval import MAX_QUERY_CHARS, query_line, with_question
 
 
-async def run(work: PairWork, parts: Parts) -> list[Choice]:
+async def run(work: PairWork, parts: JoinParts) -> list[Choice]:
     """Put what the tool finds for the query in the last user message, and have the model answer.
 
     Raises:
@@ -36,7 +36,7 @@ async def run(work: PairWork, parts: Parts) -> list[Choice]:
     return await plain.run(work, parts)
 
 
-async def _read_pictures(work: PairWork, parts: Parts) -> None:
+async def _read_pictures(work: PairWork, parts: JoinParts) -> None:
     """Put the text of every picture before its question, in its place if the model sees nothing.
 
     Raises:

@@ -12,7 +12,7 @@ from serve_app.config.tools import ManyFunctionsSettings
 from serve_app.errors import BudgetExceeded, EngineError, ToolRetry, UnreadableCall
 from serve_app.orchestrator.answer import Choice, finish, pieces_of, text_only
 from serve_app.orchestrator.pairs.base import Emit, PairWork
-from serve_app.orchestrator.pairs.join import Parts
+from serve_app.orchestrator.pairs.join import JoinParts
 from serve_app.orchestrator.pairs.tool_calls import (
     UNREADABLE,
     ReplyGate,
@@ -65,7 +65,7 @@ class _Offer:
         return None if text.strip() or has_thought or self.passes_calls else "it is empty"
 
 
-async def run(work: PairWork, parts: Parts) -> list[Choice]:
+async def run(work: PairWork, parts: JoinParts) -> list[Choice]:
     """Offer the pair's tool; run what the model calls; stop when it answers.
 
     Raises:
@@ -103,7 +103,7 @@ async def run(work: PairWork, parts: Parts) -> list[Choice]:
     )
 
 
-async def _fitting(work: PairWork, parts: Parts) -> tuple[Function, ...]:
+async def _fitting(work: PairWork, parts: JoinParts) -> tuple[Function, ...]:
     """The functions of the pair's tool that are offered."""
     tool_id = work.pair.tool_id
     functions, settings = parts.tools.functions(tool_id), parts.tools.tool(tool_id).config
@@ -120,7 +120,7 @@ async def _fitting(work: PairWork, parts: Parts) -> tuple[Function, ...]:
     )
 
 
-async def with_callers_tools(work: PairWork, parts: Parts) -> list[Choice]:
+async def with_callers_tools(work: PairWork, parts: JoinParts) -> list[Choice]:
     """Offer the caller's tools; a call is an answer, and one that cannot be read is none.
 
     Raises:
@@ -130,7 +130,7 @@ async def with_callers_tools(work: PairWork, parts: Parts) -> list[Choice]:
     return await _reply(work, parts, offer, work.send)
 
 
-async def _reply(work: PairWork, parts: Parts, offer: _Offer, send: Emit) -> list[Choice]:
+async def _reply(work: PairWork, parts: JoinParts, offer: _Offer, send: Emit) -> list[Choice]:
     """One reply that is an answer or a call; a model that gives neither is told so, once.
 
     Where the caller's own `max_tokens` cut a call short, asking again is of no use: the reply has
@@ -180,7 +180,7 @@ async def _reply(work: PairWork, parts: Parts, offer: _Offer, send: Emit) -> lis
 
 
 async def _call_all(
-    work: PairWork, parts: Parts, offer: _Offer, tool_calls: list[dict[str, Any]]
+    work: PairWork, parts: JoinParts, offer: _Offer, tool_calls: list[dict[str, Any]]
 ) -> list[str]:
     """Run the calls of a reply: side by side where none has an effect, else one after the other.
 
@@ -214,7 +214,7 @@ async def _side_by_side(works: Sequence[Callable[[], Coroutine[Any, Any, str]]])
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _call(work: PairWork, parts: Parts, offer: _Offer, tool_call: dict[str, Any]) -> str:
+async def _call(work: PairWork, parts: JoinParts, offer: _Offer, tool_call: dict[str, Any]) -> str:
     """Run one call the model made; a call it got wrong comes back as text it can act on."""
     function = tool_call["function"]
     name, arguments = function["name"], dict[str, Any]()

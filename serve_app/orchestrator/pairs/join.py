@@ -12,7 +12,7 @@ from serve_app.orchestrator.pairs.selection import FunctionSelector
 
 
 @dataclass(frozen=True)
-class Parts:
+class JoinParts:
     """The pool as a join sees it."""
 
     models: PaidModels
@@ -25,5 +25,5 @@ class Parts:
     """Calls of one reply that are run."""
 
 
-Join = Callable[[PairWork, Parts], Awaitable[list[Choice]]]
+Join = Callable[[PairWork, JoinParts], Awaitable[list[Choice]]]
 """Runs a pair, and returns the choices of its answer."""

@@ -42,7 +42,7 @@ from serve_app.orchestrator.answer import Choice, ChunkMerger, text_of
 from serve_app.orchestrator.breaker import Breakers
 from serve_app.orchestrator.context import ContextFitter
 from serve_app.orchestrator.evidence import turn_of
-from serve_app.orchestrator.likeness import Likeness
+from serve_app.orchestrator.likeness import TextLikeness
 from serve_app.orchestrator.pairs.base import Emit, PairWork
 from serve_app.orchestrator.pairs.selection import Embed
 from serve_app.orchestrator.recovery import (
@@ -92,7 +92,7 @@ class PaidModels:
         context = context or ContextConfig()
         self._counter = TokenCounter()
         summarizer = Summarizer(context.summarizer, self) if context.summarizer else None
-        self._context = ContextFitter(context, self._counter, Likeness(embed), summarizer)
+        self._context = ContextFitter(context, self._counter, TextLikeness(embed), summarizer)
         self._clients = clients
         self._models: dict[str, ModelConfig] = {}
         self._retries = RetryBudget()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from serve_app.orchestrator.answer import Choice
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.function import with_callers_tools
-from serve_app.orchestrator.pairs.join import Parts
+from serve_app.orchestrator.pairs.join import JoinParts
 
 
-async def run(work: PairWork, parts: Parts) -> list[Choice]:
+async def run(work: PairWork, parts: JoinParts) -> list[Choice]:
     """Have the model answer."""
     work.add_note()
     call = work.call

@@ -12,7 +12,7 @@ from serve_app.orchestrator.answer import Choice
 from serve_app.orchestrator.direct import DirectTools
 from serve_app.orchestrator.pairs import context, function, plain, sampling
 from serve_app.orchestrator.pairs.base import PairWork
-from serve_app.orchestrator.pairs.join import Join, Parts
+from serve_app.orchestrator.pairs.join import Join, JoinParts
 from serve_app.orchestrator.pairs.paid import PaidModels, PaidTools
 from serve_app.orchestrator.pairs.selection import Embed, FunctionSelector
 from serve_app.schemas import ChatCall, ToolKind
@@ -47,7 +47,7 @@ class PairRunner:
         """
         self._runner = runner or ToolRunner(config.tools, config.data_path() / "cache")
         limits = config.gateway.limits
-        self.parts = Parts(
+        self.parts = JoinParts(
             PaidModels(clients, config.context, embed, config.gateway.breaker_failures),
             PaidTools(self._runner),
             FunctionSelector(embed),

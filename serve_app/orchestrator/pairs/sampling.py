@@ -12,7 +12,7 @@ from serve_app.errors import AtlasError
 from serve_app.models.verifier import read_score, scoring_body
 from serve_app.orchestrator.answer import Choice, pieces_of
 from serve_app.orchestrator.pairs.base import PairWork
-from serve_app.orchestrator.pairs.join import Parts
+from serve_app.orchestrator.pairs.join import JoinParts
 from serve_app.orchestrator.trace import SpanKind
 from serve_app.schemas import ToolCall, Usage
 from serve_app.tools.builtin.best_of import best_rated, vote
@@ -23,7 +23,7 @@ _VERIFIER_SHARE = 0.9
 """Share of a step's time left that a verifier may take."""
 
 
-async def run(work: PairWork, parts: Parts) -> list[Choice]:
+async def run(work: PairWork, parts: JoinParts) -> list[Choice]:
     """Draw the samples, and return the best one, see `BestOfConfig.vote`.
 
     Raises:
@@ -66,7 +66,7 @@ async def run(work: PairWork, parts: Parts) -> list[Choice]:
     return choices
 
 
-async def _rate(work: PairWork, parts: Parts, verifier: str, answers: list[str]) -> list[float]:
+async def _rate(work: PairWork, parts: JoinParts, verifier: str, answers: list[str]) -> list[float]:
     """What a verifier thinks of each answer, in their order; an empty one is worth nothing.
 
     Raises:

@@ -59,7 +59,7 @@ _MAX_RETIRED = 16
 
 
 @dataclass(frozen=True)
-class Following:
+class Served:
     """What a replica serves with."""
 
     policy_version: int
@@ -189,11 +189,11 @@ class PolicyFollower:
         """The policy that is asked and not obeyed."""
         return self._trials.get(Mode.SHADOW)
 
-    def state(self) -> Following:
+    def state(self) -> Served:
         """What serves now, and what was refused."""
         serving, version = self._main, self.policy_version
         refused = {of: why for of, (_, why) in self._refused.items() if of > version or of == 0}
-        return Following(
+        return Served(
             version,
             serving.policy.snapshot_id,
             serving.num_learned,

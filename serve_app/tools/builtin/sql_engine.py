@@ -66,7 +66,7 @@ class UnusableError(Exception):
     """The database cannot be used, whatever is asked."""
 
 
-class Reply(NamedTuple):
+class SqlReply(NamedTuple):
     """What a query gave."""
 
     columns: list[str]
@@ -101,7 +101,7 @@ def main(query: str, limits: dict[str, int]) -> None:
     print(json.dumps(reply))
 
 
-def _engine(path: str) -> Callable[[str, str, dict[str, int]], Reply]:
+def _engine(path: str) -> Callable[[str, str, dict[str, int]], SqlReply]:
     try:
         with open(path, "rb") as file:
             head = file.read(16)
@@ -114,7 +114,7 @@ def _engine(path: str) -> Callable[[str, str, dict[str, int]], Reply]:
     raise UnusableError("it is neither a DuckDB nor a SQLite database")
 
 
-def _ask_duckdb(path: str, query: str, limits: dict[str, int]) -> Reply:
+def _ask_duckdb(path: str, query: str, limits: dict[str, int]) -> SqlReply:
     quoted = path.replace("'", "''")
     try:
         _duckdb.execute(f"SET memory_limit = '{limits['memory_mb'] // 2}MiB'")
@@ -189,7 +189,7 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
             stack.extend(node)
 
 
-def _ask_sqlite(path: str, query: str, limits: dict[str, int]) -> Reply:
+def _ask_sqlite(path: str, query: str, limits: dict[str, int]) -> SqlReply:
     try:
         database = _open_sqlite(path, limits)
     except sqlite3.Error:
@@ -250,7 +250,7 @@ def _authorize(
     return sqlite3.SQLITE_OK if is_fine else sqlite3.SQLITE_DENY
 
 
-def _first_rows(result: Any, limits: dict[str, int]) -> Reply:
+def _first_rows(result: Any, limits: dict[str, int]) -> SqlReply:
     """The rows that fit the limits, one after another: a result may be endless."""
     if result.description is None:
         raise RefusedError(ONLY_SELECT)
@@ -262,9 +262,9 @@ def _first_rows(result: Any, limits: dict[str, int]) -> Reply:
         plain = [_plain(value, most_chars) for value in row]
         left_chars -= sum(len(str(value)) + 3 for value in plain)
         if len(rows) == limits["max_rows"] or left_chars < 0:
-            return Reply(columns, rows, complete=False)
+            return SqlReply(columns, rows, complete=False)
         rows.append(plain)
-    return Reply(columns, rows, complete=True)
+    return SqlReply(columns, rows, complete=True)
 
 
 def _plain(value: object, max_chars: int) -> object:

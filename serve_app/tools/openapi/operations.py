@@ -62,7 +62,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Operation:
+class ApiOperation:
     """One operation of the file."""
 
     function: Function
@@ -161,7 +161,7 @@ def server_of(document: Json, config: OpenApiConfig) -> str:
     return address.url.rstrip("/")
 
 
-def read_operations(document: Json, config: OpenApiConfig) -> dict[str, Operation]:
+def read_operations(document: Json, config: OpenApiConfig) -> dict[str, ApiOperation]:
     """The operations that the settings offer, by the names of their functions.
 
     Args:
@@ -187,7 +187,7 @@ def read_operations(document: Json, config: OpenApiConfig) -> dict[str, Operatio
         )
     if not chosen:
         raise SpecError("the file has no operations")
-    found: dict[str, Operation] = {}
+    found: dict[str, ApiOperation] = {}
     problems: list[str] = []
     for operation_id, method, path, item, node in chosen:
         name = _unique_name(config.tool_id, operation_id, found)
@@ -218,7 +218,7 @@ def _entries(document: Json, references: References) -> Iterator[tuple[str, str,
                 yield named, method, str(path), item, node
 
 
-def _unique_name(tool_id: str, operation_id: str, taken: Mapping[str, Operation]) -> str:
+def _unique_name(tool_id: str, operation_id: str, taken: Mapping[str, ApiOperation]) -> str:
     """A function's name: of letters that models' tools may have, short, and of one operation."""
     clean = re.sub(r"[^A-Za-z0-9_-]+", "_", operation_id).strip("_") or "operation"
     name = f"{tool_id}__{clean}"
@@ -237,7 +237,9 @@ class _OperationReader:
         self._set_headers = {name.lower() for name in config.headers}
         self._path = path
 
-    def read(self, name: str, method: str, effects: Effects, item: Json, node: Json) -> Operation:
+    def read(
+        self, name: str, method: str, effects: Effects, item: Json, node: Json
+    ) -> ApiOperation:
         """The operation as a function.
 
         Raises:
@@ -280,7 +282,7 @@ class _OperationReader:
         check_size(schema)
         description = text_in(node, "summary", "description", max_chars=_MAX_DESCRIPTION_CHARS)
         function = Function(name, description or f"{method.upper()} {self._path}", schema, effects)
-        return Operation(function, method.upper(), self._path, tuple(parameters), media_type)
+        return ApiOperation(function, method.upper(), self._path, tuple(parameters), media_type)
 
     def _parameters(self, item: Json, node: Json) -> Iterator[Json]:
         """The operation's own, and those of the path that it does not change."""

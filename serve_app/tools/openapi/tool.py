@@ -12,9 +12,9 @@ from serve_app.config.tools import OpenApiConfig
 from serve_app.errors import ToolFailed, ToolRetry
 from serve_app.tools.base import Function, ManyFunctions, ToolResult
 from serve_app.tools.openapi.document import SpecError, read_document
-from serve_app.tools.openapi.operations import Operation, read_operations, server_of
+from serve_app.tools.openapi.operations import ApiOperation, read_operations, server_of
 from serve_app.tools.web.addresses import WebError, allowed_entry
-from serve_app.tools.web.client import Reply, WebClient
+from serve_app.tools.web.client import WebClient, WebReply
 from serve_app.tools.web.page import UNTRUSTED, is_text, text_of
 from serve_app.trace_context import CURRENT
 
@@ -47,7 +47,7 @@ class OpenApiTool(ManyFunctions):
         """
         super().__init__(config)
         self._client = client
-        self._read: tuple[str, dict[str, Operation]] | None = None
+        self._read: tuple[str, dict[str, ApiOperation]] | None = None
 
     def functions(self) -> tuple[Function, ...]:
         """A function for each operation.
@@ -99,7 +99,7 @@ class OpenApiTool(ManyFunctions):
             raise ToolFailed(f"tool {self.tool_id!r}: {error}") from None
         return self._result(reply, secrets)
 
-    def _result(self, reply: Reply, secrets: Mapping[str, str]) -> ToolResult:
+    def _result(self, reply: WebReply, secrets: Mapping[str, str]) -> ToolResult:
         shown, status = _without(secrets, _shown(reply)), reply.status
         if 200 <= status < 300:
             text = self.clip(f"{UNTRUSTED}\n{shown}" if shown else f"done: HTTP {status}")
@@ -109,7 +109,7 @@ class OpenApiTool(ManyFunctions):
         what = " with a redirect, which is not followed" if 300 <= status < 400 else ""
         raise ToolFailed(f"tool {self.tool_id!r}: the server answers {status}{what}")
 
-    def _api(self) -> tuple[str, dict[str, Operation]]:
+    def _api(self) -> tuple[str, dict[str, ApiOperation]]:
         """Server and operations, read once."""
         if self._read is None:
             try:
@@ -139,7 +139,7 @@ class OpenApiTool(ManyFunctions):
         }
 
 
-def _shown(reply: Reply) -> str:
+def _shown(reply: WebReply) -> str:
     """A body as a model reads it."""
     if not reply.body:
         return ""

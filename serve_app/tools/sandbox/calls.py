@@ -41,7 +41,7 @@ class ChannelError(BaseException):
     """The other side is gone or sent what is no message; no test can catch this as an exception."""
 
 
-class Channel:
+class CallChannel:
     """One end: calls the other side's functions, and answers calls while it waits."""
 
     def __init__(self, reads: int, writes: int, functions: dict[str, Callable[..., Any]]) -> None:
@@ -256,7 +256,7 @@ def serve(namespace: dict[str, Any], reads: int, writes: int) -> None:
     """
     functions = {name: value for name, value in namespace.items() if callable(value)}
     names = list(functions)
-    channel = Channel(reads, writes, functions)
+    channel = CallChannel(reads, writes, functions)
     channel.send("ready", names)
     channel.serve()
 
@@ -275,7 +275,7 @@ def examine(tests: list[str], reads: int, writes: int) -> bool:
     Raises:
         BaseException: What a test raised.
     """
-    channel = Channel(reads, writes, {})
+    channel = CallChannel(reads, writes, {})
     kind, names = channel.receive()
     tree = ast.parse("\n".join(tests), "<tests>")
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

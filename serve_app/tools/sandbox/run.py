@@ -36,7 +36,7 @@ POLL_S = 0.02
 
 
 @dataclass
-class Run:
+class ChildRun:
     """One child and what is known about it."""
 
     pid: int
@@ -128,7 +128,7 @@ def _threads(pid: int) -> int:
 @contextmanager
 def started(
     plan: Plan, role: Role, request: dict[str, Any], channel: Sequence[int] = ()
-) -> Iterator[Run]:
+) -> Iterator[ChildRun]:
     """A forked, confined child, which is ended at the end of the context; its folder stays.
 
     Args:
@@ -156,7 +156,7 @@ def started(
         os.close(write)
         os.set_blocking(read, False)
     streams = [bytearray() for _ in reads]
-    run = Run(
+    run = ChildRun(
         pid=pid,
         pidfd=os.pidfd_open(pid),
         workdir=workdir,
@@ -171,7 +171,7 @@ def started(
         run.end()
 
 
-def watch(runs: Sequence[Run], deadline: float, owner: int) -> None:
+def watch(runs: Sequence[ChildRun], deadline: float, owner: int) -> None:
     """Wait until the last of the children ends or any breaks a limit; sets its verdict then.
 
     Args:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from serve_app.tools.sandbox import root as private_root
     from serve_app.tools.sandbox.child import CONFINED, PASSED, ConfinementError, Plan, die_with
     from serve_app.tools.sandbox.files import remove_tree
-    from serve_app.tools.sandbox.run import Run, started, watch
+    from serve_app.tools.sandbox.run import ChildRun, started, watch
 else:
     # By file: importing them as parts of the package would import the package.
     for _name in ("policy", "files", "root", "calls", "child", "run"):
@@ -48,7 +48,7 @@ else:
     import sandbox_root as private_root
     from sandbox_child import CONFINED, PASSED, ConfinementError, Plan, die_with
     from sandbox_files import remove_tree
-    from sandbox_run import Run, started, watch
+    from sandbox_run import ChildRun, started, watch
 
 PRELOADED = (
     *("bisect", "collections", "copy", "csv", "dataclasses", "datetime", "decimal", "enum"),
@@ -269,7 +269,7 @@ class Server:
         return {"passed": passed, **_verdict([candidate, examiner])}
 
 
-def _verdict(runs: list[Run]) -> dict[str, str]:
+def _verdict(runs: list[ChildRun]) -> dict[str, str]:
     """The first verdict on any of the children, and what one that was not confined said."""
     # One child that broke a limit may have had another killed before that one was confined.
     judged = sorted(

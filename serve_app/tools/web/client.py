@@ -38,7 +38,7 @@ _WRITE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Reply:
+class WebReply:
     """What a server answered."""
 
     url: str
@@ -99,7 +99,7 @@ class WebClient:
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
         max_redirects: int = 0,
-    ) -> Reply:
+    ) -> WebReply:
         """Ask, and read the answer whole.
 
         Args:
@@ -136,7 +136,7 @@ class WebClient:
         headers: Mapping[str, str],
         body: bytes,
         clock: _Clock,
-    ) -> Reply:
+    ) -> WebReply:
         self._guard.check_port(address)
         found = _in_time(lambda: self._guard.addresses(address), clock)
         is_tls = address.scheme == "https"
@@ -169,7 +169,7 @@ class WebClient:
             ):
                 received = _first_of_each(response.headers)
                 content = self._read(response.iter_stream(), received.get("content-encoding", ""))
-                return Reply(address.url, response.status, received, content)
+                return WebReply(address.url, response.status, received, content)
         except httpcore2.TimeoutException:
             raise _late() from None
         except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError):

@@ -11,7 +11,7 @@ from serve_app.errors import ToolFailed, ToolRetry
 from serve_app.tools.base import Tool, ToolResult
 from serve_app.tools.builtin.retrieval import MAX_QUERY_CHARS, NO_SOURCES, query_line
 from serve_app.tools.web.addresses import WebError, allowed_entry
-from serve_app.tools.web.client import Reply, WebClient
+from serve_app.tools.web.client import WebClient, WebReply
 from serve_app.tools.web.page import MAX_TITLE_CHARS, UNTRUSTED, one_line
 
 _MAX_URL_CHARS = 500
@@ -76,7 +76,7 @@ class WebSearch(Tool):
         fits = len(with_query) <= self.config.max_result_chars
         return ToolResult(with_query if fits else self.clip(text), {"sources": found})
 
-    def _ask(self, query: str, deadline_s: float) -> Reply:
+    def _ask(self, query: str, deadline_s: float) -> WebReply:
         asked = {
             "q": query,
             "format": "json",
@@ -104,7 +104,7 @@ class WebSearch(Tool):
         return reply
 
 
-def _sources(reply: Reply) -> list[dict[str, Any]]:
+def _sources(reply: WebReply) -> list[dict[str, Any]]:
     """The results that can be used, in the server's order.
 
     Raises:

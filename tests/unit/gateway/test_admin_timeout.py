@@ -12,11 +12,11 @@ from starlette.responses import Response
 from serve_app.errors import DeadlineExceeded
 from serve_app.gateway import shapes
 from serve_app.gateway.edge import routes
-from serve_app.gateway.edge.operation import Answer, Operation
+from serve_app.gateway.edge.operation import DocumentedAnswer, Operation
 from serve_app.gateway.edge.routes import Endpoint
 from serve_app.store import Scope
 
-OPERATION = Operation("wait", "Waits.", Answer("It waited.", shapes.STATUS))
+OPERATION = Operation("wait", "Waits.", DocumentedAnswer("It waited.", shapes.STATUS))
 
 
 async def waits(request: Request) -> Response:

@@ -21,7 +21,7 @@ from serve_app.gateway.console.spending import saving
 from serve_app.schemas import SpanKind, SpanRecord
 from serve_app.store import create_key, revoke_key
 from serve_app.store.choices import Choices, ClusterChoices
-from serve_app.store.traffic import ProfileMean, Usage
+from serve_app.store.traffic import ProfileMean, UsageTotals
 from tests.console_data import fill
 from tests.console_learned import EXAMPLES, PAIRS, REPORT
 from tests.gateway_fakes import Loopback, eventually, running_gateway
@@ -421,9 +421,9 @@ def test_what_was_saved_is_scaled_by_the_prices_on_the_profile() -> None:
         PAIRS[2]: ProfileMean(3, 1.0, 0.1),
     }
     used = [
-        Usage(str(PAIRS[0]), 30, 0, 0, 0, 0.06),
-        Usage(str(PAIRS[1]), 10, 0, 0, 0, 0.08),
-        Usage("pattern:vote@none", 5, 0, 0, 0, 9.0),
+        UsageTotals(str(PAIRS[0]), 30, 0, 0, 0, 0.06),
+        UsageTotals(str(PAIRS[1]), 10, 0, 0, 0, 0.08),
+        UsageTotals("pattern:vote@none", 5, 0, 0, 0, 9.0),
     ]
     found = saving(used, means, frozenset(PAIRS))
     assert found is not None

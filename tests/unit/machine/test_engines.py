@@ -22,7 +22,7 @@ from tests import model_servers
 from tests.model_servers import stub_engine
 
 
-def look(answers: Mapping[str, Any]) -> engines.Engine:
+def look(answers: Mapping[str, Any]) -> engines.FoundEngine:
     with stub_engine(answers) as server:
         (found,) = look_at_engines([server.address])
     assert found.base_url == f"http://{server.address}/v1"

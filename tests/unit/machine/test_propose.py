@@ -8,7 +8,7 @@ import pytest
 
 from serve_app.config import AtlasConfig, LocalModelConfig, RemoteModelConfig, load_config
 from serve_app.errors import ConfigError
-from serve_app.machine.engines import LLAMA_CPP, OLLAMA, Engine, EngineModel
+from serve_app.machine.engines import LLAMA_CPP, OLLAMA, EngineModel, FoundEngine
 from serve_app.machine.hardware import Gpu, Hardware
 from serve_app.machine.propose import MAX_MODELS, Machine, Proposal, propose
 from serve_app.machine.providers import look_at_keys
@@ -25,7 +25,7 @@ def proposed(machine: Machine) -> Proposal:
 
 
 def with_engine(*models: EngineModel) -> Machine:
-    return Machine(SMALL_MACHINE, (Engine(OLLAMA, "127.0.0.1:11434", models),))
+    return Machine(SMALL_MACHINE, (FoundEngine(OLLAMA, "127.0.0.1:11434", models),))
 
 
 def loaded(machine: Machine, folder: Path) -> AtlasConfig:
@@ -107,7 +107,7 @@ def test_a_key_is_named_and_its_value_is_nowhere(
 
 
 def test_engines_and_keys_make_one_pool() -> None:
-    engines = (Engine(LLAMA_CPP, "127.0.0.1:8080", (EngineModel("q"),)),)
+    engines = (FoundEngine(LLAMA_CPP, "127.0.0.1:8080", (EngineModel("q"),)),)
     machine = Machine(SMALL_MACHINE, engines, look_at_keys({"MISTRAL_API_KEY": "k"}))
     assert [m.model_id for m in proposed(machine).models] == ["q", "mistral-small-latest"]
 

@@ -30,7 +30,7 @@ from rl.evaluate.evaluate import (
 from rl.evaluate.figures import draw_pareto, draw_reliability
 from rl.evaluate.importance_sampling import OffPolicyEstimate
 from rl.evaluate.off_policy import LoggedDecisions, estimate
-from rl.evaluate.policies import Interval, bootstrap
+from rl.evaluate.policies import BootstrapInterval, bootstrap
 from rl.fit.fit import fit
 from serve_app.errors import ConfigError
 from serve_app.router.rules.base import Answer, Batch
@@ -147,33 +147,33 @@ def test_the_same_policy_again_is_no_gain_and_passes_only_within_a_margin() -> N
         assert report.verdict.promote is promote
         assert promote or "which does not begin above 0" in report.verdict.reason
         for comparison in report.at_alpha:
-            assert comparison.difference.utility == Interval(0.0, 0.0, 0.0)
-            assert comparison.difference.cost_usd == Interval(0.0, 0.0, 0.0)
+            assert comparison.difference.utility == BootstrapInterval(0.0, 0.0, 0.0)
+            assert comparison.difference.cost_usd == BootstrapInterval(0.0, 0.0, 0.0)
 
 
-LEVEL = Interval(0.0, 0.0, 0.0)
+LEVEL = BootstrapInterval(0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("margin", "at_default", "at_zero", "fault"),
     [
-        (0.0, Interval(0.02, 0.001, 0.04), LEVEL, None),
-        (0.0, Interval(0.02, 0.0, 0.04), LEVEL, "at alpha 0.1, which does not"),
-        (0.0, Interval(0.02, 0.001, 0.04), Interval(-0.01, -0.02, 0.001), None),
+        (0.0, BootstrapInterval(0.02, 0.001, 0.04), LEVEL, None),
+        (0.0, BootstrapInterval(0.02, 0.0, 0.04), LEVEL, "at alpha 0.1, which does not"),
+        (0.0, BootstrapInterval(0.02, 0.001, 0.04), BootstrapInterval(-0.01, -0.02, 0.001), None),
         (
             0.0,
-            Interval(0.02, 0.001, 0.04),
-            Interval(-0.02, -0.03, -0.001),
+            BootstrapInterval(0.02, 0.001, 0.04),
+            BootstrapInterval(-0.02, -0.03, -0.001),
             "at alpha 0, which ends",
         ),
-        (0.01, Interval(-0.002, -0.005, 0.001), LEVEL, None),
-        (0.01, Interval(0.01, -0.02, 0.04), LEVEL, "at alpha 0.1, which does not"),
-        (0.01, LEVEL, Interval(-0.01, -0.02, -0.009), None),
-        (0.01, LEVEL, Interval(-0.02, -0.03, -0.011), "at alpha 0, which ends"),
+        (0.01, BootstrapInterval(-0.002, -0.005, 0.001), LEVEL, None),
+        (0.01, BootstrapInterval(0.01, -0.02, 0.04), LEVEL, "at alpha 0.1, which does not"),
+        (0.01, LEVEL, BootstrapInterval(-0.01, -0.02, -0.009), None),
+        (0.01, LEVEL, BootstrapInterval(-0.02, -0.03, -0.011), "at alpha 0, which ends"),
     ],
 )
 def test_a_candidate_is_surely_better_on_the_objective_and_not_surely_worse_at_alpha_0(
-    margin: float, at_default: Interval, at_zero: Interval, fault: str | None
+    margin: float, at_default: BootstrapInterval, at_zero: BootstrapInterval, fault: str | None
 ) -> None:
     verdict = judge({0.0: at_zero, 0.1: at_default}, EvaluationSettings(margin=margin))
     assert verdict.promote is (fault is None)

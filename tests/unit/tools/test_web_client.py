@@ -18,7 +18,7 @@ import pytest
 from serve_app.config.tools import FetchConfig
 from serve_app.errors import ToolTimeout
 from serve_app.tools.web.addresses import WebError
-from serve_app.tools.web.client import MAX_REDIRECTS, Reply, WebClient
+from serve_app.tools.web.client import MAX_REDIRECTS, WebClient, WebReply
 from tests.web_fakes import PUBLIC, Detour, Names, Site, raw_server, running_site
 
 LONG_S = 60.0
@@ -36,7 +36,7 @@ def client(port: int, **settings: Any) -> WebClient:
     return WebClient(FetchConfig(tool_id="fetch", allow=(f"127.0.0.1:{port}",), **settings))
 
 
-def get(asked: WebClient, url: str, **settings: Any) -> Reply:
+def get(asked: WebClient, url: str, **settings: Any) -> WebReply:
     return asked.send("GET", url, **{"deadline_s": LONG_S, **settings})
 
 
