@@ -5,7 +5,6 @@ The engine is a stub of Ollama: what answers is a sentence, and everything else 
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -69,7 +68,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             running.wait_until_ready()
             yield running
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait(END_S)
 
 

@@ -410,10 +410,16 @@ class ClusterBeliefs:
     def _spread(
         self, quality: NDArray[np.float32], admitted: NDArray[np.intp], place: Place
     ) -> NDArray[np.float32]:
-        """(num_admitted,) standard deviation of the expected scores, as of a Beta posterior."""
+        """(num_admitted,) standard deviation of the expected scores, as of a Beta posterior.
+
+        A score expected at an end of [0, 1] counts as half an outcome away from it: nothing that
+        was seen a number of times is certain.
+        """
         cells = np.ix_(place.nearest, admitted)
         seen = place.weights @ (self._fitted_seen[cells] + self._feedback.seen[cells])
-        spread: NDArray[np.float32] = np.sqrt(quality * (1 - quality) / (seen + 1))
+        end = 0.5 / (seen + 1)
+        inner = np.clip(quality, end, 1 - end)
+        spread: NDArray[np.float32] = np.sqrt(inner * (1 - inner) / (seen + 1))
         return spread
 
     def _settled(

@@ -226,6 +226,19 @@ def test_the_interval_of_a_quality_narrows_with_what_was_seen() -> None:
     assert width[NEW] > 3 * width[STRONG] > 0
 
 
+def test_what_was_right_each_time_is_not_certain() -> None:
+    seen = make_snapshot()
+    always = replace(
+        seen,
+        score_alpha=seen.score_alpha + seen.score_beta,
+        score_beta=np.full_like(seen.score_beta, 1e-9),
+        pair_alpha=seen.pair_alpha + seen.pair_beta,
+        pair_beta=np.full_like(seen.pair_beta, 1e-9),
+    )
+    (best, *_) = decide(ClusterRule(always), topics()[0], LIMITS, PAIRS, 1).candidates
+    assert best.low < best.quality == best.high == 1.0
+
+
 def test_thompson_draws_by_the_chance_of_being_best_and_says_it() -> None:
     rule = ClusterRule(make_snapshot(), epsilon=1.0, method="thompson", seed=0)
     decisions = [decide(rule, topics()[0], LIMITS, PAIRS, 1) for _ in range(300)]
