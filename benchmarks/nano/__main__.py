@@ -122,7 +122,7 @@ def questions_command(
     """Write labelled questions for `atlas profile`; by default those that ship."""
     from benchmarks.nano.labelled import question_set
 
-    chosen = names or list(SHAPES)
+    chosen = names or list(QUESTION_SETS)
     for name in chosen:
         _check_name(name, QUESTION_SETS)
     try:

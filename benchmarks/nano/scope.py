@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.nano.composed import composed_questions
 from benchmarks.nano.labelled import question_set
-from benchmarks.nano.registry import SHAPES
+from benchmarks.nano.registry import QUESTION_SETS
 
 FOLDER = Path(__file__).parents[2] / "configs" / "nano" / "scope"
 _SEED = 1_904
@@ -24,12 +24,12 @@ def known_texts(simple: int, composed: int, seed: int, without: Iterable[str] = 
     """Questions in wordings that the nano models saw, each in one line.
 
     Args:
-        simple: How many of one part, over all models.
+        simple: How many of one part, of each set.
         composed: How many that take several calls.
         seed: The same seed gives the same questions.
         without: Texts that are left out.
     """
-    asked = [q.query for q in question_set(list(SHAPES), {"seen": simple}, seed)]
+    asked = [q.query for q in question_set(list(QUESTION_SETS), {"seen": simple}, seed)]
     asked += [q.query for q in composed_questions({"seen": composed}, seed)]
     left_out = set(without)
     return [text for text in dict.fromkeys(map(in_one_line, asked)) if text not in left_out]

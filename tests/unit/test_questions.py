@@ -174,10 +174,10 @@ def test_a_question_without_a_split_falls_into_one_by_its_hash() -> None:
 
 def test_the_shipped_set_holds_its_splits_and_domains_apart() -> None:
     questions = read_questions(SHIPPED)
-    for domain in ("math", "facts", "code"):
+    for domain in ("math", "facts", "code", "database", "clock"):
         splits = [question.split for question in questions if question.domain == domain]
         assert (splits.count("train"), splits.count("held_out")) == (240, 60)
-    assert len(questions) == 3 * 300
+    assert len(questions) == 5 * 300
     assert len({question.query for question in questions}) == len(questions)
     assert len({question.key for question in questions}) == len(questions)
 
