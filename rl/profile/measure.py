@@ -73,7 +73,7 @@ async def ask_pair(
     note: str | None = None,
     run: Run = at_gateway,
 ) -> tuple[Report, AtlasError | None]:
-    """One pinned run; log-probabilities are left out where the engine does not give them.
+    """One pinned run; log-probabilities are left out where there are none to give.
 
     Args:
         messages: OpenAI messages.
@@ -86,7 +86,7 @@ async def ask_pair(
         What happened, and what it failed with, if it did.
     """
     sampling = {"temperature": settings.temperature}
-    for extra in (WITH_LOGPROBS, {}):
+    for extra in ({},) if pair.is_pattern else (WITH_LOGPROBS, {}):
         call = _call(messages, pair, sampling | extra, settings)
         report, failure = await run(replace(call, note=note))
         if not isinstance(failure, InvalidRequest):

@@ -33,3 +33,17 @@ async def test_what_the_pair_failed_at_is_a_wrong_answer(failure: AtlasError) ->
     outcome = await measure(failure)
     assert outcome is not None
     assert (outcome.score, outcome.error) == (0.0, failure.message)
+
+
+@pytest.mark.parametrize(("pair", "asked"), [(PAIR, True), (Pair("pattern:p", "none"), False)])
+async def test_log_probabilities_are_asked_of_models_alone(pair: Pair, asked: bool) -> None:
+    calls: list[ChatCall] = []
+
+    async def run(call: ChatCall) -> tuple[Report, AtlasError | None]:
+        calls.append(call)
+        decision = Decision((), DecidedBy.PINNED, 1.0, 1.0, 0, 1)
+        report = Report(call.request_id, decision, (), Usage(10, 5, 1e-5), 0.1, call.query, None)
+        return report, None
+
+    await measure_pair(QUESTION, pair, "mark", RunSettings(), run=run)
+    assert ["logprobs" in call.sampling for call in calls] == [asked]
