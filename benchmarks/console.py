@@ -35,7 +35,9 @@ from benchmarks.stats import Target, percentile
 from serve_app.config import AtlasConfig
 from serve_app.gateway.app import build_api
 from serve_app.jobs import Jobs
+from serve_app.orchestrator.answer import Answer
 from serve_app.orchestrator.direct import DirectTools
+from serve_app.orchestrator.run import Piece
 from serve_app.schemas import (
     ChatCall,
     Decision,
@@ -98,10 +100,10 @@ class _Idle:
     def tools(self) -> DirectTools:
         raise NotImplementedError
 
-    async def complete(self, call: ChatCall) -> tuple[dict[str, Any], Report]:
+    async def complete(self, call: ChatCall) -> tuple[Answer, Report]:
         raise NotImplementedError
 
-    def stream(self, call: ChatCall) -> AsyncGenerator[dict[str, Any] | Report, None]:
+    def stream(self, call: ChatCall) -> AsyncGenerator[Piece | Report, None]:
         raise NotImplementedError
 
     async def decide(self, call: ChatCall) -> Decision:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -157,11 +157,11 @@ def stacked(numbers: Sequence[Sequence[float]]) -> NDArray[np.float32]:
     return np.array(rows, np.float32).reshape(len(rows), len(NUMBERS))
 
 
-def certainty_of(tokens: Sequence[dict[str, Any]]) -> Certainty | None:
+def certainty_of(tokens: Sequence[Mapping[str, Any]]) -> Certainty | None:
     """What the log-probabilities of a turn come to.
 
     Args:
-        tokens: `logprobs.content` of an OpenAI choice.
+        tokens: Of each `logprob`, and `top_logprobs` where they are known.
     """
     own = [max(_LEAST_LOGPROB, float(token["logprob"])) for token in tokens]
     if not own:
@@ -182,7 +182,7 @@ def abstains(answer: str) -> bool:
     return _ABSTAINS.search(answer[:_LOOKED_AT_CHARS]) is not None
 
 
-def _entropy(likeliest: Sequence[dict[str, Any]]) -> float | None:
+def _entropy(likeliest: Sequence[Mapping[str, Any]]) -> float | None:
     chances = [math.exp(max(_LEAST_LOGPROB, min(0.0, float(t["logprob"])))) for t in likeliest]
     if len(chances) < 2:
         return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from serve_app.budget import Budget, Deadline
 from serve_app.config import AtlasConfig
-from serve_app.orchestrator.answer import Choice, text_of
+from serve_app.models.reply import Choice, ChoicePiece
+from serve_app.orchestrator.answer import text_of
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.recovery import Recovery
@@ -137,7 +139,7 @@ class Bench:
         budget: Budget | None = None,
         query: str = "What is 20 * 5?",
         **call: Any,
-    ) -> tuple[str, list[Any]]:
+    ) -> tuple[str, list[ChoicePiece]]:
         """Run the model with a tool.
 
         Returns:
@@ -149,9 +151,9 @@ class Bench:
             limits=Limits(alpha=0.0, deadline_s=30),
             **({"messages": ({"role": "user", "content": query},), "sampling": {}} | call),
         )
-        pieces: list[Any] = []
+        pieces: list[ChoicePiece] = []
 
-        async def emit(choices: list[Choice]) -> None:
+        async def emit(choices: Sequence[ChoicePiece]) -> None:
             pieces.extend(choices)
 
         work = PairWork(
@@ -166,4 +168,4 @@ class Bench:
         self.result.choices = await self.pairs.run(work)
         if not stream:
             return self.result.answer or "", pieces
-        return "".join(piece["delta"].get("content") or "" for piece in pieces), pieces
+        return "".join(piece.text or "" for piece in pieces), pieces

@@ -28,7 +28,10 @@ from serve_app.errors import (
 )
 from serve_app.gateway.app import build_api
 from serve_app.jobs import Jobs, Launcher
+from serve_app.models.reply import Choice, ChoicePiece
+from serve_app.orchestrator.answer import Answer
 from serve_app.orchestrator.direct import DirectTools
+from serve_app.orchestrator.run import Piece
 from serve_app.schemas import (
     Candidate,
     ChatCall,
@@ -134,41 +137,25 @@ class ScriptedOrchestrator:
         await self._misbehave(call)
         return _decision()
 
-    async def complete(self, call: ChatCall) -> tuple[dict[str, Any], Report]:
+    async def complete(self, call: ChatCall) -> tuple[Answer, Report]:
         self.calls.append(call)
         await self._misbehave(call)
         choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": call.query},
-                "finish_reason": "stop",
-                "logprobs": None,
-            }
+            Choice(index, call.query, finish_reason="stop")
             for index in range(call.sampling.get("n", 1))
         ]
-        report = self._report(call)
-        usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
-        head = {"id": f"chatcmpl-{call.request_id}", "object": "chat.completion", "created": 1}
-        return {**head, "model": "?", "choices": choices, "usage": usage}, report
+        return Answer(choices, PAIR, DecidedBy.COLD_START, 0), self._report(call)
 
-    async def stream(self, call: ChatCall) -> AsyncGenerator[dict[str, Any] | Report, None]:
+    async def stream(self, call: ChatCall) -> AsyncGenerator[Piece | Report, None]:
         self.calls.append(call)
         await self._misbehave(call)
-        head = {
-            "id": f"chatcmpl-{call.request_id}",
-            "object": "chat.completion.chunk",
-            "created": 1,
-            "model": str(PAIR),
-        }
         words = [word + " " for word in call.query.split(" ")]
         if call.query.startswith("!flood"):
             words = ["x" * 65536] * 1000
         try:
             for index in range(call.sampling.get("n", 1)):
-                for position, word in enumerate(words):
-                    delta = {"content": word} | ({"role": "assistant"} if position == 0 else {})
-                    choice = {"index": index, "delta": delta, "finish_reason": None}
-                    yield {**head, "choices": [choice]}
+                for word in words:
+                    yield _piece(ChoicePiece(index, word))
                     if call.query.startswith("!break"):
                         raise EngineError("the engine broke")
                     if call.query.startswith("!bug-late"):
@@ -177,12 +164,10 @@ class ScriptedOrchestrator:
                         await asyncio.sleep(0.05)
                     if call.query.startswith("!stall"):
                         await asyncio.sleep(60)
-                yield {**head, "choices": [{"index": index, "delta": {}, "finish_reason": "stop"}]}
+                yield _piece(ChoicePiece(index, finish_reason="stop"))
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.append(call.request_id)
             raise
-        usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
-        yield {**head, "choices": [], "usage": usage}
         yield self._report(call)
 
     async def _misbehave(self, call: ChatCall) -> None:
@@ -271,6 +256,10 @@ class ScriptedRunner:
                     raise
         done = tool.call(function, arguments, deadline_s)
         return ToolResult(done.text, done.data, 0.01, tool.config.price_usd_per_call)
+
+
+def _piece(choice: ChoicePiece) -> Piece:
+    return Piece(PAIR, DecidedBy.COLD_START, [choice])
 
 
 def _decision() -> Decision:

@@ -26,6 +26,8 @@ from serve_app.budget import Deadline
 from serve_app.config import AtlasConfig, StoreConfig
 from serve_app.config.patterns.check import members_of_patterns
 from serve_app.errors import DeadlineExceeded, EngineError, InvalidRequest
+from serve_app.gateway.chat.extension import completion_extension
+from serve_app.gateway.chat.writing import ChunkWriter, completion
 from serve_app.models.clients import ModelClients
 from serve_app.models.engine_output import StreamChecker, checked_completion
 from serve_app.models.protocol import ChatBody
@@ -293,12 +295,28 @@ class Path2:
 
     async def ask(self, query: str = "something else", **changes: Any) -> tuple[str, Report]:
         """The text of a whole answer, and its report."""
-        completion, report = await self.orchestrator.complete(self.call(query, **changes))
+        completion, report = await self.complete(self.call(query, **changes))
         return completion["choices"][0]["message"]["content"], report
+
+    async def complete(self, call: ChatCall) -> tuple[dict[str, Any], Report]:
+        """A whole answer as the gateway writes it, and its report."""
+        answer, report = await self.orchestrator.complete(call)
+        extension = completion_extension(report, alpha=call.limits.alpha, explain=False)
+        return completion(call, answer, extension), report
+
+    async def items(self, call: ChatCall) -> AsyncIterator[Any]:
+        """What a stream gives, as the gateway writes it: chunks, and the report."""
+        writer = ChunkWriter(call)
+        async for item in self.orchestrator.stream(call):
+            if isinstance(item, Report):
+                yield item
+                continue
+            for chunk in writer.chunks(item):
+                yield chunk
 
     async def stream(self, query: str = "something else", **changes: Any) -> list[Any]:
         """Everything that a stream gives."""
-        return [item async for item in self.orchestrator.stream(self.call(query, **changes))]
+        return [item async for item in self.items(self.call(query, **changes))]
 
 
 @asynccontextmanager

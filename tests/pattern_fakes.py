@@ -12,7 +12,8 @@ from serve_app.budget import UNLIMITED, Budget, Caps, Deadline
 from serve_app.config import AtlasConfig
 from serve_app.config.patterns.check import check_patterns
 from serve_app.config.patterns.language import PatternConfig
-from serve_app.orchestrator.answer import Choice, text_of
+from serve_app.models.reply import ChoicePiece
+from serve_app.orchestrator.answer import text_of
 from serve_app.orchestrator.decision_client import Decider
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
@@ -131,7 +132,7 @@ class PatternBench:
         self.decider = Decider(Handle(WordEmbedder()), self.router)
         self.runner = PatternRunner(self.pairs, self.decider, self.config)
         self.trace = Trace("req_1")
-        self.pieces: list[Choice] = []
+        self.pieces: list[ChoicePiece] = []
         self.budget = Budget(Deadline.after(30))
 
     async def run(
@@ -154,7 +155,7 @@ class PatternBench:
             limits=Limits(alpha=0.0, deadline_s=seconds),
         )
 
-        async def emit(choices: list[Choice]) -> None:
+        async def emit(choices: Sequence[ChoicePiece]) -> None:
             self.pieces.extend(choices)
 
         self.trace = Trace("req_1")

@@ -27,12 +27,15 @@ from serve_app.gateway.chat.pool_view import PoolView
 from serve_app.gateway.chat.streaming import EventStream
 from serve_app.gateway.chat.trajectory import Trajectory
 from serve_app.gateway.chat.wire import ChatRequest, FeedbackRequest
+from serve_app.gateway.chat.writing import ChunkWriter, completion
 from serve_app.gateway.edge.errors import JsonResponse
 from serve_app.gateway.edge.exchange import Exchange, looks_like_request_id
 from serve_app.gateway.edge.rate import RateLimiter
 from serve_app.gateway.usage import KeyUsage
 from serve_app.jobs import Jobs, JobSubmission
+from serve_app.orchestrator.answer import Answer
 from serve_app.orchestrator.direct import DirectTools
+from serve_app.orchestrator.run import Piece
 from serve_app.schemas import AccessLists, ChatCall, Decision, Drift, PoolLoad, PoolState, Report
 from serve_app.store import (
     Job,
@@ -67,27 +70,23 @@ _POLL_S = 0.05
 class RequestRunner(Protocol):
     """What runs a request, and puts its report into the outcome log, answered or not."""
 
-    async def complete(self, call: ChatCall) -> tuple[Json, Report]:
+    async def complete(self, call: ChatCall) -> tuple[Answer, Report]:
         """Run a request whole.
-
-        Returns:
-            An OpenAI `chat.completion` object, and the report.
 
         Raises:
             AtlasError: If it cannot be answered.
         """
         ...
 
-    def stream(self, call: ChatCall) -> AsyncGenerator[Json | Report, None]:
+    def stream(self, call: ChatCall) -> AsyncGenerator[Piece | Report, None]:
         """Run a request piece by piece; closed early when the client leaves.
 
         Yields:
-            OpenAI `chat.completion.chunk` objects with the pair as `model`, then the report. The
-            first chunk may have an `atlas` object with `pair` and `path`, for the headers. Where
-            the call wants events, chunks without choices have an `atlas` object with `event`.
+            Pieces of the answer, then the report; between the pieces, where the call wants events,
+            those without choices that tell of one.
 
         Raises:
-            AtlasError: Before the first chunk as `complete`; after it, and the answer is cut off.
+            AtlasError: Before the first piece as `complete`; after it, and the answer is cut off.
         """
         ...
 
@@ -179,12 +178,11 @@ class Handlers:
     async def _answered(self, exchange: Exchange, body: ChatRequest, call: ChatCall) -> Response:
         if body.stream:
             return await self._stream(exchange, body, call)
-        completion = await self._complete(exchange, call)
-        extension = completion["atlas"]
+        answer, extension = await self._complete(exchange, call)
         headers = {"x-atlas-pair": extension["pair"], "x-atlas-path": extension["path"]}
-        return JsonResponse(completion, headers=headers)
+        return JsonResponse(completion(call, answer, extension), headers=headers)
 
-    async def complete(self, exchange: Exchange, raw: Json) -> Json:
+    async def complete(self, exchange: Exchange, raw: Json) -> tuple[Answer, Json]:
         """Answer a chat whole.
 
         Args:
@@ -192,7 +190,7 @@ class Handlers:
             raw: The chat, as in the body of `POST /v1/chat/completions`.
 
         Returns:
-            The completion, with its `atlas` object.
+            The answer, and its `atlas` object.
 
         Raises:
             AtlasError: If it cannot be answered.
@@ -200,12 +198,11 @@ class Handlers:
         _, call = self._read_call(exchange, raw)
         return await self._complete(exchange, call)
 
-    async def _complete(self, exchange: Exchange, call: ChatCall) -> Json:
+    async def _complete(self, exchange: Exchange, call: ChatCall) -> tuple[Answer, Json]:
         async with in_time(exchange):
             await _admit(call)
-            completion, report = await self._orchestrator.complete(call)
-        extension = self._book(exchange, call, report)
-        return completion | {"model": extension["pair"], "atlas": extension}
+            answer, report = await self._orchestrator.complete(call)
+        return answer, self._book(exchange, call, report)
 
     async def _stream(self, exchange: Exchange, body: ChatRequest, call: ChatCall) -> Response:
         items = self._orchestrator.stream(call)
@@ -215,7 +212,7 @@ class Handlers:
                 first = await anext(items)
                 exchange.first_piece_s = exchange.elapsed_s()
             if isinstance(first, Report):
-                raise TypeError("the orchestrator's stream had no chunk")
+                raise TypeError("the orchestrator's stream had no piece")
         except BaseException:
             await items.aclose()
             raise
@@ -223,6 +220,7 @@ class Handlers:
             first,
             items,
             exchange=exchange,
+            writer=ChunkWriter(call),
             shaper=ChunkShaper(include_usage=body.includes_usage),
             deadline=lambda: in_time(exchange),
             finish=lambda report: self._book(exchange, call, report),

@@ -12,6 +12,7 @@ from typing import Any
 
 from serve_app.errors import EngineError
 from serve_app.models.protocol import ChatBody
+from serve_app.models.reply import ModelReply
 
 _END_OF_THOUGHT = "</think>"
 
@@ -55,15 +56,15 @@ def score_completion(score: float, prompt_tokens: int) -> dict[str, Any]:
     return {"object": "chat.completion", "choices": [choice], "usage": usage}
 
 
-def read_score(completion: dict[str, Any]) -> float:
+def read_score(reply: ModelReply) -> float:
     """The score in a verifier's answer.
 
     Raises:
         EngineError: If there is no finite number in it.
     """
     try:
-        score = float(completion["choices"][0]["message"]["content"])
-    except (LookupError, TypeError, ValueError):
+        score = float(reply.choices[0].text or "")
+    except ValueError:
         raise EngineError("the verifier gave no score") from None
     if not math.isfinite(score):
         raise EngineError("the verifier's score is no number")

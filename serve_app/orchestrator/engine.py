@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serve_app.budget import Budget, Deadline
 from serve_app.errors import AtlasError, ServiceError
-from serve_app.orchestrator.answer import Answer, Choice, mean_logprob_of, text_of
+from serve_app.models.reply import Choice, ChoicePiece
+from serve_app.orchestrator.answer import Answer, mean_logprob_of, text_of
 from serve_app.orchestrator.decision_client import Decider
 from serve_app.orchestrator.evidence import signals_of
 from serve_app.orchestrator.pairs.base import PairWork
@@ -59,7 +61,7 @@ class Engine:
         kind = SpanKind.PAIR if plan.action is Action.ROUTE else SpanKind.THOUGHT
         span = run.trace.root.child(kind, str(plan.pair))
 
-        async def emit(choices: list[Choice]) -> None:
+        async def emit(choices: Sequence[ChoicePiece]) -> None:
             await run.send(Piece(plan.pair, plan.path, choices))
 
         work = PairWork(

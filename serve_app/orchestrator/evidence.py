@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from serve_app.orchestrator.answer import Choice, text_of
+from serve_app.models.reply import Choice
+from serve_app.orchestrator.answer import text_of
 from serve_app.orchestrator.trace import Span, Turn
 from serve_app.schemas import ToolCall
 from serve_app.signals import AnswerKind, Certainty, Signals, abstains, certainty_of
@@ -20,8 +20,7 @@ def turn_of(choices: list[Choice]) -> Turn | None:
     """What the first choice of a reply shows; `None`: there is none."""
     if not choices:
         return None
-    called = bool(choices[0]["message"].get("tool_calls"))
-    return Turn(certainty_of(_tokens(choices[0])), called)
+    return Turn(certainty_of(choices[0].tokens), bool(choices[0].calls))
 
 
 def signals_of(span: Span, choices: list[Choice], query: str, *, offered: bool) -> Signals:
@@ -39,7 +38,7 @@ def signals_of(span: Span, choices: list[Choice], query: str, *, offered: bool) 
     found = _sources(calls)
     votes = _votes(calls, text)
     return Signals(
-        answer=certainty_of(_tokens(choices[0])) if choices else None,
+        answer=certainty_of(choices[0].tokens) if choices else None,
         call=_least_sure(turns),
         num_turns=len(turns),
         offered=offered,
@@ -51,7 +50,7 @@ def signals_of(span: Span, choices: list[Choice], query: str, *, offered: bool) 
         vote_share=votes.share,
         rating=votes.rating,
         mean_rating=votes.mean_rating,
-        is_cut=bool(choices) and choices[0].get("finish_reason") == "length",
+        is_cut=bool(choices) and choices[0].finish_reason == "length",
         abstains=abstains(text),
         kind=_kind(text),
         length=len(text),
@@ -71,10 +70,6 @@ class _Votes:
     share: float | None = None
     rating: float | None = None
     mean_rating: float | None = None
-
-
-def _tokens(choice: Choice) -> list[dict[str, Any]]:
-    return (choice.get("logprobs") or {}).get("content") or []
 
 
 def _least_sure(turns: list[Turn]) -> Certainty | None:

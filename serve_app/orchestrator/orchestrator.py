@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -259,11 +258,8 @@ class Orchestrator:
         assert run.decision is not None
         return run.decision
 
-    async def complete(self, call: ChatCall) -> tuple[dict[str, Any], Report]:
+    async def complete(self, call: ChatCall) -> tuple[Answer, Report]:
         """Answer a request whole.
-
-        Returns:
-            An OpenAI `chat.completion` object, and the report.
 
         Raises:
             AtlasError: As `stream`.
@@ -272,20 +268,7 @@ class Orchestrator:
         wanted = await self._decide(run)
         with self._on_record(run):
             answer = await self._answer(run, wanted)
-        usage = run.trace.root.usage
-        completion = {
-            "id": f"chatcmpl-{call.request_id}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": str(answer.pair),
-            "choices": [_clean(choice, call) for choice in answer.choices],
-            "usage": {
-                "prompt_tokens": usage.prompt_tokens,
-                "completion_tokens": usage.completion_tokens,
-                "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-            },
-        }
-        return completion, run.report()
+        return answer, run.report()
 
     async def measure(self, call: ChatCall) -> tuple[Report, AtlasError | None]:
         """Run a request for a profile: as any other, but it is not traffic.
@@ -306,13 +289,12 @@ class Orchestrator:
             failure = error
         return run.report(), failure
 
-    async def stream(self, call: ChatCall) -> AsyncGenerator[dict[str, Any] | Report, None]:
+    async def stream(self, call: ChatCall) -> AsyncGenerator[Piece | Report, None]:
         """Answer a request piece by piece.
 
         Yields:
-            OpenAI `chat.completion.chunk` objects, the first with an `atlas` object that names the
-            pair and the path; then the report. Where the caller wants events, also chunks without
-            choices, whose `atlas` object has the `event`: a span that began or ended.
+            Its pieces; then the report. Where the caller wants events, also pieces without choices,
+            of the pair that was decided on first.
 
         Raises:
             ModelNotFound: If `model` names nothing in the pool.
@@ -324,27 +306,12 @@ class Orchestrator:
         channel: Channel[Piece | SpanEvent] = Channel()
         run = self._begun(call, channel)
         wanted = await self._decide(run)
-        head = {
-            "id": f"chatcmpl-{call.request_id}",
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-        }
-        opened: set[int] = set()
+        assert run.decision is not None
+        decided = Piece(run.decision.pair, run.decision.path, ())
         with self._on_record(run):
             async with aclosing(channel.read(self._answer(run, wanted))) as pieces:
                 async for piece in pieces:
-                    if isinstance(piece, SpanEvent):
-                        yield head | _event_chunk(run, piece)
-                        continue
-                    pair, path, choices = piece
-                    for choice in choices:
-                        chunk = {**head, "model": str(pair)}
-                        if not opened:
-                            chunk["atlas"] = {"pair": str(pair), "path": path.value}
-                        if choice["index"] not in opened:
-                            opened.add(choice["index"])
-                            choice["delta"] = {"role": "assistant", "content": ""} | choice["delta"]
-                        yield {**chunk, "choices": [_clean(choice, call)]}
+                    yield piece if isinstance(piece, Piece) else decided._replace(event=piece)
         yield run.report()
 
     def _begun(
@@ -590,35 +557,3 @@ def _decided(pair: Pair, pool: PoolState) -> Decision:
     """The decision for a candidate that the caller named."""
     candidate = Candidate(pair, utility=0.0, quality=0.0, cost=0.0)
     return Decision((candidate,), DecidedBy.PINNED, 1.0, 1.0, 0, pool.pool_version)
-
-
-def _event_chunk(run: Run, event: SpanEvent) -> dict[str, Any]:
-    """What a chunk has that tells of a span; its choices are none, as with `include_usage`."""
-    assert run.decision is not None
-    pair, path = run.decision.pair, run.decision.path
-    told = {"event": {"type": event.phase, "span": event.span._asdict()}}
-    return {"model": str(pair), "choices": [], "atlas": {"path": path.value, **told}}
-
-
-_ENGINE_FIELDS = ("stop_reason", "token_ids", "routed_experts", "prompt_token_ids")
-
-
-def _clean(choice: dict[str, Any], call: ChatCall) -> dict[str, Any]:
-    """A choice without the engine's own extra fields, and with the ones OpenAI's clients expect."""
-    if not call.sampling.get("logprobs"):
-        choice = {**choice, "logprobs": None}
-    kept = {key: value for key, value in choice.items() if key not in _ENGINE_FIELDS}
-    for key in ("message", "delta"):
-        part = kept.get(key)
-        if part is not None:
-            part = {
-                name: value
-                for name, value in part.items()
-                if value is not None and name != "reasoning"
-            }
-            if key == "message":
-                part.setdefault("content", None)
-            kept[key] = part
-    kept.setdefault("logprobs", None)
-    kept.setdefault("finish_reason", None)
-    return kept

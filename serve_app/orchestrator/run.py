@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 
 from serve_app.budget import Budget, Caps, Deadline
 from serve_app.errors import AtlasError
-from serve_app.orchestrator.answer import Answer, Choice
+from serve_app.models.reply import ChoicePiece
+from serve_app.orchestrator.answer import Answer
 from serve_app.orchestrator.channel import Channel
 from serve_app.orchestrator.history import answer_numbers
 from serve_app.orchestrator.recovery import Move, Recovery, fault_of
@@ -31,20 +33,21 @@ from serve_app.schemas import (
 )
 
 
-class Piece(NamedTuple):
-    """A part of an answer on its way to the caller."""
-
-    pair: Pair
-    path: DecidedBy
-    choices: list[Choice]
-    """Of one OpenAI chunk."""
-
-
 class SpanEvent(NamedTuple):
     """A span that has begun or ended, on its way to a caller who wants to see it."""
 
     phase: Phase
     span: SpanRecord
+
+
+class Piece(NamedTuple):
+    """A part of an answer on its way to the caller."""
+
+    pair: Pair
+    path: DecidedBy
+    choices: Sequence[ChoicePiece]
+    event: SpanEvent | None = None
+    """What is told in place of a part of the answer."""
 
 
 @dataclass

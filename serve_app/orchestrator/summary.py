@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from serve_app.budget import Budget
 from serve_app.content import Message, text_of_content
 from serve_app.errors import EngineError
 from serve_app.models.protocol import ChatBody
+from serve_app.models.reply import ModelReply
+from serve_app.orchestrator.answer import text_of
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.trace import Span
 
@@ -40,8 +42,8 @@ class Models(Protocol):
         bodies: Sequence[ChatBody],
         budget: Budget,
         span: Span,
-    ) -> list[dict[str, Any]]:
-        """Whole completions of a model."""
+    ) -> list[ModelReply]:
+        """Whole answers of a model."""
         ...
 
 
@@ -95,10 +97,8 @@ class Summarizer:
             "temperature": 0.0,
         }
         budget = work.budget.part(_SHARE)
-        (completion,) = await self._models.complete_all(
-            work, self._model_id, [body], budget, work.span
-        )
-        summary = text_of_content(completion["choices"][0]["message"].get("content")).strip()
+        (reply,) = await self._models.complete_all(work, self._model_id, [body], budget, work.span)
+        summary = (text_of(reply.choices) or "").strip()
         if not summary:
             raise EngineError("the summary is empty")
         self._kept[key] = summary

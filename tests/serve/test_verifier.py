@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 from serve_app.config import LocalModelConfig, ScoringConfig
 from serve_app.errors import InvalidRequest
 from serve_app.models.deploy import DEPLOYING, build_model
+from serve_app.models.reply import read_reply
 from serve_app.models.verifier import read_score, scoring_body
 
 pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("ray_session")]
@@ -125,7 +126,7 @@ def _deploy(config: LocalModelConfig, name: str) -> None:
 
 def rate(verifier: Any, answer: str) -> float:
     body = scoring_body(QUESTION, answer)
-    return read_score(verifier.complete.remote(body).result(timeout_s=PATIENCE_S))
+    return read_score(read_reply(verifier.complete.remote(body).result(timeout_s=PATIENCE_S)))
 
 
 @pytest.mark.timeout(900)

@@ -26,7 +26,6 @@ class ChunkShaper:
         """Shape one stream."""
         self._include_usage = include_usage
         self._held: Json | None = None
-        self._usage: Json | None = None
         self._head: Json = {}
 
     def anew(self) -> ChunkShaper:
@@ -35,9 +34,6 @@ class ChunkShaper:
 
     def feed(self, chunk: Json) -> Iterator[Json]:
         """Take a chunk; give those that can be sent now."""
-        used = chunk.pop("usage", None)
-        if used:
-            self._usage = used
         if not chunk.get("choices"):
             if "event" in chunk.get("atlas", {}):
                 self._head = self._head or head_of(chunk)
@@ -59,7 +55,7 @@ class ChunkShaper:
     def finish(self, extension: Json) -> Json:
         """The last chunk."""
         if self._include_usage:
-            used = self._usage or extension["usage"]
+            used = extension["usage"]
             return {**self._head, "choices": [], "usage": used, "atlas": extension}
         last = self._held
         if last is None:

@@ -4,55 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve_app.gateway.chat.chunk_shaper import DONE, ChunkShaper, event_bytes, head_of
-from serve_app.orchestrator.answer import Choice, ChunkMerger
+from serve_app.gateway.chat.chunk_shaper import DONE, ChunkShaper, event_bytes
+from serve_app.gateway.chat.writing import ChunkWriter
+from serve_app.models.reply import ChunkMerger
+from serve_app.orchestrator.run import Piece
 
 Json = dict[str, Any]
 
 
 class WholeStream:
-    """Puts chunks together, and makes of them as few as a client can read.
+    """Puts pieces together, and makes of them as few chunks as a client can read.
 
     Events of spans are left out: they were of the first time.
     """
 
-    def __init__(self) -> None:
-        """Begin with nothing."""
+    def __init__(self, first: Piece) -> None:
+        """Begin with nothing; the first piece names the pair until another one does."""
         self._merger = ChunkMerger()
-        self._head: Json = {}
-        self._usage: Json | None = None
+        self._pair = first.pair
 
-    def add(self, chunk: Json) -> None:
-        """Take a chunk as the orchestrator gave it."""
-        self._usage = chunk.get("usage") or self._usage
-        if chunk.get("choices"):
-            self._head = head_of(chunk)
-            self._merger.add(chunk["choices"])
+    def add(self, piece: Piece) -> None:
+        """Take a piece as the orchestrator gave it."""
+        if piece.event is None:
+            self._pair = piece.pair
+            self._merger.add(piece.choices)
 
-    def body(self, shaper: ChunkShaper, extension: Json) -> bytes:
+    def body(self, writer: ChunkWriter, shaper: ChunkShaper, extension: Json) -> bytes:
         """The stream of one chunk for each choice.
 
         Args:
+            writer: Writes the chunks.
             shaper: Puts usage and the `atlas` object where the client expects them.
             extension: The `atlas` object.
         """
-        chunks = [self._head | {"choices": [_piece(of)]} for of in self._merger.choices()]
-        if self._usage is not None:
-            chunks.append(self._head | {"choices": [], "usage": self._usage})
+        chunks = [writer.whole(self._pair, choice) for choice in self._merger.choices()]
         shaped = [shaped for chunk in chunks for shaped in shaper.feed(chunk)]
         return b"".join(map(event_bytes, [*shaped, shaper.finish(extension)])) + DONE
-
-
-def _piece(choice: Choice) -> Choice:
-    """A choice of a whole completion as the one piece of its stream."""
-    delta = {"content": "", **choice["message"]}
-    if delta.get("tool_calls"):
-        delta["tool_calls"] = [
-            {"index": index, **call} for index, call in enumerate(delta["tool_calls"])
-        ]
-    return {
-        "index": choice["index"],
-        "delta": delta,
-        "logprobs": choice.get("logprobs"),
-        "finish_reason": choice.get("finish_reason"),
-    }

@@ -128,18 +128,18 @@ class Questions:
         return [ExposedTool(ask, self._ask), ExposedTool(route, self._route)]
 
     async def _ask(self, exchange: Exchange, arguments: Json) -> CallToolResult:
-        completion = await self._api.complete(
+        answer, told = await self._api.complete(
             exchange, validate(QuestionArguments, arguments).chat()
         )
-        choice, told = completion["choices"][0], completion["atlas"]
+        choice = answer.choices[0]
         answered = Answered(
-            answer=choice["message"].get("content") or "",
+            answer=choice.text or "",
             pair=told["pair"],
             path=told["path"],
             request_id=told["request_id"],
             cost_usd=told["cost_usd"],
             seconds=told["seconds"],
-            finish_reason=choice.get("finish_reason"),
+            finish_reason=choice.finish_reason,
             partial=told.get("partial", False),
             stopped_by=told.get("stopped_by"),
             sources=told.get("sources", []),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from serve_app.budget import Budget
 from serve_app.content import pictures_of, text_of_content, with_pictures
-from serve_app.orchestrator.answer import Choice
+from serve_app.models.reply import ChoicePiece
 from serve_app.orchestrator.planning import with_note
 from serve_app.orchestrator.recovery import Recovery
 from serve_app.orchestrator.trace import Span, SpanKind
 from serve_app.schemas import ChatCall, Pair, ToolCall
 
-Emit = Callable[[list[Choice]], Awaitable[None]]
-"""Sends pieces of an answer on their way: choices of one OpenAI chunk."""
+Emit = Callable[[Sequence[ChoicePiece]], Awaitable[None]]
+"""Sends pieces of an answer on their way, at most one of each choice."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class PairWork:
         self.messages: list[dict[str, Any]] = [dict(message) for message in self.call.messages]
         """What the model is told; joins add to them."""
 
-    async def send(self, choices: list[Choice]) -> None:
+    async def send(self, choices: Sequence[ChoicePiece]) -> None:
         """Send pieces on their way, if they are wanted."""
         if self.emit is not None:
             self.num_sent += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from serve_app.config.tools import OcrConfig
 from serve_app.content import pictures_of, text_of_content, with_pictures
 from serve_app.errors import ToolRetry, UnfitForPair
-from serve_app.orchestrator.answer import Choice
+from serve_app.models.reply import Choice
 from serve_app.orchestrator.pairs import plain
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.join import JoinParts

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve_app.config.tools import ManyFunctionsSettings
 from serve_app.errors import BudgetExceeded, EngineError, ToolRetry, UnreadableCall
-from serve_app.orchestrator.answer import Choice, finish, pieces_of, text_only
+from serve_app.models.reply import Choice, ChoicePiece, FunctionRequest
 from serve_app.orchestrator.pairs.base import Emit, PairWork
 from serve_app.orchestrator.pairs.join import JoinParts
 from serve_app.orchestrator.pairs.tool_calls import (
@@ -54,15 +54,13 @@ class _Offer:
 
     def fault(self, choice: Choice) -> str | None:
         """Why a reply is neither an answer nor a call; `None` if it is one."""
-        message = choice["message"]
-        text = message.get("content") or ""
-        if message.get("tool_calls"):
+        text = choice.text or ""
+        if choice.calls:
             return None
         if looks_like_call(text, self.names):
             return "it looks like a tool call, and cannot be read as one"
-        has_thought = bool(message.get("reasoning") or message.get("reasoning_content"))
         # vLLM's parser keeps a streamed call that it cannot read to itself.
-        return None if text.strip() or has_thought or self.passes_calls else "it is empty"
+        return None if text.strip() or choice.has_thought or self.passes_calls else "it is empty"
 
 
 async def run(work: PairWork, parts: JoinParts) -> list[Choice]:
@@ -77,25 +75,23 @@ async def run(work: PairWork, parts: JoinParts) -> list[Choice]:
     functions = await _fitting(work, parts)
     offer = _Offer([f.schema() for f in functions], "auto", False, functions)
 
-    async def send_texts(choices: list[Choice]) -> None:
-        texts = [text for text in map(text_only, choices) if text]
+    async def send_texts(choices: Sequence[ChoicePiece]) -> None:
+        texts = [text for choice in choices if (text := choice.text_only())]
         if texts:
             await work.send(texts)
 
     for _ in range(parts.max_tool_rounds + 1):
         choices = await _reply(work, parts, offer, send_texts)
-        message = choices[0]["message"]
-        calls = message.get("tool_calls") or []
+        text, calls = choices[0].text or "", choices[0].calls
         if not calls:
-            await work.send([finish(choice) for choice in choices])
+            await work.send([choice.ending() for choice in choices])
             return choices
-        work.messages.append(
-            {"role": "assistant", "content": message.get("content") or "", "tool_calls": calls}
-        )
+        said = [called.written() for called in calls]
+        work.messages.append({"role": "assistant", "content": text, "tool_calls": said})
         texts = await _call_all(work, parts, offer, calls)
         work.messages += [
-            {"role": "tool", "tool_call_id": tool_call["id"], "content": text}
-            for tool_call, text in zip(calls, texts, strict=True)
+            {"role": "tool", "tool_call_id": called.id, "content": text}
+            for called, text in zip(calls, texts, strict=True)
         ]
     raise EngineError(
         f"the model called {work.pair.tool_id} more than {parts.max_tool_rounds} times without an "
@@ -145,7 +141,7 @@ async def _reply(work: PairWork, parts: JoinParts, offer: _Offer, send: Emit) ->
         nonlocal gate
         gate = ReplyGate(offer.names, passes_calls=offer.passes_calls)
 
-        async def emit(choices: list[Choice]) -> None:
+        async def emit(choices: Sequence[ChoicePiece]) -> None:
             for passed in gate.feed(choices):
                 await send(passed)
 
@@ -156,14 +152,14 @@ async def _reply(work: PairWork, parts: JoinParts, offer: _Offer, send: Emit) ->
         choices = await parts.models.generate(work, body | offer.fields, gated)
         faults = [fault for fault in map(offer.fault, choices) if fault]
         if not faults:
-            if offer.passes_calls or not choices[0]["message"].get("tool_calls"):
+            if offer.passes_calls or not choices[0].calls:
                 for held in gate.rest():
                     await send(held)
             return choices
         if _is_cut(work.call, choices) and not gate.is_open:
-            choices = [_withheld(c) if offer.fault(c) else c for c in choices]
+            choices = [replace(c, text="", logprobs=None) if offer.fault(c) else c for c in choices]
             if offer.passes_calls:
-                await send(pieces_of(choices))
+                await send([choice.as_piece() for choice in choices])
             return choices
         work.span.child(SpanKind.VALIDATION, work.pair.model_id).end(faults[0])
         if not offer.passes_calls:
@@ -174,13 +170,13 @@ async def _reply(work: PairWork, parts: JoinParts, offer: _Offer, send: Emit) ->
         offer.repaired = True
         wrong = _REPAIR.format(reason=faults[0], names=", ".join(offer.names))
         work.messages += [
-            {"role": "assistant", "content": choices[0]["message"].get("content") or ""},
+            {"role": "assistant", "content": choices[0].text or ""},
             {"role": "user", "content": wrong},
         ]
 
 
 async def _call_all(
-    work: PairWork, parts: JoinParts, offer: _Offer, tool_calls: list[dict[str, Any]]
+    work: PairWork, parts: JoinParts, offer: _Offer, calls: Sequence[FunctionRequest]
 ) -> list[str]:
     """Run the calls of a reply: side by side where none has an effect, else one after the other.
 
@@ -188,14 +184,14 @@ async def _call_all(
         What the model is told of each, in the order of the calls.
     """
     most = parts.max_calls_per_reply
-    taken, over = tool_calls[:most], tool_calls[most:]
+    taken, over = calls[:most], calls[most:]
     effects = {function.name: function.effects for function in offer.functions}
-    called = {effects.get(call["function"]["name"], Effects.NONE) for call in taken}
-    works = [functools.partial(_call, work, parts, offer, tool_call) for tool_call in taken]
+    called = {effects.get(call.name, Effects.NONE) for call in taken}
+    works = [functools.partial(_call, work, parts, offer, call) for call in taken]
     if called == {Effects.NONE}:
         texts = await _side_by_side(works)
     else:
-        texts = [await call() for call in works]
+        texts = [await run_one() for run_one in works]
     if over:
         refusal = f"at most {most} calls of one reply are run; this one was not"
         work.refused({}, f"{len(over)} calls beyond the {most} of one reply were not run")
@@ -214,15 +210,14 @@ async def _side_by_side(works: Sequence[Callable[[], Coroutine[Any, Any, str]]])
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _call(work: PairWork, parts: JoinParts, offer: _Offer, tool_call: dict[str, Any]) -> str:
+async def _call(work: PairWork, parts: JoinParts, offer: _Offer, called: FunctionRequest) -> str:
     """Run one call the model made; a call it got wrong comes back as text it can act on."""
-    function = tool_call["function"]
-    name, arguments = function["name"], dict[str, Any]()
+    name, arguments = called.name, dict[str, Any]()
     try:
         if name not in offer.names:
             offered = ", ".join(map(repr, offer.names))
             raise ToolRetry(f"there is no tool {name!r}; offered: {offered}")
-        arguments = read_arguments(function["arguments"])
+        arguments = read_arguments(called.arguments)
     except ToolRetry as error:
         work.refused(arguments, error.message, name if name in offer.names else None)
         return _told(work, error)
@@ -246,9 +241,4 @@ def _told(work: PairWork, error: ToolRetry) -> str:
 def _is_cut(call: ChatCall, choices: list[Choice]) -> bool:
     """Whether the caller's limit on tokens ended a reply."""
     is_limited = call.sampling.get("max_tokens") is not None
-    return is_limited and any(choice.get("finish_reason") == "length" for choice in choices)
-
-
-def _withheld(choice: Choice) -> Choice:
-    """A choice without its text."""
-    return {**choice, "message": {**choice["message"], "content": ""}, "logprobs": None}
+    return is_limited and any(choice.finish_reason == "length" for choice in choices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from serve_app.orchestrator.answer import Choice
+from serve_app.models.reply import Choice
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.paid import PaidModels, PaidTools
 from serve_app.orchestrator.pairs.selection import FunctionSelector

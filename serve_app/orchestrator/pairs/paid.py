@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from serve_app.budget import Budget, Reservation, Use
@@ -38,7 +39,8 @@ from serve_app.errors import (
 )
 from serve_app.models.clients import ModelClients
 from serve_app.models.protocol import ChatBody
-from serve_app.orchestrator.answer import Choice, ChunkMerger, text_of
+from serve_app.models.reply import Choice, ChunkMerger, ModelReply, read_chunk, read_reply
+from serve_app.orchestrator.answer import text_of
 from serve_app.orchestrator.breaker import Breakers
 from serve_app.orchestrator.context import ContextFitter
 from serve_app.orchestrator.evidence import turn_of
@@ -190,21 +192,19 @@ class PaidModels:
         bodies: Sequence[ChatBody],
         budget: Budget,
         span: Span,
-    ) -> list[dict[str, Any]]:
-        """Whole completions of another model side by side; all of them, or none is waited for.
+    ) -> list[ModelReply]:
+        """Whole answers of another model side by side; all of them, or none is waited for.
 
         Raises:
             BudgetExceeded: If the budget does not cover them all.
             AtlasError: What the first of them to fail fails with.
         """
 
-        def ask(body: ChatBody) -> Awaitable[dict[str, Any]]:
-            return self._recovered(
-                work,
-                model_id,
-                budget,
-                lambda: self._clients.complete(model_id, body, budget.deadline),
-            )
+        async def complete(body: ChatBody) -> ModelReply:
+            return read_reply(await self._clients.complete(model_id, body, budget.deadline))
+
+        def ask(body: ChatBody) -> Awaitable[ModelReply]:
+            return self._recovered(work, model_id, budget, lambda: complete(body))
 
         with (
             await self._hold(model_id, bodies, budget) as held,
@@ -218,7 +218,7 @@ class PaidModels:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 used = [
-                    self._used(model_id, task.result().get("usage"))
+                    self._priced(model_id, task.result().usage)
                     for task in tasks
                     if not task.cancelled() and task.exception() is None
                 ]
@@ -295,13 +295,14 @@ class PaidModels:
         ):
             if emit is None:
                 try:
-                    completion = await self._clients.complete(model_id, body, deadline, **session)
+                    said = await self._clients.complete(model_id, body, deadline, **session)
                 except (asyncio.CancelledError, DeadlineExceeded):
                     if work.budget.is_metered:  # nobody says how far the engine came
                         self._charge(model_id, self._most_tokens(body), span, held)
                     raise
-                choices: list[Choice] = completion["choices"]
-                text, usage = text_of(choices), completion.get("usage")
+                reply = read_reply(said)
+                choices, usage = reply.choices, reply.usage
+                text = text_of(choices)
                 self._charge(model_id, usage, span, held, None if usage else _about(body, text))
                 self._learn(model_id, body, usage)
                 span.said(text)
@@ -313,10 +314,8 @@ class PaidModels:
                     self._clients.stream(model_id, body, deadline, **session)
                 ) as chunks:
                     async for chunk in chunks:
-                        usage = chunk.get("usage") or usage
-                        pieces = [
-                            {**c, "delta": c.get("delta") or {}} for c in chunk.get("choices") or ()
-                        ]
+                        pieces, told = read_chunk(chunk)
+                        usage = told or usage
                         merger.add(pieces)
                         if pieces:
                             await emit(pieces)
@@ -335,9 +334,9 @@ class PaidModels:
             span.turn = turn_of(choices)
             return choices
 
-    def _learn(self, model_id: str, body: ChatBody, usage: dict[str, Any] | None) -> None:
+    def _learn(self, model_id: str, body: ChatBody, usage: Usage | None) -> None:
         """Have the context's count learn from what a prompt took, where there is a window."""
-        taken = (usage or {}).get("prompt_tokens")
+        taken = usage.prompt_tokens if usage else 0
         if taken and not math.isinf(self.window(model_id)):
             self._context.told(model_id, body, taken)
 
@@ -365,40 +364,39 @@ class PaidModels:
     def _most(self, model_id: str, body: ChatBody) -> Use:
         """What a request may use: no tokenizer makes more tokens of a text than it has bytes."""
         most = self._most_tokens(body)
-        return Use(self._cost_usd(model_id, *most.values()), sum(most.values()))
+        return Use(self._cost_usd(model_id, most), most.prompt_tokens + most.completion_tokens)
 
     @staticmethod
-    def _most_tokens(body: ChatBody) -> dict[str, int]:
+    def _most_tokens(body: ChatBody) -> Usage:
         text, num_pictures = _prompt(body)
         prompt_tokens = len(text.encode("utf-8", "surrogatepass")) + PICTURE_TOKENS * num_pictures
         completion_tokens = body["max_tokens"] * body.get("n", 1)
-        return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        return Usage(prompt_tokens, completion_tokens)
 
-    def _cost_usd(self, model_id: str, prompt_tokens: int, completion_tokens: int) -> float:
+    def _cost_usd(self, model_id: str, usage: Usage) -> float:
         price = self._models[model_id].price
         return (
-            prompt_tokens * price.usd_per_1m_prompt_tokens
-            + completion_tokens * price.usd_per_1m_completion_tokens
+            usage.prompt_tokens * price.usd_per_1m_prompt_tokens
+            + usage.completion_tokens * price.usd_per_1m_completion_tokens
         ) / 1e6
 
-    def _used(self, model_id: str, usage: dict[str, Any] | None) -> Usage | None:
-        """What an engine says that a call used; `None`: it does not say."""
-        if not usage:
+    def _priced(self, model_id: str, usage: Usage | None) -> Usage | None:
+        """What a call used, with what that costs; `None`: the engine does not say."""
+        if usage is None:
             return None
-        prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-        return Usage(prompt, completion, self._cost_usd(model_id, prompt, completion))
+        return replace(usage, cost_usd=self._cost_usd(model_id, usage))
 
     def _charge(
         self,
         model_id: str,
-        usage: dict[str, Any] | None,
+        usage: Usage | None,
         span: Span,
         held: Reservation,
-        about: dict[str, Any] | None = None,
+        about: Usage | None = None,
     ) -> None:
         """Settle a call and put it on the bill; `about` goes on the bill where nothing is said."""
-        held.settle(self._used(model_id, usage))
-        billed = self._used(model_id, usage or about)
+        held.settle(self._priced(model_id, usage))
+        billed = self._priced(model_id, usage or about)
         if billed is not None:
             span.charge(billed)
 
@@ -409,12 +407,12 @@ def _prompt(body: ChatBody) -> tuple[str, int]:
     return json.dumps([messages, body.get("tools", [])], ensure_ascii=False), num_pictures
 
 
-def _about(body: ChatBody, answer: str | None) -> dict[str, int]:
+def _about(body: ChatBody, answer: str | None) -> Usage:
     """About what a call has used whose engine did not say so: no answer is free."""
     text, num_pictures = _prompt(body)
     prompt_tokens = len(text) // _CHARS_PER_TOKEN + PICTURE_TOKENS * num_pictures
     completion_tokens = math.ceil(len(answer or "") / _CHARS_PER_TOKEN)
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    return Usage(prompt_tokens, completion_tokens)
 
 
 class PaidTools:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve_app.orchestrator.answer import Choice
+from serve_app.models.reply import Choice
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.function import with_callers_tools
 from serve_app.orchestrator.pairs.join import JoinParts

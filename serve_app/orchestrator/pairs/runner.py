@@ -8,7 +8,7 @@ from serve_app.config import AtlasConfig
 from serve_app.config.tools import OcrConfig
 from serve_app.errors import InvalidRequest
 from serve_app.models.clients import ModelClients
-from serve_app.orchestrator.answer import Choice
+from serve_app.models.reply import Choice
 from serve_app.orchestrator.direct import DirectTools
 from serve_app.orchestrator.pairs import context, function, plain, sampling
 from serve_app.orchestrator.pairs.base import PairWork
@@ -94,7 +94,7 @@ class PairRunner:
         """Run a pair on a request; nothing re-writes what the model said.
 
         Returns:
-            The choices of an OpenAI completion.
+            The choices of its answer.
 
         Raises:
             InvalidRequest: If the engine refuses the request.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from serve_app.budget import Use
 from serve_app.config.tools import BestOfConfig
 from serve_app.errors import AtlasError
+from serve_app.models.reply import Choice
 from serve_app.models.verifier import read_score, scoring_body
-from serve_app.orchestrator.answer import Choice, pieces_of
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.join import JoinParts
 from serve_app.orchestrator.trace import SpanKind
@@ -43,7 +44,7 @@ async def run(work: PairWork, parts: JoinParts) -> list[Choice]:
     most = Use(usd=price.cost_usd, tool_calls=1)
     with await work.budget.hold(most, f"a call of the tool {pair.tool_id!r}") as held:
         choices = await parts.models.generate(work, body, outlet=None)
-        answers = [choice["message"].get("content") or "" for choice in choices]
+        answers = [choice.text or "" for choice in choices]
         data: dict[str, Any] = {"answers": answers}
         failure: str | None = None
         winner = vote(answers)
@@ -61,9 +62,9 @@ async def run(work: PairWork, parts: JoinParts) -> list[Choice]:
         span.called(
             ToolCall(pair.tool_id, {"n": len(answers)}, failure is None, text, seconds, data)
         )
-    choices = [{**choices[winner], "index": 0}]
-    await work.send(pieces_of(choices))
-    return choices
+    best = replace(choices[winner], number=0)
+    await work.send([best.as_piece()])
+    return [best]
 
 
 async def _rate(work: PairWork, parts: JoinParts, verifier: str, answers: list[str]) -> list[float]:
@@ -78,10 +79,10 @@ async def _rate(work: PairWork, parts: JoinParts, verifier: str, answers: list[s
         for number in asked
     ]
     with work.span.child(SpanKind.VALIDATION, verifier) as span:
-        completions = await parts.models.complete_all(
+        replies = await parts.models.complete_all(
             work, verifier, bodies, work.budget.part(_VERIFIER_SHARE), span
         )
         scores = [0.0] * len(answers)
-        for number, completion in zip(asked, completions, strict=True):
-            scores[number] = read_score(completion)
+        for number, reply in zip(asked, replies, strict=True):
+            scores[number] = read_score(reply)
     return scores

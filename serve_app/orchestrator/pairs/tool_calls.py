@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from serve_app.errors import ToolRetry, UnreadableCall
-from serve_app.orchestrator.answer import Choice
+from serve_app.models.reply import ChoicePiece
 
 _MARKS = ("<tool_call", "</tool_call", "[TOOL_CALLS]", "<|python_tag|>", "<function=", "</function")
 """How the formats that vLLM's parsers read begin and end a call; parts of it in a text show that
@@ -123,13 +123,13 @@ class ReplyGate:
         """
         self._names = names
         self._passes_calls = passes_calls
-        self._held: list[list[Choice]] = []
+        self._held: list[Sequence[ChoicePiece]] = []
         self._texts: dict[int, str] = {}
         """By choice: its text until it is judged, the last few characters afterwards."""
         self._stays_shut = False
         self.is_open = False
 
-    def feed(self, choices: list[Choice]) -> list[list[Choice]]:
+    def feed(self, choices: Sequence[ChoicePiece]) -> list[Sequence[ChoicePiece]]:
         """Take a piece; give those that can go on.
 
         Raises:
@@ -137,15 +137,15 @@ class ReplyGate:
         """
         if not self._stays_shut:
             for choice in choices:
-                piece = choice["delta"].get("content") or ""
-                self._texts[choice["index"]] = self._texts.get(choice["index"], "") + piece
+                so_far = self._texts.get(choice.number, "")
+                self._texts[choice.number] = so_far + (choice.text or "")
         if self.is_open:
             if any(mark in text for text in self._texts.values() for mark in _MARKS):
                 raise UnreadableCall(UNREADABLE)
             self._forget()
             return [choices]
         self._held.append(choices)
-        has_call = any(choice["delta"].get("tool_calls") for choice in choices)
+        has_call = any(choice.calls for choice in choices)
         is_long = sum(map(len, self._texts.values())) > _HOLD_CHARS
         if self._stays_shut or not (is_long or (self._passes_calls and has_call)):
             return []
@@ -156,7 +156,7 @@ class ReplyGate:
         self.is_open = True
         return self.rest()
 
-    def rest(self) -> list[list[Choice]]:
+    def rest(self) -> list[Sequence[ChoicePiece]]:
         """What is held back still."""
         held, self._held = self._held, []
         return held

@@ -11,7 +11,7 @@ from serve_app.config import AtlasConfig
 from serve_app.config.patterns.bound import Bound, bound_of, question_bytes
 from serve_app.config.patterns.language import PatternConfig
 from serve_app.errors import InvalidRequest, ModelNotFound, ServiceError
-from serve_app.orchestrator.answer import Choice, finish, pieces_of
+from serve_app.models.reply import Choice
 from serve_app.orchestrator.decision_client import Decider
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
@@ -103,9 +103,9 @@ class PatternRunner:
             raise result.failure or ServiceError(f"the pattern {name!r} failed")
         choices = _choices(result)
         if not result.is_sent:
-            await work.send(pieces_of(choices))
-        elif any(choice.get("finish_reason") is None for choice in result.choices):
-            await work.send([finish(choice) for choice in choices])  # its end was not sent
+            await work.send([choice.as_piece() for choice in choices])
+        elif any(choice.finish_reason is None for choice in result.choices):
+            await work.send([choice.ending() for choice in choices])  # its end was not sent
         return Composed(choices, result.stop, result.status is Status.PARTIAL, result.sources)
 
 
@@ -133,9 +133,8 @@ def _caps(bound: Bound) -> Caps:
 def _choices(result: Result) -> list[Choice]:
     """A result as the choices of a completion; a model's reply is passed on unchanged."""
     is_cut = result.status is Status.PARTIAL
-    if result.choices:
-        return [
-            {**choice, "finish_reason": "length"} if is_cut else choice for choice in result.choices
-        ]
-    message = {"role": "assistant", "content": result.text}
-    return [{"index": 0, "message": message, "finish_reason": "length" if is_cut else "stop"}]
+    if not result.choices:
+        return [Choice(0, result.text, finish_reason="length" if is_cut else "stop")]
+    if is_cut:
+        return [replace(choice, finish_reason="length") for choice in result.choices]
+    return list(result.choices)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import AtlasError, KeyRequired, NoCandidate
-from serve_app.orchestrator.answer import Answer, pieces_of
+from serve_app.orchestrator.answer import Answer
 from serve_app.orchestrator.decision_client import UnderWay, facts_of
 from serve_app.orchestrator.engine import Engine, StepPlan
 from serve_app.orchestrator.history import answer_numbers, best_step, has_answer, seen
@@ -91,7 +91,8 @@ class PolicyLoop:
         answer = answers[best]
         if not answer.is_partial and answer.stop is StopReason.ANSWERED:
             answer = replace(answer, stop=stop)
-        await run.send(Piece(answer.pair, answer.path, pieces_of(answer.choices)))
+        pieces = [choice.as_piece() for choice in answer.choices]
+        await run.send(Piece(answer.pair, answer.path, pieces))
         return answer
 
     def _plan(self, run: Run, decision: Decision, *, is_last: bool) -> StepPlan:

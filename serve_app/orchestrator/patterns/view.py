@@ -16,7 +16,7 @@ from serve_app.config.patterns.check import QUESTION
 from serve_app.config.patterns.language import Condition, PatternConfig, Predicate
 from serve_app.config.patterns.template import Reference, Template, cut, filled
 from serve_app.errors import AtlasError, BudgetExceeded, DeadlineExceeded, EngineError
-from serve_app.orchestrator.answer import Choice
+from serve_app.models.reply import Choice
 from serve_app.orchestrator.decision_client import Decider
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner

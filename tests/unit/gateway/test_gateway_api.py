@@ -124,7 +124,8 @@ def test_every_chunk_of_a_stream_has_a_choice_and_the_last_the_extension(
     assert all(chunk.usage is None for chunk in chunks)
     assert chunks[-1].choices[0].finish_reason == "stop"
     assert extension_of(chunks[-1])["pair"] == str(PAIR)
-    assert all("atlas" not in (chunk.model_extra or {}) for chunk in chunks[:-1])
+    assert extension_of(chunks[0]) == {"pair": str(PAIR), "path": "cold_start"}
+    assert all("atlas" not in (chunk.model_extra or {}) for chunk in chunks[1:-1])
     assert {chunk.model for chunk in chunks} == {str(PAIR)}
 
 

@@ -13,6 +13,7 @@ from serve_app.config import AtlasConfig, ScoringConfig
 from serve_app.config.tools import BestOfConfig
 from serve_app.errors import EngineError
 from serve_app.models.protocol import ChatBody
+from serve_app.models.reply import read_reply
 from serve_app.models.verifier import read_score, score_completion, scoring_body
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
@@ -151,7 +152,7 @@ def test_best_of_needs_no_verifier() -> None:
 
 
 def test_a_score_survives_its_way_as_text() -> None:
-    assert read_score(score_completion(0.123456, 7)) == 0.123456
+    assert read_score(read_reply(score_completion(0.123456, 7))) == 0.123456
     assert score_completion(0.5, 7)["usage"]["prompt_tokens"] == 7
 
 

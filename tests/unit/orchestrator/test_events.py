@@ -102,7 +102,7 @@ async def test_events_stop_where_the_run_fails(graph: Path2) -> None:
     items: list[Any] = []
 
     async def read() -> None:
-        async for item in graph.orchestrator.stream(graph.call(model="cheap", events=True)):
+        async for item in graph.items(graph.call(model="cheap", events=True)):
             items.append(item)
 
     with pytest.raises(EngineError, match="broken"):

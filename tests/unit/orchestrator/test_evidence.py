@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
 
 import pytest
 
+from serve_app.models.reply import Choice, FunctionRequest
 from serve_app.orchestrator.evidence import signals_of, turn_of
 from serve_app.orchestrator.trace import Span, SpanKind, Trace
 from serve_app.schemas import ToolCall
@@ -16,22 +16,16 @@ from serve_app.signals import NUMBERS, Signals, abstains, read_signals, stacked
 QUERY = "How many moons has Jupiter?"
 
 
-def choice(text: str, *logprobs: float, **changes: Any) -> dict[str, Any]:
+def choice(text: str | None, *logprobs: float, calls: tuple[FunctionRequest, ...] = ()) -> Choice:
     tokens = [{"token": "x", "logprob": logprob} for logprob in logprobs]
-    return {
-        "index": 0,
-        "message": {"role": "assistant", "content": text},
-        "finish_reason": "stop",
-        "logprobs": {"content": tokens},
-    } | changes
+    return Choice(0, text, {"content": tokens}, "stop", calls=calls)
 
 
-def calling(*logprobs: float) -> dict[str, Any]:
-    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    return choice("", *logprobs, message=called)
+def calling(*logprobs: float) -> Choice:
+    return choice(None, *logprobs, calls=(FunctionRequest("1", "tool", "{}"),))
 
 
-def step(*replies: dict[str, Any], calls: tuple[ToolCall, ...] = ()) -> Span:
+def step(*replies: Choice, calls: tuple[ToolCall, ...] = ()) -> Span:
     span = Trace("req_1").root.child(SpanKind.PAIR, "small@tool")
     for reply in replies:
         span.child(SpanKind.MODEL, "small").turn = turn_of([reply])

@@ -172,8 +172,8 @@ async def test_a_deployment_limits_the_calls_of_each_request(
     call = ChatCall("req_1", "m@desk", ({"role": "user", "content": "?"},), {}, Limits(0.0, 60.0))
     try:
         for number in (1, 2):
-            completion, report = await orchestrator.complete(call)
-            assert completion["choices"][0]["message"]["content"] == "done"
+            answer, report = await orchestrator.complete(call)
+            assert answer.choices[0].text == "done"
             assert [of.ok for of in report.steps[0].tool_calls] == [True] * 3 + [False] * 2
             assert len(tools.ran) == 3 * number
     finally:

@@ -192,8 +192,8 @@ async def test_a_named_pair_of_which_something_is_harmless_is_asked(
     entry = deployment.bench.tools._entries["calculator"]
     entry.functions = (*entry.functions, Function("look", "", {"type": "object"}))
     deployment.bench.replies[:] = [reply("It is 100.")]
-    completion, _ = await deployment.orchestrator.complete(deployment.call())
-    assert completion["choices"][0]["message"]["content"] == "It is 100."
+    answer, _ = await deployment.orchestrator.complete(deployment.call())
+    assert answer.choices[0].text == "It is 100."
 
 
 async def test_a_failure_to_put_an_effect_on_record_is_the_answer(deployment: Deployment) -> None:

@@ -26,6 +26,7 @@ from serve_app.errors import (
     ToolRetry,
     ToolTimeout,
 )
+from serve_app.models.reply import Choice
 from serve_app.orchestrator.answer import text_of
 from serve_app.orchestrator.patterns.declared import Composed
 from serve_app.orchestrator.patterns.nodes.plan import read_plan
@@ -84,13 +85,13 @@ def said(composed: Composed) -> str:
 def partial(composed: Composed) -> tuple[str, StopReason]:
     """The text of a partial answer, and why it is none more than that."""
     assert composed.is_partial
-    assert composed.choices[0]["finish_reason"] == "length"
+    assert composed.choices[0].finish_reason == "length"
     return said(composed), composed.stop
 
 
 def streamed(bench: PatternBench) -> str:
     """The text that went to the caller piece by piece."""
-    return "".join(piece["delta"].get("content") or "" for piece in bench.pieces)
+    return "".join(piece.text or "" for piece in bench.pieces)
 
 
 # --- chains -------------------------------------------------------------------------------------
@@ -170,7 +171,8 @@ async def test_an_answer_is_passed_through_unchanged(bench: Make) -> None:
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
     deployment = bench(do(ask("small")), small={"choices": [choice], "usage": usage})
     composed = await deployment.run()
-    assert composed == Composed([choice])
+    passed = Choice(0, " 5\n", finish_reason="length", has_thought=True)
+    assert composed == Composed([passed])
 
 
 async def test_without_a_prompt_the_callers_own_messages_are_asked(bench: Make) -> None:
@@ -325,9 +327,9 @@ async def test_a_pattern_that_is_asked_and_gone_is_no_candidate(bench: Make) -> 
 async def test_only_the_text_of_the_last_node_streams(bench: Make) -> None:
     deployment = bench(do(ask("small", id="x"), ask("large", "{{x}}")), large="answer")
     await deployment.run(stream=True)
-    texts = [piece["delta"].get("content") for piece in deployment.pieces]
+    texts = [piece.text for piece in deployment.pieces]
     assert [text for text in texts if text] == ["ans", "wer"]
-    assert [p.get("finish_reason") for p in deployment.pieces if p.get("finish_reason")] == ["stop"]
+    assert [p.finish_reason for p in deployment.pieces if p.finish_reason] == ["stop"]
 
 
 @pytest.mark.parametrize(
@@ -343,7 +345,7 @@ async def test_only_the_text_of_the_last_node_streams(bench: Make) -> None:
 async def test_text_that_may_yet_change_is_sent_whole(bench: Make, node: str) -> None:
     deployment = bench(do(node), small='{"a": "long"}', large="OK")
     await deployment.run(stream=True)
-    assert [piece["delta"]["content"] for piece in deployment.pieces] == ['{"a": "long"}']
+    assert [piece.text for piece in deployment.pieces] == ['{"a": "long"}']
 
 
 async def test_a_stream_that_a_deadline_cuts_is_the_partial_answer(bench: Make) -> None:
@@ -352,7 +354,7 @@ async def test_a_stream_that_a_deadline_cuts_is_the_partial_answer(bench: Make) 
     composed = await deployment.run(stream=True)
     assert partial(composed) == ("begun", StopReason.DEADLINE)
     assert streamed(deployment) == "begun"
-    assert deployment.pieces[-1]["finish_reason"] == "length"
+    assert deployment.pieces[-1].finish_reason == "length"
 
 
 @pytest.mark.parametrize(

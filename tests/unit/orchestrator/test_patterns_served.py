@@ -125,9 +125,7 @@ async def test_a_refusal_is_an_answer_and_says_so(tmp_path: Path) -> None:
 async def test_at_the_callers_cap_what_is_there_is_given_as_partial(tmp_path: Path) -> None:
     async with path2(tmp_path, patterns=patterns(TWICE)) as deployment:
         deployment.engines.says["math"] = BudgetExceeded("no more", None, 1.0, "usd")
-        completion, report = await deployment.orchestrator.complete(
-            deployment.call(model="pattern:twice")
-        )
+        completion, report = await deployment.complete(deployment.call(model="pattern:twice"))
     assert completion["choices"][0]["message"]["content"] == "cheap says hello"
     assert completion["choices"][0]["finish_reason"] == "length"
     assert (report.is_partial, report.stop) == (True, StopReason.USD)

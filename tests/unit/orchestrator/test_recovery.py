@@ -270,7 +270,7 @@ async def test_log_probabilities_that_an_engine_refuses_are_left_out(
         recovery=bench.recovery,
         wants_logprobs=True,
     )
-    assert (await bench.pairs.run(work))[0]["message"]["content"] == "plain"
+    assert (await bench.pairs.run(work))[0].text == "plain"
 
 
 @pytest.mark.parametrize("has_next", [False, True])

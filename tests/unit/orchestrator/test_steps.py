@@ -299,11 +299,11 @@ async def test_a_step_that_hangs_without_an_answer_ends_at_the_deadline(graph: P
 
 async def test_logprobs_are_seen_by_the_policy_and_not_by_the_client(graph: Path2) -> None:
     await graph.promote(policy())
-    completion, report = await graph.orchestrator.complete(graph.call("topic 1"))
+    completion, report = await graph.complete(graph.call("topic 1"))
     assert [step.mean_logprob for step in report.steps] == [-0.25] * 3
     assert completion["choices"][0]["logprobs"] is None
     asked = graph.call("topic 1", sampling={"logprobs": True})
-    completion, _ = await graph.orchestrator.complete(asked)
+    completion, _ = await graph.complete(asked)
     assert completion["choices"][0]["logprobs"]["content"]
     *chunks, _ = await graph.stream("topic 1", sampling={"logprobs": True})
     assert chunks[0]["choices"][0]["logprobs"]["content"]

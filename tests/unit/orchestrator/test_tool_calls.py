@@ -15,7 +15,7 @@ from serve_app.errors import (
     UnfitForPair,
     UnreadableCall,
 )
-from serve_app.orchestrator.answer import Choice
+from serve_app.models.reply import ChoicePiece
 from serve_app.orchestrator.pairs.tool_calls import ReplyGate, looks_like_call, read_arguments
 from tests.executor_fakes import Bench, reply
 
@@ -92,10 +92,10 @@ async def test_a_call_that_the_callers_limit_cut_short_is_an_empty_answer_cut_sh
     tool = "none" if tools else "calculator"
     answer, pieces = await bench.run(tool, stream=stream, tools=tools, sampling={"max_tokens": 1})
     assert answer == ""
-    assert bench.result.choices[0]["finish_reason"] == "length"
+    assert bench.result.choices[0].finish_reason == "length"
     assert len(bench.engines.bodies) == 1
     if stream:
-        assert pieces[-1]["finish_reason"] == "length"
+        assert pieces[-1].finish_reason == "length"
     bench = Bench(tmp_path, said)
     if text:  # the model's own limit is no excuse
         with pytest.raises(UnreadableCall):
@@ -158,8 +158,8 @@ async def test_a_long_broken_call_is_held_back_to_its_end(tmp_path: Path) -> Non
     assert (await bench.run(stream=True))[0] == "100"
 
 
-def piece(text: str) -> list[Choice]:
-    return [{"index": 0, "delta": {"content": text}}]
+def piece(text: str) -> list[ChoicePiece]:
+    return [ChoicePiece(0, text)]
 
 
 # The caller's own tools.
@@ -172,10 +172,10 @@ async def test_a_call_of_the_callers_tool_reaches_the_caller(tmp_path: Path, str
     bench = Bench(tmp_path, said)
     text, pieces = await bench.run("none", stream=stream, tools=(WEATHER,))
     assert text == "I look."
-    (call,) = bench.result.choices[0]["message"]["tool_calls"]
-    assert call["function"] == {"name": "weather", "arguments": CALL}
+    (call,) = bench.result.choices[0].calls
+    assert (call.name, call.arguments) == ("weather", CALL)
     if stream:
-        assert [p["delta"]["tool_calls"][0]["id"] for p in pieces if p["delta"].get("tool_calls")]
+        assert [p.calls[0]["id"] for p in pieces if p.calls]
 
 
 @pytest.mark.parametrize("stream", [False, True])

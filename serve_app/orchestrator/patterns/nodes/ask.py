@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,8 @@ from serve_app.config.patterns.language import ROUTE, AskNode
 from serve_app.config.patterns.template import references_in
 from serve_app.content import last_question, pictures_of, text_of_content, with_pictures
 from serve_app.errors import AtlasError, EngineError, NoCandidate
-from serve_app.orchestrator.answer import Choice, ChunkMerger, mean_logprob_of, text_of
+from serve_app.models.reply import ChoicePiece, ChunkMerger
+from serve_app.orchestrator.answer import mean_logprob_of, text_of
 from serve_app.orchestrator.decision_client import facts_of
 from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.patterns.view import NodeView, Result, Status, by_deadline, is_cap
@@ -140,7 +142,7 @@ async def _run_pair(
     """
     sent, status, ended = ChunkMerger(), Status.OK, None
 
-    async def emit(choices: list[Choice]) -> None:
+    async def emit(choices: Sequence[ChoicePiece]) -> None:
         await view.work.send(choices)
         sent.add(choices)
 

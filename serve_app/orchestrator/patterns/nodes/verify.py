@@ -86,8 +86,8 @@ async def score_of(text: str, verifier: str, view: NodeView) -> float:
     body = models.body(verifier, {}, messages)
     with view.span.child(SpanKind.VALIDATION, verifier) as span:
         asked = models.complete_all(view.work, verifier, [body], view.budget, span)
-        (completion,) = await by_deadline(asked, view.budget, f"the verifier {verifier!r}")
-    return read_score(completion)
+        (reply,) = await by_deadline(asked, view.budget, f"the verifier {verifier!r}")
+    return read_score(reply)
 
 
 async def _failing_examples(node: VerifyNode, text: str, view: NodeView) -> str | None:
