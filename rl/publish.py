@@ -268,7 +268,7 @@ async def evaluate_snapshot(
         policies[SERVING_POLICY],
         others=others,
         logged=_logged(config, verdicts),
-        logged_requests=logged_trajectories(rated, config.all_pairs(), config.embedder.model),
+        logged_requests=logged_trajectories(rated, config.all_candidates(), config.embedder.model),
         stepping=rules,
         settings=EvaluationSettings(
             default_alpha=config.router.default_alpha, margin=config.router.promotion_margin
@@ -310,14 +310,14 @@ def _taught(rule: Rule, snapshot: RouterSnapshot, verdicts: Sequence[Verdict]) -
 
 def _logged(config: AtlasConfig, verdicts: Sequence[Verdict]) -> LoggedDecisions | None:
     """Rated decisions of the router, for the off-policy estimate."""
-    index = {pair: row for row, pair in enumerate(config.all_pairs())}
+    index = {pair: row for row, pair in enumerate(config.all_candidates())}
     rated = [v for v in verdicts if v.propensity is not None and v.pair in index]
     if not rated:
         return None
     return LoggedDecisions(
         encoder=config.embedder.model,
         embeddings=np.stack([np.frombuffer(v.embedding, "<f4") for v in rated]),
-        pairs=config.all_pairs(),
+        pairs=config.all_candidates(),
         chosen=np.array([index[v.pair] for v in rated]),
         propensity=np.array([v.propensity for v in rated]),
         score=np.array([v.score for v in rated]),

@@ -86,7 +86,7 @@ async def read_dataset(
     """
     encoder, planner = config.embedder.model, config.router.planner
     questions, rows = await read_profile(store, encoder, split)
-    marks = {pair: fingerprint(config, pair) for pair in config.all_pairs()}
+    marks = {pair: fingerprint(config, pair) for pair in config.all_candidates()}
     prices = await PriceHistory.read(config, store)
     newest = prices.of_today(_newest(rows, marks))
     verdicts: list[Verdict] = []
@@ -97,7 +97,7 @@ async def read_dataset(
         fitting = [of for of in rated if of.pair in marks and len(of.embedding) == size]
         verdicts = fair_verdicts(fitting, vectors)
     known = {row.pair for row in newest} | {verdict.pair for verdict in verdicts}
-    pairs = tuple(pair for pair in config.all_pairs() if pair in known)
+    pairs = tuple(pair for pair in config.all_candidates() if pair in known)
     measured = {(row.question_key, row.pair) for row in newest}
     outdated = {(row.question_key, row.pair) for row in rows if row.pair in marks} - measured
     if not newest:

@@ -145,6 +145,11 @@ class AtlasConfig(BaseConfig):
             for tool_id in model.tools
         )
 
+    def all_candidates(self) -> tuple[Pair, ...]:
+        """Every configured pair, and then every routable pattern."""
+        routable = (pattern.name for pattern in self.patterns if pattern.routable)
+        return (*self.all_pairs(), *map(Pair.of_pattern, routable))
+
     def called_tools(self, tool_id: str) -> tuple[ToolConfig, ...]:
         """The tools that calls of a tool go to: the members of a toolset, or the tool itself.
 

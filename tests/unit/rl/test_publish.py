@@ -160,6 +160,26 @@ async def test_outcomes_of_other_settings_do_not_count_and_the_newest_does(
     assert of_sums.tolist() == [0.5]
 
 
+async def test_a_routable_pattern_is_fitted_and_judged_as_a_pair_is(
+    tmp_path: Path, store_url: str, store: Store
+) -> None:
+    asked = [{"ask": {"pair": "sums@calculator", "prompt": "Answer: {{question}}"}}]
+    names = {"chosen": True, "named": False}
+    patterns = [{"name": name, "routable": of, "do": asked} for name, of in names.items()]
+    config = make_config(tmp_path, store={"url": store_url}, patterns=patterns)
+    chosen, named = map(Pair.of_pattern, names)
+    scores = {SUMS: 0.0, POEMS: 0.0, chosen: 1.0, named: 1.0}
+    for number in range(80):
+        await add_questions(store, [make_question(config, number)])
+        await add_outcomes(
+            store, [make_outcome(config, number, of, score) for of, score in scores.items()]
+        )
+    snapshot_id, snapshot = await fit_snapshot(config, store, QUICK)
+    assert snapshot.pairs == (SUMS, POEMS, chosen)
+    report = await evaluate_snapshot(config, store, snapshot_id, None)
+    assert report.at_default.contenders[CANDIDATE].score.mean == 1.0
+
+
 async def test_how_many_outcomes_are_of_other_settings_is_told(
     config: AtlasConfig, store: Store
 ) -> None:
