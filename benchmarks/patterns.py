@@ -1,10 +1,10 @@
 """What do the shipped patterns reach on questions that one pair cannot answer, and at what cost?
 
-How to run: `python -m benchmarks.patterns --out FILE.json [--url URL] [--questions N]`. Without a
-URL it serves the nano pool itself. It asks composed questions (`configs/nano/composed.jsonl`) and
-ordinary ones (`configs/nano/questions.jsonl`), all held out, of every pattern, of every pair and of
-`atlas`, and scores the answers as a profile does. The engine's own cost is measured in this process
-with models that answer at once.
+How to run: `python -m benchmarks.patterns --out FILE.json [--figure PNG] [--url URL]
+[--questions N]`. Without a URL it serves the nano pool itself. It asks composed questions
+(`configs/nano/composed.jsonl`) and ordinary ones (`configs/nano/questions.jsonl`), all held out, of
+every pattern, of every pair and of `atlas`, and scores the answers as a profile does. The engine's
+own cost is measured in this process with models that answer at once.
 
 Results to expect: see `benchmarks/README.md`.
 """
@@ -33,6 +33,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.loop import ask_each, names_of_pairs
+from benchmarks.patterns_figure import draw
 from benchmarks.serving import free_port, machine, show_targets
 from benchmarks.stats import Target
 from serve_app import environment
@@ -292,6 +293,7 @@ def main() -> None:
     """Ask, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--figure", type=Path, help="PNG file to write")
     parser.add_argument("--url", help="a running graph of the nano pool; none: one is started")
     parser.add_argument("--questions", type=int, default=60, help="at most, of each kind")
     args = parser.parse_args()
@@ -329,19 +331,22 @@ def main() -> None:
             )
     console.print(table)
     show_targets(targets)
+    shown = [
+        {name: value for name, value in asdict(row).items() if name not in ("scores", "usd")}
+        for row in rows.values()
+    ]
     record = {
         "machine": {
             name: value for name, value in machine().items() if name != "serve_environment"
         },
         "questions": {name: len(questions) for name, questions in sets.items()},
-        "rows": [
-            {name: value for name, value in asdict(row).items() if name not in ("scores", "usd")}
-            for row in rows.values()
-        ],
+        "rows": shown,
         "targets": [target.as_json() for target in targets],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
+    if args.figure:
+        draw(shown, args.figure)
 
 
 if __name__ == "__main__":

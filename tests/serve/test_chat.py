@@ -84,9 +84,7 @@ def test_a_model_of_text_answers_about_a_picture_that_is_read_to_it(
 ) -> None:
     scan = part(written("The Hobus Society was founded in 1921."))
     question: Any = asking(scan, text="When was the Hobus Society founded?")
-    answer = graph.client().chat.completions.create(
-        model=model, messages=[question], temperature=0
-    )
+    answer = graph.client().chat.completions.create(model=model, messages=[question], temperature=0)
     assert answer.choices[0].message.content == "1921"
     assert answer.model == "nano-facts@ocr"
 
