@@ -39,6 +39,9 @@ _WANTED = re.compile(
     r"|must (?:be|give|return)|ought to (?:be|give|return)|instead of|rather than|right answer is"
     r"|correct (?:answer|value|result) is|supposed to (?:be|give|return))\b[:,]?\s*(?:a |the )?`?"
 )
+_WANTED_FROM = re.compile(
+    r"\b(?:expect(?:s|ed)?|wants?|wanted|needs?|needed) (?P<value>\S.*) (?:from|for|of) `?$"
+)
 _STARTS_CODE = re.compile(
     r"(?:def|class|import|@)\b.|from [\w.]+ import|[A-Za-z_][\w.\[\]]* [-+*/%]?= ?\S"
     r"|(?!assert\b)\w+ [A-Za-z_]\w*\([^.]*\):?$"
@@ -214,9 +217,9 @@ def trials_in(report: str, code: str) -> list[tuple[str, str | None]]:
         call, value = _compared(example)
         found[call] = value
     names = {name for pair in _DEFINED.findall(f"{code}\n{reported}") for name in pair if name}
-    for call, rest in _calls_of(names, said):
+    for before, call, after in _calls_of(names, said):
         if found.get(call) is None:
-            found[call] = _wanted_in(rest)
+            found[call] = _wanted_in(after) or _wanted_from(before)
     if not found:
         found = dict.fromkeys(_TOP_LEVEL.findall(reported))
     return sorted(found.items(), key=lambda trial: trial[1] is None)[:_MAX_EXAMPLES]
@@ -232,8 +235,8 @@ def _compared(example: Example) -> tuple[str, str]:
     return f"bool({example.call})", "True"
 
 
-def _calls_of(names: set[str], text: str) -> Iterator[tuple[str, str]]:
-    """Calls of functions, and what is said after each up to the next one."""
+def _calls_of(names: set[str], text: str) -> Iterator[tuple[str, str, str]]:
+    """Calls of functions, each with its line before it and what is said up to the next one."""
     pattern = "|".join(map(re.escape, sorted(names)))
     starts = (
         [m.start() for m in re.finditer(rf"\b(?:{pattern})\(", text)][:_MAX_CALLS] if names else []
@@ -244,7 +247,8 @@ def _calls_of(names: set[str], text: str) -> Iterator[tuple[str, str]]:
         until = starts[number + 1] if number + 1 < len(starts) else len(text)
         call = _call_at(text[start : start + _MAX_LINE_CHARS])
         if call is not None:
-            yield call, text[start + len(call) : until]
+            before = text[max(0, start - _MAX_LINE_CHARS) : start].rpartition("\n")[2]
+            yield before, call, text[start + len(call) : until]
 
 
 def _call_at(text: str) -> str | None:
@@ -274,6 +278,12 @@ def _wanted_in(text: str) -> str | None:
         if value is not None:
             return value
     return None
+
+
+def _wanted_from(text: str) -> str | None:
+    """The value that is asked for in what is said before a call: "my test wants 7 from"."""
+    match = _WANTED_FROM.search(text)
+    return match["value"].strip("`") if match and _is_literal(match["value"].strip("`")) else None
 
 
 def _value_at(text: str) -> str | None:

@@ -6,7 +6,7 @@ import json
 import secrets
 from dataclasses import dataclass
 
-from serve_app.tools.reports import code_of, examples_in
+from serve_app.tools.reports import code_of, trials_in
 
 _MAX_FAULTS = 4
 _MARK = "atlas-examples"
@@ -27,11 +27,10 @@ except BaseException as _error:
 else:
     for _call, _value in _examples:
         try:
+            _got = eval(_call, _space)
             if _value is None:
-                if not eval(_call, _space):
-                    _said.append(_call[:200] + " does not hold")
                 continue
-            _got, _want = eval(_call, _space), eval(_value, _space)
+            _want = eval(_value, _space)
             _near = isinstance(_got, float) and isinstance(_want, (int, float))
             if not (abs(_got - _want) <= 1e-6 * max(1.0, abs(_want)) if _near else _got == _want):
                 _wrong = " returned " + repr(_got)[:200] + ", expected " + _value[:200]
@@ -68,11 +67,14 @@ class Trial:
 
 
 def trial_of(answer: str, question: str) -> Trial | None:
-    """The program that tries an answer's code; `None`: the question has no example."""
-    examples = examples_in(question)
-    if not examples:
+    """The program that tries an answer's code; `None`: the question has no example.
+
+    What counts as one, and what each must do: see `reports.trials_in`.
+    """
+    code = code_of(answer)
+    trials = trials_in(question, code)
+    if not trials:
         return None
     mark = f"{_MARK}-{secrets.token_hex(8)}"
-    tried = [(example.call, example.value) for example in examples]
-    program = _HARNESS.format(code=code_of(answer), examples=tried, mark=mark, most=_MAX_FAULTS)
+    program = _HARNESS.format(code=code, examples=trials, mark=mark, most=_MAX_FAULTS)
     return Trial(program, mark)

@@ -100,7 +100,23 @@ def test_what_the_code_does_instead_is_told(code: str, said: str) -> None:
 
 
 def test_a_test_that_does_not_hold_is_told() -> None:
-    assert faults("def f(x): return x", "assert f(1) == 2") == "f(1) == 2 does not hold"
+    assert faults("def f(x): return x", "assert f(1) == 2") == "f(1) returned 1, expected 2"
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        (
+            "def f(x): return 0\n\nMy test wants 2 from f(1) and gets 0.",
+            "f(1) returned 1, expected 2",
+        ),
+        ("def f(x): return x[0]\n\nWhen I call f([]) it crashes.", None),
+        ("def g(x): return 0\n\nThe function g fails.", "g raised NameError"),
+    ],
+)
+def test_what_a_user_says_of_faulty_code_is_an_example(question: str, said: str | None) -> None:
+    found = faults("def f(x): return x", question)
+    assert found is None if said is None else said in (found or "")
 
 
 def test_no_more_than_four_faults_are_told() -> None:
