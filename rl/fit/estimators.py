@@ -87,34 +87,45 @@ def kernel(embeddings: Float, landmarks: Float, gamma: float) -> Float:
     return features
 
 
-def head_equations(
-    embeddings: Float, landmarks: Float, gamma: float, residuals: Any
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Gram matrix and right-hand side of the head's normal equations.
+def heads(
+    features: Float, residuals: Any, landmark_kernel: Float, penalties: Sequence[float]
+) -> dict[float, NDArray[np.float64]]:
+    """Kernel ridge regression of every pair on the queries that it was seen on.
+
+    Pairs that were seen on the same queries share one system. A query that a pair was not seen on
+    says nothing of the pair: as a residual of 0 it would pull what is expected of the pair to its
+    mean, the more the fewer of the queries were asked.
 
     Args:
-        embeddings: (num_queries, dim)
-        landmarks: (num_landmarks, dim)
-        gamma: Kernel width.
-        residuals: (num_queries, num_pairs) sparse: score minus the pair's mean. A missing outcome
-            is 0, which shrinks a rarely observed pair to its mean.
+        features: (num_queries, num_landmarks) as of `kernel`.
+        residuals: (num_queries, num_pairs) sparse: score minus the pair's mean, with an entry
+            wherever the pair was seen.
+        landmark_kernel: (num_landmarks, num_landmarks)
+        penalties: Of the ridge.
 
     Returns:
-        (num_landmarks, num_landmarks) and (num_landmarks, num_pairs).
+        By penalty (num_landmarks, num_pairs) weights.
     """
-    gram = np.zeros((len(landmarks), len(landmarks)))
-    right = np.zeros((len(landmarks), residuals.shape[1]))
-    for start in range(0, len(embeddings), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        features = kernel(embeddings[rows], landmarks, gamma)
-        gram += features.T @ features
-        right += np.asarray(residuals[rows].T @ features).T
-    return gram, right
+    columns = residuals.tocsc()
+    columns.sort_indices()
+    groups: dict[bytes, list[int]] = {}
+    for pair in range(columns.shape[1]):
+        rows = columns.indices[columns.indptr[pair] : columns.indptr[pair + 1]]
+        groups.setdefault(rows.tobytes(), []).append(pair)
+    shape = (features.shape[1], columns.shape[1])
+    weights = {penalty: np.zeros(shape) for penalty in penalties}
+    for pairs in groups.values():
+        rows = columns.indices[columns.indptr[pairs[0]] : columns.indptr[pairs[0] + 1]]
+        seen = features[rows]
+        gram, right = seen.T @ seen, seen.T @ columns[rows][:, pairs].toarray()
+        for penalty, solved in weights.items():
+            solved[:, pairs] = solve_head(gram, right, landmark_kernel, penalty)
+    return weights
 
 
 def solve_head(
-    gram: NDArray[np.float64],
-    right: NDArray[np.float64],
+    gram: NDArray[Any],
+    right: NDArray[Any],
     landmark_kernel: Float,
     penalty: float,
 ) -> NDArray[np.float64]:
@@ -122,6 +133,12 @@ def solve_head(
 
     Minimises `|R - Z W|^2 + penalty * W' K W` (Nystroem / subset of regressors; Rasmussen and
     Williams, 2006, eq. 8.14).
+
+    Args:
+        gram: (num_landmarks, num_landmarks) `Z' Z`.
+        right: (num_landmarks, num_pairs) `Z' R`.
+        landmark_kernel: (num_landmarks, num_landmarks) `K`.
+        penalty: Of the ridge.
     """
     system = gram + penalty * landmark_kernel.astype(np.float64) + _JITTER * np.eye(len(gram))
     return np.asarray(np.linalg.solve(system, right), np.float64)

@@ -171,16 +171,14 @@ def _head(
     """The head of the chosen settings, as two factors."""
     rng = np.random.default_rng(settings.seed + 2)
     rows = np.sort(rng.permutation(scores.shape[0])[: settings.max_head_queries])
-    gram, right = estimators.head_equations(
-        outcomes.embeddings[rows],
-        landmarks,
-        settings.gamma,
-        residuals(scores[rows], counts[rows], pairs),
-    )
+    features = estimators.kernel(outcomes.embeddings[rows], landmarks, settings.gamma)
     between = estimators.kernel(landmarks, landmarks, settings.gamma)
-    weights = np.zeros_like(right)
+    solved = estimators.heads(
+        features, residuals(scores[rows], counts[rows], pairs), between, list(chosen.penalties)
+    )
+    weights = np.zeros((len(landmarks), len(outcomes.pairs)))
     for penalty, share in chosen.penalties.items():
-        weights += share * estimators.solve_head(gram, right, between, penalty)
+        weights += share * solved[penalty]
     return estimators.factorise(weights, _MAX_RANK)
 
 

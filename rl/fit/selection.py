@@ -278,16 +278,12 @@ def _held_out_heads(
     differences = residuals(scores, counts, pairs)
     features = estimators.kernel(embeddings, landmarks, settings.gamma)
     between = estimators.kernel(landmarks, landmarks, settings.gamma)
-    gram = features.T @ features
-    right = np.asarray(differences.T @ features).T
     predictions = {penalty: np.empty(scores.shape, np.float32) for penalty in settings.penalties}
     for held in range(int(fold.max()) + 1):
         part = fold == held
-        rest_gram = gram - features[part].T @ features[part]
-        rest_right = right - np.asarray(differences[part].T @ features[part]).T
+        solved = estimators.heads(features[~part], differences[~part], between, settings.penalties)
         for penalty, quality in predictions.items():
-            weights = estimators.solve_head(rest_gram, rest_right, between, penalty)
-            quality[part] = pairs.mean + features[part] @ weights
+            quality[part] = pairs.mean + features[part] @ solved[penalty]
     return predictions
 
 

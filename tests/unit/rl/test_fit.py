@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
+from scipy import sparse  # type: ignore[import-untyped]
 
 from rl.fit import estimators
 from rl.fit.fit import fit
@@ -27,6 +28,24 @@ def test_the_fitted_router_finds_the_best_pair_of_each_topic() -> None:
         utility = 0.9 * SKILL[topic] - 0.1 * np.array([0.0, 0.5, 1.0])
         decision = decide(rule, query, replace(LIMITS, alpha=0.1), PAIRS, 1)
         assert decision.pair == PAIRS[int(utility.argmax())]
+
+
+def test_a_pair_is_judged_on_the_queries_that_it_was_asked_alone() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.random((60, 5), np.float32)
+    scores = rng.random((60, 3)) - 2.0
+    is_seen = np.ones((60, 3), bool)
+    is_seen[20:, 1] = False
+    is_seen[:, 2] = False
+    between = np.eye(5, dtype=np.float32)
+    both = estimators.heads(features, sparse.csr_matrix(scores * is_seen), between, [0.5, 2.0])
+    for penalty, weights in both.items():
+        for pair, rows in enumerate((60, 20, 0)):
+            seen = features[:rows]
+            alone = np.linalg.solve(
+                seen.T @ seen + penalty * np.eye(5), seen.T @ scores[:rows, pair]
+            )
+            np.testing.assert_allclose(weights[:, pair], alone, rtol=1e-2, atol=1e-4)
 
 
 def test_routing_beats_every_single_pair_on_queries_it_never_saw() -> None:
