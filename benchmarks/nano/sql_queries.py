@@ -121,6 +121,7 @@ _BEST: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         "price desc",
         (
             ("most expensive product", "most expensive products"),
+            ("dearest product", "dearest products"),
             ("product with the highest price", "products with the highest price"),
         ),
     ),
