@@ -53,9 +53,23 @@ def run_tool(
         raise ToolFailed(f"tool {tool.tool_id!r} failed") from None
 
 
-def _warm_tool(config_json: str) -> None:
-    """The Ray task that keeps a worker, with what the tool loads, ready."""
-    _tool(config_json).warm()
+def _warm_tools(config_jsons: list[str]) -> list[str]:
+    """The Ray task that keeps a worker, with what its tools load, ready.
+
+    Returns:
+        What is wrong with each tool; empty: nothing.
+    """
+    said = []
+    for config_json in config_jsons:
+        try:
+            _tool(config_json).warm()
+            said.append("")
+        except (ToolRetry, ToolFailed) as error:
+            said.append(type(error).__name__)
+        except Exception as error:
+            logger.exception("a tool cannot be warmed")
+            said.append(type(error).__name__)
+    return said
 
 
 @dataclass
@@ -68,6 +82,7 @@ class Entry:
     places: asyncio.Semaphore
     call: Any
     warm: Any
+    """Warms this tool, and others whose tasks the same workers take."""
     session: SessionHandle | None = None
     """Of an MCP server's tool: it tells the functions, and makes the calls."""
     broken: str = ""
@@ -145,8 +160,8 @@ def entry_of(config: ToolConfig) -> Entry:
         tool=tool,
         places=asyncio.Semaphore(config.max_concurrency),
         call=ray.remote(run_tool).options(name=f"tool:{config.tool_id}", **options),
-        warm=ray.remote(_warm_tool).options(
-            name=f"warm:{config.tool_id}",
+        warm=ray.remote(_warm_tools).options(
+            name=f"warm:{config.tool_id if config.dedicated_worker else '*'}",
             num_cpus=0,
             max_retries=0,
             runtime_env=runtime_env,

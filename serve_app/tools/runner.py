@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
@@ -26,6 +26,9 @@ from serve_app.errors import ConfigError, ToolFailed, ToolRetry, ToolTimeout, To
 from serve_app.tools.base import Function, Tool, ToolResult
 from serve_app.tools.builtin.toolset import functions_by_owner
 from serve_app.tools.entry import Entry, entry_of
+
+if TYPE_CHECKING:
+    from serve_app.tools.mcp.actor import SessionHandle
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +157,8 @@ class ToolRunner:
         needed = [needed for name in names if (needed := self._entries.get(name))]
         servers = [server for server in needed if server.session and not server.functions]
         for server in servers:
-            if server.warming is None:
-                server.warming = asyncio.create_task(self._warm(server))
+            if server.warming is None and server.session is not None:
+                server.warming = asyncio.create_task(self._ask_server(server, server.session))
         waited = [server.warming for server in servers if server.warming]
         waited += [one.reading for one in needed if one.reading and not one.is_read]
         if not waited:
@@ -188,7 +191,9 @@ class ToolRunner:
         }
 
     async def start(self, *, keep_warm: bool = True) -> None:
-        """Load what first calls would wait for, and keep one worker of each such tool alive.
+        """Load what first calls would wait for, and keep a worker alive that has it.
+
+        Tools without a worker of their own share one.
 
         A tool that cannot be warmed is logged and left cold: its calls say what is wrong. One that
         takes longer than `START_TIMEOUT_S` is logged too, and gets ready in the background.
@@ -371,24 +376,43 @@ class ToolRunner:
             for tool_id in sorted(self._kept_warm)
             if self._entries[tool_id].tool.kind != "none"
         ]
+        due: dict[str, list[Entry]] = {}
         for entry in entries:
-            is_due = entry.running == 0 or entry.session is not None  # its functions may change
-            if is_due and entry.warming is None and entry.tool.kind != "sampling":
-                entry.warming = asyncio.create_task(self._warm(entry))
-        under_way = [entry.warming for entry in entries if entry.warming is not None]
+            if entry.warming is not None or entry.tool.kind == "sampling":
+                continue
+            if entry.session is not None:  # its functions may change
+                entry.warming = asyncio.create_task(self._ask_server(entry, entry.session))
+            elif entry.running == 0:
+                worker = entry.tool.tool_id if entry.config.dedicated_worker else ""
+                due.setdefault(worker, []).append(entry)
+        for group in due.values():
+            warming = asyncio.create_task(self._warm(group))
+            for entry in group:
+                entry.warming = warming
+        under_way = {entry.warming for entry in entries if entry.warming is not None}
         if under_way:
             await asyncio.wait(under_way, timeout=START_TIMEOUT_S)
 
-    async def _warm(self, entry: Entry) -> None:
+    async def _warm(self, entries: list[Entry]) -> None:
+        """Warm tools that share a worker."""
         try:
-            if entry.session is not None:
-                entry.offer(await entry.session.functions())
-            else:
-                await entry.warm.remote(entry.config_json)
+            said = await entries[0].warm.remote([entry.config_json for entry in entries])
+        except ray.exceptions.RayError as error:
+            said = [type(error).__name__] * len(entries)
+        finally:
+            for entry in entries:
+                entry.warming = None
+        for entry, what in zip(entries, said, strict=True):
+            if what:
+                logger.warning("tool %s: not warm: %s", entry.tool.tool_id, what)
+
+    async def _ask_server(self, entry: Entry, session: SessionHandle) -> None:
+        """Learn what an MCP server offers now."""
+        try:
+            entry.offer(await session.functions())
         except (ray.exceptions.RayError, ToolFailed, ToolRetry) as error:
             logger.warning("tool %s: not warm: %s", entry.tool.tool_id, type(error).__name__)
-            if entry.session is not None:
-                entry.offer(())
+            entry.offer(())
         finally:
             entry.warming = None
 

@@ -78,8 +78,8 @@ class PythonConfig(ToolSettings):
 
     @property
     def dedicated_worker(self) -> bool:
-        """What it loads takes a while."""
-        return True
+        """Packages take a while to load."""
+        return bool(self.packages)
 
 
 class DebugConfig(ToolSettings):

@@ -42,8 +42,3 @@ class SqlConfig(ToolSettings):
 
     num_cpus: float = Field(default=0.25, ge=0)
     """CPUs each running call reserves in Ray."""
-
-    @property
-    def dedicated_worker(self) -> bool:
-        """What it loads takes a while."""
-        return True

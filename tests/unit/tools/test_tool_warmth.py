@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from typing import Any
 
 import pytest
 
-from serve_app.config.tools import CalculatorConfig
+from serve_app.config.tools import CalculatorConfig, PythonConfig
 from serve_app.tools import runner
 from serve_app.tools.runner import ToolRunner
 
@@ -22,7 +23,11 @@ class Slow:
 
     def remote(self, *arguments: Any) -> Any:
         self.calls += 1
-        return self.done.wait()
+        return self.end()
+
+    async def end(self) -> list[str]:
+        await self.done.wait()
+        return [""]
 
 
 async def test_a_slow_tool_holds_a_start_up_for_a_limited_time_and_is_warmed_once(
@@ -43,6 +48,30 @@ async def test_a_slow_tool_holds_a_start_up_for_a_limited_time_and_is_warmed_onc
         while slow.calls == 1:
             await asyncio.sleep(0.01)
     tools.close()
+
+
+async def test_tools_without_a_worker_of_their_own_are_warmed_in_one() -> None:
+    class Heard:
+        def __init__(self) -> None:
+            self.asked: list[list[str]] = []
+
+        async def remote(self, config_jsons: list[str]) -> list[str]:
+            self.asked.append(config_jsons)
+            return ["ToolFailed", ""][: len(config_jsons)]
+
+    tools = ToolRunner(
+        [
+            CalculatorConfig(tool_id="a"),
+            PythonConfig(tool_id="b"),
+            PythonConfig(tool_id="c", packages=("json",)),
+        ]
+    )
+    heard = Heard()
+    for entry in tools._entries.values():
+        entry.warm = heard
+    await tools.start(keep_warm=False)
+    asked = [[json.loads(config)["tool_id"] for config in one] for one in heard.asked]
+    assert asked == [["a", "b"], ["c"]]
 
 
 async def test_closing_gives_up_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
