@@ -256,8 +256,14 @@ async def own_cost_ms() -> float:
 
 
 @contextmanager
-def served(url: str | None) -> Iterator[str]:
-    """A URL of the nano pool: the one that is given, or that of a graph for the block."""
+def served(url: str | None, config: Path = CONFIG, data_dir: Path | None = None) -> Iterator[str]:
+    """A URL of a pool: the one that is given, or that of a graph for the block.
+
+    Args:
+        url: Of a running graph; `None`: one is started.
+        config: What is served.
+        data_dir: Where it keeps what it learns; `None`: nowhere beyond the block.
+    """
     if url is not None:
         yield url
         return
@@ -266,12 +272,12 @@ def served(url: str | None) -> Iterator[str]:
         places = environment.haproxy_places(haproxy) | {
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-            "ATLAS_DATA_DIR": f"{folder}/data",
+            "ATLAS_DATA_DIR": str(data_dir or f"{folder}/data"),
         }
         output = Path(folder) / "output"
         with output.open("wb") as file:
             process = subprocess.Popen(
-                [*SERVE, "--config", str(CONFIG), "--port", str(port)],
+                [*SERVE, "--config", str(config), "--port", str(port)],
                 cwd=ROOT,
                 env={**os.environ, **places},
                 stdout=file,

@@ -19,12 +19,13 @@ from sqlalchemy import func, select, update
 
 from rl.fit.selection import FitSettings
 from rl.profile.run import ProfileSettings, Progress, fingerprint, profile
-from rl.publish import fit_snapshot, promote
+from rl.publish import fit_snapshot, keep_snapshot, promote
 from serve_app.config import AtlasConfig, load_config
 from serve_app.config.abilities import abilities_of
 from serve_app.orchestrator.planning import with_note
 from serve_app.questions import Question, read_questions
 from serve_app.router.snapshots.library import SnapshotLibrary
+from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Pair
 from serve_app.store import Store, publish, read_profile, read_thoughts
 from serve_app.store.tables import ProfileOutcomeRow, RequestRow
@@ -144,15 +145,16 @@ def measured(loop: Loop) -> Progress:
     return loop.measure()
 
 
+@pytest.fixture(scope="module")
+def fitted(loop: Loop, measured: Progress) -> tuple[str, RouterSnapshot]:
+    """A snapshot of the profile, and its id."""
+    return loop.run(lambda store: fit_snapshot(loop.config, store, FIT, with_traffic=False))
+
+
 @pytest.fixture
-def serving(loop: Loop, measured: Progress) -> Iterator[int]:
-    """A fitted policy that serves; the cold-start rule does again afterwards."""
-
-    async def fitted(store: Store) -> int:
-        snapshot_id, _ = await fit_snapshot(loop.config, store, FIT, with_traffic=False)
-        return await promote(store, snapshot_id, "a test")
-
-    version = loop.run(fitted)
+def serving(loop: Loop, fitted: tuple[str, RouterSnapshot]) -> Iterator[int]:
+    """The fitted policy serves; the cold-start rule does again afterwards."""
+    version = loop.run(lambda store: promote(store, fitted[0], "a test"))
     loop.wait_for_policy(version)
     yield version
     back = loop.run(lambda store: publish(store, None, "a test is over"))
@@ -256,7 +258,7 @@ class Traffic:
 
 
 def test_a_policy_is_swapped_under_load_without_a_failed_request(
-    loop: Loop, measured: Progress
+    loop: Loop, fitted: tuple[str, RouterSnapshot]
 ) -> None:
     before = loop.route()["policy_version"]
     traffic, stop = Traffic(loop), threading.Event()
@@ -265,11 +267,7 @@ def test_a_policy_is_swapped_under_load_without_a_failed_request(
     try:
         eventually(lambda: len(traffic.statuses) >= 5 or None)
 
-        async def fitted(store: Store) -> int:
-            snapshot_id, _ = await fit_snapshot(loop.config, store, FIT)
-            return await promote(store, snapshot_id, "a test")
-
-        version = loop.run(fitted)
+        version = loop.run(lambda store: promote(store, fitted[0], "a test"))
         decision = loop.wait_for_policy(version)
         asked = len(traffic.statuses)
         eventually(lambda: len(traffic.statuses) >= asked + 5 or None)
@@ -300,12 +298,12 @@ def test_an_explanation_names_intervals_the_cluster_and_the_versions(
 
 
 def test_a_damaged_snapshot_is_refused_and_the_serving_one_goes_on(
-    loop: Loop, serving: int
+    loop: Loop, fitted: tuple[str, RouterSnapshot], serving: int
 ) -> None:
+    other = replace(fitted[1], metadata={**fitted[1].metadata, "note": "another one"})
+
     async def damaged(store: Store) -> None:
-        snapshot_id, _ = await fit_snapshot(
-            loop.config, store, replace(FIT, seed=1), with_traffic=False
-        )
+        snapshot_id = await keep_snapshot(loop.config, store, other)
         folder = SnapshotLibrary(loop.config.snapshots_path()).folder(snapshot_id)
         (folder / "snapshot.json").write_text("{}")
         await promote(store, snapshot_id, "a test")
