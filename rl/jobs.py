@@ -12,10 +12,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rl.comparison import evaluate_snapshot
 from rl.fit.selection import FitSettings
 from rl.profile.run import ProfileSettings, profile
 from rl.publish import (
-    evaluate_snapshot,
     fit_snapshot,
     promote_evaluated,
     resolve,

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 
+from rl.comparison import evaluate_snapshot, write_report
 from rl.evaluate.evaluate import EvaluationReport
 from rl.ppo.backend import Backend, ReplayBackend
 from rl.ppo.config import TrainConfig
@@ -32,7 +33,7 @@ from rl.ppo.replay import read_replay
 from rl.ppo.rollout import choose_gate
 from rl.ppo.spend import Ledger
 from rl.ppo.table import ReplayTable
-from rl.publish import SERVING, evaluate_snapshot, keep_snapshot, resolve, write_report
+from rl.publish import SERVING, keep_snapshot, resolve
 from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError, NotFound, SnapshotError
 from serve_app.questions import Question

@@ -236,8 +236,9 @@ def evaluate_command(
     ] = None,
 ) -> None:
     """Hold a snapshot against another on the held-out questions."""
+    from rl.comparison import evaluate_snapshot, write_report
     from rl.evaluate.evaluate import show
-    from rl.publish import evaluate_snapshot, resolve, write_report
+    from rl.publish import resolve
 
     deployment = load(config)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rl import publish as publishing
+from rl.comparison import evaluate_snapshot
 from rl.evaluate.evaluate import CANDIDATE, PATH_1, PATH_2, VOI
 from rl.fit.dataset import read_dataset
 from rl.profile.outcomes import NotMeasured
@@ -21,7 +22,6 @@ from rl.publish import (
     COLD_START,
     NEWEST,
     SERVING,
-    evaluate_snapshot,
     fit_snapshot,
     keep_snapshot,
     promote,
@@ -525,7 +525,7 @@ async def test_a_promotion_counts_only_on_top_of_the_policy_it_was_judged_agains
     assert (await promote_evaluated(config, store, first, force=True, expect_version=0))[0] == 1
     with pytest.raises(Conflict, match="serves already, as policy 1"):
         await promote_evaluated(config, store, first, force=True)
-    judge = publishing.evaluate_snapshot
+    judge = evaluate_snapshot
 
     async def judged_while_another_is_published(*args: Any) -> Any:
         await promote(store, None, "by somebody else")
