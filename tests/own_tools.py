@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, ClassVar
 
 from serve_app.config.tools import CustomToolConfig
@@ -75,3 +76,13 @@ class Broken(Mood):
 
 
 NOTHING = object()
+
+
+class Slow(Tool):
+    """Takes longer than anybody waits."""
+
+    parameters: ClassVar[dict[str, Any]] = parameters()
+
+    def run(self, arguments: dict[str, Any], deadline_s: float) -> ToolResult:
+        time.sleep(600)
+        return ToolResult("late")

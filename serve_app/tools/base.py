@@ -18,6 +18,9 @@ NO_PARAMETERS: dict[str, Any] = {
 }
 """Schema of a tool that is never called with arguments."""
 
+NO_OUTPUT = "[no output]"
+"""What a tool that runs code says where the code printed nothing."""
+
 
 @dataclass(frozen=True)
 class Function:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import ray
 from pydantic import TypeAdapter
 
 from serve_app.config.tools import McpConfig, ToolConfig, ToolSettings
-from serve_app.errors import ToolFailed, ToolRetry
+from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
 from serve_app.tools.arguments import ArgumentsCheck
 from serve_app.tools.base import Function, Tool, ToolResult
 from serve_app.tools.registry import build_tool
@@ -21,6 +26,9 @@ if TYPE_CHECKING:
     from serve_app.tools.mcp.actor import SessionHandle
 
 logger = logging.getLogger(__name__)
+
+CANCEL_AFTER_S = 0.5
+"""How long past its time a call may take to end by itself before it is interrupted."""
 
 _CONFIG: TypeAdapter[ToolConfig] = TypeAdapter(ToolConfig)
 _built: dict[str, Tool] = {}
@@ -44,13 +52,37 @@ def run_tool(
     tool = _tool(config_json)
     CURRENT.set(carrier)
     try:
-        return tool.call(function, arguments, deadline_s)
+        with _ended_after(deadline_s + CANCEL_AFTER_S, tool.tool_id):
+            return tool.call(function, arguments, deadline_s)
     except (ToolRetry, ToolFailed):
         raise
     except Exception:
         # The text of an unforeseen error may hold paths; it stays in this worker's log.
         logger.exception("tool %s failed", tool.tool_id)
         raise ToolFailed(f"tool {tool.tool_id!r} failed") from None
+
+
+@contextmanager
+def _ended_after(seconds: float, tool_id: str) -> Iterator[None]:
+    """Interrupt a call that should have ended by itself; one that cannot be is the runner's to end.
+
+    Raises:
+        ToolTimeout: In the block, when its time is over.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise ToolTimeout(f"tool {tool_id!r} did not finish in {seconds:.3g} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
 
 
 def _warm_tools(config_jsons: list[str]) -> list[str]:

@@ -25,15 +25,15 @@ from serve_app.config.tools import RetrievalConfig, ToolConfig, ToolsetConfig
 from serve_app.errors import ConfigError, ToolFailed, ToolRetry, ToolTimeout, ToolWorkerDied
 from serve_app.tools.base import Function, Tool, ToolResult
 from serve_app.tools.builtin.toolset import functions_by_owner
-from serve_app.tools.entry import Entry, entry_of
+from serve_app.tools.entry import CANCEL_AFTER_S, Entry, entry_of
 
 if TYPE_CHECKING:
     from serve_app.tools.mcp.actor import SessionHandle
 
 logger = logging.getLogger(__name__)
 
-CANCEL_AFTER_S = 0.5
-"""How long past its deadline a task may take to end by itself before it is cancelled."""
+START_S = 10.0
+"""How long a worker may take to start and load, beyond the time that a call itself may take."""
 FORCE_AFTER_S = 1.0
 """How long a cancelled task may take to end before its worker is killed."""
 KEEP_WARM_S = 0.6
@@ -245,8 +245,8 @@ class ToolRunner:
         Args:
             tool_id: The tool.
             arguments: As the model wrote them, parsed from JSON.
-            deadline_s: Seconds the caller can wait, in the queue and for the result; the tool's own
-                `timeout_s` bounds the run.
+            deadline_s: Seconds the caller can wait, in the queue, for a worker and for the result;
+                the tool's own `timeout_s` bounds the run.
             function: Which of its functions; `None`: the one that has the tool's name.
 
         Returns:
@@ -264,7 +264,7 @@ class ToolRunner:
         entry = self._owner(tool_id, called)
         _check(entry, called, arguments)
         await self._take_place(entry, deadline_s - (time.monotonic() - begin))
-        left_s = min(deadline_s - (time.monotonic() - begin), entry.config.timeout_s)
+        left_s = deadline_s - (time.monotonic() - begin)
         result = await self._dispatch(entry, called, arguments, left_s)
         return replace(
             result,
@@ -330,13 +330,17 @@ class ToolRunner:
     async def _dispatch(
         self, entry: Entry, function: str, arguments: Any, deadline_s: float
     ) -> ToolResult:
-        """Run the task and give the place back, now or when a cancelled task has ended."""
-        name = entry.tool.tool_id
+        """Run the task and give the place back, now or when a cancelled task has ended.
+
+        The task bounds its own run; a worker that has to start first is waited for.
+        """
+        name, run_s = entry.tool.tool_id, min(deadline_s, entry.config.timeout_s)
+        deadline_s = min(deadline_s, run_s + START_S)
         if deadline_s <= 0:
             entry.leave()
             raise ToolTimeout(f"tool {name!r} had no time left")
         begin = time.monotonic()
-        reference = entry.begin(function, arguments, deadline_s)
+        reference = entry.begin(function, arguments, run_s)
         ending: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(deadline_s + CANCEL_AFTER_S):

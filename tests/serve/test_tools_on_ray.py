@@ -34,6 +34,7 @@ from serve_app.config.tools import (
     ToolsetConfig,
 )
 from serve_app.errors import ToolFailed, ToolRetry, ToolTimeout
+from serve_app.tools import runner as runner_module
 from serve_app.tools.base import ToolResult
 from serve_app.tools.entry import run_tool
 from serve_app.tools.runner import ToolRunner
@@ -220,6 +221,26 @@ async def test_own_timeout_of_the_tool_is_a_deadline_too() -> None:
     short = make_runner(timeout_s=0.5)
     with pytest.raises(ToolTimeout, match=r"0\.5 s"):
         await call(short, "python", {"code": "while True: pass"})
+
+
+async def test_a_worker_that_has_to_start_does_not_count_as_the_tool_s_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner_module, "START_S", START_S)
+    cold = {"tool_id": "cold", "import_path": "tests.own_tools:Notes", "num_cpus": 0}
+    runner = ToolRunner([CustomToolConfig.model_validate(cold | {"timeout_s": 0.2})])
+    begin = time.monotonic()
+    result = await runner.run("cold", {"number": 3}, deadline_s=START_S, function="read_note")
+    assert result.text == "read_note 3"
+    assert time.monotonic() - begin > 0.2  # a worker of its own had to start
+
+
+async def test_a_call_past_its_tool_s_time_is_interrupted_in_its_worker() -> None:
+    slow = {"tool_id": "slow", "import_path": "tests.own_tools:Slow", "num_cpus": 0}
+    runner = ToolRunner([CustomToolConfig.model_validate(slow | {"timeout_s": 0.2})])
+    with pytest.raises(ToolTimeout, match=r"'slow' did not finish in 0\.7 s"):
+        await call(runner, "slow", {})
+    assert runner.load()["slow"] == {"running": 0, "waiting": 0}
 
 
 async def test_task_that_ignores_its_deadline_is_killed_and_its_place_is_free_again() -> None:

@@ -6,6 +6,7 @@ import json
 import secrets
 from dataclasses import dataclass
 
+from serve_app.tools.base import NO_OUTPUT
 from serve_app.tools.reports import code_of, trials_in
 
 _MAX_FAULTS = 4
@@ -40,6 +41,7 @@ else:
             _wrong = " raised " + type(_error).__name__ + ": " + str(_error)[:200] + _want
             _said.append(_call[:200] + _wrong)
 _out.write("\\n{mark} " + _json.dumps(_said[:{most}]) + "\\n")
+_out.flush()  # at its end, the sandbox flushes what is `sys.stdout` then
 """
 
 
@@ -63,7 +65,8 @@ class Trial:
                 except ValueError:
                     return "it fails more examples than there is room for"
                 return "; ".join(faults) or None
-        return said.strip()[:500] or "the code ended without a result"
+        said = said.strip()[:500]
+        return said if said not in ("", NO_OUTPUT) else "the code ended without a result"
 
 
 def trial_of(answer: str, question: str) -> Trial | None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from serve_app.config.tools import PythonConfig
 from serve_app.errors import ToolRetry, ToolTimeout
-from serve_app.tools.base import Tool, ToolResult
+from serve_app.tools.base import NO_OUTPUT, Tool, ToolResult
 from serve_app.tools.sandbox.client import SandboxLimits, SandboxResult, run_python, sandbox_server
 
 MAX_CODE_CHARS = 100_000
@@ -91,7 +91,7 @@ class PythonTool(Tool):
             "exit_code": result.exit_code,
             "truncated": result.truncated,
         }
-        return ToolResult(self.clip(text or "[no output]"), data)
+        return ToolResult(self.clip(text or NO_OUTPUT), data)
 
 
 def failure(result: SandboxResult) -> str:

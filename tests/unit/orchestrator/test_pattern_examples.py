@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 
 import pytest
 
+from serve_app.config.tools import PythonConfig
+from serve_app.errors import ToolRetry
 from serve_app.orchestrator.patterns.examples import trial_of
+from serve_app.tools.builtin.python import PythonTool
 from serve_app.tools.reports import Example, code_of, examples_in
 
 
@@ -61,13 +62,15 @@ def test_the_last_block_of_python_is_the_code(answer: str, code: str) -> None:
 
 
 def faults(code: str, question: str) -> str | None:
-    """What is wrong with code, by the program run as it is."""
+    """What is wrong with code, by the program in the sandbox."""
     trial = trial_of(code, question)
     assert trial is not None
-    ran = subprocess.run(
-        [sys.executable, "-I", "-c", trial.program], capture_output=True, text=True, timeout=60
-    )
-    return trial.failures(ran.stdout or ran.stderr)
+    tool = PythonTool(PythonConfig(tool_id="python"))
+    try:
+        said = tool.run({"code": trial.program}, 60).text
+    except ToolRetry as failure:
+        said = failure.message
+    return trial.failures(said)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_code_that_does_what_the_examples_say_passes(code: str) -> None:
         ("def f(x): return x", "f(1) returned 1, expected 2"),
         ("def f(x): return 1 / 0", "f(1) raised ZeroDivisionError: division by zero"),
         ("def f(x):", "the code fails: IndentationError"),
-        ("exit()", "the code fails: SystemExit"),
+        ("raise SystemExit", "the code fails: SystemExit"),
         ("import os; os._exit(0)", "the code ended without a result"),
         ("def f(x): return 'ü😀'", "f(1) returned 'ü😀', expected 2"),
     ],
