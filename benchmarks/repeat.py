@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, zip_longest
@@ -88,6 +89,23 @@ async def ask(url: str, asked: Sequence[str], options: dict[str, Any]) -> list[R
     return list(found)
 
 
+def wait_for_pairs(url: str) -> None:
+    """Return when every pair is ready: one that is not is no candidate.
+
+    Raises:
+        TimeoutError: If one is not after two minutes.
+    """
+    client, ends_s = openai.OpenAI(base_url=f"{url}/v1", api_key="none"), time.monotonic() + 120
+    while True:
+        about = [(model.model_extra or {})["atlas"] for model in client.models.list()]
+        waiting = [of for of in about if of["kind"] == "pair" and of["state"] != "ready"]
+        if not waiting:
+            return
+        if time.monotonic() > ends_s:
+            raise TimeoutError(f"{len(waiting)} pairs are not ready")
+        time.sleep(1.0)
+
+
 def write_config(folder: Path, replicas: int) -> Path:
     """The nano pool with so many gateways and routers."""
     config = yaml.safe_load(CONFIG.read_text().replace("./", f"{CONFIG.parent}/"))
@@ -115,11 +133,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with served(None, write_config(folder, 1), folder / "data") as url:
+            wait_for_pairs(url)
             console.print(f"{len(asked)} questions, one gateway and one router")
             first = asyncio.run(ask(url, asked, dict(same)))
             rated = asyncio.run(ask(url, asked[:VERDICTS], {"score": 0.0}))
             console.print(f"{VERDICTS} answers rated as useless")
         with served(None, write_config(folder, 2), folder / "data") as url:
+            wait_for_pairs(url)
             console.print("the same again after a restart, two gateways and two routers")
             again = asyncio.run(ask(url, asked[::-1], dict(same)))[::-1]
             plain = asyncio.run(ask(url, asked[:VERDICTS], {}))
