@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import signal
 import threading
@@ -36,8 +37,15 @@ _built: dict[str, Tool] = {}
 
 
 def _tool(config_json: str) -> Tool:
+    """The tool in this process, with what it loads: that is not the time of its first call.
+
+    Raises:
+        ToolFailed: If it cannot be loaded.
+    """
     if config_json not in _built:
-        _built[config_json] = build_tool(_CONFIG.validate_json(config_json))
+        tool = build_tool(_CONFIG.validate_json(config_json))
+        tool.warm()
+        _built[config_json] = tool
     return _built[config_json]
 
 
@@ -49,17 +57,18 @@ def run_tool(
     carrier: Carrier | None = None,
 ) -> ToolResult:
     """The Ray task: one call of one tool."""
-    tool = _tool(config_json)
     CURRENT.set(carrier)
     try:
+        tool = _tool(config_json)
         with _ended_after(deadline_s + CANCEL_AFTER_S, tool.tool_id):
             return tool.call(function, arguments, deadline_s)
     except (ToolRetry, ToolFailed):
         raise
     except Exception:
         # The text of an unforeseen error may hold paths; it stays in this worker's log.
-        logger.exception("tool %s failed", tool.tool_id)
-        raise ToolFailed(f"tool {tool.tool_id!r} failed") from None
+        tool_id = json.loads(config_json)["tool_id"]
+        logger.exception("tool %s failed", tool_id)
+        raise ToolFailed(f"tool {tool_id!r} failed") from None
 
 
 @contextmanager

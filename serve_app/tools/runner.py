@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-START_S = 10.0
+START_S = 20.0
 """How long a worker may take to start and load, beyond the time that a call itself may take."""
 FORCE_AFTER_S = 1.0
 """How long a cancelled task may take to end before its worker is killed."""
