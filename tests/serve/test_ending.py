@@ -1,7 +1,6 @@
 """`atlas serve` leaves no process behind, however it ends; on whole graphs of their own.
 
-Cases that run one after another listen on the same ports, so each also shows that a start after the
-case before works.
+Every case listens on the same ports, so each also shows that a start after the case before works.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import yaml
 
 from tests.haproxy import free_port, own_haproxy
 
-pytestmark = [pytest.mark.own_graph, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
 START_S = 420
 GONE_S = 30

@@ -19,7 +19,7 @@ from tests.haproxy import free_port, own_ports
 from tests.model_servers import ANSWER, stub_engine
 from tests.wheel import atlas, build, environment_of, install
 
-pytestmark = [pytest.mark.own_graph, pytest.mark.xdist_group("first")]
+pytestmark = pytest.mark.serial
 
 START_S = 900.0
 END_S = 120.0
