@@ -244,6 +244,9 @@ def _sampling(request: ChatRequest) -> dict[str, Any]:
     sampling: dict[str, Any] = {
         name: value for name in _SAMPLING if (value := getattr(request, name)) is not None
     }
+    if (request.n or 1) > 1:
+        # An engine that is greedy where nobody says otherwise refuses to answer more than once.
+        sampling.setdefault("temperature", 1.0)
     max_tokens = request.max_completion_tokens or request.max_tokens
     if max_tokens is not None:
         sampling["max_tokens"] = max_tokens

@@ -112,6 +112,12 @@ def test_everything_allowed_arrives_under_its_own_name() -> None:
     assert call.explain
 
 
+def test_several_answers_are_drawn_with_chance_unless_the_caller_says_otherwise() -> None:
+    assert read({"n": 2}).sampling == {"n": 2, "temperature": 1.0}
+    assert read({"n": 2, "temperature": 0}).sampling["temperature"] == 0
+    assert "temperature" not in read({"n": 1}).sampling
+
+
 def test_ignored_parameters_are_checked_and_go_nowhere() -> None:
     ignored = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
     assert read({**ignored, "safety_identifier": "s", "prompt_cache_key": "p"}) == read({})
