@@ -54,31 +54,3 @@ def test_what_the_pool_does_not_know_gets_a_refusal_that_says_what_it_can_do(
     known = decided(shipped, "What is 15% of 240?")
     assert known["path"] != "default"
     assert [hop["rule"] for hop in known["hops"]] == ["scope", "learned"]
-
-
-def test_a_real_model_s_choice_of_a_label_decides(graph: Graph) -> None:
-    labels = [
-        {"name": "sums", "about": "arithmetic", "use": "nano-math@none"},
-        {"name": "facts", "about": "anything else", "use": "nano-facts@none"},
-    ]
-    desk = {"type": "llm", "name": "desk", "model": "nano-facts", "labels": labels, "floor": 0}
-    put(graph, [desk, {"type": "default", "use": "nano-code@none"}])
-    try:
-        give_up_s = time.monotonic() + 120
-        while not (found := decided(graph, "What is the capital of Japan?"))["hops"]:
-            assert time.monotonic() < give_up_s, "the rules do not serve"
-            time.sleep(0.2)
-        (hop,) = [hop for hop in found["hops"] if hop["rule"] == "desk"]
-        chosen = {label["name"]: label["use"] for label in labels}[hop["label"]]
-        assert found["path"] == "llm"
-        assert found["candidates"][0]["pair"] == chosen
-        assert 0 < hop["confidence"] <= 1
-        assert hop["cost_usd"] > 0
-        answer = graph.client().chat.completions.create(
-            model="atlas",
-            messages=[{"role": "user", "content": "What is the capital of Japan?"}],
-        )
-        extension: Any = (answer.model_extra or {})["atlas"]
-        assert (extension["path"], extension["pair"]) == ("llm", chosen)
-    finally:
-        put(graph, [])
