@@ -5,8 +5,8 @@ asks held-out questions with `atlas.deterministic`, rates 50 ordinary answers ag
 router believes, ends the graph, serves it again with two gateways and two routers, and asks the
 same questions again, in another order and so in other batches.
 
-Results to expect: the same candidate always; the same text as far as the engine's sums allow, which
-is reported. See `benchmarks/README.md`.
+Wanted: the same candidate always. The same text is only reported: the engine's sums depend on what
+else is in its batch. See `benchmarks/README.md`.
 """
 
 from __future__ import annotations

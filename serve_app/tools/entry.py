@@ -37,7 +37,7 @@ _built: dict[str, Tool] = {}
 
 
 def _tool(config_json: str) -> Tool:
-    """The tool in this process, with what it loads: that is not the time of its first call.
+    """The tool in this process. The first time, the tool loads here, outside the time of its call.
 
     Raises:
         ToolFailed: If it cannot be loaded.
