@@ -33,9 +33,11 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-_GRAMMARS = {"backend": "xgrammar"}
+_GRAMMARS = {"backend": "xgrammar", "disable_any_whitespace": True}
 """One compiler for every schema, which refuses what it does not know. Left to itself, vLLM falls
-back on others for rare keywords; one of them takes minutes and gigabytes for a hostile schema."""
+back on others for rare keywords; one of them takes minutes and gigabytes for a hostile schema.
+
+JSON is compact: between its parts a small model would write blanks until `max_tokens`."""
 
 _COMPILERS_PLACE = re.compile(r"\[[0-9:]{8}\] /\S{1,200}:[0-9]{1,6}: ")
 """What xgrammar puts before its messages: the time, and a line of its source."""

@@ -127,12 +127,6 @@ def _are_python(*texts: str | None) -> bool:
     return True
 
 
-def code_of(text: str) -> str:
-    """The code of an answer: its last block of Python, or all of it."""
-    blocks = _blocks(text)
-    return blocks[-1] if blocks else text
-
-
 def _blocks(text: str) -> list[str]:
     """Blocks of Python; one that is cut short counts where there is no other."""
     found: list[str] = []

@@ -54,3 +54,30 @@ def test_what_the_pool_does_not_know_gets_a_refusal_that_says_what_it_can_do(
     known = decided(shipped, "What is 15% of 240?")
     assert known["path"] != "default"
     assert [hop["rule"] for hop in known["hops"]] == ["scope", "learned"]
+
+
+def test_a_real_model_s_choice_of_a_label_decides(graph: Graph) -> None:
+    question = "What is the capital of Japan?"
+    labels = [
+        {"name": "sums", "about": "arithmetic", "use": "nano-math@none"},
+        {"name": "facts", "about": "anything else", "use": "nano-facts@none"},
+    ]
+    desk = {"type": "llm", "name": "desk", "model": "nano-facts", "labels": labels, "floor": 0}
+    put(graph, [desk, {"type": "default", "use": "nano-code@none"}])
+    try:
+        give_up_s = time.monotonic() + 120
+        while not (hops := [hop for hop in decided(graph, question)["hops"] if hop["decided"]]):
+            assert time.monotonic() < give_up_s, "the rules do not serve"
+            time.sleep(0.2)
+        (hop,) = hops
+        assert hop["rule"] == "desk", hop["note"]
+        assert 0 < hop["confidence"] <= 1
+        assert hop["cost_usd"] > 0
+        chosen = {label["name"]: label["use"] for label in labels}[hop["label"]]
+        completion = graph.client().chat.completions.create(
+            model="atlas", messages=[{"role": "user", "content": question}]
+        )
+        extension: Any = (completion.model_extra or {})["atlas"]
+        assert (extension["path"], extension["pair"]) == ("llm", chosen)
+    finally:
+        put(graph, [])

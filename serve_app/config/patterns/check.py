@@ -221,7 +221,7 @@ def _collect_unmet(
         wanted = (
             ("retrieval", node.corpus)
             if isinstance(node, RetrieveNode)
-            else ("python", node.tool)
+            else ("debug", node.tool)
             if isinstance(node, VerifyNode)
             else ("", None)
         )

@@ -384,7 +384,7 @@ class VerifyNode(NodeBase):
     sources: NodeId | None = None
     """Result whose sources count; `None`: those of the checked result."""
     tool: str | None = None
-    """Id of a python tool, which runs the examples."""
+    """Id of a debug tool, which tries the examples."""
     verifier: str | None = None
     """A model with the role `verifier`."""
     min_score: float = Field(default=0.5, ge=0, le=1)

@@ -180,7 +180,7 @@ def test_a_reference_to_what_is_not_there_is_refused(tmp_path: Path, do: str, sa
         ("{ask: {route: {models: [nobody]}}}", "'route' allows no pair"),
         ("{tool: {tool: hammer}}", "there is no tool 'hammer'"),
         ("{retrieve: {corpus: python}}", "'python' is no retrieval tool"),
-        ("{ask: {id: x}}, {verify: {of: x, check: examples, tool: calculator}}", "no python tool"),
+        ("{ask: {id: x}}, {verify: {of: x, check: examples, tool: calculator}}", "no debug tool"),
         ("{ask: {id: x}}, {verify: {of: x, check: verifier, verifier: small}}", "role 'verifier'"),
     ],
 )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serve_app.config.patterns.files import read_patterns
+from serve_app.config.tools import DebugConfig
 from serve_app.schemas import StopReason
 from serve_app.tools.base import ToolResult
+from serve_app.tools.builtin.debug import DebugTool
 from tests.pattern_fakes import PatternBench
 
 GENERAL = Path(__file__).parents[3] / "configs" / "patterns" / "general"
@@ -116,11 +116,8 @@ async def test_a_question_with_two_parts_is_split_and_both_are_answered(tmp_path
 async def test_code_that_fails_an_example_is_written_anew_once(tmp_path: Path) -> None:
     right = "```python\ndef f(x):\n    return x + 2\n```"
     made = bench(tmp_path, small="```python\ndef f(x):\n    return x\n```", large=right)
-    made.tools.says["python"] = lambda arguments: (
-        subprocess.run(
-            [sys.executable, "-c", arguments["code"]], capture_output=True, text=True, check=True
-        ).stdout
-    )
+    debug = DebugTool(DebugConfig(tool_id="debug"))
+    made.tools.says["debug"] = lambda arguments: debug.run(arguments, 60.0)
     assert await made.ask("Write f.\nf(1) == 3", name="write-and-test") == right
     (asked,) = made.prompts("large")
     assert "f(1) returned 1, expected 3" in asked

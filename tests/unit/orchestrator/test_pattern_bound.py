@@ -84,7 +84,7 @@ def checks(of: str) -> st.SearchStrategy[Node]:
         {"check": "pattern", "pattern": "[a-z]+"},
         {"check": "schema", "output": OUTPUT},
         {"check": "citations"},
-        {"check": "examples", "tool": "python"},
+        {"check": "examples", "tool": "debug"},
         {"check": "verifier", "verifier": "judge"},
     ]
     ends = st.sampled_from(["refuse", "fail", "keep"])

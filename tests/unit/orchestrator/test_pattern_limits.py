@@ -154,7 +154,7 @@ async def test_nothing_answers_late_though_an_engine_does_not_end(
     [
         {"tool": {"tool": "calculator"}},
         {"retrieve": {"corpus": "handbook"}},
-        {"verify": {"of": "x", "check": "examples", "tool": "python"}},
+        {"verify": {"of": "x", "check": "examples", "tool": "debug"}},
     ],
     ids=["tool", "retrieve", "verify"],
 )

@@ -71,6 +71,38 @@ def test_code_that_does_what_the_report_asks_has_nothing_wrong_with_it() -> None
     assert (result.text, result.data["kind"]) == ("total([1, 2]) returned 3", "none")
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f(x): return x + 1 + 1e-12",
+        "print('loud')\ndef f(x):\n    print('x' * 100)\n    return x + 1",
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass A:\n    x: int = 0\ndef f(x): return A(x).x + 1",
+        "def f(x): return x + 1\nif __name__ == '__main__':\n    raise SystemExit",
+    ],
+)
+def test_right_code_of_any_make_passes(code: str) -> None:
+    assert found(code, "f(1) == 2\nassert f(2) == 3 or f(2) > 2.9")["kind"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (
+            "def f(x): return 0\n\nMy test wants 2 from f(1) and gets 0.",
+            "f(1) returned 1, expected 2",
+        ),
+        ("def f(x): return x[0]\n\nWhen I call f([]) it crashes.", "f([]) returned []"),
+        ("def g(x): return 0\n\nThe function g fails.", "g raised NameError"),
+        ("assert f(1) == 2", "f(1) returned 1, expected 2"),
+    ],
+)
+def test_mended_code_is_tried_on_what_the_report_says_of_the_faulty_one(
+    report: str, said: str
+) -> None:
+    assert debug("def f(x): return x", report).text.startswith(said)
+
+
 def test_the_code_and_the_report_may_be_one_message() -> None:
     message = f"Why is this wrong?\n\n{SUM}\ntotal([1, 2]) returned 3, expected 4\n"
     data = found(message, message)

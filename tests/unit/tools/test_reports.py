@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from serve_app.tools.reports import code_in, trials_in
+from serve_app.tools.reports import Example, code_in, examples_in, trials_in
 
 CODE = "def f(n):\n    return n + 1\n"
 
@@ -76,3 +78,37 @@ def test_without_a_call_the_functions_of_the_report_have_to_be_there() -> None:
 
 def test_a_long_report_is_read_in_bounded_time() -> None:
     assert len(trials_in("f(" * 20_000 + "f(1) " * 2_000, CODE)) <= 16
+
+
+@pytest.mark.parametrize(
+    ("line", "example"),
+    [
+        ("assert f(1) == 2", Example("f(1) == 2", None)),
+        ("f(1) == 2", Example("f(1)", "2")),
+        ("- `f(1)` returns `2`.", Example("f(1)", "2")),
+        ("- f('a b') returns [1, 2].", Example("f('a b')", "[1, 2]")),
+        ("`f(1) -> None`", Example("f(1)", "None")),
+        ("f(g(2), 3) should return 4  # why", Example("f(g(2), 3)", "4  # why")),
+        ("f(1) == the answer", None),
+        ("Write f(x) so that it holds.", None),
+        ("assert", None),
+    ],
+)
+def test_examples_are_read_from_lines(line: str, example: Example | None) -> None:
+    assert examples_in(f"Write f.\n  {line}\n") == ([] if example is None else [example])
+
+
+def test_doctests_are_examples() -> None:
+    found = examples_in("Write f.\n>>> f(1)\n2\n>>> f(2)\n>>> f(3)\n4")
+    assert found == [Example("f(1)", "2"), Example("f(3)", "4")]
+
+
+def test_no_more_than_sixteen_examples_count() -> None:
+    assert len(examples_in("f(1) == 2\n" * 50)) == 16
+
+
+@pytest.mark.parametrize("line", [" " * 200_000, "f(" + ")" * 50_000, "assert " + "a " * 50_000])
+def test_an_odd_line_is_read_at_once(line: str) -> None:
+    began_s = time.process_time()
+    assert examples_in(line) == []
+    assert time.process_time() - began_s < 2

@@ -7,13 +7,13 @@ from dataclasses import replace
 import re2
 
 from serve_app.config.patterns.language import VerifyNode
-from serve_app.errors import EngineError, ToolRetry, ToolTimeout
+from serve_app.errors import EngineError
 from serve_app.models.verifier import read_score, scoring_body
 from serve_app.orchestrator.patterns import facts
-from serve_app.orchestrator.patterns.examples import trial_of
 from serve_app.orchestrator.patterns.nodes.ask import read_json
 from serve_app.orchestrator.patterns.view import NodeView, Result, Status, by_deadline
 from serve_app.orchestrator.trace import SpanKind
+from serve_app.tools.reports import code_in, trials_in
 
 _FAULT = "fault"
 """Key in `data` of what is wrong with a result that is kept all the same."""
@@ -91,14 +91,16 @@ async def score_of(text: str, verifier: str, view: NodeView) -> float:
 
 
 async def _failing_examples(node: VerifyNode, text: str, view: NodeView) -> str | None:
-    """Which examples of the question the answer's code fails; `None`: none, or there are none."""
-    trial = trial_of(text, view.question)
-    if trial is None:
+    """What the answer's code does other than the examples of the question say, in words.
+
+    Returns:
+        `None`: nothing, or there are no examples.
+    """
+    if not trials_in(view.question, code_in(text)):
         return None
     assert node.tool is not None
-    ran = view.parts.pairs.parts.tools.run(view.tool_work(node.tool), {"code": trial.program})
-    try:
-        said = (await by_deadline(ran, view.budget, f"the tool {node.tool!r}")).text
-    except (ToolRetry, ToolTimeout) as failure:  # what the program does
-        said = failure.message
-    return trial.failures(said)
+    arguments = {"code": text, "report": view.question}
+    ran = view.parts.pairs.parts.tools.run(view.tool_work(node.tool), arguments)
+    said = await by_deadline(ran, view.budget, f"the tool {node.tool!r}")
+    works = said.data["kind"] == "none" and said.data["code"]
+    return None if works else said.text
