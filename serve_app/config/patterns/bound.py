@@ -200,6 +200,8 @@ class Bounds:
             rated = max(max_bytes_of(ask) for ask in node.of)
             once = self._verifier(node.accept.verifier, rated)
             bound = bound.then(once.times(len(node.of) - 1))
+        if node.accept.examples is not None:
+            bound = bound.then(self._tool(node.accept.examples).times(len(node.of) - 1))
         return bound
 
     def _critique(self, node: CritiqueNode, seen: Mapping[str, NodeBase]) -> Bound:

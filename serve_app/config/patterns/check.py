@@ -101,6 +101,7 @@ def needs_of(pattern: PatternConfig) -> PatternNeeds:
                 needs.verifiers |= {node.verifier} if node.verifier else set()
             case CascadeNode():
                 needs.verifiers |= {node.accept.verifier} if node.accept.verifier else set()
+                needs.tools |= {node.accept.examples} if node.accept.examples else set()
     return needs
 
 
@@ -223,6 +224,8 @@ def _collect_unmet(
             if isinstance(node, RetrieveNode)
             else ("debug", node.tool)
             if isinstance(node, VerifyNode)
+            else ("debug", node.accept.examples)
+            if isinstance(node, CascadeNode)
             else ("", None)
         )
         if wanted[1] in tools and tools[wanted[1]].type != wanted[0]:

@@ -317,11 +317,16 @@ class Accept(BaseConfig):
     unless: Expression | None = None
     """RE2 expression that the whole answer must not match, for example of a model that says that it
     does not know."""
+    examples: str | None = None
+    """Id of a debug tool: the answer's code must do what the examples in the question say. Where
+    there are none, every answer is accepted."""
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if not self.model_fields_set - {"min_score"}:
-            raise ValueError("accept: name min_logprob, verifier, agrees, pattern or unless")
+            raise ValueError(
+                "accept: name min_logprob, verifier, agrees, pattern, unless or examples"
+            )
         return self
 
 
@@ -334,6 +339,11 @@ class CascadeNode(NodeBase):
     """Holds for every rung but the last, whose answer is always taken."""
 
 
+Reviser = Annotated[
+    AskNode | CascadeNode, Field(discriminator="kind"), BeforeValidator(_by_kind), _WRITTEN
+]
+
+
 class CritiqueNode(NodeBase):
     """Drafts, has critics look side by side, and revises at most once."""
 
@@ -342,7 +352,7 @@ class CritiqueNode(NodeBase):
     critics: tuple[Critic, ...] = Field(min_length=1, max_length=8)
     """See the draft as `{{draft}}`. A verifying one objects where the check fails; one that asks
     objects unless its answer begins with `OK`."""
-    revise: Ask
+    revise: Reviser
     """Sees the draft as `{{draft}}` and the objections as `{{objections}}`."""
 
 

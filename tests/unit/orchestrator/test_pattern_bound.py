@@ -96,7 +96,22 @@ def checks(of: str) -> st.SearchStrategy[Node]:
 def accepts() -> st.SearchStrategy[Node]:
     """When a cascade is content."""
     return st.sampled_from(
-        [{"min_logprob": -0.1}, {"agrees": True}, {"verifier": "judge"}, {"pattern": "[0-9]+"}]
+        [
+            {"min_logprob": -0.1},
+            {"agrees": True},
+            {"verifier": "judge"},
+            {"pattern": "[0-9]+"},
+            {"examples": "debug"},
+        ]
+    )
+
+
+def cascades(of: st.SearchStrategy[Node]) -> st.SearchStrategy[Node]:
+    """Cascades of such rungs."""
+    return st.builds(
+        lambda rungs, accept: {"cascade": {"of": rungs, "accept": accept}},
+        st.lists(of, min_size=2, max_size=3),
+        accepts(),
     )
 
 
@@ -130,18 +145,14 @@ def nodes(depth: int, *words: str) -> st.SearchStrategy[Node]:
             lambda do: {"parallel": {"do": [do], "each": ["x", "yy"]}}, nodes(1, *words, "item")
         ),
         st.builds(lambda of: {"vote": {"of": of}}, st.lists(here, min_size=2, max_size=4)),
-        st.builds(
-            lambda of, accept: {"cascade": {"of": of, "accept": accept}},
-            st.lists(here, min_size=2, max_size=3),
-            accepts(),
-        ),
+        cascades(here),
         st.builds(
             lambda draft, critics, revise: {
                 "critique": {"draft": draft, "critics": critics, "revise": revise}
             },
             here,
             st.lists(checks("draft") | asks(*words, "draft"), min_size=1, max_size=2),
-            asks(*words, "draft", "objections"),
+            asks(*words, "draft", "objections") | cascades(asks(*words, "draft", "objections")),
         ),
         st.builds(
             lambda lead, worker, join: {
@@ -376,6 +387,7 @@ DEATHS = 2
         (f"{{cascade: {{of: [{SMALL}, {SMALL}], accept: {{agrees: true}}}}}}", 2, 0),
         (f"{{cascade: {{of: [{SMALL}, {SMALL}], accept: {{min_logprob: -1}}}}}}", 4, 0),
         (f"{{cascade: {{of: [{SMALL}, {SMALL}], accept: {{verifier: judge}}}}}}", 3, 0),
+        (f"{{cascade: {{of: [{SMALL}, {SMALL}], accept: {{examples: debug}}}}}}", 2, 2),
         (f"{{parallel: {{do: [{SMALL}], each: [a, b, c]}}}}", 3, 0),
         (f"{{plan: {{lead: {SMALL}, worker: {SMALL}, max_subtasks: 4}}}}", 2 + 4, 0),
         (f"{{plan: {{lead: {SMALL}, worker: {SMALL}, max_subtasks: 4, join: {SMALL}}}}}", 7, 0),

@@ -387,6 +387,20 @@ def _breaks_off(error: Exception | None) -> Any:
 # --- sources ------------------------------------------------------------------------------------
 
 
+GOOD = "def f(x): return x + 1"
+BAD = "def f(x): return x"
+NO_CODE = "I cannot tell."
+
+
+def tried(answer: str) -> ToolResult:
+    """What the debug tool says of an answer."""
+    if answer == NO_CODE:
+        return ToolResult("There is no code in it.", {"kind": "none", "code": ""})
+    if answer == GOOD:
+        return ToolResult("f(1) returned 2", {"kind": "none", "code": "..."})
+    return ToolResult("f(1) returned 1, expected 2", {"kind": "logic", "code": "..."})
+
+
 def sources(*texts: str, **similarity: float) -> ToolResult:
     """What a search finds."""
     found = [
@@ -871,6 +885,21 @@ async def test_an_answer_that_matches_is_accepted(bench: Make, said: str, answer
     assert await deployment.ask() == answer
 
 
+@pytest.mark.parametrize(("first", "answer"), [(GOOD, GOOD), (BAD, "6"), (NO_CODE, "6")])
+async def test_code_that_does_what_the_examples_say_is_accepted(
+    bench: Make, first: str, answer: str
+) -> None:
+    deployment = bench(do(cascade("examples: debug")), small=first, large="6")
+    deployment.tools.says["debug"] = lambda arguments: tried(arguments["code"])
+    assert said(await deployment.run("Write f.\nf(1) == 2")) == answer
+
+
+async def test_examples_that_cannot_be_tried_accept_nothing(bench: Make) -> None:
+    deployment = bench(do(cascade("examples: debug")), small=GOOD, large="6")
+    deployment.tools.says["debug"] = ToolFailed("no sandbox")
+    assert said(await deployment.run("Write f.\nf(1) == 2")) == "6"
+
+
 async def test_all_that_is_named_must_hold(bench: Make) -> None:
     deployment = bench(do(cascade("pattern: '[0-9]+', min_logprob: -0.1")), small="5", large="6")
     assert await deployment.ask() == "6"
@@ -917,6 +946,16 @@ def critique(*critics: str, revise: str = "{{draft}} / {{objections}}") -> str:
 LONG = "{verify: {of: draft, check: length, min_chars: 4}}"
 NUMBER = "{verify: {of: draft, check: pattern, pattern: '[0-9]+'}}"
 READER = ask("lead", "Look: {{draft}}")
+
+
+async def test_a_revision_may_be_a_cascade(bench: Make) -> None:
+    reviser = cascade(
+        "pattern: '[0-9]+'", ask("large", "Mend {{draft}}"), ask("lead", "{{objections}}")
+    )
+    node = f"{{critique: {{draft: {ask('small')}, critics: [{LONG}], revise: {reviser}}}}}"
+    deployment = bench(do(node), small="5", large="still five", lead="12345")
+    assert await deployment.ask() == "12345"
+    assert deployment.prompts("large") == ["Mend 5"]
 
 
 async def test_a_draft_without_objections_is_the_answer(bench: Make) -> None:
@@ -1155,9 +1194,6 @@ def verify(fields: str, *, otherwise: str = "refuse") -> str:
 
 
 SOURCED = "sources: found, check: "
-GOOD = "def f(x): return x + 1"
-BAD = "def f(x): return x"
-NO_CODE = "I cannot tell."
 CHECKS: list[tuple[str, str, bool]] = [
     ("check: schema, output: {type: array}", "[1]", True),
     ("check: schema, output: {type: array}", "1", False),
@@ -1184,17 +1220,8 @@ def checked(bench: Make, fields: str, answer: str, *more: str, otherwise: str) -
     text = do(RETRIEVE, ask("small", id="x"), verify(fields, otherwise=otherwise), *more)
     deployment = bench(text, small=answer, judge=answer)
     deployment.tools.says["handbook"] = sources("Ada has 3 cats.")
-    deployment.tools.says["debug"] = lambda arguments: _tried(arguments["code"])
+    deployment.tools.says["debug"] = lambda arguments: tried(arguments["code"])
     return deployment
-
-
-def _tried(answer: str) -> ToolResult:
-    """What the debug tool says of an answer."""
-    if answer == NO_CODE:
-        return ToolResult("There is no code in it.", {"kind": "none", "code": ""})
-    if answer == GOOD:
-        return ToolResult("f(1) returned 2", {"kind": "none", "code": "..."})
-    return ToolResult("f(1) returned 1, expected 2", {"kind": "logic", "code": "..."})
 
 
 @pytest.mark.parametrize(("fields", "answer", "passes"), CHECKS)

@@ -10,7 +10,7 @@ import re2
 from serve_app.config.patterns.language import AskNode, CascadeNode
 from serve_app.errors import AtlasError
 from serve_app.orchestrator.patterns.chain import run_node
-from serve_app.orchestrator.patterns.nodes.verify import score_of
+from serve_app.orchestrator.patterns.nodes.verify import failing_examples, score_of
 from serve_app.orchestrator.patterns.view import NodeView, Result, Status, failed
 from serve_app.tools.builtin.best_of import answer_key
 
@@ -61,11 +61,14 @@ async def _is_accepted(
         return False
     if accept.unless is not None and re2.fullmatch(accept.unless, shown):
         return False
-    if accept.verifier is not None:
-        try:
+    try:
+        if accept.verifier is not None:
             score = await score_of(shown, accept.verifier, view)
-        except AtlasError:
-            return False
-        view.span.attributes["score"] = round(score, 4)
-        return score >= accept.min_score
+            view.span.attributes["score"] = round(score, 4)
+            if score < accept.min_score:
+                return False
+        if accept.examples is not None:
+            return await failing_examples(shown, accept.examples, view) is None
+    except AtlasError:
+        return False
     return True

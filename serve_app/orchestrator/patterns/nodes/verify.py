@@ -66,7 +66,8 @@ async def _check(node: VerifyNode, checked: Result, view: NodeView) -> tuple[Res
             count = len(sources) if num_citable is None else num_citable
             fault = facts.wrong_citations(text, count)
         case "examples":
-            fault = await _failing_examples(node, text, view)
+            assert node.tool is not None
+            fault = await failing_examples(text, node.tool, view)
         case "verifier":
             assert node.verifier is not None
             score = await score_of(checked.shown.strip(), node.verifier, view)
@@ -90,17 +91,19 @@ async def score_of(text: str, verifier: str, view: NodeView) -> float:
     return read_score(reply)
 
 
-async def _failing_examples(node: VerifyNode, text: str, view: NodeView) -> str | None:
+async def failing_examples(text: str, tool: str, view: NodeView) -> str | None:
     """What the answer's code does other than the examples of the question say, in words.
 
     Returns:
         `None`: nothing, or there are no examples.
+
+    Raises:
+        AtlasError: If the tool cannot try them.
     """
     if not trials_in(view.question, code_in(text)):
         return None
-    assert node.tool is not None
     arguments = {"code": text, "report": view.question}
-    ran = view.parts.pairs.parts.tools.run(view.tool_work(node.tool), arguments)
-    said = await by_deadline(ran, view.budget, f"the tool {node.tool!r}")
+    ran = view.parts.pairs.parts.tools.run(view.tool_work(tool), arguments)
+    said = await by_deadline(ran, view.budget, f"the tool {tool!r}")
     works = said.data["kind"] == "none" and said.data["code"]
     return None if works else said.text
