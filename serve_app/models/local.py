@@ -24,6 +24,7 @@ from vllm.exceptions import GenerationError
 from serve_app.config import LocalModelConfig
 from serve_app.errors import AtlasError, ConfigError, EngineError, InvalidRequest
 from serve_app.models.boundary import guarded
+from serve_app.models.forked import fork_engines
 from serve_app.models.protocol import HEALTH_CHECK_PERIOD_S, ChatBody, refusal
 from serve_app.models.session_router import session_routing
 from serve_app.telemetry import log_files_kept
@@ -65,6 +66,7 @@ class OneProcessEngine(VLLMEngine):  # type: ignore[misc]  # Ray is untyped
         arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
         if self.llm_config.engine_kwargs.get("distributed_executor_backend") == "uni":
             config.parallel_config.distributed_executor_backend = "uni"
+            fork_engines()
         return arguments, frontend, config
 
 
