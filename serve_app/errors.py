@@ -52,6 +52,8 @@ says what was wrong, shows the value, and never holds a path, a secret or a stac
 sends it to the caller.
 """
 
+import re
+
 
 class AtlasError(Exception):
     """Base of everything raised on purpose."""
@@ -411,3 +413,13 @@ class StoreError(AtlasError):
 
 class StoreAway(StoreError):
     """No connection to the store could be had; what was asked of it was not begun."""
+
+
+def failure_reason(message: str) -> str:
+    """The one line of a message or traceback that says why, without the server's paths."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    errors = [
+        line for line in lines if re.match(r"^[\w.]*(Error|Exception|Refused|Failed)\w*:", line)
+    ]
+    line = (errors or lines or ["unknown"])[-1]
+    return re.sub(r"(?<![\w.])/[\w./@+-]+", "<path>", line)[:300]

@@ -25,8 +25,14 @@ from pydantic import (
 )
 
 from serve_app.config import AtlasConfig
-from serve_app.errors import AtlasError, ConfigError, Conflict, InvalidRequest, RateLimited
-from serve_app.pool.controller import failure_reason
+from serve_app.errors import (
+    AtlasError,
+    ConfigError,
+    Conflict,
+    InvalidRequest,
+    RateLimited,
+    failure_reason,
+)
 from serve_app.questions import Question
 from serve_app.store import (
     Job,

@@ -21,12 +21,12 @@ from ray.serve.deployment import Application
 from ray.serve.exceptions import RayServeException
 
 from serve_app.config import load_config
-from serve_app.errors import ClusterDied, ConfigError
+from serve_app.errors import ClusterDied, ConfigError, failure_reason
 from serve_app.gateway.deployment import http_address
 from serve_app.gateway.edge.hosts import AuthMode, require_loopback
 from serve_app.graph import APP_NAME, BuildArgs, build_app
 from serve_app.pool.applications import ongoing_requests, running_replicas, serve_details
-from serve_app.pool.controller import PoolController, failure_reason
+from serve_app.pool.controller import PoolController
 from serve_app.ray_cluster import ClusterRefused, connect
 from serve_app.schemas import MemberState, PoolState
 from serve_app.watchdog import watched

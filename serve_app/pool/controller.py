@@ -9,13 +9,10 @@ takes over when it is warm. Gateways and routers follow by long poll (`PoolWatch
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
-import re
-import sys
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +20,13 @@ import psutil
 import ray
 from ray.serve.schema import ApplicationStatus
 
-from serve_app.budget import Budget, Deadline
+from serve_app.budget import Deadline
 from serve_app.config import AtlasConfig, LocalModelConfig, ModelConfig, load_config
 from serve_app.config.patterns.check import members_of_patterns
-from serve_app.content import BLANK_PICTURE, with_pictures
-from serve_app.errors import (
-    AtlasError,
-    ConfigError,
-    UnreadableCall,
-)
+from serve_app.errors import AtlasError, ConfigError, failure_reason
 from serve_app.models.clients import ModelClients
 from serve_app.models.deploy import DeployerProcess, application_name
-from serve_app.models.protocol import ChatBody
-from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
-from serve_app.orchestrator.recovery import again
-from serve_app.orchestrator.trace import Trace
 from serve_app.pool.applications import (
     ModelApplication,
     delete_application,
@@ -46,10 +34,11 @@ from serve_app.pool.applications import (
     ongoing_requests,
 )
 from serve_app.pool.desired import DesiredPool
+from serve_app.pool.draining import LONG_POLL_S, Draining
 from serve_app.pool.mcp_servers import McpServers
+from serve_app.pool.progress import ModelProgress
+from serve_app.pool.warm_up import WARM_UP_TIMEOUT_S, compile_logprobs, greet, why_silent
 from serve_app.schemas import (
-    ChatCall,
-    Limits,
     MemberState,
     ModelMember,
     Pair,
@@ -62,74 +51,9 @@ from serve_app.telemetry import RayMetrics
 logger = logging.getLogger(__name__)
 
 _ROUND_S = 1.0
-_WARM_UP_TIMEOUT_S = 60.0
 _PROBE_TIMEOUT_S = 10.0
-_LONG_POLL_S = 20.0
-_WATCHER_GONE_S = 3 * _LONG_POLL_S
-"""A watcher that has not asked for so long is no more."""
-_SETTLE_S = 2.0
-"""From when every watcher knows that an application is not to be used, to its end at the earliest:
-a request may be between its decision and its call."""
 _STORE_PATIENCE_S = 10.0
 _COMPLAIN_EVERY_S = 30.0
-_GREETING: dict[str, Any] = {"role": "user", "content": "Hello."}
-_SHOWING: dict[str, Any] = {"role": "user", "content": with_pictures("Hello.", [BLANK_PICTURE])}
-
-
-@dataclass
-class _Model:
-    """One wanted model and how far it is."""
-
-    config: ModelConfig
-    member: ModelMember
-    task: asyncio.Task[None] | None = None
-    """Its start, warm-up or probe under way."""
-    began_s: float | None = None
-    """When its start began, by the monotonic clock; `None` while none is under way."""
-    failures: int = 0
-    retry_at_s: float = 0.0
-    retry_unix_s: float | None = None
-    """As `retry_at_s`, for people; `None` while nothing that failed waits for its next try."""
-    suspected: bool = False
-    """Whether somebody saw it fail since it was last probed."""
-    warm: set[str] = field(default_factory=set)
-    """Tools that it has answered a warm-up request with."""
-    previous: str | None = None
-    """Application with earlier settings, which answers until this one does."""
-
-    @property
-    def application(self) -> str:
-        """The one that holds these settings."""
-        return application_name(self.config)
-
-    @property
-    def serves(self) -> bool:
-        """Whether the application with these settings answers."""
-        return self.member.state is MemberState.READY and (
-            self.member.application == self.application
-        )
-
-    def is_warm(self, away: frozenset[str]) -> bool:
-        """Whether it has answered with each of its tools, but for those that are away."""
-        return self.warm | away >= set(self.config.tools)
-
-    def is_settled(self, away: frozenset[str]) -> bool:
-        """Whether nothing is to be done for it now."""
-        if self.task is not None or self.suspected:
-            return False
-        is_warm = self.serves and self.is_warm(away)
-        return is_warm or time.monotonic() < self.retry_at_s
-
-
-@dataclass
-class _Drain:
-    """An application that nobody wants any more."""
-
-    pool_version: int
-    """From this version on nobody is sent there."""
-    until_s: float
-    """It goes by then, whatever it does; monotonic clock."""
-    unused_since_s: float | None = None
 
 
 class PoolController:
@@ -157,14 +81,12 @@ class PoolController:
         self._store: Store | None = None
         self._revision: int | None = None
         """Newest revision of the pool taken over; `None` before the store answered."""
-        self._models: dict[str, _Model] = {}
+        self._models: dict[str, ModelProgress] = {}
         self._deployer = DeployerProcess()
-        self._drains: dict[str, _Drain] = {}
+        self._draining = Draining()
         # Versions start at the clock so that they also rise when this replica is replaced.
         self._state = PoolState(int(time.time()), (), (), ())
         self._changed = asyncio.Condition()
-        self._watchers: dict[str, tuple[int, float]] = {}
-        """Watcher to the version it knows, and when it said so."""
         self._looked_at_s = 0.0
         self._next_complaint_s = 0.0
         self._wake = asyncio.Event()
@@ -182,10 +104,10 @@ class PoolController:
         """
         await self._first_round.wait()
         if watcher is not None:
-            self._watchers[watcher] = (known_version, time.monotonic())
+            self._draining.knows(watcher, known_version)
         async with self._changed:
             try:
-                async with asyncio.timeout(_LONG_POLL_S):
+                async with asyncio.timeout(LONG_POLL_S):
                     await self._changed.wait_for(lambda: self._state.pool_version != known_version)
             except TimeoutError:
                 pass
@@ -246,7 +168,7 @@ class PoolController:
         """One round: what is wanted, then the next step of every model."""
         await self._follow_desired()
         away = self._servers.away(self._config)
-        is_settled = not self._drains and all(m.is_settled(away) for m in self._models.values())
+        is_settled = not self._draining and all(m.is_settled(away) for m in self._models.values())
         now_s = time.monotonic()
         if is_settled and now_s - self._looked_at_s < self._config.pool.health_interval_s:
             return
@@ -257,7 +179,7 @@ class PoolController:
         for model in self._models.values():
             self._step(model, applications.get(model.application), applications)
         await self._publish(applications)
-        await self._drain_unwanted(applications)
+        await self._end_unwanted(applications)
         self._first_round.set()
 
     async def _follow_desired(self) -> None:
@@ -297,10 +219,10 @@ class PoolController:
             model = self._models.get(settings.model_id)
             if model is None:
                 member = ModelMember(settings.model_id, MemberState.STARTING, None, now)
-                model = _Model(settings, member)
+                model = ModelProgress(settings, member)
             elif application_name(settings) != model.application:
                 previous = model.member.application or model.previous
-                model = _Model(settings, model.member, previous=previous)
+                model = ModelProgress(settings, model.member, previous=previous)
             else:
                 model.config = settings
             wanted[settings.model_id] = model
@@ -319,13 +241,13 @@ class PoolController:
             )
             if own is not None:
                 model.warm = set(model.config.tools)
-                self._set(model, MemberState.READY, None, own.name)
+                model.set(MemberState.READY, None, own.name)
 
     # One model.
 
     def _step(
         self,
-        model: _Model,
+        model: ModelProgress,
         application: ModelApplication | None,
         applications: dict[str, ModelApplication],
     ) -> None:
@@ -352,24 +274,26 @@ class PoolController:
         if model.began_s and now_s - model.began_s > self._config.pool.start_timeout_s:
             self._failed(model, "the model did not start in time", delete=True)
 
-    def _check_serving(self, model: _Model, applications: dict[str, ModelApplication]) -> None:
+    def _check_serving(
+        self, model: ModelProgress, applications: dict[str, ModelApplication]
+    ) -> None:
         """A model whose application died leaves the candidates at once."""
         member = model.member
         if member.application is None:
             previous = applications.get(model.previous or "")
             if previous and previous.replicas and previous.is_up:
-                self._set(model, MemberState.READY, member.reason, previous.name)
+                model.set(MemberState.READY, member.reason, previous.name)
             return
         serving = applications.get(member.application)
         needs_replica = model.config.autoscaling.min_replicas > 0
         if serving is None:
-            self._set(model, MemberState.STARTING, None, None)
+            model.set(MemberState.STARTING, None, None)
         elif serving.is_down:
-            self._set(model, MemberState.FAILED, failure_reason(serving.message), None)
+            model.set(MemberState.FAILED, failure_reason(serving.message), None)
         elif needs_replica and not serving.replicas:
-            self._set(model, MemberState.FAILED, "none of its replicas answers", None)
+            model.set(MemberState.FAILED, "none of its replicas answers", None)
 
-    def _may_start(self, model: _Model) -> bool:
+    def _may_start(self, model: ModelProgress) -> bool:
         """Whether the starts under way, and the free memory, leave room for another."""
         starts = [
             other
@@ -384,7 +308,7 @@ class PoolController:
         needed_gib = _startup_memory_gib(model.config)
         return not (starts and single_node and free_gib - reserved_gib < needed_gib)
 
-    def _do(self, model: _Model, work: Coroutine[Any, Any, None]) -> None:
+    def _do(self, model: ModelProgress, work: Coroutine[Any, Any, None]) -> None:
         def done(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and task.exception() is not None:
                 logger.error("model %s: %r", model.config.model_id, task.exception())
@@ -393,7 +317,7 @@ class PoolController:
         model.task = asyncio.get_running_loop().create_task(work)
         model.task.add_done_callback(done)
 
-    async def _start(self, model: _Model) -> None:
+    async def _start(self, model: ModelProgress) -> None:
         """Hand the application to Serve."""
         logger.info("model %s: starting", model.config.model_id)
         try:
@@ -402,7 +326,7 @@ class PoolController:
             logger.exception("model %s: cannot be deployed", model.config.model_id)
             self._failed(model, failure_reason(str(error)), delete=False)
 
-    async def _warm_up(self, model: _Model) -> None:
+    async def _warm_up(self, model: ModelProgress) -> None:
         """Ask the model, then each of its pairs that has not answered yet.
 
         A model that serves and is suspected is asked too: it leaves the candidates if it does not
@@ -411,14 +335,14 @@ class PoolController:
         config, application = model.config, model.application
         clients = ModelClients()
         clients.use({config.model_id: application})
-        timeout_s = _PROBE_TIMEOUT_S if model.serves else _WARM_UP_TIMEOUT_S
+        timeout_s = _PROBE_TIMEOUT_S if model.serves else WARM_UP_TIMEOUT_S
         if config.autoscaling.min_replicas == 0:
             timeout_s = self._config.pool.start_timeout_s
         model.suspected = False
         try:
-            await _greet(clients, config.model_id, Deadline.after(timeout_s))
+            await greet(clients, config.model_id, Deadline.after(timeout_s))
             if not model.serves and config.role == "chat":
-                await _compile_logprobs(clients, config.model_id)
+                await compile_logprobs(clients, config.model_id)
         except AtlasError as error:
             logger.warning("model %s: it does not answer: %s", config.model_id, error.message)
             self._failed(model, failure_reason(error.message), delete=False)
@@ -430,7 +354,7 @@ class PoolController:
         reached = model.warm | self._servers.away(self._config)
         cold = [tool_id for tool_id in model.config.tools if tool_id not in reached]
         answered = await asyncio.gather(
-            *(_answers(pairs, Pair(config.model_id, tool_id)) for tool_id in cold)
+            *(why_silent(pairs, Pair(config.model_id, tool_id)) for tool_id in cold)
         )
         model.warm |= {tool for tool, error in zip(cold, answered, strict=True) if error is None}
         reasons = [
@@ -439,42 +363,22 @@ class PoolController:
         if model is not self._models.get(config.model_id):
             return
         if reasons:
-            self._put_off(model)
+            model.put_off(self._config.pool)
         else:
             model.failures, model.previous = 0, None
-        self._set(model, MemberState.READY, "; ".join(reasons) or None, application)
+        model.set(MemberState.READY, "; ".join(reasons) or None, application)
 
-    def _failed(self, model: _Model, reason: str, *, delete: bool) -> None:
+    def _failed(self, model: ModelProgress, reason: str, *, delete: bool) -> None:
         """Note a failure; the next try comes after a pause that doubles."""
         model.began_s = None
-        self._put_off(model)
+        model.put_off(self._config.pool)
         if delete:
             self._do(model, asyncio.to_thread(delete_application, model.application))
         serving = model.member.application
         if serving is None or serving == model.application:
-            self._set(model, MemberState.FAILED, reason, None)
+            model.set(MemberState.FAILED, reason, None)
         else:  # the one before it goes on
-            self._set(model, MemberState.READY, f"the update failed: {reason}", serving)
-
-    def _put_off(self, model: _Model) -> None:
-        pool = self._config.pool
-        pause_s = min(pool.retry_initial_s * 2**model.failures, pool.retry_max_s)
-        model.failures += 1
-        model.retry_at_s = time.monotonic() + pause_s
-        model.retry_unix_s = time.time() + pause_s
-
-    def _set(
-        self, model: _Model, state: MemberState, reason: str | None, application: str | None
-    ) -> None:
-        member = model.member
-        if (member.state, member.reason, member.application) == (state, reason, application):
-            return
-        model_id = member.model_id
-        logger.info("model %s: %s%s", model_id, state.value, f" ({reason})" if reason else "")
-        since_s = member.since_unix_s if member.state is state else time.time()
-        model.member = replace(
-            member, state=state, reason=reason, application=application, since_unix_s=since_s
-        )
+            model.set(MemberState.READY, f"the update failed: {reason}", serving)
 
     # What everybody sees.
 
@@ -518,89 +422,16 @@ class PoolController:
                 self._state = replace(state, pool_version=state.pool_version + 1)
                 self._changed.notify_all()
 
-    async def _drain_unwanted(self, applications: dict[str, ModelApplication]) -> None:
+    async def _end_unwanted(self, applications: dict[str, ModelApplication]) -> None:
         """Delete what nobody wants, can choose, or waits for."""
         in_use = {model.application for model in self._models.values()}
         for model in self._models.values():
             in_use |= {model.member.application or "", model.previous or ""}
         unwanted = [a for name, a in applications.items() if name not in in_use]
-        self._drains = {a.name: self._drains.get(a.name) or self._new_drain() for a in unwanted}
-        if self._revision is None:
-            return  # what is wanted is a guess until the store has answered
-        now_s = time.monotonic()
-        for application in unwanted:
-            drain = self._drains[application.name]
-            if application.status is ApplicationStatus.DELETING:
-                continue
-            if not self._all_know(drain.pool_version):
-                drain.unused_since_s = None
-            elif drain.unused_since_s is None:
-                drain.unused_since_s = now_s
-            is_free = (
-                drain.unused_since_s is not None
-                and now_s - drain.unused_since_s > _SETTLE_S
-                and not await asyncio.to_thread(ongoing_requests, application.replicas)
-            )
-            if is_free or now_s > drain.until_s:
-                logger.info("application %s: deleted", application.name)
-                await asyncio.to_thread(delete_application, application.name)
-
-    def _new_drain(self) -> _Drain:
         longest_s = self._config.gateway.limits.max_deadline_s
-        return _Drain(self._state.pool_version, time.monotonic() + longest_s)
-
-    def _all_know(self, pool_version: int) -> bool:
-        """Whether every watcher that is alive has this version or a later one."""
-        now_s = time.monotonic()
-        self._watchers = {
-            name: (version, seen_s)
-            for name, (version, seen_s) in self._watchers.items()
-            if now_s - seen_s < _WATCHER_GONE_S
-        }
-        return all(version >= pool_version for version, _ in self._watchers.values())
-
-
-async def _greet(clients: ModelClients, model_id: str, deadline: Deadline) -> None:
-    """Have a model answer; a replica that dies over it says nothing of the others.
-
-    Raises:
-        AtlasError: If it does not.
-    """
-    body: ChatBody = {"messages": [_GREETING], "max_tokens": 1}
-    ask = functools.partial(clients.complete, model_id, body, deadline)
-    await again(ask, deadline, max_deaths=sys.maxsize)
-
-
-async def _compile_logprobs(clients: ModelClients, model_id: str) -> None:
-    """Ask once for log-probabilities: the first such request takes vLLM up to 12 s to compile.
-
-    A model that has none, or is slow, is no worse for it.
-    """
-    body: ChatBody = {"messages": [_GREETING], "max_tokens": 1, "logprobs": True}
-    try:
-        await clients.complete(model_id, body, Deadline.after(_WARM_UP_TIMEOUT_S))
-    except AtlasError as error:
-        logger.info("model %s: no log-probabilities: %s", model_id, error.message)
-
-
-async def _answers(pairs: PairRunner, pair: Pair) -> str | None:
-    """Run a pair on a greeting; why it does not answer, if it does not."""
-    call = ChatCall(
-        request_id="warm-up",
-        model=str(pair),
-        messages=(_SHOWING if pairs.reads_pictures(pair.tool_id) else _GREETING,),
-        sampling={"max_tokens": 1},
-        limits=Limits(alpha=0.0, deadline_s=_WARM_UP_TIMEOUT_S),
-    )
-    budget, trace = Budget(Deadline.after(_WARM_UP_TIMEOUT_S)), Trace(call.request_id)
-    try:
-        await pairs.run(PairWork(pair, call, budget, trace.root))
-    except UnreadableCall:
-        pass  # it answers; one token is too short for a call
-    except AtlasError as error:
-        logger.warning("pair %s does not answer: %s", pair, error.message)
-        return error.message
-    return None
+        self._draining.note(unwanted, self._state.pool_version, longest_s)
+        if self._revision is not None:  # until the store has answered, what is wanted is a guess
+            await self._draining.end(unwanted)
 
 
 def _startup_memory_gib(config: ModelConfig) -> float:
@@ -614,13 +445,3 @@ def _mark(path: Path | None) -> tuple[int, int] | None:
     except OSError:
         return None
     return (status.st_mtime_ns, status.st_size) if status else None
-
-
-def failure_reason(message: str) -> str:
-    """The one line of a message or traceback that says why, without the server's paths."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    errors = [
-        line for line in lines if re.match(r"^[\w.]*(Error|Exception|Refused|Failed)\w*:", line)
-    ]
-    line = (errors or lines or ["unknown"])[-1]
-    return re.sub(r"(?<![\w.])/[\w./@+-]+", "<path>", line)[:300]
