@@ -3,18 +3,24 @@
 Both import PyTorch and vLLM, about ten seconds of a core and half a gigabyte. A fork has them
 already, and shares what neither writes to. vLLM forks by itself, but never inside an actor of Ray:
 there its engine may have to join the cluster. An engine with the executor `uni` does not.
+
+The first time that vLLM meets a model's class, it looks at the class in one more process, which
+must not touch the GPU of this one; ten seconds of a core again. Without a GPU it looks here.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
+from typing import TypeVar
 
 from ray._raylet import setproctitle  # type: ignore[attr-defined]  # Cython
 
+_Seen = TypeVar("_Seen")
 _FILES = Path("/proc/self/fd")
 
 
@@ -54,8 +60,14 @@ def _context() -> ForkContext:
     return _Context()
 
 
+def _run_here(look: Callable[[], _Seen]) -> _Seen:
+    return look()
+
+
 def fork_engines() -> None:
-    """Have the engines that vLLM starts from here on be forks of this process."""
+    """Have the engines that vLLM starts from here on be forks of this process; CPUs only."""
+    from vllm.model_executor.models import registry
     from vllm.v1.engine import utils
 
+    registry._run_in_subprocess = _run_here
     utils.get_mp_context = _context

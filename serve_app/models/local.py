@@ -20,6 +20,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from vllm.exceptions import GenerationError
+from vllm.platforms import current_platform
 
 from serve_app.config import LocalModelConfig
 from serve_app.errors import AtlasError, ConfigError, EngineError, InvalidRequest
@@ -63,10 +64,12 @@ class OneProcessEngine(VLLMEngine):  # type: ignore[misc]  # Ray is untyped
     """
 
     def _prepare_engine_config(self, callback_ctx: Any) -> Any:
-        arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
-        if self.llm_config.engine_kwargs.get("distributed_executor_backend") == "uni":
-            config.parallel_config.distributed_executor_backend = "uni"
+        is_one = self.llm_config.engine_kwargs.get("distributed_executor_backend") == "uni"
+        if is_one and current_platform.is_cpu():
             fork_engines()
+        arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
+        if is_one:
+            config.parallel_config.distributed_executor_backend = "uni"
         return arguments, frontend, config
 
 

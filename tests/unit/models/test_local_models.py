@@ -150,7 +150,7 @@ def test_the_gpu_graph_is_wired_with_nano_weights_in_each_place(model: LocalMode
     # Serve's own part of the replica and the engine's worker, in one placement group.
     assert sum(b.get("CPU", 0) for b in deployment._replica_config.placement_group_bundles) == 1.2
     assert given.engine_kwargs == {
-        "structured_outputs_config": {"backend": "xgrammar"},
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         **filled(model.engine_kwargs),
     }
     assert given.model_loading_config.model_source == stand_in.model_source
