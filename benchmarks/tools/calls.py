@@ -25,7 +25,6 @@ import duckdb
 import httpx2
 from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
-from mcp.server.mcpserver import MCPServer
 from rich.console import Console
 from rich.table import Table
 
@@ -106,21 +105,6 @@ def make_databases(folder: Path) -> tuple[Path, Path]:
     return duck, lite
 
 
-def serve(transport: str, port: int) -> None:
-    """Run the MCP server that is called: one function that answers at once."""
-    server = MCPServer("echo")
-
-    @server.tool()
-    async def echo(text: str) -> str:
-        """Say it again."""
-        return text
-
-    if transport == "stdio":
-        server.run("stdio")
-    else:
-        server.run("streamable-http", host="127.0.0.1", port=port)
-
-
 async def allowed(config: McpConfig) -> dict[str, str]:
     """Wait until a server's functions are known, and allow them, as the pool's controller does.
 
@@ -140,7 +124,7 @@ async def measure(folder: Path, num_calls: int) -> list[Pairing]:
     """Every way of calling, with every number of callers."""
     duck, lite = make_databases(folder)
     port = free_port()
-    command = (sys.executable, "-m", "benchmarks.tools.calls")
+    command = (sys.executable, "-m", "benchmarks.tools.echo")
     stdio = McpConfig(
         tool_id="stdio",
         command=command[0],
@@ -247,7 +231,3 @@ def run(num_calls: int) -> tuple[dict[str, Any], list[Target]]:
     console.print(table)
     pairings = [asdict(pair) | {"added_ms": pair.added_ms} for pair in found]
     return {"calls": num_calls, "pairings": pairings}, targets(found)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]) if sys.argv[2:] else 0)

@@ -31,6 +31,8 @@ from serve_app.tools.runner import ToolRunner
 
 CALLERS = 4
 """On each tool."""
+_PAUSE_S = 0.1
+"""Of a caller after each call: all of them together leave the machine room to start a process."""
 BACK_S = 10.0
 _CALM_S = 12.0
 """Between kills: longer than a connection has to last to count as good."""
@@ -46,7 +48,7 @@ def _echo(tool_id: str, mark: str) -> McpConfig:
     return McpConfig(
         tool_id=tool_id,
         command=sys.executable,
-        args=("-m", "benchmarks.tools.calls", "stdio"),
+        args=("-m", "benchmarks.tools.echo", "stdio"),
         env={"PYTHONPATH": str(Path(__file__).parents[2]), _MARK: mark},
         num_cpus=0,
         effects="none",
@@ -58,7 +60,7 @@ def _child(mark: str) -> psutil.Process:
     """The server's process, by its environment."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            is_server = "benchmarks.tools.calls" in process.cmdline()
+            is_server = "benchmarks.tools.echo" in process.cmdline()
             if is_server and process.environ().get(_MARK) == mark:
                 return process
     raise SystemExit("the server's process is not there")
@@ -83,10 +85,11 @@ class _Load:
                 self.ended[tool_id, False] += 1
                 if tool_id != "killed":
                     self.failures.append(f"{tool_id}: {error}")
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(_PAUSE_S)
             else:
                 self.ended[tool_id, True] += 1
                 self.last_good_s[tool_id] = began_s
+                await asyncio.sleep(_PAUSE_S)
 
     async def back_after_s(self) -> float:
         """Seconds until a call that begins now or later succeeds on the server that was killed."""
