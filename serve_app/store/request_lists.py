@@ -11,7 +11,7 @@ from serve_app.store.database import Store
 from serve_app.store.tables import RequestRow
 
 MAX_LISTED_QUERY_CHARS = 200
-MAX_SEARCHED = 20_000
+MAX_SEARCHED = 10_000
 """Requests that one look at a list goes through."""
 
 
