@@ -159,10 +159,20 @@ def test_a_run_goes_on_without_its_watchdog(start: Callable[..., subprocess.Pope
     earlier = set(own_watchdogs())  # that of the session's graph
     with watchdog.watched():
         assert os.environ[watchdog.MARK] != before.get(watchdog.MARK)
-        (pid,) = set(own_watchdogs()) - earlier
+        pid = started_watchdog(earlier)
         os.kill(pid, signal.SIGKILL)
         wait_until_gone(pid)
     assert dict(os.environ) == before
+
+
+def started_watchdog(earlier: set[int]) -> int:
+    """The watchdog that this process has just started: a program that begins has no words yet."""
+    ends_s = time.monotonic() + 60
+    while not (new := set(own_watchdogs()) - earlier):
+        assert time.monotonic() < ends_s, "there is no watchdog"
+        time.sleep(0.01)
+    (pid,) = new
+    return pid
 
 
 def own_watchdogs() -> list[int]:
