@@ -5,7 +5,7 @@ already, and shares what neither writes to. vLLM forks by itself, but never insi
 there its engine may have to join the cluster. An engine with the executor `uni` does not.
 
 The first time that vLLM meets a model's class, it looks at the class in one more process, which
-must not touch the GPU of this one; ten seconds of a core again. Without a GPU it looks here.
+must not touch the GPU of this one; ten seconds of a core again. Without a GPU the replica looks.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class _Context(ForkContext):
 
 
 def _let_go_of_sockets() -> None:
-    """Put nothing in the place of every socket: Ray learns by them that a worker has ended.
+    """Replace every socket by the null device: Ray notices a dead worker by its closed sockets.
 
-    The numbers stay taken, so that an inherited object that closes its own closes no other's.
+    The file numbers stay taken: an inherited object that closes its number closes no other file.
     """
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for entry in list(_FILES.iterdir()):

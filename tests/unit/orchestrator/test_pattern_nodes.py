@@ -24,6 +24,7 @@ from serve_app.errors import (
     ServiceError,
     ToolFailed,
     ToolRetry,
+    ToolTimeout,
 )
 from serve_app.models.reply import Choice
 from serve_app.orchestrator.answer import text_of
@@ -1265,6 +1266,16 @@ async def test_code_without_an_example_to_try_passes(bench: Make) -> None:
 async def test_what_the_code_does_instead_is_the_fault(bench: Make) -> None:
     deployment = checked(bench, "check: examples, tool: debug", BAD, otherwise="fail")
     with pytest.raises(EngineError, match=re.escape("f(1) returned 1, expected 2")):
+        await deployment.run("f(1) == 2")
+
+
+@pytest.mark.parametrize("failure", [ToolRetry("code: too long"), ToolTimeout("too slow")])
+async def test_code_that_the_tool_cannot_take_does_not_pass(
+    bench: Make, failure: AtlasError
+) -> None:
+    deployment = checked(bench, "check: examples, tool: debug", GOOD, otherwise="fail")
+    deployment.tools.says["debug"] = failure
+    with pytest.raises(EngineError, match=failure.message):
         await deployment.run("f(1) == 2")
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import re2
 
 from serve_app.config.patterns.language import VerifyNode
-from serve_app.errors import EngineError
+from serve_app.errors import EngineError, ToolRetry, ToolTimeout
 from serve_app.models.verifier import read_score, scoring_body
 from serve_app.orchestrator.patterns import facts
 from serve_app.orchestrator.patterns.nodes.ask import read_json
@@ -104,6 +104,9 @@ async def failing_examples(text: str, tool: str, view: NodeView) -> str | None:
         return None
     arguments = {"code": text, "report": view.question}
     ran = view.parts.pairs.parts.tools.run(view.tool_work(tool), arguments)
-    said = await by_deadline(ran, view.budget, f"the tool {tool!r}")
+    try:
+        said = await by_deadline(ran, view.budget, f"the tool {tool!r}")
+    except (ToolRetry, ToolTimeout) as failure:  # the tool refuses the code, or it takes too long
+        return failure.message
     works = said.data["kind"] == "none" and said.data["code"]
     return None if works else said.text
