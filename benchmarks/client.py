@@ -34,6 +34,23 @@ def question(number: int) -> str:
     return f"{OPENERS[opener]} {SUBJECTS[subject].format(a=b, b=a)}?"
 
 
+PROFILED = (
+    "how far is it by {thing} from house {a} to house {b}",
+    "which dish do i cook with {a} grams of {thing} in {b} minutes",
+    "translate the word {thing} and the numbers {a} and {b} into French",
+    "who sold {a} of the {thing} in the year {b}",
+)
+THINGS = ("train", "rice", "copper", "bicycle", "flour", "timber", "ferry", "sugar")
+
+
+def profiled_question(number: int) -> str:
+    """A question of the four kinds that `benchmarks.profiled` fits a router on."""
+    rest, kind = divmod(number, len(PROFILED))
+    rest, thing = divmod(rest, len(THINGS))
+    a, b = divmod(rest % 1_000_000, 1000)
+    return PROFILED[kind].format(thing=THINGS[thing], a=b, b=a)
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """One run of load against one URL."""
@@ -54,6 +71,8 @@ class Load:
     headers: dict[str, str] = field(default_factory=dict)
     first_number: int = 0
     """Number of the first question, so that runs never share one."""
+    profiled: bool = False
+    """Whether the questions are of the profiled kinds."""
 
 
 @dataclass(slots=True)
@@ -204,7 +223,8 @@ def build_request(load: Load, number: int) -> bytes:
     headers = {"host": f"{load.host}:{load.port}"} | load.headers
     payload = b""
     if load.body is not None:
-        messages = [{"role": "user", "content": question(number)}]
+        text = profiled_question(number) if load.profiled else question(number)
+        messages = [{"role": "user", "content": text}]
         fields = load.body | {"messages": messages} | ({"stream": True} if load.stream else {})
         payload = json.dumps(fields).encode()
         headers |= {"content-type": "application/json", "content-length": str(len(payload))}

@@ -1,11 +1,12 @@
 """What the graph adds to a model's answer: milliseconds, requests per second, memory, by stage.
 
 How to run: `python -m benchmarks.serving --out results/serving.json [--quick] [--litellm PYTHON]`.
-It starts Ray and the graph of `configs/bench/bench.yaml` (one engine that answers at once) and asks
+It starts Ray and the graph of `configs/bench/bench.yaml` (an engine that answers at once) and asks
 in turn, round by round: (a) a Serve no-op, (b) the model's application behind the thinnest ingress,
-(c) the gateway with the model pinned, (d) the gateway routing, (e) a LiteLLM proxy over an equally
-instant upstream, where PYTHON is an interpreter that has `litellm[proxy]`; then, unless `--quick`,
-(a)-(d) once more over real engines (`configs/nano.yaml`). Prints tables, writes JSON and a figure.
+(c) the gateway with the model pinned, (d) the gateway routing questions outside the profile, (e)
+the same with questions like the profiled ones, (f) a LiteLLM proxy over an equally instant upstream,
+where PYTHON is an interpreter that has `litellm[proxy]`; then, unless `--quick`, (a)-(d) once more
+over real engines (`configs/nano.yaml`). Prints tables, writes JSON and a figure.
 
 Results to expect: see `benchmarks/README.md`. A machine that does other work at the same time gives
 worse figures; ratios between scenarios of one run hold better than the figures themselves.
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -56,6 +58,8 @@ class Endpoint:
     path: str
     body: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
+    profiled: bool = False
+    """Whether its questions are of the kinds that the router's snapshot was fitted on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,7 @@ class Bench:
             body=endpoint.body,
             stream=phase.stream,
             headers=endpoint.headers,
+            profiled=endpoint.profiled,
             first_number=self._next_number,
         )
         return asyncio.run(run_load(load))
@@ -224,9 +229,24 @@ def decision_ms(port: int, num_requests: int) -> float | None:
 
 
 def measure_graph(
-    config: Path, model_id: str, bench: Bench, extra: list[Endpoint], *, quick: bool
+    config: Path,
+    model_id: str,
+    bench: Bench,
+    extra: list[Endpoint],
+    *,
+    quick: bool,
+    profiled: bool = False,
 ) -> EngineResults:
-    """Bring a graph up and measure all of it."""
+    """Bring a graph up and measure all of it.
+
+    Args:
+        config: Of the graph.
+        model_id: The model that is named.
+        bench: How it is measured.
+        extra: Endpoints beside the graph's.
+        quick: Whether fewer requests will do.
+        profiled: Whether the router gets a snapshot, and questions like those it was fitted on.
+    """
     from ray import serve
 
     from benchmarks.probes import direct_application, noop_application
@@ -236,7 +256,10 @@ def measure_graph(
     results = EngineResults()
     with ExitStack() as stack:
         # A store of its own: what other runs left behind must not count.
-        os.environ["ATLAS_DATA_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        os.environ["ATLAS_DATA_DIR"] = str(folder)
+        if profiled:
+            config = with_snapshot(config, folder)
         graph = stack.enter_context(running_graph(config, port=port))
         for state in graph.wait_for_pool():
             console.print(*(f"  {m.model_id}: {m.state.value}" for m in state.models))
@@ -251,6 +274,9 @@ def measure_graph(
             Endpoint("routed", port, chat, {"model": "atlas"} | sampling),
             *extra,
         ]
+        if profiled:
+            known = Endpoint("profiled", port, chat, {"model": "atlas"} | sampling, profiled=True)
+            endpoints.insert(4, known)
         for endpoint in endpoints:
             bench.run_once(CLOSED_16, endpoint, WARM_UP_S)
         for phase in (CLOSED_1, CLOSED_16):
@@ -265,6 +291,19 @@ def measure_graph(
         results.decision_p50_ms = decision_ms(port, 50 if quick else 300)
         results.memory = replica_memory()
     return results
+
+
+def with_snapshot(config: Path, folder: Path) -> Path:
+    """A configuration whose router decides by a snapshot fitted on the profiled questions."""
+    from benchmarks.profiled import save_profiled
+
+    share = save_profiled(config, folder / "profiled")
+    console.print(f"first look: expected to decide {share:.0%} of the profiled questions")
+    written = yaml.safe_load(config.read_text())
+    written["router"] = {**written.get("router", {}), "snapshot": str(folder / "profiled")}
+    path = folder / config.name
+    path.write_text(yaml.safe_dump(written))
+    return path
 
 
 def measure_encoder_apart(num_queries: int) -> dict[str, float]:
@@ -313,9 +352,17 @@ def targets(instant: EngineResults, encoder: dict[str, float]) -> list[Target]:
         Target("encoder lowest cosine", encoder["min_cosine"], ">=", 0.9999),
         Target("gateway + router + embedder RSS, MB", graph_memory_mb(instant), "<=", 2000.0),
     ]
+    profiled_ms = closed_1["profiled"].p50_ms or float("inf")
+    over_named = profiled_ms / (closed_1["pinned"].p50_ms or float("inf"))
+    held.append(Target("profiled p50 over a named request's, at 1", over_named, "<=", 2.0))
     if "litellm" in closed_16:
-        ratio = routed_rps / max(closed_16["litellm"].requests_per_s, 1e-9)
-        held.append(Target("routed over LiteLLM unrouted, requests/s at 16", ratio, ">=", 2.5))
+        unrouted_rps = max(closed_16["litellm"].requests_per_s, 1e-9)
+        over_ms = profiled_ms / (closed_1["litellm"].p50_ms or float("inf"))
+        for name, least in (("routed", 2.5), ("profiled", 4.0)):
+            ratio = closed_16[name].requests_per_s / unrouted_rps
+            what = f"{name} over LiteLLM unrouted, requests/s at 16"
+            held.append(Target(what, ratio, ">=", least))
+        held.append(Target("profiled p50 over LiteLLM's, at 1", over_ms, "<=", 0.4))
     return held
 
 
@@ -398,7 +445,12 @@ def main() -> None:
             extra.append(stack.enter_context(litellm_proxy(args.litellm)))
         console.print("starting the graph over instant engines …")
         instant = measure_graph(
-            ROOT / "configs" / "bench" / "bench.yaml", MODEL_ID, bench, extra, quick=args.quick
+            ROOT / "configs" / "bench" / "bench.yaml",
+            MODEL_ID,
+            bench,
+            extra,
+            quick=args.quick,
+            profiled=True,
         )
     show("instant engine", instant)
     nano_config = ROOT / "configs" / "nano.yaml"

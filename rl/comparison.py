@@ -22,12 +22,17 @@ from rl.evaluate.evaluate import (
     evaluate,
 )
 from rl.evaluate.figures import draw_pareto, draw_reliability
+from rl.evaluate.held_out import read_held_out
+from rl.evaluate.looked import LookFigures, look_figures
 from rl.evaluate.off_policy import LoggedDecisions, logged_trajectories
 from rl.evaluate.policies import MultiStep
 from rl.evaluate.verified import VerifierFigures
-from rl.fit.dataset import MAX_VERDICTS, read_dataset
+from rl.fit.dataset import MAX_VERDICTS, Dataset, read_dataset
 from serve_app.config import AtlasConfig
+from serve_app.embedder import TokenTable
+from serve_app.errors import ConfigError
 from serve_app.router.rules.base import Deciding, Rule
+from serve_app.router.rules.first_look import FirstLook
 from serve_app.router.snapshots.build_rule import Cards, RuleSettings, build_rule, read_cards
 from serve_app.router.snapshots.library import SnapshotLibrary
 from serve_app.router.snapshots.snapshot import RULE, VOI_RULE, RouterSnapshot
@@ -116,7 +121,30 @@ async def evaluate_snapshot(
             default_alpha=config.router.default_alpha, margin=config.router.promotion_margin
         ),
     )
-    return replace(report, verifier=verified)
+    look = _looked(config, rules[CANDIDATE], dataset, report.settings)
+    return replace(report, verifier=verified, look=look)
+
+
+def _looked(
+    config: AtlasConfig, rule: Rule, dataset: Dataset, settings: EvaluationSettings
+) -> LookFigures | None:
+    """What the first look of a snapshot does; `None`: it has none that this deployment can use."""
+    if rule.clusters is None or not rule.clusters.snapshot.looks_first:
+        return None
+    try:
+        table = TokenTable(config.embedder)
+    except ConfigError:
+        return None
+    held_out = read_held_out(dataset.outcomes, dataset.domains)
+    return look_figures(
+        FirstLook(rule.clusters.snapshot.look, rule.clusters, table),
+        rule,
+        held_out,
+        [dataset.outcomes.queries[row] for row in held_out.rows],
+        settings.default_alpha,
+        num_resamples=settings.num_resamples,
+        seed=settings.seed,
+    )
 
 
 def _voi(

@@ -6,32 +6,32 @@ its refresh interval and swaps between two requests.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from numpy.typing import NDArray
 
 from rl.comparison import evaluate_snapshot
-from rl.evaluate.evaluate import (
-    EvaluationReport,
-)
+from rl.evaluate.evaluate import EvaluationReport
 from rl.fit.dataset import read_dataset
 from rl.fit.fit import fit
+from rl.fit.look import fit_look
 from rl.fit.selection import FitSettings
 from rl.fit.voters import answer_keys, voters_of
-from rl.profile.outcomes import NotMeasured
+from rl.profile.outcomes import NotMeasured, Outcomes
 from serve_app.config import AtlasConfig
+from serve_app.embedder import TokenTable
 from serve_app.errors import ConfigError, Conflict, NotFound, PromotionRefused
-from serve_app.router.snapshots.build_rule import (
-    Cards,
-    read_cards,
-)
+from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.snapshots.build_rule import Cards, read_cards
 from serve_app.router.snapshots.library import SnapshotLibrary
 from serve_app.router.snapshots.snapshot import (
     CARD_COSTS,
     LEARNED_UNTIL,
+    LOOK,
     RULE,
     VERIFIER,
     VOI_RULE,
@@ -50,8 +50,7 @@ from serve_app.store import (
     trial_policies,
 )
 
-if TYPE_CHECKING:
-    pass
+logger = logging.getLogger(__name__)
 
 NEWEST = "newest"
 SERVING = "serving"
@@ -112,8 +111,25 @@ async def fit_snapshot(
         snapshot = replace(snapshot, verifier=arrays)
     if by_value:
         about[RULE] = VOI_RULE
+    look = _fit_look(config, cards, snapshot, outcomes)
+    if look is not None:
+        arrays, about[LOOK] = look
+        snapshot = replace(snapshot, look=arrays)
     snapshot = replace(snapshot, metadata=about)
     return await keep_snapshot(config, store, snapshot), snapshot
+
+
+def _fit_look(
+    config: AtlasConfig, cards: Cards, snapshot: RouterSnapshot, outcomes: Outcomes
+) -> tuple[dict[str, NDArray[Any]], dict[str, float]] | None:
+    """A first look fitted on the profile, and what to expect of it; `None`: there is none."""
+    try:
+        table = TokenTable(config.embedder)
+    except ConfigError as error:
+        logger.warning("no first look: %s", error.message)
+        return None
+    rule = ClusterRule(snapshot, cards.prior)
+    return fit_look(rule, outcomes.queries, outcomes.embeddings, table)
 
 
 async def _fit_verifier(

@@ -90,6 +90,16 @@ class MemberState(StrEnum):
     """It was removed: what is under way ends, nothing new begins."""
 
 
+class Look(StrEnum):
+    """What a decision saw of the query."""
+
+    STATIC = "static"
+    """Its pooled token vectors, mapped into the encoder's space: enough for a query like the
+    profiled ones."""
+    ENCODER = "encoder"
+    """Its embedding."""
+
+
 class DecidedBy(StrEnum):
     """Who decided."""
 
@@ -525,6 +535,8 @@ class Decision:
     chances: tuple[float | None, ...] = ()
     """Of each finished step: the calibrated chance that its answer is right, in [0, 1]; `None`: it
     gave none. Empty without a verifier."""
+    look: Look | None = None
+    """`None`: the router was not asked."""
 
     @property
     def pair(self) -> Pair:

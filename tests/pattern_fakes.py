@@ -19,7 +19,7 @@ from serve_app.orchestrator.pairs.base import PairWork
 from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.patterns.declared import Composed, PatternRunner
 from serve_app.orchestrator.trace import Span, Trace
-from serve_app.router.rules.base import RoutingRequest
+from serve_app.router.rules.base import Routed, RoutingRequest
 from serve_app.schemas import Candidate, ChatCall, DecidedBy, Decision, Limits, Pair
 from serve_app.tools.base import ToolResult
 from serve_app.tools.runner import ToolRunner
@@ -113,10 +113,11 @@ class Chooser:
         self.limits: list[Limits] = []
         self.path = DecidedBy.CLUSTERS
 
-    async def decide(self, requests: Sequence[RoutingRequest]) -> list[Decision]:
+    async def decide(self, requests: Sequence[RoutingRequest]) -> list[Routed]:
         self.limits += [request.limits for request in requests]
         candidates = tuple(Candidate(pair, q, q, 0.0) for pair, q in self.order.items())
-        return [Decision(candidates, self.path, 1.0, 1.0, 1, 7) for _ in requests]
+        decision = Decision(candidates, self.path, 1.0, 1.0, 1, 7)
+        return [Routed(decision, WordEmbedder.one(of.text or "")) for of in requests]
 
 
 class PatternBench:

@@ -78,10 +78,17 @@ def make_outcome(
     return ProfileOutcome(**values | changes)
 
 
-async def fill(config: AtlasConfig, store: Store, num_questions: int = 80, **changes: Any) -> None:
+async def fill(
+    config: AtlasConfig,
+    store: Store,
+    num_questions: int = 80,
+    texts: tuple[str, str] = ("query {}", "query {}"),
+    **changes: Any,
+) -> None:
     """Even questions are sums, odd ones poems; each pair is right on its own."""
     for number in range(num_questions):
-        await add_questions(store, [make_question(config, number)])
+        query = texts[number % 2].format(number)
+        await add_questions(store, [make_question(config, number, query=query)])
         await add_outcomes(
             store,
             [

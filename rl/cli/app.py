@@ -172,7 +172,7 @@ def fit_command(
     """Fit a router on the outcomes measured so far. It does not serve before `atlas promote`."""
     from rl.fit.selection import FitSettings
     from rl.publish import fit_snapshot
-    from serve_app.router.snapshots.snapshot import VERIFIER, save_snapshot
+    from serve_app.router.snapshots.snapshot import LOOK, VERIFIER, save_snapshot
 
     deployment = load(config)
     began_s = time.monotonic()
@@ -207,6 +207,12 @@ def fit_command(
             for auc, of in zip(within, _GROUPS, strict=True)
         ]
         console.print(f"verifier: AUC {', '.join(told)}", highlight=False)
+    if LOOK in about:
+        console.print(
+            f"first look: decides {about[LOOK]['share']:.0%} of questions like these, expected to "
+            f"lose {about[LOOK]['loss']:.4f} of utility",
+            highlight=False,
+        )
     if outdated := about["num_outdated"]:
         console.print(
             f"{outdated} outcomes were left out: their model or tool had other settings then; "

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from rl.evaluate.held_out import HeldOut, read_held_out
 from rl.evaluate.importance_sampling import OffPolicyEstimate
+from rl.evaluate.looked import LookFigures
 from rl.evaluate.off_policy import (
     LoggedDecisions,
     LoggedTrajectories,
@@ -178,6 +179,8 @@ class EvaluationReport:
     verifier: dict[str, VerifierFigures] = field(default_factory=dict)
     """Of the candidate's verifier: `held_out` on the held-out answers, `new_questions` and
     `without <domain>` from its fit, on questions and domains that it did not see."""
+    look: LookFigures | None = None
+    """Of the candidate's first look, at the default alpha; `None`: it has none."""
 
     @property
     def at_default(self) -> Comparison:
@@ -329,6 +332,9 @@ def show(report: EvaluationReport, console: Console) -> None:
             console.print(f"{name} on {where}: {escape(_estimated(known))}", highlight=False)
     for name, of in report.verifier.items():
         console.print(f"verifier, {name}: {escape(_verified(of))}", highlight=False)
+    if report.look is not None:
+        told = f"decides {report.look.share:.0%}, utility {report.look.difference}"
+        console.print(f"first look: {escape(told)}", highlight=False)
     word = "[green]may serve[/green]" if report.verdict.promote else "[red]refused[/red]"
     console.print(f"{word}: {escape(report.verdict.reason)}", highlight=False)
 

@@ -13,6 +13,7 @@ from serve_app.embedder.encoder import (
     find_model,
     runs_of,
 )
+from serve_app.embedder.static import Tokens, TokenTable
 
 __all__ = [
     "Embedder",
@@ -20,6 +21,8 @@ __all__ = [
     "Network",
     "TextEncoder",
     "TokenIds",
+    "TokenTable",
+    "Tokens",
     "cached_graph",
     "find_model",
     "runs_of",

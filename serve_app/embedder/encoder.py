@@ -55,39 +55,25 @@ class Network(Protocol):
         ...
 
 
-class TextEncoder:
-    """A sentence encoder. Thread-safe; one call uses `num_threads` threads."""
+class TextTokenizer:
+    """Cuts texts into an encoder's tokens. Thread-safe."""
 
-    def __init__(self, config: EmbedderConfig, cache_dir: Path) -> None:
-        """Load the model; the `onnx` backend builds its graph if `cache_dir` has no intact one.
+    def __init__(self, folder: Path, max_tokens: int) -> None:
+        """Load the tokenizer.
 
         Args:
-            config: What to load and how.
-            cache_dir: Folder of built graphs; made when missing.
-
-        Raises:
-            ConfigError: If the model cannot be found, or is not one the backend can run.
+            folder: Of the encoder.
+            max_tokens: Longer texts are cut; never more than the network takes.
         """
         from tokenizers import Tokenizer
 
-        folder = find_model(config.model)
         network_config = json.loads((folder / "config.json").read_text())
         self._max_tokens = min(
-            config.max_tokens, network_config.get("max_position_embeddings", config.max_tokens)
+            max_tokens, network_config.get("max_position_embeddings", max_tokens)
         )
         self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self._max_tokens)
-        self._network: Network
-        if config.backend == "onnx":
-            self._network = _OnnxNetwork(folder, cache_dir, config.num_threads)
-        else:
-            self._network = _TorchNetwork(folder, config.num_threads)
-
-    @property
-    def dim(self) -> int:
-        """Length of a vector."""
-        return self._network.dim
 
     def tokenize(self, text: str) -> TokenIds:
         """Token ids of a text, special tokens included, at most `max_tokens`.
@@ -102,6 +88,37 @@ class TextEncoder:
         except (AttributeError, TypeError, UnicodeError) as error:
             raise InvalidRequest("the text to embed is not valid Unicode text") from error
         return ids
+
+
+class TextEncoder:
+    """A sentence encoder. Thread-safe; one call uses `num_threads` threads."""
+
+    def __init__(self, config: EmbedderConfig, cache_dir: Path) -> None:
+        """Load the model; the `onnx` backend builds its graph if `cache_dir` has no intact one.
+
+        Args:
+            config: What to load and how.
+            cache_dir: Folder of built graphs; made when missing.
+
+        Raises:
+            ConfigError: If the model cannot be found, or is not one the backend can run.
+        """
+        folder = find_model(config.model)
+        self._tokenizer = TextTokenizer(folder, config.max_tokens)
+        self._network: Network
+        if config.backend == "onnx":
+            self._network = _OnnxNetwork(folder, cache_dir, config.num_threads)
+        else:
+            self._network = _TorchNetwork(folder, config.num_threads)
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self._network.dim
+
+    def tokenize(self, text: str) -> TokenIds:
+        """Token ids of a text, as of `TextTokenizer.tokenize`."""
+        return self._tokenizer.tokenize(text)
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Encode texts.

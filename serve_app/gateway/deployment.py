@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
@@ -61,10 +62,9 @@ class Gateway:
         self._tracing = tracing_of(config.telemetry.tracing)
         self._store = await Store.open(config.store_url(), must_answer=False)
 
-        async def embed(text: str) -> bytes:
-            vectors = await embedder.embed.remote([text])
-            encoded: bytes = vectors[0].astype("<f4").tobytes()
-            return encoded
+        async def embed(texts: Sequence[str]) -> list[bytes]:
+            vectors = await embedder.embed.remote(list(texts))
+            return [vector.astype("<f4").tobytes() for vector in vectors]
 
         self._outcomes = OutcomeLog(
             self._store,

@@ -114,6 +114,7 @@ DECISION = Shape(
             "alpha": _SHARE,
             "action": {"enum": ["route", "think"]},
             **_DECIDED,
+            "look": {"enum": ["static", "encoder", None]},
             "distance_quantile": {"type": ["number", "null"]},
             "cluster": {"type": ["object", "null"]},
             "candidates": _array(_CANDIDATE),

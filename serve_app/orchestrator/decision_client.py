@@ -8,6 +8,7 @@ again in the same batches, with the text of its last answer in place of its quer
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,12 +22,15 @@ from serve_app.budget import Deadline
 from serve_app.errors import AtlasError, DeadlineExceeded, InvalidRequest, ReplicaDied
 from serve_app.models.clients import call
 from serve_app.orchestrator.recovery import again, pause_s
-from serve_app.router.rules.base import Answer, RoutingRequest
+from serve_app.router.rules.base import UNKNOWN, Routed, RoutingRequest
 from serve_app.schemas import Action, Candidate, Decision, Fact, Fixed, Limits, Seen
 
 _BATCH_SIZE = 32
 _MAX_IN_FLIGHT = 2
 """Batches under way at once, one embedding and one deciding; full ones do not wait for this."""
+
+_MAX_KEPT = 2_048
+"""Embeddings of the last different queries that are kept; some 4 MB."""
 
 _TOLD_CANDIDATES = 3
 """Best candidates that a decision's span tells of."""
@@ -59,7 +63,7 @@ class RouterHandle(Protocol):
 
     @property
     def decide(self) -> _Decide:
-        """Answers with a decision or an error per request."""
+        """Answers with a `Routed` per request."""
         ...
 
 
@@ -103,19 +107,14 @@ class _Waiting:
 
     @property
     def text(self) -> str | None:
-        """What is to be embedded."""
+        """What is not embedded yet."""
         if self.embedding is not None:
             return None
         return self.query if self.under_way is None else self.under_way.answer
 
-    @property
-    def known(self) -> _Vector | None:
-        """(dim,) embedding that stands in for one of the text."""
-        return self.embedding if self.under_way is None else self.under_way.answer_embedding
-
     def embedded(self, began_s: float, seconds: float) -> None:
         """Say when its text was embedded, and how long that took."""
-        if self.facts is not None and self.text is not None:
+        if self.facts is not None:
             after_s = round(max(0.0, began_s - self.began_s), 6)
             self.facts.update(embedding_after_s=after_s, embedding_s=round(seconds, 6))
 
@@ -139,6 +138,8 @@ def facts_of(decision: Decision) -> dict[str, Fact]:
     known = [chance for chance in decision.chances if chance is not None]
     if known:
         facts |= {"answers": len(known), "best_chance": max(known)}
+    if decision.look is not None:
+        facts["look"] = str(decision.look)
     return facts | {
         "path": str(decision.path),
         "confidence": decision.confidence,
@@ -153,12 +154,44 @@ def _expected(candidate: Candidate) -> str:
     return f"{candidate.pair} {candidate.quality:.2f} {interval}"
 
 
+class Kept:
+    """The embeddings of the last different queries.
+
+    Invariant: at most `_MAX_KEPT` of them, and no text.
+    """
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._vectors: dict[bytes, _Vector] = {}
+
+    def get(self, query: str) -> _Vector | None:
+        """(dim,) of a query that was embedded before; `None`: it is not kept."""
+        key = _digest(query)
+        vector = self._vectors.pop(key, None)
+        if vector is not None:
+            self._vectors[key] = vector  # the last one again
+        return vector
+
+    def keep(self, query: str, vector: _Vector) -> None:
+        """Keep one, and let the one go that was asked for the longest ago."""
+        self._vectors[_digest(query)] = vector
+        if len(self._vectors) > _MAX_KEPT:
+            del self._vectors[next(iter(self._vectors))]
+
+
+def _digest(query: str) -> bytes:
+    # A lone surrogate is no text; the embedder says so.
+    return hashlib.blake2b(query.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
 class Decider:
     """Asks the embedder and the router.
 
     Invariants:
         - Requests are taken in the order of arrival; one that left is dropped before its batch.
         - A request fails only by itself: the others of its batch do not see its error.
+        - A query that was embedded before is not embedded again, except where the same result is
+          wanted again: the last bits of a vector depend on what shared its batch.
     """
 
     def __init__(
@@ -177,6 +210,7 @@ class Decider:
         self._left_alone = left_alone
         self._embedder = embedder
         self._router = router
+        self._kept = Kept()
         self._waiting: deque[_Waiting] = deque()
         self._in_flight: set[asyncio.Task[None]] = set()
 
@@ -191,8 +225,8 @@ class Decider:
         embedding: _Vector | None = None,
         fixed: Fixed | None = None,
         facts: dict[str, Fact] | None = None,
-    ) -> tuple[_Vector, Decision]:
-        """The (dim,) embedding of a query, and the decision for it.
+    ) -> tuple[_Vector | None, Decision]:
+        """The (dim,) embedding of a query, `None` where it needed none, and the decision for it.
 
         Args:
             query: What is routed on.
@@ -220,7 +254,6 @@ class Decider:
             fixed=fixed,
             facts=facts,
         )
-        assert embedding is not None  # every query is embedded
         assert decision is not None
         return embedding, decision
 
@@ -297,6 +330,10 @@ class Decider:
             limits = replace(limits, deadline_s=fixed.deadline_s)
         elif limits is not None and (without := self._left_alone()):
             limits = replace(limits, without=without)
+        if embedding is None and under_way is None and fixed is None:
+            embedding = self._kept.get(query)
+            if embedding is not None and limits is None:
+                return embedding, None
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append(
             _Waiting(
@@ -365,59 +402,78 @@ class Decider:
 
     async def _ask(self, batch: list[_Waiting], max_deaths: int) -> None:
         deadline = max((request.deadline for request in batch), key=lambda d: d.at_s)
-        undecided: list[tuple[_Waiting, _Vector | None]] = []
-        asked: list[RoutingRequest] = []
-        began_s = time.monotonic()
-        vectors = await self._embed(batch, deadline, max_deaths)
-        seconds = time.monotonic() - began_s
-        for request, vector in zip(batch, vectors, strict=True):
-            request.embedded(began_s, seconds)
-            if request.limits is None:
-                request.settle((vector, None))
-            else:
-                undecided.append((request, vector))
-                asked.append(_routing_request(request, request.limits, vector))
-        if not asked:
-            return
-        decisions: list[Answer] = await again(
-            lambda: call(self._router.decide.remote(asked), deadline), deadline, max_deaths
-        )
-        for (request, vector), decision in zip(undecided, decisions, strict=True):
-            request.settle(decision if isinstance(decision, AtlasError) else (vector, decision))
+        if plain := [request for request in batch if request.limits is None]:
+            await self._embed(plain, deadline, max_deaths)
+        asked = [
+            (request, _routing_request(request, request.limits))
+            for request in batch
+            if request.limits is not None
+        ]
+        while asked:
+            asked = await self._route(asked, deadline, max_deaths)
 
-    async def _embed(
-        self, batch: Sequence[_Waiting], deadline: Deadline, max_deaths: int
-    ) -> list[_Vector | None]:
-        """Per request the embedding of its query, or of its last answer where there is one."""
-        texts = [request.text for request in batch if request.text is not None]
+    async def _embed(self, batch: Sequence[_Waiting], deadline: Deadline, max_deaths: int) -> None:
+        """Settle what no decision is wanted for."""
+        texts = [request.query for request in batch]
         how = (True,) if batch[0].fixed is not None else ()
-        embedded = iter(
-            await again(
-                lambda: call(self._embedder.embed.remote(texts, *how), deadline),
-                deadline,
-                max_deaths,
-            )
-            if texts
-            else ()
+        vectors = await again(
+            lambda: call(self._embedder.embed.remote(texts, *how), deadline), deadline, max_deaths
         )
-        return [request.known if request.text is None else next(embedded) for request in batch]
+        for request, vector in zip(batch, vectors, strict=True):
+            self._keep(request, request.query, vector)
+            request.settle((vector, None))
+
+    async def _route(
+        self, asked: list[tuple[_Waiting, RoutingRequest]], deadline: Deadline, max_deaths: int
+    ) -> list[tuple[_Waiting, RoutingRequest]]:
+        """Settle what the router decides on.
+
+        Returns:
+            What the encoder has to look at first.
+        """
+        began_s = time.monotonic()
+        questions = [question for _, question in asked]
+        routed: list[Routed] = await again(
+            lambda: call(self._router.decide.remote(questions), deadline), deadline, max_deaths
+        )
+        unsure = []
+        for (request, question), said in zip(asked, routed, strict=True):
+            if said.answer is None:
+                unsure.append((request, replace(question, was_unsure=True)))
+                continue
+            if isinstance(said.answer, AtlasError):
+                request.settle(said.answer)
+                continue
+            is_new = request.under_way is None
+            vector = said.embedding
+            if question.text is None:
+                vector = question.embedding if is_new else question.last_answer
+            elif vector is not None:
+                request.embedded(began_s, said.embedding_s)
+                if is_new:
+                    self._keep(request, question.text, vector)
+            request.settle((vector, said.answer))
+        return unsure
+
+    def _keep(self, request: _Waiting, text: str, vector: _Vector) -> None:
+        """Keep what a query's embedding is, unless it was made apart from others."""
+        if request.fixed is None:
+            self._kept.keep(text, vector)
 
 
-def _routing_request(request: _Waiting, limits: Limits, vector: _Vector | None) -> RoutingRequest:
+def _routing_request(request: _Waiting, limits: Limits) -> RoutingRequest:
     """A request as the router takes it.
 
     Args:
         request: As it waits.
         limits: What its caller allows.
-        vector: (dim,) embedding of its query, or of its last answer where it is under way; `None`
-            where there is no answer.
     """
     way = request.under_way
     if way is None:
-        assert vector is not None  # every query is embedded
         return RoutingRequest(
-            vector,
+            UNKNOWN if request.embedding is None else request.embedding,
             limits,
+            text=request.text,
             explain=request.explain,
             request_id=request.request_id,
             policy_version=None if request.fixed is None else request.fixed.policy_version,
@@ -427,8 +483,9 @@ def _routing_request(request: _Waiting, limits: Limits, vector: _Vector | None) 
         way.embedding,
         limits,
         way.history,
-        vector,
+        way.answer_embedding,
         way.answers,
+        text=request.text,
         explain=request.explain,
         policy_version=way.policy_version,
         as_fitted=request.fixed is not None,

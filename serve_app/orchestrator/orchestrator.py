@@ -428,6 +428,7 @@ class Orchestrator:
         decision = self._rules.after(run, ruled, decision)
         run.embedding, run.decision = embedding, decision
         if decision.path in BY_STEPS:
+            assert embedding is not None  # the rules that decide by steps have no first look
             run.course = Course(limits, embedding, [decision])
         return wanted
 
@@ -482,7 +483,7 @@ class Orchestrator:
 
     async def _route(
         self, run: Run, limits: Limits, embedding: NDArray[np.float32] | None
-    ) -> tuple[NDArray[np.float32], Decision]:
+    ) -> tuple[NDArray[np.float32] | None, Decision]:
         """The (dim,) embedding of the query, `None` as long as it is not known, and the decision.
 
         Raises:

@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.budget import Deadline
 from serve_app.config import AtlasConfig
 from serve_app.config.abilities import abilities_of
 from serve_app.errors import AtlasError, InvalidRequest, NoCandidate
+from serve_app.models.clients import call
 from serve_app.models.watcher import PoolWatcher
 from serve_app.router.rules.admission import Abilities
-from serve_app.router.rules.base import Answer, Batch, RoutingRequest
+from serve_app.router.rules.base import Answer, Batch, Routed, RoutingRequest
 from serve_app.router.rules.cold_start import pair_cards
 from serve_app.router.serving.follower import PolicyFollower, Served, Serving
 from serve_app.router.serving.rollback import PolicyGuard
 from serve_app.router.snapshots.build_rule import Cards, read_cards
-from serve_app.schemas import Drift, MemberState, PoolState, ShadowDecision
+from serve_app.schemas import Decision, Drift, Look, MemberState, PoolState, ShadowDecision
 
 logger = logging.getLogger(__name__)
 
@@ -98,28 +100,42 @@ class Router:
 
         return read_cards(config, encode)
 
-    async def decide(self, requests: Sequence[RoutingRequest]) -> list[Answer]:
+    async def decide(self, requests: Sequence[RoutingRequest]) -> list[Routed]:
         """What each request does next: for a new one, the candidates from best to worst.
+
+        A query whose embedding is not known is looked at without the encoder first. Where that is
+        enough for none of the batch, the encoder looks; else those that need it are told to come
+        back, so that nobody waits for the encoder who need not.
 
         Returns:
             Per request its decision, or `NoCandidate` if no ready pair is within its limits, or the
             policy it began with is gone.
+
+        Raises:
+            InvalidRequest: If a text cannot be embedded.
+            AtlasError: If the encoder is away.
         """
         pool = self._watcher.state
-        answers: list[Answer] = [NoCandidate("no model of the pool is ready")] * len(requests)
         ready = pool.ready_candidates()
         if not ready:
-            return answers
+            return [Routed(NoCandidate("no model of the pool is ready"))] * len(requests)
+        servings = [await self._serving(request) for request in requests]
+        queries = _Queries(requests, servings, self._follower.shadow)
+        embedding_s = 0.0
+        if queries.unsure and not queries.may_wait:
+            began_s = time.perf_counter()
+            queries.embedded(await self._embed([requests[n] for n in queries.unsure]))
+            embedding_s = time.perf_counter() - began_s
+        answers: list[Answer | None] = [None] * len(requests)
         groups: dict[tuple[int, bool], tuple[Serving, list[int]]] = {}
-        for number, request in enumerate(requests):
-            serving = await self._serving(request)
+        for number, serving in enumerate(servings):
             if serving is None:
-                answers[number] = _gone(request)
-                continue
-            which = (serving.policy_version, request.as_fitted)
-            groups.setdefault(which, (serving, []))[1].append(number)
+                answers[number] = _gone(requests[number])
+            elif number not in queries.unsure:
+                which = (serving.policy_version, requests[number].as_fitted)
+                groups.setdefault(which, (serving, []))[1].append(number)
         batch = Batch(
-            tuple(requests),
+            tuple(queries.requests),
             ready,
             pool.pool_version,
             self._ready_planner(pool),
@@ -128,9 +144,26 @@ class Router:
         for serving, numbers in groups.values():
             decided = _decide(serving, batch.part(numbers))
             for number, answer in zip(numbers, decided, strict=True):
-                answers[number] = answer
+                answers[number] = queries.told(number, answer)
         self._ask_shadow(answers, batch)
-        return answers
+        return [
+            Routed(answer, queries.vectors.get(number), embedding_s)
+            for number, answer in enumerate(answers)
+        ]
+
+    async def _embed(self, requests: Sequence[RoutingRequest]) -> NDArray[np.float32]:
+        """(num_requests, dim) embeddings of the texts of requests.
+
+        Raises:
+            AtlasError: If one of them cannot be embedded, or the encoder is away.
+        """
+        deadline = Deadline.after(max(request.limits.deadline_s for request in requests))
+        alone = any(request.as_fitted for request in requests)
+        texts = [request.text or "" for request in requests]
+        vectors: NDArray[np.float32] = await call(
+            self._embedder.embed.remote(texts, *((True,) if alone else ())), deadline
+        )
+        return vectors
 
     async def _serving(self, request: RoutingRequest) -> Serving | None:
         """The policy of a request; `None`: it is gone, or there never was one."""
@@ -164,13 +197,13 @@ class Router:
         )
         return self._planner if is_ready else None
 
-    def _ask_shadow(self, answers: list[Answer], batch: Batch) -> None:
+    def _ask_shadow(self, answers: list[Answer | None], batch: Batch) -> None:
         """Note in the first decisions what the policy in the shadow would have done."""
         shadow = self._follower.shadow
         new = [
             number
             for number, of in enumerate(batch.requests)
-            if of.policy_version is None and not of.as_fitted
+            if of.policy_version is None and not of.as_fitted and answers[number] is not None
         ]
         if shadow is None or not new:
             return
@@ -181,7 +214,7 @@ class Router:
             return
         for number, would_be in zip(new, decided, strict=True):
             answer = answers[number]
-            if isinstance(answer, AtlasError) or isinstance(would_be, AtlasError):
+            if not isinstance(answer, Decision) or isinstance(would_be, AtlasError):
                 continue
             noted = ShadowDecision(
                 policy_version=would_be.policy_version,
@@ -192,6 +225,60 @@ class Router:
                 propensity=would_be.propensity,
             )
             answers[number] = replace(answer, shadow=noted)
+
+
+class _Queries:
+    """What is known of the queries of a batch."""
+
+    def __init__(
+        self,
+        requests: Sequence[RoutingRequest],
+        servings: Sequence[Serving | None],
+        shadow: Serving | None,
+    ) -> None:
+        """Look at the texts.
+
+        Args:
+            requests: Of the batch.
+            servings: The policy of each.
+            shadow: Is asked as well, and needs the encoder to be judged fairly; `None`: there is
+                none.
+        """
+        self.requests = list(requests)
+        """With the vectors to decide by."""
+        self.unsure: list[int] = []
+        """Places of the requests that the encoder has to look at."""
+        self.vectors: dict[int, NDArray[np.float32]] = {}
+        """(dim,) of what the encoder looked at, by place."""
+        self._looks: dict[int, Look] = {}
+        for number, (request, serving) in enumerate(zip(requests, servings, strict=True)):
+            if request.text is None or serving is None:
+                continue
+            may_look = shadow is None and not request.is_known and not request.was_unsure
+            vector = serving.look.look(request.text) if serving.look and may_look else None
+            if vector is None:
+                self.unsure.append(number)
+            else:
+                self.requests[number] = request.with_vector(vector)
+                self._looks[number] = Look.STATIC
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether those that need the encoder are to come back, as a look was enough for others."""
+        return bool(self._looks)
+
+    def embedded(self, vectors: NDArray[np.float32]) -> None:
+        """Take over (num_unsure, dim) embeddings; nobody is unsure any more."""
+        for number, vector in zip(self.unsure, vectors, strict=True):
+            self.requests[number] = self.requests[number].with_vector(vector)
+            self.vectors[number] = vector
+        self.unsure = []
+
+    def told(self, number: int, answer: Answer) -> Answer:
+        """An answer that says what it saw of the query."""
+        if isinstance(answer, AtlasError):
+            return answer
+        return replace(answer, look=self._looks.get(number, Look.ENCODER))
 
 
 def _gone(request: RoutingRequest) -> AtlasError:

@@ -15,7 +15,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,8 @@ from serve_app.telemetry import (
 
 logger = logging.getLogger(__name__)
 
-Embed = Callable[[str], Awaitable[bytes]]
-"""A text in, its (dim,) float32 little-endian embedding out."""
+Embed = Callable[[Sequence[str]], Awaitable[list[bytes]]]
+"""Texts in, the (dim,) float32 little-endian embedding of each out."""
 
 MAX_PENDING_BYTES = 128 << 20
 """Of reports in memory, whatever `max_pending` allows."""
@@ -53,6 +53,8 @@ MAX_UNEMBEDDED_BYTES = 16 << 20
 _BATCH = 500
 _LINES_AT_ONCE = 50
 """Lines of the journal that are read before other work of the event loop gets a turn."""
+_EMBEDDED_AT_ONCE = 16
+"""Queries that share a call of the embedder, and a transaction."""
 _EMBED_TIMEOUT_S = 3.0
 _EMBED_PAUSE_S = 10.0
 _EMBED_SHARE = 0.1
@@ -87,8 +89,9 @@ class OutcomeLog:
         the journal alone, and they are read back when it is empty. A store that is away is tried
         again with growing pauses up to 5 s, and the batch stays first. A batch with a row the store
         will not take is written row by row, so that only that row is lost. A request without an
-        embedding (the caller named the pair) gets it later, by a second task that runs a tenth of
-        the time. What the journal of an ended process still holds is written as if it came last.
+        embedding (the caller named the pair, or a first look decided) gets it later, by a second
+        task that runs a tenth of the time. What the journal of an ended process still holds is
+        written as if it came last.
 
     Invariants:
         - A report that `record` took is written, by this process or, after its death, by the next
@@ -394,24 +397,33 @@ class OutcomeLog:
         return request_id, query
 
     async def _fill_in(self, embed: Embed) -> None:
-        """Embed what was stored without, one text at a time, until nothing is left."""
+        """Embed what was stored without, a few texts at a time, until nothing is left."""
         while self._without_embedding:
-            request_id, query = self._next_without_embedding()
+            size = min(_EMBEDDED_AT_ONCE, len(self._without_embedding))
+            waiting = [self._next_without_embedding() for _ in range(size)]
             began_s = time.monotonic()
-            try:
-                async with asyncio.timeout(_EMBED_TIMEOUT_S):
-                    embedding = await embed(query)
-                async with asyncio.timeout(_WRITE_TIMEOUT_S), self._store.begin() as connection:
+            await self._fill(waiting, embed)
+            await asyncio.sleep((time.monotonic() - began_s) * (1 / _EMBED_SHARE - 1))
+
+    async def _fill(self, waiting: Sequence[tuple[str, str]], embed: Embed) -> None:
+        """Embed the queries of some requests, and write that; each by itself where one fails."""
+        try:
+            async with asyncio.timeout(_EMBED_TIMEOUT_S):
+                embeddings = await embed([query for _, query in waiting])
+            async with asyncio.timeout(_WRITE_TIMEOUT_S), self._store.begin() as connection:
+                for (request_id, _), embedding in zip(waiting, embeddings, strict=True):
                     await connection.execute(
                         update(RequestRow)
                         .where(RequestRow.request_id == request_id)
                         .values(embedding=embedding)
                     )
-            except Exception as error:  # whoever's fault it is, the outcome itself is stored
-                self._complain("no embedding for request %s: %r", request_id, error)
-                await asyncio.sleep(_EMBED_PAUSE_S)
-            else:
-                await asyncio.sleep((time.monotonic() - began_s) * (1 / _EMBED_SHARE - 1))
+        except Exception as error:  # whoever's fault it is, the outcomes themselves are stored
+            if len(waiting) > 1:
+                for entry in waiting:
+                    await self._fill([entry], embed)
+                return
+            self._complain("no embedding for request %s: %r", waiting[0][0], error)
+            await asyncio.sleep(_EMBED_PAUSE_S)
 
     def _drop(self, count: int, why: str) -> None:
         self._dropped += count

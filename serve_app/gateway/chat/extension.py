@@ -61,6 +61,7 @@ def decision_object(decision: Decision) -> Json:
         "path": str(decision.path),
         "confidence": decision.confidence,
         "propensity": decision.propensity,
+        "look": decision.look,
         "distance_quantile": decision.distance_quantile,
         "cluster": None if like is None else {"index": like.cluster, "examples": like.examples},
         "candidates": [_candidate(candidate) for candidate in decision.candidates],

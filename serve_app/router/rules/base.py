@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # the rules import this module
 Answer = Decision | AtlasError
 """What a request gets: its decision, or the reason why there is none."""
 
+UNKNOWN: NDArray[np.float32] = np.empty(0, np.float32)
+"""Stands for an embedding that is not known."""
 _NUM_CANDIDATES = 16
 """More than any request may try."""
 
@@ -33,7 +35,7 @@ class RoutingRequest:
     """One request that asks what to do next."""
 
     embedding: NDArray[np.float32]
-    """(dim,) L2-normalised, of the query."""
+    """(dim,) L2-normalised, of the query; `UNKNOWN` where the text is the query."""
     limits: Limits
     """Needs, dollars and steps of the whole request; seconds from now on."""
     history: tuple[Seen, ...] = ()
@@ -51,11 +53,38 @@ class RoutingRequest:
     as_fitted: bool = False
     """Whether the policy decides without what it learned since it was fitted, and without chance;
     `policy_version` may name it for a new request too."""
+    text: str | None = None
+    """What is not embedded yet: the query of a new request, or the last answer of one under way."""
+    was_unsure: bool = False
+    """Whether a first look at the text was not enough, so that the encoder has to look."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the query is embedded."""
+        return bool(len(self.embedding))
+
+    def with_vector(self, vector: NDArray[np.float32]) -> RoutingRequest:
+        """This request with a (dim,) vector in place of its text."""
+        if self.is_known:
+            return replace(self, last_answer=vector, text=None)
+        return replace(self, embedding=vector, text=None)
 
     @property
     def num_candidates(self) -> int | None:
         """The best candidates that are named; `None` names all."""
         return None if self.explain else _NUM_CANDIDATES
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What a router replica says to one request."""
+
+    answer: Answer | None
+    """`None`: a first look was not enough. Ask again, with `was_unsure`."""
+    embedding: NDArray[np.float32] | None = None
+    """(dim,) of the text, where the encoder looked at it for this answer."""
+    embedding_s: float = 0.0
+    """Seconds that took."""
 
 
 @dataclass(frozen=True, slots=True)

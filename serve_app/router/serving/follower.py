@@ -20,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.config import AtlasConfig
-from serve_app.errors import AtlasError, SnapshotError
+from serve_app.embedder import TokenTable
+from serve_app.errors import AtlasError, ConfigError, SnapshotError
 from serve_app.router.rules.base import Rule
+from serve_app.router.rules.first_look import FirstLook
 from serve_app.router.snapshots.build_rule import Cards, RuleSettings, build_rule, check_fit
 from serve_app.router.snapshots.library import SnapshotLibrary
-from serve_app.router.snapshots.snapshot import load_snapshot
+from serve_app.router.snapshots.snapshot import RouterSnapshot, load_snapshot
 from serve_app.schemas import Drift
 from serve_app.store import (
     Mode,
@@ -82,6 +84,8 @@ class Serving:
 
     policy: Policy
     rule: Rule
+    look: FirstLook | None = None
+    """Decides whether a query needs the encoder; `None`: every one does."""
     learned: set[str] = field(default_factory=set)
     """Request ids of the verdicts that were learned and may be seen again."""
     num_learned: int = 0
@@ -122,6 +126,8 @@ class PolicyFollower:
         """Version to when it may go (monotonic clock), and the policy."""
         self._fitted: dict[int, Serving] = {}
         """Policies that neither learn nor explore, by version."""
+        self._table: TokenTable | None = None
+        """Of the encoder's tokens, once a first look needed it."""
         self._offered = False
         """Whether the configuration's snapshot was put before the store."""
         self._refused: dict[int, tuple[float, str]] = {}
@@ -255,13 +261,13 @@ class PolicyFollower:
                 policy = held.policy if held is not None else await self._find(version)
                 if policy is None:
                     return None
-                rule = await asyncio.to_thread(self._load_rule, policy, self._fitted_settings)
+                serving = await asyncio.to_thread(self._built, policy, self._fitted_settings)
             except AtlasError as error:
                 logger.warning("policy %d cannot be had as fitted: %s", version, error.message)
                 return None
             while len(self._fitted) >= _MAX_FITTED:
                 del self._fitted[next(iter(self._fitted))]
-            serving = self._fitted[version] = Serving(policy, rule)
+            self._fitted[version] = serving
             return serving
 
     async def _find(self, policy_version: int) -> Policy | None:
@@ -374,19 +380,40 @@ class PolicyFollower:
             SnapshotError: If its snapshot is damaged or does not fit.
             StoreError: If the store is away.
         """
-        serving = Serving(policy, await asyncio.to_thread(self._load_rule, policy, self._settings))
+        serving = await asyncio.to_thread(self._built, policy, self._settings)
         await self._learn(store, serving, 0.0)
         return serving
 
-    def _load_rule(self, policy: Policy, settings: RuleSettings) -> Rule:
+    def _built(self, policy: Policy, settings: RuleSettings) -> Serving:
+        """A policy as it was fitted.
+
+        Raises:
+            SnapshotError: If its snapshot is damaged or does not fit.
+        """
         if policy.snapshot_id is None:
-            return self._cards.cold_start
+            return Serving(policy, self._cards.cold_start)
         snapshot = self._library.load(policy.snapshot_id, policy.policy_version)
         if snapshot.policy:
             from serve_app.router.rules.policy_rule import use_one_thread
 
             use_one_thread()
-        return build_rule(snapshot, self._cards, settings)
+        rule = build_rule(snapshot, self._cards, settings)
+        return Serving(policy, rule, self._look(snapshot, rule))
+
+    def _look(self, snapshot: RouterSnapshot, rule: Rule) -> FirstLook | None:
+        """The first look of a snapshot, where it has one and this deployment's encoder allows it.
+
+        Raises:
+            SnapshotError: If it is damaged.
+        """
+        if not snapshot.looks_first or rule.clusters is None:
+            return None
+        try:
+            self._table = self._table or TokenTable(self._config.embedder)
+        except ConfigError as error:
+            logger.warning("every query needs the encoder: %s", error.message)
+            return None
+        return FirstLook(snapshot.look, rule.clusters, self._table)
 
     def _everything(self) -> Iterator[Serving]:
         yield self._main

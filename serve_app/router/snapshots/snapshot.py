@@ -34,6 +34,8 @@ POLICY_PREFIX = "policy."
 """Tensors under this prefix are weights of the learned policy; their shapes are its own affair."""
 VERIFIER_PREFIX = "verifier."
 """Tensors under this prefix are the verifier's; see `router.policy.verifier`."""
+LOOK_PREFIX = "look."
+"""Tensors under this prefix are the first look's; see `router.rules.first_look`."""
 GATE_THRESHOLD = "gate.threshold"
 """Among the policy's tensors: (1,) confidence from which path 1 keeps a request."""
 LEARNED_UNTIL = "learned_until_unix_s"
@@ -42,6 +44,7 @@ THINKS = "thinks"
 VOTERS = "voters"
 RULE = "rule"
 VERIFIER = "verifier"
+LOOK = "look"
 """Keys of the metadata that the properties of `RouterSnapshot` read."""
 VOI_RULE = "voi"
 """Value of `RULE`: the value of information says whether another candidate runs."""
@@ -162,6 +165,8 @@ class RouterSnapshot:
     """Weights of the learned policy by name; empty without one."""
     verifier: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """Arrays of the verifier by name; empty without one."""
+    look: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Arrays of the first look by name; empty without one."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -220,6 +225,11 @@ class RouterSnapshot:
         return costs_usd
 
     @property
+    def looks_first(self) -> bool:
+        """Whether a first look may decide: path 1 alone serves, so no later step needs more."""
+        return bool(self.look) and not self.policy and not self.decides_by_value
+
+    @property
     def thinks(self) -> bool:
         """Whether its policy was trained with a planner.
 
@@ -274,12 +284,12 @@ def save_snapshot(snapshot: RouterSnapshot, folder: Path) -> None:
             f"snapshot {folder.name!r} is there already, and snapshots never change"
         )
     tensors = {name: np.ascontiguousarray(getattr(snapshot, name)) for name in _SHAPES}
-    tensors |= {
-        POLICY_PREFIX + name: np.ascontiguousarray(value) for name, value in snapshot.policy.items()
-    }
-    tensors |= {
-        VERIFIER_PREFIX + name: np.ascontiguousarray(of) for name, of in snapshot.verifier.items()
-    }
+    for prefix, arrays in (
+        (POLICY_PREFIX, snapshot.policy),
+        (VERIFIER_PREFIX, snapshot.verifier),
+        (LOOK_PREFIX, snapshot.look),
+    ):
+        tensors |= {prefix + name: np.ascontiguousarray(of) for name, of in arrays.items()}
     packed = save_tensors(tensors)
     document: dict[str, Any] = {
         "kind": KIND,
@@ -333,13 +343,13 @@ def load_snapshot(folder: Path) -> RouterSnapshot:
         raise SnapshotError(f"snapshot {name!r} is damaged: {TENSORS_FILE} does not match its hash")
     try:
         tensors = load_tensors(packed)
-        policy, verifier = (
+        policy, verifier, look = (
             {
                 key.removeprefix(prefix): value
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }
-            for prefix in (POLICY_PREFIX, VERIFIER_PREFIX)
+            for prefix in (POLICY_PREFIX, VERIFIER_PREFIX, LOOK_PREFIX)
         )
         fields_read: dict[str, Any] = {key: tensors[key] for key in _SHAPES}
         fields_read |= {key: document[key] for key in _plain_fields()}
@@ -350,6 +360,7 @@ def load_snapshot(folder: Path) -> RouterSnapshot:
             metadata=document["metadata"],
             policy=policy,
             verifier=verifier,
+            look=look,
             **fields_read,
         )
     except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
@@ -377,7 +388,7 @@ def _read_examples(document: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
 
 def _plain_fields() -> list[str]:
     """Names of the fields that are one number or word."""
-    special = {"pairs", "scales", "examples", "metadata", "policy", "verifier", *_SHAPES}
+    special = {"pairs", "scales", "examples", "metadata", "policy", "verifier", "look", *_SHAPES}
     return [entry.name for entry in fields(RouterSnapshot) if entry.name not in special]
 
 

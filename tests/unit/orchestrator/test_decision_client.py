@@ -17,9 +17,9 @@ from serve_app.errors import (
     NoCandidate,
     ReplicaDied,
 )
-from serve_app.orchestrator.decision_client import Decider, UnderWay, facts_of
-from serve_app.router.rules.base import Answer, RoutingRequest
-from serve_app.schemas import Candidate, DecidedBy, Decision, Limits, Pair, Seen
+from serve_app.orchestrator.decision_client import Decider, Kept, UnderWay, facts_of
+from serve_app.router.rules.base import Routed, RoutingRequest
+from serve_app.schemas import Candidate, DecidedBy, Decision, Fixed, Limits, Pair, Seen
 from tests.path2_fakes import Method
 
 
@@ -50,15 +50,39 @@ class Deployments:
             self.deaths -= 1
             raise ActorUnavailableError("gone", bytes(16))
 
-    async def _decide(self, requests: Sequence[RoutingRequest]) -> list[Answer]:
+    async def _decide(self, requests: Sequence[RoutingRequest]) -> list[Routed]:
         self._die()
-        self.asked.append(requests)
-        return [
-            NoCandidate("none within the limits")
-            if request.limits.models == frozenset()
-            else decision(float(request.embedding[0]))
-            for request in requests
+        plain = [of.text for of in requests if of.text is not None and not self._sees(of)]
+        if plain and any(self._sees(of) for of in requests):
+            return [self._routed(of) if self._sees(of) else Routed(None) for of in requests]
+        vectors = iter(await self._embed(plain) if plain else ())
+        asked = [
+            of if of.text is None or self._sees(of) else of.with_vector(next(vectors))
+            for of in requests
         ]
+        self.asked.append(asked)
+        return [
+            self._routed(of, None if before.text is None else self._vector(of))
+            for before, of in zip(requests, asked, strict=True)
+        ]
+
+    @staticmethod
+    def _sees(request: RoutingRequest) -> bool:
+        """Whether a first look is enough."""
+        return "seen" in (request.text or "") and not request.was_unsure
+
+    @staticmethod
+    def _vector(request: RoutingRequest) -> NDArray[np.float32] | None:
+        if request.text is not None:
+            return None
+        return request.last_answer if request.history else request.embedding
+
+    @staticmethod
+    def _routed(request: RoutingRequest, vector: NDArray[np.float32] | None = None) -> Routed:
+        if request.limits.models == frozenset():
+            return Routed(NoCandidate("none within the limits"), vector)
+        known = float(request.embedding[0]) if request.is_known else 0.0
+        return Routed(decision(known), vector)
 
 
 def decision(quality: float) -> Decision:
@@ -71,6 +95,7 @@ LIMITS = Limits(alpha=0.0, deadline_s=5.0)
 
 async def ask(decider: Decider, query: str, limits: Limits = LIMITS) -> float:
     embedding, decided = await decider.decide(query, limits, Deadline.after(5))
+    assert embedding is not None
     assert float(embedding[0]) == decided.candidates[0].quality
     return decided.candidates[0].quality
 
@@ -86,7 +111,7 @@ async def test_a_query_whose_replica_dies_is_sent_to_another(deaths: int) -> Non
     deployments = Deployments()
     deployments.deaths = deaths
     assert await ask(Decider(deployments, deployments), "four") == 4
-    assert len(deployments.batches) == deaths + 1
+    assert deployments.deaths == 0
 
 
 async def test_a_query_that_kills_replicas_stops_after_the_third() -> None:
@@ -229,6 +254,58 @@ async def test_a_request_under_way_shares_the_batch_and_keeps_its_embedding() ->
     assert [None if answer is None else float(answer[0]) for answer in answers] == [None, 4, 7]
     assert [of.request_id for of in asked] == [None, None, None]
     assert [of.policy_version for of in asked] == [None, 5, 6]
+
+
+async def test_what_a_first_look_decides_waits_for_no_embedding() -> None:
+    deployments = Deployments()
+    decider = Decider(deployments, deployments)
+    assert (await decider.decide("seen", LIMITS, Deadline.after(5)))[0] is None
+    deployments.open.clear()
+    in_flight = [asyncio.create_task(ask(decider, "x" * n)) for n in (1, 2)]
+    await asyncio.sleep(0.01)
+    quick = asyncio.create_task(decider.decide("seen too", LIMITS, Deadline.after(5)))
+    slow = asyncio.create_task(ask(decider, "four"))
+    await asyncio.sleep(0.01)
+    in_flight[0].cancel()
+    deployments.open.set()
+    assert (await quick)[0] is None
+    assert await slow == 4
+    await asyncio.gather(*in_flight, return_exceptions=True)
+    assert deployments.batches == [["x"], ["xx"], ["four"]]
+
+
+async def test_a_query_that_was_embedded_is_not_embedded_again() -> None:
+    deployments = Deployments()
+    decider = Decider(deployments, deployments)
+    assert [await ask(decider, query) for query in ("four", "four", "fives", "four")] == [
+        4,
+        4,
+        5,
+        4,
+    ]
+    assert deployments.batches == [["four"], ["fives"]]
+    vector = await decider.embed_query("fives", Deadline.after(5))
+    assert float(vector[0]) == 5
+    assert deployments.batches == [["four"], ["fives"]]
+
+
+async def test_a_query_whose_result_is_wanted_again_is_embedded_apart_from_what_is_kept() -> None:
+    deployments = Deployments()
+    decider = Decider(deployments, deployments)
+    await ask(decider, "four")
+    await decider.decide("four", LIMITS, Deadline.after(5), fixed=Fixed(5.0))
+    assert deployments.batches == [["four"], ["four"]]
+
+
+def test_embeddings_that_are_kept_are_bounded_and_the_last_used_stay() -> None:
+    kept = Kept()
+    vector = np.zeros(1, np.float32)
+    for number in range(2_048):
+        kept.keep(f"query {number}", vector)
+    assert kept.get("query 0") is not None
+    kept.keep("one more", vector)
+    assert kept.get("query 0") is not None
+    assert kept.get("query 1") is None
 
 
 async def test_nothing_is_embedded_where_there_is_no_new_text() -> None:

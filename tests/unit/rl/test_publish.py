@@ -16,6 +16,7 @@ from rl import publish as publishing
 from rl.comparison import evaluate_snapshot
 from rl.evaluate.evaluate import CANDIDATE, PATH_1, PATH_2, VOI
 from rl.fit.dataset import read_dataset
+from rl.fit.look import MAX_LOSS
 from rl.profile.outcomes import NotMeasured
 from rl.profile.run import fingerprint
 from rl.publish import (
@@ -36,7 +37,7 @@ from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.serving.follower import PolicyFollower
 from serve_app.router.snapshots.build_rule import read_cards
 from serve_app.router.snapshots.library import SnapshotLibrary
-from serve_app.router.snapshots.snapshot import DOCUMENT_FILE, LEARNED_UNTIL
+from serve_app.router.snapshots.snapshot import DOCUMENT_FILE, LEARNED_UNTIL, LOOK
 from serve_app.schemas import (
     LOCAL_OWNER,
     Action,
@@ -109,6 +110,22 @@ async def rate(
     log.record(Report(request_id, decision, (step,), Usage(), 0.1, "rated", topic_vector(0), owner))
     await log.close()
     await add_feedback(store, request_id, owner, score)
+
+
+async def test_a_fit_on_enough_questions_has_a_first_look_and_the_evaluation_judges_it(
+    config: AtlasConfig, store: Store
+) -> None:
+    await fill(
+        config, store, 260, texts=("what is the sum of {} and 7", "a poem about the year {}")
+    )
+    snapshot_id, snapshot = await fit_snapshot(config, store, QUICK)
+    assert snapshot.looks_first
+    assert snapshot.metadata[LOOK]["loss"] <= MAX_LOSS
+    report = await evaluate_snapshot(config, store, snapshot_id, None)
+    assert report.look is not None
+    assert 0 < report.look.share <= 1
+    assert report.look.difference.mean >= -0.05
+    assert report.to_json()["look"]["share"] == report.look.share
 
 
 async def test_a_fit_reads_the_training_split_and_learns_who_is_right(
