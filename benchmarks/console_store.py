@@ -42,7 +42,7 @@ _CLUSTERS = 32
 _QUESTIONS = 2_000
 _SHADOW = 7
 """Version of the policy in the shadow."""
-_SPANS = json.dumps(
+SPANS = json.dumps(
     [
         {
             "span_id": 0, "parent_id": None, "kind": "request", "name": "req", "began_s": 0.0,
@@ -258,7 +258,7 @@ def _insert(path: Path, batch: list[dict[str, Any]]) -> None:
         connection.executemany(f"INSERT INTO requests ({', '.join(names)}) VALUES ({marks})", batch)
         connection.executemany(
             "INSERT INTO spans VALUES (?, 'answered', 0, ?)",
-            [(row["request_id"], _SPANS) for row in batch],
+            [(row["request_id"], SPANS) for row in batch],
         )
         connection.executemany(
             "INSERT INTO feedback VALUES (?, ?, 1.0, NULL, ?)",

@@ -13,6 +13,7 @@ COLOURS = {
     "direct": "#7f9fbf",
     "pinned": "#4477aa",
     "routed": "#cc6677",
+    "profiled": "#88ccaa",
     "litellm": "#ddaa33",
 }
 
@@ -52,7 +53,7 @@ def draw(
     for row, target in enumerate(targets):
         text = f"{target['name']}: {target['value']:.4g}  ({target['target']})"
         colour = "#228833" if target["holds"] else "#cc3311"
-        reached.text(0, 0.95 - 0.11 * row, text, fontsize=8.5, color=colour)
+        reached.text(0, 0.95 - 0.95 * row / len(targets), text, fontsize=8, color=colour)
     for axes in (latency, throughput):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="x", rotation=30)

@@ -4,9 +4,9 @@ How to run: `python -m benchmarks.serving --out results/serving.json [--quick] [
 It starts Ray and the graph of `configs/bench/bench.yaml` (an engine that answers at once) and asks
 in turn, round by round: (a) a Serve no-op, (b) the model's application behind the thinnest ingress,
 (c) the gateway with the model pinned, (d) the gateway routing questions outside the profile, (e)
-the same with questions like the profiled ones, (f) a LiteLLM proxy over an equally instant upstream,
-where PYTHON is an interpreter that has `litellm[proxy]`; then, unless `--quick`, (a)-(d) once more
-over real engines (`configs/nano.yaml`). Prints tables, writes JSON and a figure.
+the same with questions like the profiled ones, (f) a LiteLLM proxy over an upstream that is as
+quick, where PYTHON is an interpreter with `litellm[proxy]`; then, unless `--quick`, (a)-(d) once
+more over real engines (`configs/nano.yaml`). Prints tables, writes JSON and a figure.
 
 Results to expect: see `benchmarks/README.md`. A machine that does other work at the same time gives
 worse figures; ratios between scenarios of one run hold better than the figures themselves.

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +155,12 @@ def joined(address: str) -> Iterator[None]:
 
 @contextmanager
 def running_graph(
-    config: Path, *, host: str = "127.0.0.1", port: int = 8000, address: str | None = None
+    config: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    address: str | None = None,
+    tell: Callable[[str], None] = lambda what: None,
 ) -> Iterator[RunningGraph]:
     """Deploy a configuration; takes down on the way out what it started.
 
@@ -164,6 +169,7 @@ def running_graph(
         host: Address of the HTTP proxy.
         port: Port of the HTTP proxy.
         address: Ray cluster to join; `None` starts one in this process's session.
+        tell: Told in a few words how far the start is.
 
     Raises:
         ConfigError: If the configuration cannot work, or asks for no key where other machines could
@@ -189,8 +195,10 @@ def running_graph(
             _check_running_serve(auth_mode)
         stack.callback(_take_down)
         _set_signals(interrupted)  # Ray has set its own handler, which aborts
+        tell("Ray is up; the graph waits for Serve")
         serve.start(http_options={"host": host, "port": port})
-        _deploy(build_app(BuildArgs(config=str(config))))
+        with _watched_start(tell):
+            _deploy(build_app(BuildArgs(config=str(config))))
         yield RunningGraph(interrupted)
 
 
@@ -297,6 +305,34 @@ def _deploy(application: Application) -> None:
             if d.status != "HEALTHY"
         ]
         raise ConfigError("the graph did not start; " + "; ".join(reasons)) from error
+
+
+@contextmanager
+def _watched_start(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell which deployments of the graph are not up yet, each time that this changes."""
+    over = threading.Event()
+
+    def watch() -> None:
+        told: list[str] = []
+        while not over.wait(_LOOK_S):
+            try:
+                application = serve.status().applications.get(APP_NAME)
+            except Exception as error:  # what is told is not worth a start
+                logger.info("the start cannot be watched: %r", error)
+                return
+            parts = application.deployments if application else {}
+            waiting = sorted(name for name, part in parts.items() if part.status != "HEALTHY")
+            if waiting and waiting != told:
+                tell(f"the graph waits for {', '.join(waiting)}")
+                told = waiting
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join(_LOOK_S)  # it may wait for a cluster that does not answer
 
 
 def cluster_status(address: str) -> tuple[list[DeploymentRow], PoolState | None]:

@@ -215,6 +215,18 @@ Fact = str | int | float | bool
 """A small thing that a span tells of itself, as a verdict or a count."""
 
 
+class StartPhase(StrEnum):
+    """What the start of a model waits for."""
+
+    TURN = "its turn"
+    """Others start, or there is too little free memory beside them."""
+    DEPLOYMENT = "its deployment"
+    """Its application is being put together and handed to Serve."""
+    LOADING = "its replica to load"
+    ANSWERS = "its first answers"
+    """It answers, and is asked once with each of its tools."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelMember:
     """One model of the pool, as the gateway and the router see it."""
@@ -234,6 +246,8 @@ class ModelMember:
     """Whether an application with newer settings is to take over."""
     retry_unix_s: float | None = None
     """When what failed of it is tried again; `None`: nothing failed, or it is being tried now."""
+    waits_for: StartPhase | None = None
+    """While it is starting."""
 
 
 @dataclass(frozen=True, slots=True)

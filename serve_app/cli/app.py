@@ -75,8 +75,13 @@ def serve(
 
     what = f"Ray, the graph and {len(settings.models)} models"
     console.print(f"[bold]atlas-serve[/bold] {config}: starting {what} …")
+    began_s = time.monotonic()
+
+    def tell(what: str) -> None:
+        _print(f"  {time.monotonic() - began_s:5.0f} s  {what}")
+
     try:
-        with running_graph(config, host=host, port=port, address=address) as graph:
+        with running_graph(config, host=host, port=port, address=address, tell=tell) as graph:
             # Where Serve runs already it keeps its address, whatever was asked for here.
             bound_host, bound_port = http_address()
             if auth_mode == "open":
@@ -84,7 +89,7 @@ def serve(
                 console.print(
                     "no API key is asked for (gateway.auth.mode: open); listening on loopback only"
                 )
-            _follow_pool(graph.states(), f"http://{bound_host}:{bound_port}/v1")
+            _follow_pool(graph.states(), f"http://{bound_host}:{bound_port}/v1", began_s)
     except KeyboardInterrupt:
         console.print("stopped")
         end_process(0)
@@ -95,13 +100,17 @@ def serve(
         raise fail(error.message) from None
 
 
-def _follow_pool(states: Iterator[PoolState], url: str) -> None:
+def _follow_pool(states: Iterator[PoolState], url: str, began_s: float) -> None:
     """Print each change of the pool while it starts, what is missing then, and what changes later.
 
     Returns only by an exception, as on Ctrl-C.
+
+    Args:
+        states: Of the pool, each as it comes.
+        url: Where the API answers.
+        began_s: When the start began, by the monotonic clock.
     """
     known: dict[str, ModelMember] = {}
-    began_s = time.monotonic()
 
     def show(state: PoolState) -> None:
         for member in state.models:
@@ -137,7 +146,9 @@ def _print(text: str) -> None:
 
 def _said(member: ModelMember | None) -> tuple[object, ...]:
     """What is printed of a model."""
-    return () if member is None else (member.state, member.reason, member.retry_unix_s)
+    if member is None:
+        return ()
+    return (member.state, member.reason, member.retry_unix_s, member.waits_for)
 
 
 def _state_text(member: ModelMember) -> str:
@@ -146,6 +157,8 @@ def _state_text(member: ModelMember) -> str:
     why = ""
     if member.reason:
         why = f": {escape(member.reason)}; {next_try(member.retry_unix_s)}"
+    elif member.waits_for is not None:
+        why = f": waits for {member.waits_for}"
     return f"[{colour}]{member.state.value}[/{colour}]{why}"
 
 

@@ -394,6 +394,7 @@ class PoolController:
                     cold_tools=frozenset(model.config.tools) - (model.warm - away),
                     updating=model.member.application not in (None, model.application),
                     retry_unix_s=model.retry_unix_s,
+                    waits_for=model.waits_for(applications.get(model.application)),
                 )
             )
         known = {member.model_id for member in members}

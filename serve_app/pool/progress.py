@@ -7,9 +7,12 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 
+from ray.serve.schema import ApplicationStatus
+
 from serve_app.config import ModelConfig, PoolConfig
 from serve_app.models.deploy import application_name
-from serve_app.schemas import MemberState, ModelMember
+from serve_app.pool.applications import ModelApplication
+from serve_app.schemas import MemberState, ModelMember, StartPhase
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,20 @@ class ModelProgress:
             return False
         is_warm = self.serves and self.is_warm(away)
         return is_warm or time.monotonic() < self.retry_at_s
+
+    def waits_for(self, application: ModelApplication | None) -> StartPhase | None:
+        """What its start waits for; `None` where it is not starting.
+
+        Args:
+            application: As Serve has it; `None`: Serve has none with these settings.
+        """
+        if self.member.state is not MemberState.STARTING:
+            return None
+        if application is None:
+            return StartPhase.TURN if self.began_s is None else StartPhase.DEPLOYMENT
+        if application.status is ApplicationStatus.RUNNING:
+            return StartPhase.ANSWERS
+        return StartPhase.LOADING
 
     def put_off(self, pool: PoolConfig) -> None:
         """Note a failure: the next try comes after a pause that doubles with each one."""

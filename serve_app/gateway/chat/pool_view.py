@@ -266,6 +266,7 @@ class PoolView:
                 "reason": member.reason,
                 "since_unix_s": member.since_unix_s,
                 "retry_unix_s": member.retry_unix_s,
+                "waits_for": member.waits_for,
                 "updating": member.updating,
                 "replicas": member.num_replicas,
                 "pairs": [str(p) for p in self.pool.pairs if p.model_id == member.model_id],

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from serve_app.cli import app as cli
-from serve_app.schemas import MemberState, ModelMember, Pair, PoolState
+from serve_app.schemas import MemberState, ModelMember, Pair, PoolState, StartPhase
 
 UP = ModelMember("up", MemberState.READY)
 STARTING = ModelMember("late", MemberState.STARTING)
@@ -41,7 +42,7 @@ def follow(*members: ModelMember) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cli._follow_pool(states(), "http://here/v1")
+        cli._follow_pool(states(), "http://here/v1", time.monotonic())
 
 
 def ready_lines(text: str) -> list[str]:
@@ -53,6 +54,18 @@ def ready_lines(text: str) -> list[str]:
 def test_ready_is_said_when_all_are(said: io.StringIO) -> None:
     follow(STARTING, READY)
     assert ready_lines(said.getvalue())[0].startswith("ready at http://here/v1   (Ctrl-C")
+
+
+def test_a_start_says_what_it_waits_for(said: io.StringIO) -> None:
+    follow(*(replace(STARTING, waits_for=phase) for phase in StartPhase), READY)
+    lines = [line.strip().partition(" s  ")[2] for line in said.getvalue().splitlines()]
+    assert [line for line in lines if line.startswith("late")] == [
+        "late starting: waits for its turn",
+        "late starting: waits for its deployment",
+        "late starting: waits for its replica to load",
+        "late starting: waits for its first answers",
+        "late ready",
+    ]
 
 
 def test_ready_names_what_is_missing_and_why_and_when_it_is_tried_again(said: io.StringIO) -> None:
