@@ -36,7 +36,7 @@ MIN_QUESTIONS = 100
 """Fewer say too little of what a query may look like."""
 _MAX_QUESTIONS = 8_000
 _MAX_KEPT = 2_048
-"""Questions in the snapshot; half a millisecond for 8,000, and no more trust."""
+"""Questions in the snapshot; more of them make the snapshot and each look larger."""
 _PENALTY = 0.03
 """Of the ridge, for each question."""
 _NUM_FOLDS = 5

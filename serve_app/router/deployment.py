@@ -103,9 +103,9 @@ class Router:
     async def decide(self, requests: Sequence[RoutingRequest]) -> list[Routed]:
         """What each request does next: for a new one, the candidates from best to worst.
 
-        A query whose embedding is not known is looked at without the encoder first. Where that is
-        enough for none of the batch, the encoder looks; else those that need it are told to come
-        back, so that nobody waits for the encoder who need not.
+        A query whose embedding is not known gets a first look. Where the first look decides none of
+        the batch, the router asks the embedder. Where it decides some, the others come back with
+        `was_unsure`, so that no request waits for an embedding that the request does not need.
 
         Returns:
             Per request its decision, or `NoCandidate` if no ready pair is within its limits, or the

@@ -73,6 +73,12 @@ def look_of(snapshot: RouterSnapshot, table: TokenTable, **changes: Any) -> Firs
     return FirstLook({**snapshot.look, **changes}, ClusterRule(snapshot), table)
 
 
+def decided_at_once(snapshot: RouterSnapshot, table: TokenTable) -> list[str]:
+    """New questions that need no encoder."""
+    look = look_of(snapshot, table)
+    return [text for text in questions(400, 80) if look.look(text) is not None]
+
+
 async def promote(deployment: Path2, snapshot: RouterSnapshot, table: TokenTable) -> None:
     """As a replica whose encoder is the real one."""
     deployment.replica._follower._table = table
@@ -173,8 +179,7 @@ def test_an_encoder_without_token_vectors_is_told_so(tmp_path: Path) -> None:
 async def test_the_router_decides_by_the_first_look_and_says_so(
     snapshot: RouterSnapshot, table: TokenTable, tmp_path: Path
 ) -> None:
-    look = look_of(snapshot, table)
-    sure = next(text for text in questions(400, 80) if look.look(text) is not None)
+    sure = decided_at_once(snapshot, table)[0]
     async with path2(tmp_path) as deployment:
         await promote(deployment, snapshot, table)
         decision = await deployment.orchestrator.decide(deployment.call(sure))
@@ -190,8 +195,7 @@ async def test_the_router_decides_by_the_first_look_and_says_so(
 async def test_in_a_batch_each_request_is_decided_by_its_own_look(
     snapshot: RouterSnapshot, table: TokenTable, tmp_path: Path
 ) -> None:
-    look = look_of(snapshot, table)
-    sure = [text for text in questions(400, 80) if look.look(text) is not None][:4]
+    sure = decided_at_once(snapshot, table)[:4]
     async with path2(tmp_path) as deployment:
         await promote(deployment, snapshot, table)
         calls = [deployment.call(text) for pair in zip(sure, UNLIKE, strict=False) for text in pair]
@@ -202,8 +206,7 @@ async def test_in_a_batch_each_request_is_decided_by_its_own_look(
 async def test_beside_a_policy_in_the_shadow_the_encoder_looks(
     snapshot: RouterSnapshot, table: TokenTable, tmp_path: Path
 ) -> None:
-    look = look_of(snapshot, table)
-    sure = next(text for text in questions(400, 80) if look.look(text) is not None)
+    sure = decided_at_once(snapshot, table)[0]
     async with path2(tmp_path) as deployment:
         await promote(deployment, snapshot, table)
         await deployment.promote(plain_snapshot(), mode=Mode.SHADOW)
