@@ -82,8 +82,8 @@ def write_database(path: Path = PATH, seed: int = _SEED) -> None:
 
 @cache
 def _shop() -> sqlite3.Connection:
-    """The shipped database, in memory."""
-    memory = sqlite3.connect(":memory:")
+    """The shipped database, in memory; threads take turns, as SQLite is built for here."""
+    memory = sqlite3.connect(":memory:", check_same_thread=False)
     file = sqlite3.connect(f"file:{PATH}?mode=ro", uri=True)
     try:
         file.backup(memory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ def rows_in(path: Path) -> list[list[tuple[Any, ...]]]:
         ]
     finally:
         database.close()
+
+
+def test_training_draws_queries_on_a_thread_after_the_tokenizer_drew_some() -> None:
+    before = shop.result_text("select count(*) from orders")
+    with ThreadPoolExecutor(1) as thread:
+        drawn = thread.submit(shop.result_text, "select count(*) from orders").result()
+    assert drawn == before
 
 
 def test_the_shipped_database_is_the_one_that_the_command_writes(tmp_path: Path) -> None:
