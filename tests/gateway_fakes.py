@@ -202,7 +202,7 @@ class ScriptedOrchestrator:
             usage=usage,
             seconds=0.02,
             query=call.query,
-            embedding=b"\0\0\0\0",
+            embedding=None if call.query.startswith("!unembedded") else b"\0\0\0\0",
             owner=call.owner,
             spans=(
                 SpanRecord(

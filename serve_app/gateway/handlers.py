@@ -262,9 +262,11 @@ class Handlers:
             said.request_id,
             lambda: add_feedback(self._store, said.request_id, exchange.owner, score, said.comment),
         )
+        if rated.unembedded is not None:
+            self._outcomes.embed_rated(said.request_id, rated.unembedded)
         verdict = "good" if score >= WIN else "bad"
         exchange.verdict = VerdictView(said.request_id, score, verdict)
-        self._metrics.record(FEEDBACK_VERDICTS, candidate=str(rated), verdict=verdict)
+        self._metrics.record(FEEDBACK_VERDICTS, candidate=str(rated.pair), verdict=verdict)
         return JsonResponse(
             {"object": "atlas.feedback", "request_id": said.request_id, "score": score}
         )

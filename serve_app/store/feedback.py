@@ -45,6 +45,16 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class RatedAnswer:
+    """What a user has just rated."""
+
+    pair: Pair
+    """The candidate that was chosen first."""
+    unembedded: str | None
+    """The query, where the verdict teaches nothing before the query is embedded."""
+
+
+@dataclass(frozen=True, slots=True)
 class RatedRequest:
     """What a user's verdict says of the policy that served the request."""
 
@@ -98,7 +108,7 @@ class RatedTrajectory:
 
 async def add_feedback(
     store: Store, request_id: str, owner: str, score: float, comment: str | None = None
-) -> Pair:
+) -> RatedAnswer:
     """Keep a score for a request.
 
     Args:
@@ -107,9 +117,6 @@ async def add_feedback(
         owner: Who says so; must be who asked.
         score: In [0, 1].
         comment: Free text.
-
-    Returns:
-        The candidate that was chosen first.
 
     Raises:
         NotFound: If there is no such request of this owner; whether another has it is not told.
@@ -124,6 +131,10 @@ async def add_feedback(
                 RequestRow.confidence,
                 RequestRow.policy_version,
                 RequestRow.cluster,
+                RequestRow.query,
+                RequestRow.path,
+                RequestRow.error,
+                RequestRow.embedding.is_(None).label("is_unembedded"),
             ).where(RequestRow.request_id == request_id, RequestRow.owner == owner)
             request = (await connection.execute(rated)).one_or_none()
             now_s = time.time()
@@ -149,7 +160,11 @@ async def add_feedback(
             )
     except IntegrityError as error:
         raise Conflict(f"request {request_id!r} has its feedback already", "request_id") from error
-    return Pair(request.model_id, request.tool_id)
+    teaches = request.error is None and request.path != DecidedBy.PINNED
+    return RatedAnswer(
+        Pair(request.model_id, request.tool_id),
+        (request.query or None) if request.is_unembedded and teaches else None,
+    )
 
 
 async def verdict_ids(

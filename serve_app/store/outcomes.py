@@ -49,6 +49,8 @@ MAX_PENDING_BYTES = 128 << 20
 """Of reports in memory, whatever `max_pending` allows."""
 MAX_UNEMBEDDED_BYTES = 16 << 20
 """Of queries that wait for an embedding; the oldest are let go, and keep none."""
+MAX_RATED_UNEMBEDDED = 1000
+"""Rated queries that wait for an embedding; the oldest are let go."""
 
 _BATCH = 500
 _LINES_AT_ONCE = 50
@@ -90,7 +92,8 @@ class OutcomeLog:
         again with growing pauses up to 5 s, and the batch stays first. A batch with a row the store
         will not take is written row by row, so that only that row is lost. A request without an
         embedding (the caller named the pair, or a first look decided) gets it later, by a second
-        task that runs a tenth of the time. What the journal of an ended process still holds is
+        task that runs a tenth of the time; a request that was rated gets it at once, because its
+        verdict teaches nothing before. What the journal of an ended process still holds is
         written as if it came last.
 
     Invariants:
@@ -143,6 +146,7 @@ class OutcomeLog:
         self._next_adoption_s = 0.0
         self._without_embedding: deque[tuple[str, str]] = deque()
         self._without_embedding_bytes = 0
+        self._rated: deque[tuple[str, str]] = deque(maxlen=MAX_RATED_UNEMBEDDED)
         self._embed_task: asyncio.Task[None] | None = None
 
     @property
@@ -386,9 +390,24 @@ class OutcomeLog:
                 self._without_embedding_bytes += sys.getsizeof(request["query"])
         while self._without_embedding_bytes > MAX_UNEMBEDDED_BYTES:
             self._next_without_embedding()
-        if self._without_embedding and (self._embed_task is None or self._embed_task.done()):
+        self._start_embedding(self._embed)
+
+    def embed_rated(self, request_id: str, query: str) -> None:
+        """Have the query of a stored request embedded before those that nobody rated.
+
+        Args:
+            request_id: Of the request; its row has no embedding.
+            query: As it is stored.
+        """
+        if self._embed is not None and not self._closed:
+            self._rated.append((request_id, query))
+            self._start_embedding(self._embed)
+
+    def _start_embedding(self, embed: Embed) -> None:
+        is_at_work = self._embed_task is not None and not self._embed_task.done()
+        if (self._rated or self._without_embedding) and not is_at_work:
             self._embed_task = asyncio.get_running_loop().create_task(
-                self._fill_in(self._embed), name="outcome-embeddings"
+                self._fill_in(embed), name="outcome-embeddings"
             )
 
     def _next_without_embedding(self) -> tuple[str, str]:
@@ -398,7 +417,11 @@ class OutcomeLog:
 
     async def _fill_in(self, embed: Embed) -> None:
         """Embed what was stored without, a few texts at a time, until nothing is left."""
-        while self._without_embedding:
+        while self._rated or self._without_embedding:
+            if self._rated:
+                size = min(_EMBEDDED_AT_ONCE, len(self._rated))
+                await self._fill([self._rated.popleft() for _ in range(size)], embed)
+                continue
             size = min(_EMBEDDED_AT_ONCE, len(self._without_embedding))
             waiting = [self._next_without_embedding() for _ in range(size)]
             began_s = time.monotonic()

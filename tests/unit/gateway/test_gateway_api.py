@@ -439,6 +439,16 @@ def test_a_score_is_clipped_to_the_scale(gateway: Loopback, said: float, kept: f
     assert answer.json()["score"] == kept
 
 
+def test_a_query_without_an_embedding_is_embedded_once_it_is_rated(
+    gateway: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(gateway.outcomes, "embed_rated", lambda *of: asked.append(of))
+    request_id = extension_of(ask(gateway, "!unembedded"))["request_id"]
+    post(gateway, "/v1/feedback", {"request_id": request_id, "score": 1})
+    assert asked == [(request_id, "!unembedded")]
+
+
 def test_too_much_feedback_is_a_429_that_says_when_to_come_back(tmp_path: Path) -> None:
     # One in 1,000 minutes, so that a slow machine does not fill the bucket again meanwhile.
     with running_gateway(tmp_path, limits={"feedback_per_minute": 0.001}) as strict:

@@ -45,6 +45,7 @@ from serve_app.store import (
     list_keys,
     outcomes,
     read_trace,
+    read_verdicts,
     revoke_key,
 )
 from serve_app.store.rows import MAX_QUERY_CHARS
@@ -260,6 +261,47 @@ async def test_missing_embeddings_are_filled_in_once_the_outcomes_are_written(st
             written = {row["request_id"]: row["embedding"] for row in await rows(store, RequestRow)}
     assert written == {"req_1": b"\1\2\3\4", "req_2": b"two", **none}
     assert asked == ["two"]
+    await log.close()
+
+
+async def test_a_rated_query_is_embedded_before_those_that_nobody_rated(store: Store) -> None:
+    asked: list[str] = []
+    may_embed = asyncio.Event()
+
+    async def embed(texts: Sequence[str]) -> list[bytes]:
+        asked.extend(texts)
+        await may_embed.wait()
+        return [text.encode() for text in texts]
+
+    log = await fast_log(store, embed=embed)
+    for number in range(60):
+        name = f"req_{number}"
+        log.record(report(name, embedding=None, query=name))
+    assert await log.flush()
+    rated = await add_feedback(store, "req_59", "key_1", 1.0)
+    assert rated.unembedded == "req_59"
+    log.embed_rated("req_59", rated.unembedded)
+    may_embed.set()
+    async with asyncio.timeout(10):
+        while not await read_verdicts(store, ["req_59"]):
+            await asyncio.sleep(0.01)
+    assert asked.index("req_59") <= 16
+    await log.close()
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+async def test_a_verdict_asks_for_no_embedding_that_is_there_or_teaches_nothing(
+    store: Store, is_pinned: bool
+) -> None:
+    log = await fast_log(store)
+    told = report()
+    if is_pinned:
+        assert told.decision is not None
+        pinned = replace(told.decision, path=DecidedBy.PINNED)
+        told = replace(told, decision=pinned, embedding=None)
+    log.record(told)
+    assert await log.flush()
+    assert (await add_feedback(store, "req_1", "key_1", 1.0)).unembedded is None
     await log.close()
 
 
