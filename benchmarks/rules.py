@@ -74,6 +74,8 @@ class _InstantDecider(Decider):
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors
 
+    embed_lasting = embed
+
     async def embed_query(
         self, query: str, deadline: Deadline, fixed: Fixed | None = None
     ) -> NDArray[np.float32]:

@@ -104,6 +104,9 @@ class WordEmbedder:
     async def embed(self, texts: Sequence[str], alone: bool = False) -> NDArray[np.float32]:
         return np.stack([self.one(text) for text in texts])
 
+    async def embed_lasting(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return await self.embed(texts)
+
     @staticmethod
     def one(text: str) -> NDArray[np.float32]:
         for number, topic in enumerate(topics()):

@@ -14,7 +14,9 @@ from benchmarks.scale.requests import KINDS, Kind, endpoint_of, processes_of_the
 from benchmarks.stats import Summary, merge, summarise
 
 SHARE = 0.8
-_PROBE_S = 20.0
+_BUSY_S = 20.0
+_PROBE_S = 120.0
+"""Of a rate that is tried: a machine is slower for minutes at times."""
 _LOOK_S = 15.0
 _MAX_IN_FLIGHT = 256
 
@@ -26,7 +28,7 @@ class LoadTest:
     """What came of it."""
 
     sustainable_per_s: float
-    """Requests of the mix in a second that the graph answered for 20 s without refusing one."""
+    """Requests of the mix in a second that the graph answered for two minutes without an error."""
     rate_per_s: float
     summary: Summary
     """Of all requests, latencies from when each was due."""
@@ -71,7 +73,7 @@ async def _sustainable_per_s(advance: Advance, port: int) -> float:
         *(run_load(_closed(kind, port, number)) for number, kind in enumerate(KINDS))
     )
     most = sum(len(part.latencies_ms) / part.seconds for part in busy)
-    for number, share in enumerate((1.0, 0.9, 0.8, 0.7, 0.6, 0.5), start=1):
+    for number, share in enumerate((0.9, 0.8, 0.7, 0.6, 0.5), start=1):
         advance(f"load: whether {share * most:.0f} requests per second are answered")
         probe = await _mixed(port, share * most, _PROBE_S, 10 * number)
         if not probe.errors:
@@ -111,7 +113,7 @@ def _memory_mb() -> float:
 
 
 def _closed(kind: Kind, port: int, number: int) -> Load:
-    return _load(kind, port, number, mode="closed", concurrency=4, seconds=_PROBE_S)
+    return _load(kind, port, number, mode="closed", concurrency=4, seconds=_BUSY_S)
 
 
 def _open(kind: Kind, port: int, rate: float, seconds: float, number: int) -> Load:

@@ -43,6 +43,8 @@ class LimitsConfig(BaseConfig):
     that others would be slowed down by beyond `max_slowdown`."""
     max_slowdown: float = Field(default=1.5, gt=1, le=10)
     """How many times longer a first byte may take, as a rule, than on an idle deployment."""
+    soon_enough_s: float = Field(default=0.25, ge=0, le=10)
+    """Seconds that a first byte may take in any case: nobody is refused for the sake of less."""
     initial_ongoing_requests: int = Field(default=64, ge=1)
     """Chats and decisions a new gateway replica takes at once, until load has told more."""
     min_ongoing_requests: int = Field(default=16, ge=1)

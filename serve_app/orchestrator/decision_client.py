@@ -53,6 +53,11 @@ class EmbedderHandle(Protocol):
         """Answers with (num_texts, dim)."""
         ...
 
+    @property
+    def embed_lasting(self) -> _Embed:
+        """The same, for texts that every start asks for."""
+        ...
+
 
 class _Decide(Protocol):
     def remote(self, requests: list[RoutingRequest], /) -> Any: ...
@@ -309,8 +314,15 @@ class Decider:
             EngineError: If the embedder is away.
             DeadlineExceeded: If time is up.
         """
+        return await self._embedded(self._embedder.embed, texts, deadline)
+
+    async def embed_lasting(self, texts: list[str], deadline: Deadline) -> _Vector:
+        """As `embed`, for texts of the configuration."""
+        return await self._embedded(self._embedder.embed_lasting, texts, deadline)
+
+    async def _embedded(self, method: _Embed, texts: list[str], deadline: Deadline) -> _Vector:
         vectors: _Vector = await again(
-            lambda: call(self._embedder.embed.remote(texts), deadline), deadline, _MAX_DEATHS
+            lambda: call(method.remote(texts), deadline), deadline, _MAX_DEATHS
         )
         return vectors
 

@@ -159,9 +159,8 @@ class RuleFollower:
         parts = []
         for begin in range(0, len(texts), _EMBEDDED_AT_ONCE):
             deadline = Deadline.after(_EMBED_TIMEOUT_S)
-            parts.append(
-                await self._decider.embed(texts[begin : begin + _EMBEDDED_AT_ONCE], deadline)
-            )
+            part = texts[begin : begin + _EMBEDDED_AT_ONCE]
+            parts.append(await self._decider.embed_lasting(part, deadline))
         return np.concatenate(parts)
 
     async def decide(self, run: Run, limits: Limits) -> Ruled:

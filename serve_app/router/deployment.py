@@ -90,7 +90,7 @@ class Router:
         new = sorted(texts - self._vectors.keys())
         if new:
             async with asyncio.timeout(_EMBED_TIMEOUT_S):
-                vectors = await self._embedder.embed.remote(new)
+                vectors = await self._embedder.embed_lasting.remote(new)
             self._vectors |= dict(zip(new, vectors, strict=True))
         self._vectors = {text: self._vectors[text] for text in sorted(texts)}
         known = self._vectors

@@ -6,7 +6,9 @@ above that number keeps every worker busy and bounds the wait, whatever the work
 TCP's window (Cardwell et al., ACM Queue 14(5), 2016), from the rate and the round trip without
 queues, and so do Envoy's adaptive concurrency and Netflix' concurrency-limits for servers.
 
-R and R0 are medians over requests of one kind, because answers differ in length.
+R and R0 are medians over requests of one kind, because answers differ in length. Answers that take
+a few milliseconds would make for a limit that every pause of the machine meets, so R may be
+`soon_enough_s` in any case.
 """
 
 from __future__ import annotations
@@ -67,8 +69,8 @@ class AdmissionLimit:
         self._limit = self._within(limits.initial_ongoing_requests)
         self._ongoing = 0
         self._calm: OrderedDict[Hashable, deque[float]] = OrderedDict()
-        self._worked_on: list[float] = []
-        """Of those in flight with each request of the window, how many did not wait."""
+        self._good: list[float] = []
+        """For each request of the window, how many in flight would have been good."""
         self._was_met = False
         self._windows_at_floor = 0
         self._window_began_s = clock()
@@ -109,10 +111,13 @@ class AdmissionLimit:
             calm.append(seconds)
         if place.began_s < self._window_began_s or len(calm) < _MIN_CALM_SAMPLES:
             return
-        slowdown = max(seconds, 1e-6) / max(median(calm), 1e-6)
+        idle_s = max(median(calm), 1e-6)
+        slowdown = max(seconds, 1e-6) / idle_s
         if answered or slowdown > 1:
-            self._worked_on.append((1 + place.others) / slowdown)
-            if len(self._worked_on) >= self._window():
+            worked_on = (1 + place.others) / slowdown
+            allowed = max(self._limits.max_slowdown, self._limits.soon_enough_s / idle_s)
+            self._good.append(allowed * worked_on)
+            if len(self._good) >= self._window():
                 self._close_window()
 
     def _calm_samples(self, kind: Hashable) -> deque[float]:
@@ -131,15 +136,14 @@ class AdmissionLimit:
     def _close_window(self) -> None:
         """Set the limit by what the last requests showed, and begin anew."""
         if self._was_met:
-            wanted = 1 + self._limits.max_slowdown * median(self._worked_on)
-            self._limit = self._within(int(wanted))
+            self._limit = self._within(int(1 + median(self._good)))
             is_at_floor = self._limit <= self._limits.min_ongoing_requests
             self._windows_at_floor = self._windows_at_floor + 1 if is_at_floor else 0
             if self._windows_at_floor > _MAX_WINDOWS_AT_FLOOR:
                 self._windows_at_floor = 0
                 self._calm.clear()
                 self._limit = min(self._limit, _CALM)
-        self._worked_on = []
+        self._good = []
         self._was_met = False
         self._window_began_s = self._clock()
 

@@ -155,6 +155,20 @@ def test_what_an_idle_deployment_takes_is_measured_anew_when_it_is_of_other_days
     assert refused == 0
 
 
+@pytest.mark.parametrize(("soon_enough_s", "is_calm"), [(0.25, True), (0.0, False)])
+def test_pauses_of_a_fast_deployment_refuse_nobody(soon_enough_s: float, is_calm: bool) -> None:
+    def pausing(rng: random.Random) -> float:
+        return 0.15 if rng.random() < 0.002 else 0.003
+
+    deployment = Deployment(1, fixed, LimitsConfig(soon_enough_s=soon_enough_s))
+    deployment.length = lambda rng: 0.003
+    deployment.run(20.0, 20)
+    deployment.run(5 * MEAN_S / 0.003, 5)  # it has seen a rush before
+    deployment.length = pausing
+    _, refused = deployment.run(40.0, 60)  # 200 a second, at 60% with the pauses
+    assert (refused == 0) == is_calm
+
+
 def test_a_deployment_that_answers_nothing_holds_a_bounded_number() -> None:
     limits = LimitsConfig()
     limit = AdmissionLimit(limits)
@@ -263,7 +277,7 @@ async def flooded(folder: Path, **limits: Any) -> list[float]:
 
 @pytest.mark.serial
 async def test_behind_the_real_edge_answers_are_fast_where_they_would_queue(tmp_path: Path) -> None:
-    bounds = {"initial_ongoing_requests": 8, "min_ongoing_requests": 4}
+    bounds = {"initial_ongoing_requests": 8, "min_ongoing_requests": 4, "soon_enough_s": 0.0}
     taken = await flooded(tmp_path / "adapting", **bounds)
     queued = await flooded(tmp_path / "fixed", adapt_to_load=False)
     assert len(queued) == 40 * 20
