@@ -110,6 +110,8 @@ async def _profile(config: AtlasConfig, store: Store, job_id: str, request: Prof
         judge=None if request.judge is None else Pair.parse(request.judge),
         planner=request.planner,
         sample=request.sample,
+        samples=request.samples,
+        temperature=request.temperature,
         max_cost_usd=request.max_cost_usd,
         concurrency=request.concurrency,
         again=request.again,

@@ -77,6 +77,10 @@ class ProfileJob(_Request):
     The deployment's where none is named; training reads what that one thought."""
     sample: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the pairs that each training question is given to; held-out ones get all."""
+    samples: Annotated[int, Field(ge=1, le=100)] = 1
+    """Runs of each pair on each question; all of them count."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """Of the models' answers."""
     max_cost_usd: Annotated[float, Field(ge=0)] | None = None
     concurrency: Annotated[int, Field(ge=1, le=256)] = 4
     """Questions under way at once."""

@@ -60,6 +60,10 @@ def profile_command(
         float,
         typer.Option(help="Share of the pairs each training question gets.", min=0.001, max=1),
     ] = 1.0,
+    samples: Annotated[
+        int, typer.Option(help="Runs of each pair on each question; all count.", min=1, max=100)
+    ] = 1,
+    temperature: Annotated[float, typer.Option(help="Of the models' answers.", min=0, max=2)] = 0.0,
     max_cost_usd: Annotated[float | None, typer.Option(help="Stop before this is spent.")] = None,
     concurrency: Annotated[int, typer.Option(help="Questions under way at once.", min=1)] = 4,
     again: Annotated[bool, typer.Option(help="Measure also what is measured already.")] = False,
@@ -81,6 +85,8 @@ def profile_command(
         judge=None if judge is None else Pair.parse(judge),
         planner=planner,
         sample=sample,
+        samples=samples,
+        temperature=temperature,
         max_cost_usd=max_cost_usd,
         concurrency=concurrency,
         again=again,

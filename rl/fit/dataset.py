@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rl.fit.traffic import fair_verdicts
 from rl.profile.outcomes import NotMeasured, Outcomes
 from rl.profile.prices import PriceHistory
-from rl.profile.run import fingerprint, thought_fingerprint
+from rl.profile.run import fingerprint, sample_of, thought_fingerprint
 from serve_app.config import AtlasConfig
 from serve_app.schemas import Pair
 from serve_app.signals import NUMBERS, abstains, stacked
@@ -70,8 +70,9 @@ async def read_dataset(
 ) -> Dataset:
     """The newest outcome of every configured pair on every labelled question.
 
-    Outcomes of other settings of a model or a tool, or after another planner than the deployment's
-    has spoken, are left out. Dollars are at the prices of today.
+    Where a profile took several samples, each of them is one. Outcomes of other settings of a model
+    or a tool, or after another planner than the deployment's has spoken, are left out. Dollars are
+    at the prices of today.
 
     Args:
         config: The deployment.
@@ -136,9 +137,9 @@ async def read_dataset(
 
 
 def _newest(rows: Sequence[ProfileOutcome], marks: dict[Pair, str]) -> list[ProfileOutcome]:
-    """The newest outcome of each pair on each question, by the settings that it has now."""
+    """The newest outcome of each run of each pair on each question, by the settings of now."""
     newest = {
-        (row.question_key, row.pair): row
+        (row.question_key, row.pair, sample_of(row.fingerprint)): row
         for row in sorted(rows, key=lambda row: row.created_unix_s)
         if _is_of(row.fingerprint, marks.get(row.pair))
     }

@@ -96,6 +96,10 @@ class ProfileSettings:
     deadline_s: float = 120.0
     """Of one run."""
     temperature: float = 0.0
+    """Of the models' answers, in [0, 2]."""
+    samples: int = 1
+    """Runs of each pair on each question before any thought, at least 1; more than one tell
+    something where answers differ from run to run. All of them count."""
     again: bool = False
     """Run also what is measured already; the newest outcome counts."""
     errors_again: bool = False
@@ -181,6 +185,12 @@ class _Task:
     """Who is to speak; `None` where it has, or is not needed."""
     note: str | None = None
     """What it said earlier."""
+    sample: int = 0
+    """Which of the runs before a thought."""
+
+    def mark(self, fingerprint: str) -> str:
+        """How an outcome of this run is marked, before a thought."""
+        return sample_mark(fingerprint, self.sample)
 
     @property
     def runs(self) -> list[tuple[_Kind, Pair]]:
@@ -244,6 +254,17 @@ def fingerprint(config: AtlasConfig, pair: Pair, planner: str | None = None) -> 
     if planner is not None:
         settings.append({"thought": thought_fingerprint(config, planner), "as": with_note("", "")})
     return _digest(settings)
+
+
+def sample_mark(fingerprint: str, sample: int) -> str:
+    """How an outcome is marked that is one of several runs; the first one by the fingerprint."""
+    return f"{fingerprint}-s{sample}" if sample else fingerprint
+
+
+def sample_of(mark: str) -> int:
+    """Which of several runs an outcome is, by its mark."""
+    number = mark.rpartition("-s")[2] if "-s" in mark else ""
+    return int(number) if number.isdecimal() else 0
 
 
 def _of_pattern(config: AtlasConfig, pair: Pair) -> str:
@@ -337,8 +358,11 @@ async def profile(
     await _keep_questions(config, questions, store)
     marks = _marks(config, pairs, planner, again=settings.again)
     wanted = [
-        _task(question, sampled_pairs(question, pairs, settings.sample), planner)
+        task
         for question in questions
+        for task in _tasks(
+            question, sampled_pairs(question, pairs, settings.sample), planner, settings.samples
+        )
     ]
     if settings.errors_again:
         known = _marks(config, pairs, planner, again=False)
@@ -388,9 +412,13 @@ def _marks(
     return _Marks(alone, after, thought_fingerprint(config, planner.model_id) + suffix)
 
 
-def _task(question: Question, pairs: tuple[Pair, ...], planner: Pair | None) -> _Task:
-    """All that is wanted of a question."""
-    return _Task(question, pairs, () if planner is None else pairs, planner)
+def _tasks(
+    question: Question, pairs: tuple[Pair, ...], planner: Pair | None, samples: int
+) -> list[_Task]:
+    """All that is wanted of a question; it is thought about once."""
+    first = _Task(question, pairs, () if planner is None else pairs, planner)
+    more = [_Task(question, pairs, (), None, sample=number) for number in range(1, samples)]
+    return [first, *more]
 
 
 async def _missing(wanted: Sequence[_Task], marks: _Marks, store: Store) -> list[_Task]:
@@ -405,7 +433,9 @@ async def _missing(wanted: Sequence[_Task], marks: _Marks, store: Store) -> list
     missing = []
     for task in wanted:
         key = task.question.key
-        alone = tuple(pair for pair in task.alone if (key, pair, marks.alone[pair]) not in done)
+        alone = tuple(
+            pair for pair in task.alone if (key, pair, task.mark(marks.alone[pair])) not in done
+        )
         after = tuple(pair for pair in task.after if (key, pair, marks.after[pair]) not in done)
         thought = thoughts.get(key)
         left = _Task(
@@ -414,6 +444,7 @@ async def _missing(wanted: Sequence[_Task], marks: _Marks, store: Store) -> list
             after,
             planner=task.planner if thought is None else None,
             note=None if thought is None else thought.thought,
+            sample=task.sample,
         )
         if left.runs:
             missing.append(left)
@@ -563,7 +594,8 @@ def _measure(task: _Task, marks: _Marks, settings: ProfileSettings) -> _Measured
         return thought, await run_pairs(task.after, marks.after, thought.thought)
 
     async def together() -> _Measured:
-        alone, (thought, after) = await asyncio.gather(run_pairs(task.alone, marks.alone), think())
+        marked = {pair: task.mark(marks.alone[pair]) for pair in task.alone}
+        alone, (thought, after) = await asyncio.gather(run_pairs(task.alone, marked), think())
         return _Measured(alone, after, thought)
 
     return asyncio.run(together())

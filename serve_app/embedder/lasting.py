@@ -56,7 +56,7 @@ class LastingVectors:
         return np.stack([self._vectors[_digest(text)] for text in texts])
 
     def add(self, texts: Sequence[str], vectors: NDArray[np.float32]) -> None:
-        """Take over (num_texts, dim) vectors and write the file; one that cannot be written is left.
+        """Take over (num_texts, dim) vectors and write the file, if it can be written.
 
         Above `MAX_KEPT` those go that were there first.
         """

@@ -220,6 +220,21 @@ def test_what_ended_in_an_error_is_measured_anew_where_that_is_asked_for(
     assert loop.run(lambda store: errors(store, *chosen)) == 0
 
 
+def test_further_samples_of_a_question_are_kept_beside_the_first(
+    loop: Loop, measured: Progress
+) -> None:
+    settings = replace(SETTINGS, samples=3, models=frozenset({"nano-math"}))
+
+    def work() -> Progress:
+        asked = loop.questions[:1]
+        return loop.run(lambda store: profile(loop.config, asked, store, settings))
+
+    progress = work()
+    assert progress.failed == 0
+    assert progress.done == 2 * progress.skipped > 0
+    assert work().done == 0
+
+
 def test_a_profile_stops_before_it_spends_too_much(loop: Loop, measured: Progress) -> None:
     stopped = loop.measure(again=True, max_cost_usd=0.0)
     assert stopped.done == 0

@@ -90,6 +90,8 @@ def test_a_profile_job_keeps_its_questions_to_itself(gateway: Loopback) -> None:
         ({"kind": "profile", "questions": [QUESTION, {"id": "2"}]}, "questions[1].query"),
         ({"kind": "profile", "questions": [QUESTION | {"metric": "luck"}]}, "questions[0].metric"),
         ({"kind": "profile", "questions": [QUESTION], "sample": 0}, "sample"),
+        ({"kind": "profile", "questions": [QUESTION], "samples": 0}, "samples"),
+        ({"kind": "profile", "questions": [QUESTION], "temperature": 3}, "temperature"),
         ({"kind": "profile", "questions": [QUESTION], "planner": "a@pair"}, "planner"),
         ({"kind": "fit", "seed": -1}, "seed"),
         ({"kind": "train", "settings": {"lr": -1}}, "lr"),

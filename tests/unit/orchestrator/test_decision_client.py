@@ -34,7 +34,7 @@ class Deployments:
         self.open.set()
         self.deaths = 0
         """Of replicas, over the next calls."""
-        self.embed = Method(self._embed)
+        self.embed = self.embed_lasting = Method(self._embed)
         self.decide = Method(self._decide)
 
     async def _embed(self, texts: list[str]) -> NDArray[np.float32]:

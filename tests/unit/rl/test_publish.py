@@ -177,6 +177,22 @@ async def test_outcomes_of_other_settings_do_not_count_and_the_newest_does(
     assert of_sums.tolist() == [0.5]
 
 
+async def test_all_samples_of_a_question_count_and_of_each_the_newest(
+    config: AtlasConfig, store: Store
+) -> None:
+    await fill(config, store, 8)
+    own = fingerprint(config, SUMS)
+    runs = {"-s1": (0.25, 1.0), "-s2": (0.75, 1.0), "-again-s2": (0.5, 2.0)}
+    for suffix, (score, created_unix_s) in runs.items():
+        outcome = make_outcome(config, 1, SUMS, score)
+        made = replace(outcome, fingerprint=own + suffix, created_unix_s=created_unix_s)
+        await add_outcomes(store, [made])
+    outcomes = (await read_dataset(config, store, "train")).outcomes
+    row = outcomes.queries.index("query 1")
+    of_sums = outcomes.score[(outcomes.query_index == row) & (outcomes.pair_index == 0)]
+    assert sorted(of_sums.tolist()) == [0.0, 0.25, 0.5]
+
+
 async def test_a_routable_pattern_is_fitted_and_judged_as_a_pair_is(
     tmp_path: Path, store_url: str, store: Store
 ) -> None:
