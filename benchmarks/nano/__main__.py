@@ -148,6 +148,22 @@ def composed_command(
     console.print(f"{len(questions)} questions -> {out}")
 
 
+@app.command("tiers")
+def tiers_command(
+    out: Annotated[Path, typer.Argument(help="JSONL file to write")],
+    train: Annotated[int, typer.Option(help="Questions per domain in trained wordings")] = 80,
+    held_out: Annotated[int, typer.Option(help="Questions per domain in new wordings")] = 160,
+    seed: Annotated[int, typer.Option()] = 5,
+) -> None:
+    """Write the questions of configs/nano-tiers.yaml, and its incomplete sets of sources."""
+    from benchmarks.nano.tiers import FOLDER, tiers_questions, write_shelves
+
+    questions = tiers_questions({"seen": train, "held_out": held_out}, seed)
+    out.write_text("".join(question.to_line() for question in questions), encoding="utf-8")
+    write_shelves()
+    console.print(f"{len(questions)} questions -> {out}; sources -> {FOLDER}")
+
+
 @app.command("scope")
 def scope_command() -> None:
     """Write the texts of the rule `scope`: utterances, and labelled ones to fit it on."""

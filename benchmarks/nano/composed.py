@@ -21,8 +21,8 @@ from benchmarks.nano.task import Split
 from serve_app.questions import Question, QuestionSplit
 
 DOMAIN_SHARES: dict[str, float] = {"compound": 0.4, "hops": 0.25, "refusal": 0.2, "repair": 0.15}
-_COMPOUND_KINDS = ("pair", "triple", "phrases", "mixed")
-_HOP_KINDS = ("hop", "hop_pair", "hop_chain")
+COMPOUND_KINDS = ("pair", "triple", "phrases", "mixed")
+HOP_KINDS = ("hop", "hop_pair", "hop_chain")
 _SPLITS: dict[Split, QuestionSplit] = {"seen": "train", "held_out": "held_out"}
 
 Fields = dict[str, Any]
@@ -37,8 +37,8 @@ def composed_questions(sizes: dict[Split, int], seed: int) -> list[Question]:
         seed: The same seed gives the same questions.
     """
     makers: dict[str, Callable[[random.Random, Split], Fields]] = {
-        "compound": lambda rng, split: _compound(rng, split, _COMPOUND_KINDS),
-        "hops": lambda rng, split: _compound(rng, split, _HOP_KINDS),
+        "compound": lambda rng, split: compound_fields(rng, split, COMPOUND_KINDS),
+        "hops": lambda rng, split: compound_fields(rng, split, HOP_KINDS),
         "refusal": _refusal,
         "repair": _repair,
     }
@@ -58,7 +58,8 @@ def composed_questions(sizes: dict[Split, int], seed: int) -> list[Question]:
     return found
 
 
-def _compound(rng: random.Random, split: Split, kinds: Sequence[str]) -> Fields:
+def compound_fields(rng: random.Random, split: Split, kinds: Sequence[str]) -> Fields:
+    """A question of one of some kinds of `compound`, that can be answered."""
     while True:
         compound = draw_compound(rng, split, answerable=True)
         if compound.kind in kinds:

@@ -17,7 +17,12 @@ TEXTS = ["what is 2 + 2?", "\ud800", "capital of Japan"]
 
 
 def config_in(folder: Path, **embedder: int) -> AtlasConfig:
-    model = {"type": "remote", "model_id": "m", "base_url": "http://127.0.0.1:1", "remote_model": "m"}
+    model = {
+        "type": "remote",
+        "model_id": "m",
+        "base_url": "http://127.0.0.1:1",
+        "remote_model": "m",
+    }
     settings = {"models": [model], "data_dir": str(folder), "embedder": embedder}
     return AtlasConfig.model_validate(settings)
 
