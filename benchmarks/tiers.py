@@ -15,7 +15,7 @@ import argparse
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,21 @@ from benchmarks.path2.units import ALPHAS
 from benchmarks.serving import show_targets
 from benchmarks.stats import Target
 from rl.comparison import evaluate_snapshot
-from rl.evaluate.evaluate import CANDIDATE, COLD_START, PATH_1, VOI, EvaluationReport
+from rl.evaluate.evaluate import COLD_START, PATH_1, VOI, EvaluationReport
 from rl.evaluate.policies import resampled_means
 from rl.fit.dataset import Dataset, read_dataset
-from rl.publish import fit_snapshot
+from rl.publish import fit_snapshot, keep_snapshot
 from serve_app.config import AtlasConfig, load_config
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.utility import normalised, pool_range, utility
 from serve_app.router.snapshots.build_rule import read_cards
-from serve_app.router.snapshots.snapshot import RouterSnapshot
+from serve_app.router.snapshots.snapshot import RULE, RouterSnapshot
 from serve_app.store import Store
 
 MAX_STEPS = 4
 WANTED_HEADROOM = 0.10
 ONE_STEP, PER_DOMAIN, ORACLE = "path 1", "best of each domain", "oracle in expectation"
-VERIFIED = "cascade with a perfect verifier"
+VERIFIED, VERIFIED_DOMAIN = "path 1 and a perfect verifier", "domain and a perfect verifier"
 _RIGHT = 0.999
 _RESAMPLES = 2000
 
@@ -159,15 +159,22 @@ def expected_oracle(held_out: Samples) -> Frontier:
     return _mean(parts)
 
 
-def per_domain(held_out: Samples, train: Samples) -> Frontier:
-    """The candidate that was the best on the training questions of the domain."""
-    overall = train.scores.mean(axis=(0, 1))
-    known = {
-        domain: train.scores[:, train.domains == domain].mean(axis=(0, 1))
-        for domain in set(train.domains.tolist())
-    }
-    quality = np.stack([known.get(domain, overall) for domain in held_out.domains.tolist()])
-    return one_step(held_out, quality)
+def of_domains(held_out: Samples, train: Dataset) -> Floats:
+    """(num_queries, num_pairs) mean scores on the training questions of each question's domain.
+
+    Each candidate is judged on those of them that it was asked.
+    """
+    sums, counts = (of.toarray() for of in train.outcomes.matrices(train.outcomes.score))
+    domains = np.array(train.domains)
+
+    def means(rows: NDArray[np.bool_]) -> Floats:
+        asked = counts[rows].sum(axis=0)
+        found: Floats = sums[rows].sum(axis=0) / np.maximum(asked, 1)
+        return found
+
+    overall = means(np.ones(len(domains), np.bool_))
+    known = {domain: means(domains == domain) for domain in set(train.domains)}
+    return np.stack([known.get(domain, overall) for domain in held_out.domains.tolist()])
 
 
 def perfect_cascade(held_out: Samples, quality: Floats) -> Frontier:
@@ -268,7 +275,9 @@ async def _measured(
                 config, store, with_traffic=False, by_value=True
             )
         with console.status("evaluating"):
-            report = await evaluate_snapshot(config, store, snapshot_id, None)
+            once = {key: of for key, of in snapshot.metadata.items() if key != RULE}
+            path_1 = await keep_snapshot(config, store, replace(snapshot, metadata=once))
+            report = await evaluate_snapshot(config, store, snapshot_id, path_1)
     finally:
         await store.close()
     return train, held_out, snapshot, report
@@ -282,20 +291,21 @@ def main() -> None:
     options = parser.parse_args()
     config = load_config(options.deployment)
     train_set, held_out_set, snapshot, report = asyncio.run(_measured(config))
-    train, held_out = read_samples(train_set), read_samples(held_out_set)
+    held_out = read_samples(held_out_set)
     rule = ClusterRule(snapshot, read_cards(config).prior)
     quality = np.stack([rule.beliefs(of).quality for of in held_out.embeddings]).astype(np.float64)
+    by_domain = of_domains(held_out, train_set)
     frontiers = {
         ONE_STEP: one_step(held_out, quality),
-        PER_DOMAIN: per_domain(held_out, train),
+        PER_DOMAIN: one_step(held_out, by_domain),
         ORACLE: expected_oracle(held_out),
         VERIFIED: perfect_cascade(held_out, quality),
+        VERIFIED_DOMAIN: perfect_cascade(held_out, by_domain),
     }
     room = {
-        "over the best choice": headroom(
-            frontiers[VERIFIED], [frontiers[ONE_STEP], frontiers[PER_DOMAIN]]
-        ),
-        "over the oracle in expectation": headroom(frontiers[VERIFIED], [frontiers[ORACLE]]),
+        "by path 1": headroom(frontiers[VERIFIED], [frontiers[ONE_STEP]]),
+        "by domain": headroom(frontiers[VERIFIED_DOMAIN], [frontiers[PER_DOMAIN]]),
+        "by domain, over the oracle": headroom(frontiers[VERIFIED_DOMAIN], [frontiers[ORACLE]]),
     }
     targets = _targets(room, report)
     record: dict[str, Any] = {
@@ -318,10 +328,11 @@ def main() -> None:
 
 def _learned(report: EvaluationReport) -> dict[str, Any]:
     """Score, dollars and steps of what was fitted, at alpha 0 and the deployment's alpha."""
-    names = (CANDIDATE, PATH_1, VOI, COLD_START)
+    names = (PATH_1, VOI, COLD_START)
     return {
         f"alpha {one.alpha:g}": {
-            name: asdict(one.contenders[name]) for name in names if name in one.contenders
+            **{name: asdict(one.contenders[name]) for name in names if name in one.contenders},
+            "voi over path 1": asdict(one.difference),
         }
         for one in report.at_alpha
         if one.alpha in (0.0, report.settings.default_alpha)
@@ -329,12 +340,13 @@ def _learned(report: EvaluationReport) -> dict[str, Any]:
 
 
 def _targets(room: dict[str, dict[str, float]], report: EvaluationReport) -> list[Target]:
-    free = next(one for one in report.at_alpha if one.alpha == 0.0).contenders
-    gain = free[VOI].score.mean - free[PATH_1].score.mean
-    wanted = room["over the best choice"].get("difference", 0.0)
+    free = next(one for one in report.at_alpha if one.alpha == 0.0)
+    least = min(room[name].get("difference", 0.0) for name in ("by path 1", "by domain"))
+    gain = free.difference.score
     return [
-        Target("a perfect verifier over the best choice", wanted, ">=", WANTED_HEADROOM),
-        Target("voi over path 1 in score, alpha 0", gain, ">=", 0.03),
+        Target("a perfect verifier over one choice of equal cost", least, ">=", WANTED_HEADROOM),
+        Target("voi over path 1 in score, alpha 0", gain.mean, ">=", 0.03),
+        Target("the lower end of its interval", gain.low, ">=", 0.0),
     ]
 
 
@@ -360,18 +372,21 @@ def _show(record: dict[str, Any]) -> None:
 def _draw(record: dict[str, Any], report: EvaluationReport, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    colours = dict(
-        zip(record["frontiers"], ("#0077bb", "#33bbee", "#aaaaaa", "#cc3311"), strict=True)
+    styles = (
+        ("#0077bb", "-"),
+        ("#33bbee", "-"),
+        ("#aaaaaa", "-"),
+        ("#0077bb", ":"),
+        ("#33bbee", ":"),
     )
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    for name, points in record["frontiers"].items():
+    for (name, points), (colour, line) in zip(record["frontiers"].items(), styles, strict=True):
         usd, score = ([1000 * of["usd"] for of in points], [of["score"] for of in points])
-        axes.plot(usd, score, ".-", color=colours[name], label=name)
-    for name, colour in ((VOI, "#ee7733"),):
-        swept = report.frontiers[name]
-        axes.plot([1000 * of.cost_usd for of in swept], [of.score for of in swept], ".-",
-                  color=colour, label="value of information, fitted")  # fmt: skip
+        axes.plot(usd, score, line, marker=".", color=colour, label=name)
+    swept = report.frontiers[VOI]
+    usd, score = [1000 * of.cost_usd for of in swept], [of.score for of in swept]
+    axes.plot(usd, score, ".-", color="#cc3311", label="value of information, fitted")
     axes.set(xscale="log", xlabel="US dollars per 1,000 questions", ylabel="mean score")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

@@ -68,7 +68,11 @@ class CustomToolConfig(ManyFunctionsSettings):
 
     settings: dict[str, Any] = Field(default_factory=dict)
 
+    own_worker: bool = True
+    """Whether its calls have worker processes of their own, because what the class loads takes a
+    while; else they share those of the tools that load nothing."""
+
     @property
     def dedicated_worker(self) -> bool:
-        """What it loads takes a while."""
-        return True
+        """As `own_worker` says."""
+        return self.own_worker

@@ -18,10 +18,12 @@ from benchmarks.tiers import (
     Samples,
     expected_oracle,
     headroom,
+    of_domains,
     one_step,
-    per_domain,
     perfect_cascade,
 )
+from rl.fit.dataset import Dataset
+from rl.profile.outcomes import Outcomes
 from serve_app.config import load_config
 from serve_app.config.tools import CustomToolConfig
 from serve_app.errors import ToolFailed
@@ -136,8 +138,19 @@ def test_the_oracle_in_expectation_does_not_see_the_run_it_is_judged_on(held_out
 
 
 def test_the_best_of_a_domain_is_that_of_the_training_questions(held_out: Samples) -> None:
-    train = samples([[[1, 0], [0, 1]]], ["a", "b"])
-    best = per_domain(held_out, train)
+    ones = np.ones(3, np.float32)
+    outcomes = Outcomes(
+        encoder="x",
+        embeddings=np.zeros((3, 4), np.float32),
+        pairs=(Pair("cheap", "none"), Pair("dear", "none")),
+        query_index=np.array([0, 1, 2]),
+        pair_index=np.array([0, 1, 0]),
+        score=np.array([1, 1, 0], np.float32),
+        tokens=ones,
+        seconds=ones,
+        costs_usd=ones,
+    )
+    best = one_step(held_out, of_domains(held_out, Dataset(outcomes, ("a", "b", "b"))))
     assert best.costs_usd[0] == pytest.approx([CHEAP, DEAR])
 
 

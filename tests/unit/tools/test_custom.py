@@ -48,6 +48,12 @@ def test_it_may_be_a_context_tool() -> None:
     assert build_tool(own("Mood", kind="context")).kind == "context"
 
 
+@pytest.mark.parametrize("own_worker", [True, False])
+def test_its_calls_have_a_worker_of_their_own_unless_it_loads_nothing(own_worker: bool) -> None:
+    assert own("Mood", own_worker=own_worker).dedicated_worker is own_worker
+    assert own("Mood").dedicated_worker
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
