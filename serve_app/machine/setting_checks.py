@@ -57,6 +57,7 @@ def check_settings(config: AtlasConfig, hardware: Hardware, host: str) -> Iterat
     kinds = (PythonConfig, DebugConfig, SqlConfig)
     yield check_sandbox(tuple(t.tool_id for t in config.tools if isinstance(t, kinds)))
     yield from _gpus(local, hardware)
+    yield from _processors_for_tools(config, local, hardware)
     for model in config.models:
         if isinstance(model, LocalModelConfig):
             yield _local(model)
@@ -78,6 +79,29 @@ def _gpus(models: list[LocalModelConfig], hardware: Hardware) -> Iterator[Check]
         found = f"{len(hardware.gpus)} here, and the models ask for {wanted:g}"
         mend = "on this machine alone models will not start; a cluster needs them on its nodes"
         yield warning("GPUs", found, mend)
+
+
+def _processors_for_tools(
+    config: AtlasConfig, models: list[LocalModelConfig], hardware: Hardware
+) -> Iterator[Check]:
+    """What the deployments reserve no call of a tool gets; it waits until its time is over."""
+    needs = {tool.tool_id: tool.num_cpus for tool in config.tools if tool.kind == "function"}
+    if not needs:
+        return
+    graph = (config.gateway.deployment, config.router.deployment, config.embedder.deployment)
+    reserved = sum(max(1, of.autoscaling.min_replicas) * of.num_cpus for of in graph)
+    reserved += sum(
+        of.autoscaling.min_replicas * (of.num_cpus + of.bundle.get("CPU", 0.0)) for of in models
+    )
+    left = max(0.0, hardware.cpus - reserved)
+    greatest = max(needs, key=lambda tool_id: needs[tool_id])
+    if left < min(2 * needs[greatest], sum(needs.values())):
+        found = (
+            f"the deployments reserve {reserved:.2f} of {hardware.cpus} here, and a call of "
+            f"{greatest!r} takes {needs[greatest]:g} more"
+        )
+        mend = "lower num_cpus of models (and bundle.CPU) or tools, or calls wait and time out"
+        yield warning("CPUs for tools", found, mend)
 
 
 def _local(model: LocalModelConfig) -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import socket
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,19 @@ def test_weights_that_are_nowhere_are_said(tmp_path: Path, monkeypatch: pytest.M
 def test_more_gpus_than_are_here_are_said(tmp_path: Path) -> None:
     local = {"type": "local", "model_id": "m", "model_source": "a/b", "bundle": {"GPU": 1}}
     assert of_settings(settings(tmp_path, models=[local]), "GPUs").level is Level.WARNING
+
+
+@pytest.mark.parametrize(("cpus", "is_enough"), [(1, False), (2, True)])
+def test_too_few_cpus_for_calls_of_tools_are_said(
+    tmp_path: Path, cpus: int, is_enough: bool
+) -> None:
+    local = {"type": "local", "model_id": "m", "model_source": "a/b", "bundle": {"CPU": 0.4}}
+    tools = [{"type": "python", "tool_id": "python"}, {"type": "calculator", "tool_id": "sums"}]
+    config = settings(tmp_path, models=[local], tools=tools)
+    said = [check for check in check_settings(config, replace(MACHINE, cpus=cpus), "127.0.0.1")
+            if check.subject == "CPUs for tools"]  # fmt: skip
+    assert [check.level for check in said] == ([] if is_enough else [Level.WARNING])
+    assert is_enough or "reserve 0.80 of 1 here, and a call of 'python' takes 0.25" in said[0].found
 
 
 def test_a_class_of_ones_own_that_cannot_be_found_fails(tmp_path: Path) -> None:
