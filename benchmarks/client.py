@@ -130,10 +130,11 @@ class Connection(asyncio.Protocol):
         """Send a request; returns status and body bytes (chunked framing left in).
 
         Raises:
-            ConnectionError: If the connection closes first.
+            ConnectionError: If the connection closes first, or is closed.
             TimeoutError: If the answer takes longer than `ASK_TIMEOUT_S`.
         """
-        assert self._transport is not None
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionError("the connection is closed")
         self._buffer.clear()
         self._body_start = self._content_length = -1
         self.first_content_s = None
@@ -163,11 +164,14 @@ class Connection(asyncio.Protocol):
 
 
 class KeptConnections:
-    """Connections to one port of this machine that are used again while they are fresh."""
+    """Connections to one port that are used again while they are fresh.
 
-    def __init__(self, port: int) -> None:
+    A server closes those that idle: what is sent on one of them meanwhile has no answer.
+    """
+
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         """Start with none."""
-        self._port = port
+        self._host, self._port = host, port
         self._idle: list[tuple[float, Connection]] = []
         """Connections, and since when (monotonic clock) they have had nothing to do."""
 
@@ -183,8 +187,13 @@ class KeptConnections:
                 return connection
             connection.close()
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(Connection, "127.0.0.1", self._port)
+        _, connection = await loop.create_connection(Connection, self._host, self._port)
         return connection
+
+    def close(self) -> None:
+        """Close those that have nothing to do."""
+        while self._idle:
+            self._idle.pop()[1].close()
 
     def give_back(self, connection: Connection) -> None:
         """Keep a connection for the next request, unless it is closing."""
@@ -285,13 +294,12 @@ class _Run:
 
     async def open(self) -> None:
         """Requests fall due at a fixed rate, whether or not earlier ones are answered."""
-        idle: list[Connection] = []
+        kept = KeptConnections(self._load.port, self._load.host)
 
         async def serve(number: int, due_s: float) -> None:
-            connection = idle.pop() if idle else await self.connect()
+            connection = await kept.take()
             await self.one(connection, due_s)
-            if connection.usable:
-                idle.append(connection)
+            kept.give_back(connection)
 
         await send_when_due(
             serve,
@@ -300,8 +308,7 @@ class _Run:
             max_in_flight=self._load.concurrency,
             requests=int(self._load.rate * self._load.seconds),
         )
-        for connection in idle:
-            connection.close()
+        kept.close()
 
 
 async def measure(load: Load) -> Measurement:

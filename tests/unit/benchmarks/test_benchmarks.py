@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.client import Load, Measurement, build_request, measure, question
+from benchmarks.client import (
+    KeptConnections,
+    Load,
+    Measurement,
+    build_request,
+    measure,
+    question,
+)
 from benchmarks.engines import InstantModel, Upstream
 from benchmarks.figure import draw
 from benchmarks.stats import Summary, Target, merge, percentile, summarise
@@ -79,6 +86,29 @@ async def test_errors_are_counted_and_not_timed() -> None:
     assert measured.latencies_ms == []
     assert measured.errors > 0
     assert measured.error_sample == "503: busy"
+
+
+async def test_a_connection_that_the_server_closed_is_not_asked_again() -> None:
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi")
+        writer.close()
+
+    server = await asyncio.start_server(close, "127.0.0.1", 0)
+    async with server:
+        kept = KeptConnections(server.sockets[0].getsockname()[1])
+        first = await kept.take()
+        assert await first.ask(b"GET / HTTP/1.1\r\n\r\n") == (200, b"hi")
+        kept.give_back(first)
+        async with asyncio.timeout(10):
+            while first.usable:
+                await asyncio.sleep(0.01)
+        with pytest.raises(ConnectionError):
+            await first.ask(b"GET / HTTP/1.1\r\n\r\n")
+        second = await kept.take()
+        assert second is not first
+        assert await second.ask(b"GET / HTTP/1.1\r\n\r\n") == (200, b"hi")
+        kept.close()
 
 
 async def test_the_instant_model_speaks_the_model_protocol() -> None:
