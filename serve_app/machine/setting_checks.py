@@ -37,6 +37,8 @@ from serve_app.store.migrations import known_revisions
 
 _DATABASE_TIMEOUT_S = 8.0
 _FREE_DISK_BYTES = 1 << 30
+_CALLED = ("function", "context")
+"""Kinds of tool whose calls are tasks of Ray."""
 _REVISION = "SELECT version_num FROM alembic_version"
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -84,8 +86,8 @@ def _gpus(models: list[LocalModelConfig], hardware: Hardware) -> Iterator[Check]
 def _processors_for_tools(
     config: AtlasConfig, models: list[LocalModelConfig], hardware: Hardware
 ) -> Iterator[Check]:
-    """What the deployments reserve no call of a tool gets; it waits until its time is over."""
-    needs = {tool.tool_id: tool.num_cpus for tool in config.tools if tool.kind == "function"}
+    """Whether calls of tools find CPUs beside what the deployments reserve; else they time out."""
+    needs = {tool.tool_id: tool.num_cpus for tool in config.tools if tool.kind in _CALLED}
     if not needs:
         return
     graph = (config.gateway.deployment, config.router.deployment, config.embedder.deployment)

@@ -49,8 +49,8 @@ MAX_PENDING_BYTES = 128 << 20
 """Of reports in memory, whatever `max_pending` allows."""
 MAX_UNEMBEDDED_BYTES = 16 << 20
 """Of queries that wait for an embedding; the oldest are let go, and keep none."""
-MAX_RATED_UNEMBEDDED = 1000
-"""Rated queries that wait for an embedding; the oldest are let go."""
+MAX_RATED_UNEMBEDDED = 256
+"""Rated queries of at most `MAX_QUERY_CHARS` that wait for an embedding; the oldest are let go."""
 
 _BATCH = 500
 _LINES_AT_ONCE = 50
@@ -92,9 +92,9 @@ class OutcomeLog:
         again with growing pauses up to 5 s, and the batch stays first. A batch with a row the store
         will not take is written row by row, so that only that row is lost. A request without an
         embedding (the caller named the pair, or a first look decided) gets it later, by a second
-        task that runs a tenth of the time; a request that was rated gets it at once, because its
-        verdict teaches nothing before. What the journal of an ended process still holds is
-        written as if it came last.
+        task that runs a tenth of the time; a request that was rated gets it before the others,
+        because its verdict teaches nothing until then. What the journal of an ended process still
+        holds is written as if it came last.
 
     Invariants:
         - A report that `record` took is written, by this process or, after its death, by the next

@@ -259,10 +259,12 @@ class Edge:
         if self._admission is None or not exchange.rule.is_work:
             yield
             return
-        self._work_shares.enter(exchange.owner, self._admission.limit)
+        # Before the share: a key that is alone may hold all places, and the limit has to learn that
+        # it was met.
+        place = self._admission.enter()
+        answered: bool | None = None
         try:
-            place = self._admission.enter()
-            answered: bool | None = None
+            self._work_shares.enter(exchange.owner, self._admission.limit)
             try:
                 yield
                 answered = _was_answered(exchange.line)
@@ -270,10 +272,10 @@ class Edge:
                 answered = False
                 raise
             finally:
-                kind = (exchange.rule.name, worked_on(exchange.line), reply.is_stream)
-                self._admission.leave(place, kind, answered=answered)
+                self._work_shares.leave(exchange.owner)
         finally:
-            self._work_shares.leave(exchange.owner)
+            kind = (exchange.rule.name, worked_on(exchange.line), reply.is_stream)
+            self._admission.leave(place, kind, answered=answered)
 
     async def _run(
         self, endpoint: Endpoint, scope: Scope, receive: Receive, reply: Reply, send: Send

@@ -229,6 +229,8 @@ async def test_a_full_gateway_refuses_chats_and_nothing_else(gateway: Loopback) 
         for path in ("/v1/chat/completions", "/v1/route"):
             refused = await client.post(path, json=CHAT)
             assert refused.status_code == 429
+            # Not the share of the key, which is alone: a limit that is never met never changes.
+            assert "more requests are coming" in refused.json()["error"]["message"]
             assert refused.headers["retry-after"] == "1"
             assert refused.json()["error"]["type"] == "rate_limit_error"
             assert refused.headers.get("connection") != "close"

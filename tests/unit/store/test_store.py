@@ -236,15 +236,21 @@ async def test_text_no_database_takes_is_made_storable(store: Store) -> None:
     await log.close()
 
 
-async def test_missing_embeddings_are_filled_in_once_the_outcomes_are_written(store: Store) -> None:
-    asked: list[str] = []
-    may_embed = asyncio.Event()
+class HeldEmbedder:
+    """Embeds a text as its bytes, once it may."""
 
-    async def embed(texts: Sequence[str]) -> list[bytes]:
-        asked.extend(texts)
-        await may_embed.wait()
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.may_embed = asyncio.Event()
+
+    async def __call__(self, texts: Sequence[str]) -> list[bytes]:
+        self.asked.extend(texts)
+        await self.may_embed.wait()
         return [text.encode() for text in texts]
 
+
+async def test_missing_embeddings_are_filled_in_once_the_outcomes_are_written(store: Store) -> None:
+    embed = HeldEmbedder()
     log = await fast_log(store, embed=embed)
     log.record(report("req_1"))
     log.record(report("req_2", embedding=None, query="two"))
@@ -254,25 +260,18 @@ async def test_missing_embeddings_are_filled_in_once_the_outcomes_are_written(st
     written = {row["request_id"]: row["embedding"] for row in await rows(store, RequestRow)}
     none = {"req_3": None, "req_4": None}
     assert written == {"req_1": b"\1\2\3\4", "req_2": None, **none}
-    may_embed.set()
+    embed.may_embed.set()
     async with asyncio.timeout(10):
         while written["req_2"] is None:
             await asyncio.sleep(0.01)
             written = {row["request_id"]: row["embedding"] for row in await rows(store, RequestRow)}
     assert written == {"req_1": b"\1\2\3\4", "req_2": b"two", **none}
-    assert asked == ["two"]
+    assert embed.asked == ["two"]
     await log.close()
 
 
 async def test_a_rated_query_is_embedded_before_those_that_nobody_rated(store: Store) -> None:
-    asked: list[str] = []
-    may_embed = asyncio.Event()
-
-    async def embed(texts: Sequence[str]) -> list[bytes]:
-        asked.extend(texts)
-        await may_embed.wait()
-        return [text.encode() for text in texts]
-
+    embed = HeldEmbedder()
     log = await fast_log(store, embed=embed)
     for number in range(60):
         name = f"req_{number}"
@@ -281,11 +280,11 @@ async def test_a_rated_query_is_embedded_before_those_that_nobody_rated(store: S
     rated = await add_feedback(store, "req_59", "key_1", 1.0)
     assert rated.unembedded == "req_59"
     log.embed_rated("req_59", rated.unembedded)
-    may_embed.set()
+    embed.may_embed.set()
     async with asyncio.timeout(10):
         while not await read_verdicts(store, ["req_59"]):
             await asyncio.sleep(0.01)
-    assert asked.index("req_59") <= 16
+    assert embed.asked.index("req_59") <= 16
     await log.close()
 
 
