@@ -33,6 +33,8 @@ from rl.ppo.replay import read_replay
 from rl.ppo.rollout import choose_gate
 from rl.ppo.spend import Ledger
 from rl.ppo.table import ReplayTable
+from rl.ppo.verifier import with_judges
+from rl.ppo.warm_start import described
 from rl.publish import SERVING, keep_snapshot, resolve
 from serve_app.config import AtlasConfig
 from serve_app.errors import ConfigError, NotFound, SnapshotError
@@ -75,6 +77,7 @@ class Trained:
             "best_iteration": result.best_iteration,
             "held_out_utility": result.best_utility,
             "gate_threshold": self.gate_threshold,
+            "start": described(result.start),
             "seed": result.settings.seed,
             "folder": str(result.folder),
             "spent": None if result.spent is None else asdict(result.spent),
@@ -124,9 +127,10 @@ async def train(
     live = settings.live
     ready = () if live is None else await ready_pairs(live, questions, pool)
     tell(TrainProgress("reading", 0, settings.iterations))
-    table, validation = split_table(
-        await read_replay(config, store, "train"), settings.validation.share
-    )
+    replay = replace(await read_replay(config, store, "train"), caution=base.caution)
+    if base.verifier:
+        replay = await asyncio.to_thread(with_judges, replay)
+    table, validation = split_table(replay, settings.validation.share)
     folder = folder or _open_folder(config.data_path() / RUNS_FOLDER, settings, table)
     backend: Backend = ReplayBackend(table)
     ledger: Ledger | None = None
@@ -170,13 +174,14 @@ def with_policy(
         base_id: The snapshot id of `base`.
         thinks: Whether it was trained with a planner.
     """
-    about: dict[str, str | int | float] = dict(base.metadata) | {
+    about: dict[str, Any] = dict(base.metadata) | {
         "kind": "ppo",
         "base": base_id,
         "train_seed": result.settings.seed,
         "iterations": result.iterations,
         "best_iteration": result.best_iteration,
         "held_out_utility": result.best_utility,
+        "start": described(result.start),
         "trained_unix_s": time.time(),
         THINKS: int(thinks),
     }

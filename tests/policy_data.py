@@ -22,7 +22,7 @@ ALWAYS_POLICY = 2.0
 def make_policy(
     *, think: float = -15.0, answer: float = -10.0, threshold: float = ALWAYS_POLICY, dim: int = DIM
 ) -> dict[str, NDArray[np.float32]]:
-    """A policy that takes the best pair not tried yet.
+    """A policy that takes the best pair not tried yet, whatever the rule `voi` says.
 
     Args:
         think: Logit of `think`; those of pairs are their expected scores, in [0, 1].
@@ -34,6 +34,7 @@ def make_policy(
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
+        net.worth_weight.zero_()
         net.candidate.weight[0, QUALITY] = 1.0
         net.candidate_logit.weight[0, 0] = 1.0
         net.slot_logits.bias.copy_(torch.tensor([think, answer]))

@@ -35,10 +35,19 @@ from benchmarks.path2.parts import (
     in_distribution,
     leave_one_domain_out,
     lessons,
+    verifier_of,
 )
-from benchmarks.path2.summary import as_text, changed, growth_share, over_domains, section, targets
+from benchmarks.path2.summary import (
+    MIN_AUC,
+    as_text,
+    changed,
+    growth_share,
+    over_domains,
+    section,
+    targets,
+)
 from benchmarks.path2.tables import TASK_TABLES, open_tables
-from benchmarks.path2.units import GATED, PATH_2
+from benchmarks.path2.units import GATED, PATH_1, PATH_2
 from rl.fit.selection import FitSettings
 from rl.ppo.config import TrainConfig
 from serve_app.config import load_config
@@ -119,14 +128,34 @@ def _check_profile(folder: Path, mark: str) -> None:
 
 
 def _in_distribution(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    thresholds = [run.learnt("base", seed).threshold for seed in run.seeds]
-    return section(in_distribution(run)) | {"thresholds": thresholds}
+    learnt = [run.learnt("base", seed) for seed in run.seeds]
+    return section(in_distribution(run), run.bench.test.domains) | {
+        "thresholds": [of.threshold for of in learnt]
+    }
 
 
 def _leave_one_domain_out(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     units = leave_one_domain_out(run)
     sections = {domain: section(of_domain) for domain, of_domain in units.items()}
-    return {"all": section(over_domains(units)), "domains": sections}
+    groups = [domain for domain, of in units.items() for _ in range(of[0].score(PATH_1, 0.0).size)]
+    verifiers = {
+        domain: verifier_of(run, run.learnt(f"base-without-{domain}", run.seeds[0]), domain)
+        for domain in units
+    }
+    told = [
+        domain
+        for domain, of in verifiers.items()
+        if of is not None and (of.auc_within_candidate or 0.0) >= MIN_AUC
+    ]
+    result = {
+        "all": section(over_domains(units), groups),
+        "domains": sections,
+        "verifier": {name: asdict(of) for name, of in verifiers.items() if of is not None},
+    }
+    if told:
+        kept = [group for group in groups if group in told]
+        result["told_apart"] = section(over_domains({name: units[name] for name in told}), kept)
+    return result
 
 
 def _growth(run: Run, options: argparse.Namespace) -> dict[str, Any]:

@@ -25,12 +25,14 @@ from rl.ppo.loop import TrainProgress, train_policy
 from rl.ppo.replay import answer_encoder, make_table
 from rl.ppo.rollout import choose_gate
 from rl.ppo.table import ReplayTable
+from rl.ppo.verifier import fit_verifier
 from rl.profile.outcomes import Outcomes
 from rl.training import split_table
 from serve_app.config import AtlasConfig
 from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.beliefs import Prior
 from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.gate import settle_rows
 from serve_app.router.rules.policy_rule import LearnedRule
 from serve_app.router.snapshots.build_rule import read_cards
 from serve_app.router.snapshots.snapshot import (
@@ -93,6 +95,32 @@ class Learnt:
     snapshot: RouterSnapshot
     net: PolicyNet
     threshold: float
+    seed: int = 0
+    train: ReplayTable | None = None
+    """What it was learnt from, where what it did not see is known of it too; else `None`."""
+    evidence: Evidence | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What path 1 and the verifier said of training questions that they had not seen."""
+
+    alone: Float
+    """(V, num_train, num_pairs) as of `Judges.alone`."""
+    decided: Float
+    """(num_train, num_pairs) expected scores by which path 1 decides."""
+
+    def save(self, path: Path) -> None:
+        """Write it."""
+        np.savez_compressed(path, alone=self.alone, decided=self.decided)
+
+    @classmethod
+    def read(cls, path: Path) -> Evidence | None:
+        """As it was written; `None`: there is none."""
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(arrays["alone"], arrays["decided"])
 
 
 class NamedEncoder(Protocol):
@@ -162,10 +190,11 @@ def learn(bench: Bench, lesson: Lesson, folder: Path, on_progress: Callable[[str
         folder: Takes the snapshot.
         on_progress: Told what is being done.
     """
-    kept = folder / "snapshot"
-    if kept.is_dir():
-        return _open(load_snapshot(kept))
+    kept, told_apart = folder / "snapshot", folder / "evidence.npz"
     rows, columns = lesson.rows, lesson.columns
+    known = bench.train.select(queries=rows, pairs=columns)
+    if kept.is_dir():
+        return _open(load_snapshot(kept), known, Evidence.read(told_apart), lesson.seed)
     on_progress("path 1")
     outcomes = part_of(bench.outcomes, rows, columns)
     descriptors = None if bench.descriptors is None else bench.descriptors[columns]
@@ -174,7 +203,7 @@ def learn(bench: Bench, lesson: Lesson, folder: Path, on_progress: Callable[[str
     snapshot = fit(outcomes, settings, descriptors=descriptors, likeness=likeness)
     on_progress("path 1's beliefs on what it did not see")
     quick = replace(settings, num_repeats=1)
-    table = bench.train.select(queries=rows, pairs=columns)
+    table = known
     groups = groups_of(table.domains, table.embeddings, lesson.seed)
     rule = ClusterRule(snapshot)
     table = replace(
@@ -184,10 +213,28 @@ def learn(bench: Bench, lesson: Lesson, folder: Path, on_progress: Callable[[str
         new_tools=newcomer_view(outcomes, "tool_id", descriptors, likeness, quick),
         pair_costs_usd=rule.costs_usd.astype(np.float32),
         pair_seconds=rule.seconds.astype(np.float32),
+        caution=snapshot.caution,
     )
+    on_progress("the verifier")
+    evidence: Evidence | None = None
+    # Outcome tables hold no answers: nothing could be told of them.
+    fitted = fit_verifier(table) if table.answer_row.any() else None
+    if fitted is not None:
+        snapshot = replace(snapshot, verifier=fitted.arrays)
+        table = replace(table, judges=fitted.judges)
+        view = table.views[0]
+        settled = settle_rows(
+            view.quality, view.spread, view.overall, table.measured[0], snapshot.caution
+        )
+        decided = np.where(view.inside[:, None], settled, view.outside)
+        assert fitted.judges.alone is not None
+        evidence = Evidence(fitted.judges.alone, decided)
+        folder.mkdir(parents=True, exist_ok=True)
+        evidence.save(told_apart)
 
     def told(progress: TrainProgress) -> None:
-        on_progress(f"path 2: iteration {progress.done}, {progress.eta_s:.0f} s left")
+        left = f", {progress.eta_s:.0f} s left" if progress.phase == "training" else ""
+        on_progress(f"path 2: {progress.phase} {progress.done} of {progress.total}{left}")
 
     training, validation = split_table(table, lesson.train.validation.share)
     trained = train_policy(
@@ -204,12 +251,14 @@ def learn(bench: Bench, lesson: Lesson, folder: Path, on_progress: Callable[[str
     tensors = net.to_tensors() | {GATE_THRESHOLD: np.array([threshold], np.float32)}
     snapshot = replace(snapshot, policy=tensors)
     save_snapshot(snapshot, kept)
-    return _open(snapshot)
+    return _open(snapshot, known, evidence, lesson.seed)
 
 
-def _open(snapshot: RouterSnapshot) -> Learnt:
+def _open(
+    snapshot: RouterSnapshot, train: ReplayTable, evidence: Evidence | None, seed: int
+) -> Learnt:
     rule = LearnedRule(snapshot)
-    return Learnt(snapshot, rule.net, rule.threshold)
+    return Learnt(snapshot, rule.net, rule.threshold, seed, train, evidence)
 
 
 def rule_of(bench: Bench, learnt: Learnt) -> ClusterRule:

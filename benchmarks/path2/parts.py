@@ -23,11 +23,14 @@ from benchmarks.path2.units import (
     load_unit,
     save_unit,
 )
+from rl.evaluate.verified import VerifierFigures
 from rl.fit.selection import FitSettings
 from rl.ppo.config import TrainConfig
 from rl.ppo.randomise import EnvSettings
+from rl.ppo.replay import with_rule
 from rl.ppo.reward import RewardSettings
 from rl.ppo.table import ReplayTable
+from rl.ppo.verified import said_of
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import NO_TOOL
@@ -130,6 +133,14 @@ def leave_one_domain_out(run: Run, name: str = BASE, **lesson: object) -> dict[s
         ]
         for domain in run.domains
     }
+
+
+def verifier_of(run: Run, learnt: Learnt, domain: str) -> VerifierFigures | None:
+    """How well a router's verifier tells the answers of a domain apart; `None`: it has none."""
+    if not learnt.snapshot.verifier:
+        return None
+    table = with_rule(run.of(domain), rule_of(run.bench, learnt))
+    return said_of(table, learnt.snapshot).figures()
 
 
 def newcomers(table: ReplayTable) -> dict[str, Index]:

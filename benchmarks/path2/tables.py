@@ -15,21 +15,17 @@ from rich.progress import Progress
 
 from benchmarks.path2.data import Bench
 from benchmarks.path2.parts import Run
-from benchmarks.path2.units import ALPHAS, FIELDS, Array, Index, Unit, best_known, contend
-from benchmarks.routing import evaluation
+from benchmarks.path2.units import Index, Unit, best_known, contend
 from benchmarks.routing.data import Table, embeddings, find_tables, load_table
-from benchmarks.routing.evaluation import MIN_TASK_QUERIES, problem_of
-from benchmarks.routing.methods import guarded_knn, outcomes_of
+from benchmarks.routing.evaluation import MIN_TASK_QUERIES
+from benchmarks.routing.methods import outcomes_of
 from rl.fit.dataset import Dataset
-from rl.fit.pareto import sweep_choices
 from rl.fit.selection import FitSettings
 from rl.ppo.config import TrainConfig
 from rl.ppo.replay import make_table
-from rl.ppo.rollout import run_once
 from rl.ppo.table import ReplayTable
 from serve_app.router.rules.clusters import ClusterRule
 
-KNN = "guarded kNN"
 TASK_TABLES = ("llmrouter",)
 """Tables of many tasks that are left out one by one."""
 
@@ -78,21 +74,9 @@ class TableRun:
             learnt = self.run.learnt(name, seed, rows=rows)
             rule = ClusterRule(learnt.snapshot)
             known = best_known(self.run.bench.train.select(queries=rows))
-            unit = contend(learnt, rule, test, known)
-            return Unit({**unit.reached, KNN: self._knn(rows, test, seed)})
+            return contend(learnt, rule, test, known)
 
         return self.run.unit(f"{name}-{seed}", make)
-
-    def _knn(self, rows: Index, test: ReplayTable, seed: int) -> dict[str, Array]:
-        table = self.table
-        bench = evaluation.Bench(table, self._vectors, self._encoder, seed)
-        places = {query.tobytes(): row for row, query in enumerate(self._vectors)}
-        asked = np.array([places[query.tobytes()] for query in test.embeddings])
-        problem, _ = problem_of(bench, table.train[rows], asked)
-        quality = np.where(test.measured[0], guarded_knn(problem), -np.inf).astype(np.float32)
-        choices = sweep_choices(quality, problem.cost, np.array(ALPHAS))
-        sweep = [run_once(test, chosen, np.ones(len(chosen))) for chosen in choices]
-        return {name: np.stack([getattr(of, name) for of in sweep]) for name in FIELDS}
 
 
 def open_tables(

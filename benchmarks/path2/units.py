@@ -8,17 +8,27 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.path2.baselines import (
+    CASCADE,
+    KNN,
+    RIDGE,
+    TOP_P,
+    one_step_qualities,
+    tuned_cascade,
+)
 from benchmarks.path2.data import Learnt
 from rl.evaluate.policies import ask
 from rl.ppo.replay import with_rule
-from rl.ppo.rollout import PATH_2_ALONE, GatedPolicy, Requests, run_once
+from rl.ppo.rollout import PATH_2_ALONE, Chooser, GatedPolicy, Greedy, Requests, roll_out, run_once
 from rl.ppo.table import ReplayTable
+from rl.ppo.teacher import Teacher
+from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.utility import normalised_cost, utility
 
@@ -32,6 +42,11 @@ GATED, PATH_1, PATH_2, ONE_STEP = "gated", "path 1", "path 2", "path 2, one step
 ORACLE, BEST_SINGLE, HINDSIGHT = "oracle", "best single", "best single in hindsight"
 COLD_START = "cold start"
 """The cards alone; only where there are cards."""
+VOI, TEACHER = "voi", "teacher"
+"""The rule that path 2 starts from, and who knows the outcomes of like questions (see
+`rl.ppo.teacher`); only where answers were kept."""
+ONE_CHOICE = (PATH_1, KNN, RIDGE, TOP_P, BEST_SINGLE)
+"""Those who choose once, by what they learnt."""
 FIELDS = ("score", "costs_usd", "cost", "steps")
 
 
@@ -89,6 +104,11 @@ def contend(
         known: Alpha to the column of the pair that was best on the training questions.
     """
     table = with_rule(test, rule)
+    expected: dict[str, NDArray[np.float32]] = {}
+    if learnt.train is not None and learnt.train.pairs == test.pairs:
+        expected = one_step_qualities(learnt.train, test.embeddings, learnt.seed)
+    if test.similarity.any():
+        expected[COLD_START] = test.similarity
     policy = GatedPolicy(learnt.net, rule, learnt.threshold, table, MAX_STEPS)
     alone, once = policy.alone(), GatedPolicy(learnt.net, rule, PATH_2_ALONE, table, 1)
     choices = ask(PATH_1, rule, table.embeddings, table.encoder, table.pairs, ALPHAS)
@@ -107,9 +127,11 @@ def contend(
             ONE_STEP: once.answer(table, alpha, pair_costs_usd=usd),
             ORACLE: _run_once(test, utilities.argmax(axis=1)),
         }
-        if test.similarity.any():
-            by_cards = _by_quality(test, alpha, test.similarity.astype(np.float64))
-            found[COLD_START] = _run_once(test, by_cards.argmax(axis=1))
+        for name, quality in expected.items():
+            by_name = _by_quality(test, alpha, quality.astype(np.float64))
+            found[name] = _run_once(test, by_name.argmax(axis=1))
+        for name, chooser in _choosers(learnt, table, alpha).items():
+            found[name] = roll_out(chooser, table, alpha, max_steps=MAX_STEPS, pair_costs_usd=usd)
         found |= {
             name: _run_once(test, np.full(test.num_queries, column))
             for name, column in singles.items()
@@ -117,6 +139,21 @@ def contend(
         for name, requests in found.items():
             everyone.setdefault(name, []).append(requests)
     return Unit({name: _stacked(sweep) for name, sweep in everyone.items()})
+
+
+def _choosers(learnt: Learnt, table: ReplayTable, alpha: float) -> dict[str, Chooser]:
+    """Who looks at answers, beside path 2; nobody where none were kept."""
+    train, evidence = learnt.train, learnt.evidence
+    if table.judges is None:
+        return {}
+    untrained = PolicyNet(table.embeddings.shape[1]).eval()
+    found: dict[str, Chooser] = {VOI: Greedy(untrained)}
+    if train is None or evidence is None or train.pairs != table.pairs:
+        return found
+    found[CASCADE] = tuned_cascade(train, evidence.alone[0], evidence.decided, alpha)
+    judges = replace(table.judges, alone=evidence.alone)
+    found[TEACHER] = Teacher(replace(train, judges=judges), table)
+    return found
 
 
 def best_known(

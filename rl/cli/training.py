@@ -126,7 +126,13 @@ def _progress_bar(settings: TrainConfig) -> tuple[Bar, Callable[[TrainProgress],
             if progress.spent_usd is not None:
                 figures += f", ${progress.spent_usd:.6f}"
             figures += f", {progress.eta_s:.0f} s left"
-        bar.update(task, description=progress.phase, completed=progress.done, figures=figures)
+        bar.update(
+            task,
+            description=progress.phase,
+            completed=progress.done,
+            total=progress.total,
+            figures=figures,
+        )
         if progress.mean_return is not None and not console.is_terminal:
             line = f"{progress.done}/{progress.total} {figures}"
             console.print(line, highlight=False, soft_wrap=True)
@@ -140,6 +146,8 @@ def _show(trained: Trained) -> None:
     result = trained.result
     if trained.report is not None:
         show(trained.report, console)
+    stages = ", ".join(f"{name} {value:.4f}" for name, value in result.start.utilities.items())
+    console.print(f"starts from {result.start.stage} ({stages})", highlight=False)
     console.print(
         f"{result.iterations} iterations; the best at {result.best_iteration}, utility "
         f"{result.best_utility:.4f} on questions apart; path 1 keeps what it is sure of by "

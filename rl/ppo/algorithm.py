@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -16,13 +19,15 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from rl.ppo.backend import Backend
 from rl.ppo.config import TrainConfig
 from rl.ppo.env import spaces_of
-from rl.ppo.module import RoutingLearner, RoutingModule
+from rl.ppo.module import START_KL_COEFF, RoutingLearner, RoutingModule
 from rl.ppo.sampling import Augmentation, BackendBox, FragmentEnvRunner, FragmentsToBatch
 
 logger = logging.getLogger(__name__)
 
 
-def make_algorithm(backend: Backend, settings: TrainConfig) -> Algorithm:
+def make_algorithm(
+    backend: Backend, settings: TrainConfig, start: Mapping[str, NDArray[np.float32]]
+) -> Algorithm:
     """Build PPO over a backend; `stop()` it when done. Ray must be initialised.
 
     The learner and, without env runners on the cluster, the sampling run in this process and
@@ -32,6 +37,7 @@ def make_algorithm(backend: Backend, settings: TrainConfig) -> Algorithm:
     Args:
         backend: Has the questions to train on, and runs the pairs.
         settings: Of the training.
+        start: The first weights; see `PolicyNet.from_tensors`.
     """
     num_env_runners = env_runners_that_fit(settings)
     rows = settings.num_envs_per_env_runner * max(1, num_env_runners)
@@ -69,7 +75,7 @@ def make_algorithm(backend: Backend, settings: TrainConfig) -> Algorithm:
         .rl_module(
             rl_module_spec=RLModuleSpec(
                 module_class=RoutingModule,
-                model_config={"net_seed": settings.seed, "net": settings.net.model_dump()},
+                model_config={"start": dict(start)},
             )
         )
         .training(
@@ -88,6 +94,7 @@ def make_algorithm(backend: Backend, settings: TrainConfig) -> Algorithm:
             kl_target=settings.kl_target,
             entropy_coeff=_scheduled(settings.entropy_coeff),
             grad_clip=settings.grad_clip,
+            learner_config_dict={START_KL_COEFF: settings.start_kl_coeff},
         )
         .debugging(seed=settings.seed, log_level="ERROR", log_sys_usage=False)
     )

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rl.ppo.table import ReplayTable
 from serve_app.router.policy.features import NO_ANSWER
+from serve_app.signals import NUMBERS
 
 Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -34,6 +35,8 @@ class StepBatch:
     """(n,) equal within an episode for answers that say the same; `NO_ANSWER` for none."""
     answer_embedding: Float
     """(n, dim) zeros for none."""
+    signals: Float
+    """(n, len(NUMBERS)) as `Signals.numbers`, NaN where not kept."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ class ReplayBackend:
         """Take over the record."""
         self._table = table
         self._seconds = np.nan_to_num(table.seconds, nan=0.0)
+        nothing = np.full((*table.score.shape, len(NUMBERS)), np.nan, np.float32)
+        self._signals = nothing if table.signals is None else table.signals
         self._can_think: Bool = np.zeros(table.num_queries, np.bool_)
         if table.has_thoughts:
             # A thought must not take pairs away.
@@ -134,6 +139,7 @@ class ReplayBackend:
             tool_errors=table.tool_errors[place],
             answer_key=np.where(table.measured[place], table.answer_key[place], NO_ANSWER),
             answer_embedding=table.answer_embeddings[table.answer_row[place]],
+            signals=self._signals[place],
         )
 
     def think(self, rows: Index, queries: Index) -> ThoughtBatch:

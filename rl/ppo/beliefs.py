@@ -26,6 +26,8 @@ from serve_app.schemas import Pair
 NUM_FOLDS = 5
 NUM_KINDS = 30
 """Kinds of queries told apart, in all domains together."""
+ENOUGH_DOMAINS = 8
+"""From so many on, a kind is a whole domain."""
 _LEAST_OF_KIND = 10
 """Queries of a kind, on average."""
 _MAX_FITS = 10
@@ -139,12 +141,16 @@ def newcomer_view(
 
 
 def groups_of(domains: Sequence[str], embeddings: Float, seed: int = 0) -> NDArray[np.str_]:
-    """(N,) the kind of each query: the k-means part of its domain that it falls in.
+    """(N,) the kind of each query: its domain, or the k-means part of it that it falls in.
 
-    A domain is one kind where its queries are few. A domain alone would be too coarse: with three
-    of them, what path 1 is shown of an unknown kind would be two fits.
+    Where there are few domains a domain alone would be too coarse: with three of them, what path 1
+    is shown of an unknown kind would be two fits. Where there are enough, a part would be too fine:
+    path 1 would know its siblings, as it does not know those of an unknown domain. A domain is one
+    kind, too, where its queries are few.
     """
     names = np.array([str(domain) for domain in domains])
+    if len(np.unique(names)) >= ENOUGH_DOMAINS:
+        return names
     groups = names.astype(object)
     for name in np.unique(names):
         rows = np.flatnonzero(names == name)

@@ -72,6 +72,23 @@ class ValidationConfig(BaseConfig):
     """Iterations without a new best after which training stops; `None` never stops early."""
 
 
+class WarmStartConfig(BaseConfig):
+    """Where PPO starts: what the record alone teaches, before anything is tried.
+
+    The network begins as the rule `voi`. What did best on the questions apart is where PPO starts,
+    that rule included.
+    """
+
+    one_step: int = Field(default=100, ge=0, le=100_000)
+    """Updates by the exact expected utility of one run: all outcomes are known, so nothing has to
+    be drawn."""
+    imitation: int = Field(default=150, ge=0, le=100_000)
+    """Updates towards what the teacher says each action is worth; see `rl.ppo.teacher`."""
+    batch: int = Field(default=256, ge=1, le=65536)
+    """States of an update."""
+    lr: float = Field(default=1e-3, gt=0)
+
+
 class LiveConfig(BaseConfig):
     """How the running pool is driven, and what that may cost.
 
@@ -123,7 +140,10 @@ class TrainConfig(BaseConfig):
     kl_coeff: float = Field(default=0.2, ge=0)
     """Where the adaptive weight of the KL term starts; 0 leaves the term out."""
     kl_target: float = Field(default=0.01, gt=0)
-    entropy_coeff: Annotated[float, Field(ge=0)] | Schedule = 0.01
+    start_kl_coeff: float = Field(default=0.1, ge=0)
+    """Weight of the KL divergence of the policy from the one that PPO started with."""
+    entropy_coeff: Annotated[float, Field(ge=0)] | Schedule = 0.0
+    """Draws follow the worth of actions already, so exploration needs no reward of its own."""
     grad_clip: float | None = Field(default=0.5, gt=0)
     """Largest global norm of the gradient; `None` does not clip."""
 
@@ -138,6 +158,7 @@ class TrainConfig(BaseConfig):
     """Of the network in the training process. Beside other work on the same cores several threads
     wait for each other, and one alone is faster."""
 
+    warm_start: WarmStartConfig = WarmStartConfig()
     net: NetConfig = NetConfig()
     env: EnvSettings = EnvSettings()
     augmentation: AugmentationConfig = AugmentationConfig()

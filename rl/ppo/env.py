@@ -54,6 +54,7 @@ def spaces_of(dim: int, max_pairs: int) -> tuple[spaces.Dict, spaces.Discrete[np
             "answer": box(dim),
             "context": box(NUM_CONTEXT),
             "candidates": box(max_pairs, NUM_FEATURES),
+            "worth": box(max_pairs + 2),
             "mask": box(max_pairs + 2, low=0.0, high=1.0),
         }
     ), spaces.Discrete(max_pairs + 2)
@@ -87,10 +88,13 @@ class _Padding:
         size, of = len(observation["query"]), self._num_pairs
         candidates = np.zeros((size, self._max_pairs, NUM_FEATURES), np.float32)
         candidates[:, :of] = observation["candidates"]
-        mask = np.zeros((size, self._max_pairs + 2), np.float32)
-        mask[:, :of] = observation["mask"][:, :of]
-        mask[:, self._max_pairs :] = observation["mask"][:, of:]
-        return observation | {"candidates": candidates, "mask": mask}
+        padded: Observation = {"candidates": candidates}
+        for name in ("worth", "mask"):
+            wide = np.zeros((size, self._max_pairs + 2), np.float32)
+            wide[:, :of] = observation[name][:, :of]
+            wide[:, self._max_pairs :] = observation[name][:, of:]
+            padded[name] = wide
+        return observation | padded
 
 
 class VectorRoutingEnv(gymnasium.vector.VectorEnv[Observation, NDArray[np.int64], Any]):

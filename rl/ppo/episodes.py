@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rl.ppo.backend import Backend, ReplayBackend
+from rl.ppo.judges import Held
 from rl.ppo.randomise import Draws, EnvSettings
 from rl.ppo.reward import RewardTerms, charge, end_terms
 from rl.ppo.table import ReplayTable, View
+from rl.ppo.verifier import view_beliefs
 from serve_app.errors import ConfigError
 from serve_app.router.policy.features import (
     MAX_STEPS,
@@ -27,7 +29,10 @@ from serve_app.router.policy.features import (
     think_action,
     voices,
 )
+from serve_app.router.policy.worth import expected_rises
+from serve_app.router.rules.gate import settle_rows
 from serve_app.router.rules.utility import cost_range
+from serve_app.signals import NUMBERS
 
 __all__ = ["EnvSettings", "Episodes", "Stepped"]
 
@@ -87,6 +92,12 @@ class Episodes:
             name: np.stack([getattr(view, name) for view in table.views]).astype(np.float32)
             for name in ("quality", "spread", "overall", "distance_quantile", "confidence")
         }
+        self._inside = np.stack([view.inside for view in table.views])
+        self._outside = np.stack([view.outside for view in table.views]).astype(np.float32)
+        self._voters = table.voter_of(np.arange(table.num_pairs))
+        self._outlooks = None if table.judges is None else table.judges.outlooks()
+        if table.judges is not None:
+            self._believed = np.stack([view_beliefs(table, view) for view in table.views])
         self._typical_think_usd = float(table.think_cost_usd.mean())
         self._best = np.where(table.measured, table.score, -np.inf)
         dim = table.embeddings.shape[1]
@@ -103,6 +114,9 @@ class Episodes:
         self._keys = np.full((num_envs, MAX_STEPS), NO_ANSWER, np.intp)
         self._step_pair = np.full((num_envs, MAX_STEPS), -1, np.intp)
         self._step_score = np.zeros((num_envs, MAX_STEPS), np.float32)
+        self._step_chance = np.full((num_envs, MAX_STEPS), np.nan, np.float32)
+        self._step_numbers = np.full((num_envs, MAX_STEPS, len(NUMBERS)), np.nan, np.float32)
+        self._step_vector = np.full((num_envs, MAX_STEPS, dim), np.nan, np.float32)
         self._pair_keys = np.full((num_envs, self.num_pairs), NO_ANSWER, np.intp)
         self._num_steps = np.zeros(num_envs, np.intp)
         self._expected_usd = np.zeros(num_envs, np.float32)
@@ -166,11 +180,23 @@ class Episodes:
         self.view[rows] = draws.view(size) if view is None else view
         for name, beliefs in self._beliefs.items():
             getattr(states, name)[rows] = beliefs[self.view[rows], queries]
+        outside = self._outside[self.view[rows], queries]
         for view_of_new, is_new in zip(
             (table.new_models, table.new_tools), draws.newcomers(size), strict=True
         ):
             if view_of_new is not None:
                 self._forget(rows, queries, is_new, view_of_new)
+                outside = np.where(is_new, view_of_new.outside[queries], outside)
+        settled = settle_rows(
+            states.quality[rows],
+            states.spread[rows],
+            states.overall[rows],
+            present,
+            table.caution,
+        )
+        inside = self._inside[self.view[rows], queries]
+        states.decided[rows] = np.where(inside[:, None], settled, outside)
+        states.chance[rows] = np.nan
         for name in ("tried", "failed", "logprob", "tool_errors", "agreement", "spent_usd"):
             getattr(states, name)[rows] = 0
         states.last[rows] = -1
@@ -179,8 +205,10 @@ class Episodes:
         self.active[rows] = True
         self._factors[rows] = factors
         self._keys[rows] = self._pair_keys[rows] = NO_ANSWER
+        self._step_chance[rows] = np.nan
         self._num_steps[rows] = 0
         self._expected_usd[rows] = self._charged[rows] = 0
+        self._look_ahead(rows)
         self._legal = None
 
     def observe(self) -> dict[str, Float]:
@@ -263,12 +291,60 @@ class Episodes:
         self._keys[place] = batch.answer_key
         self._step_pair[place] = pairs
         self._step_score[place] = batch.score
+        self._step_numbers[place] = batch.signals
+        is_known = (batch.answer_embedding != 0).any(axis=1, keepdims=True)
+        self._step_vector[place] = np.where(is_known, batch.answer_embedding, np.nan)
         self._num_steps[rows] += 1
         self._pair_keys[rows, pairs] = batch.answer_key
         keys, own = self._keys[rows,], self._pair_keys[rows]
         counts = voices(keys, self.table.voter_of(self._step_pair[rows,]))
         agreeing = ((own[:, :, None] == keys[:, None, :]) * counts[:, None, :]).sum(axis=2)
         states.agreement[rows] = agreeing / np.maximum(counts.sum(axis=1), 1)[:, None]
+        self._judge(rows)
+        self._look_ahead(rows)
+
+    def _judge(self, rows: Index) -> None:
+        """Say of some episodes how likely each answer that they hold is right."""
+        states, judges = self.states, self.table.judges
+        if judges is None:
+            answered = states.tried[rows] & ~states.failed[rows]
+            states.chance[rows] = np.where(answered, states.decided[rows], np.nan)
+            return
+        place = (self.view[rows], self.query[rows])
+        pairs = self._step_pair[rows]
+        held = Held(
+            beliefs=self._believed[place],
+            numbers=self._step_numbers[rows],
+            keys=self._keys[rows],
+            pairs=pairs,
+            voters=self.table.voter_of(pairs),
+            vectors=self._step_vector[rows],
+            query=states.embedding[rows],
+        )
+        chances = judges.chances(judges.of[place], held)
+        self._step_chance[rows] = chances
+        row, step = np.nonzero(np.isfinite(chances))
+        states.chance[rows[row], pairs[row, step]] = chances[row, step]
+
+    def _look_ahead(self, rows: Index) -> None:
+        """Say of some episodes what each pair's run is expected to bring."""
+        states, judges, outlook = self.states, self.table.judges, None
+        if judges is not None and self._outlooks is not None:
+            outlook = self._outlooks[judges.of[self.view[rows], self.query[rows]]]
+        states.rise[rows] = expected_rises(
+            states.decided[rows], states.chance[rows], self._voters, outlook
+        )
+
+    def _returned(self, rows: Index) -> Index:
+        """(n,) the step whose answer each episode returns; `NO_ANSWER` for none.
+
+        The likeliest one, the last of equals; where nothing judges, the one that most agree on.
+        """
+        if self.table.judges is None:
+            return best_answers(self._keys[rows], self.table.voter_of(self._step_pair[rows]))
+        chances = np.where(np.isfinite(self._step_chance[rows]), self._step_chance[rows], -1.0)
+        last = chances.shape[1] - 1 - chances[:, ::-1].argmax(axis=1)
+        return np.where(chances.max(axis=1) >= 0, last, NO_ANSWER)
 
     def _think(self, rows: Index) -> None:
         """Let the planner speak in some episodes; it gives no answer."""
@@ -298,8 +374,7 @@ class Episodes:
         pair = np.full(self.num_envs, -1, np.intp)
         rows = np.flatnonzero(done)
         if len(rows):
-            voters = self.table.voter_of(self._step_pair[rows])
-            step = best_answers(self._keys[rows], voters)
+            step = self._returned(rows)
             answered = (step != NO_ANSWER) & ~illegal[rows]
             given = self._step_score[rows, step]
             after = np.minimum(states.thought[rows], len(self._best) - 1)
@@ -340,6 +415,9 @@ def _empty_states(size: int, dim: int, table: ReplayTable) -> States:
         spread=zeros(num_pairs),
         overall=zeros(num_pairs),
         similarity=zeros(num_pairs),
+        decided=zeros(num_pairs),
+        chance=np.full((size, num_pairs), np.nan, np.float32),
+        rise=zeros(num_pairs),
         distance_quantile=zeros(),
         confidence=zeros(),
         tried=no(num_pairs),

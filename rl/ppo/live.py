@@ -36,6 +36,7 @@ from serve_app.questions import Question
 from serve_app.router.policy.features import NO_ANSWER
 from serve_app.router.rules.cold_start import pair_cards
 from serve_app.schemas import NO_TOOL, ChatCall, Pair, PoolState, Report
+from serve_app.signals import stacked
 from serve_app.store import ProfileOutcome
 from serve_app.tools.builtin.best_of import answer_key
 
@@ -298,6 +299,12 @@ class LiveBackend:
             tool_errors=column("tool_errors", 0.0),
             answer_key=keys,
             answer_embedding=vectors,
+            signals=stacked(
+                [
+                    () if of is None or of.signals is None else of.signals.numbers()
+                    for of in outcomes
+                ]
+            ),
         )
 
     def think(self, rows: Index, queries: Index) -> ThoughtBatch:

@@ -29,12 +29,14 @@ from rl.ppo.algorithm import make_algorithm
 from rl.ppo.algorithm_state import load_state, save_state
 from rl.ppo.backend import Backend, ReplayBackend
 from rl.ppo.config import TrainConfig, ValidationConfig
+from rl.ppo.module import START_KL
 from rl.ppo.randomise import as_unknown
-from rl.ppo.rollout import roll_out
+from rl.ppo.rollout import Chooser, Greedy, roll_out
 from rl.ppo.run_folder import Checkpoint, RunFolder
 from rl.ppo.sampling import TERMS
 from rl.ppo.spend import CapReached, Ledger, Spent
 from rl.ppo.table import ReplayTable
+from rl.ppo.warm_start import WarmStart, described, warm_start
 from serve_app.errors import TrainingStopped
 from serve_app.router.policy.policy_net import PolicyNet
 
@@ -48,6 +50,7 @@ _LEARNER_METRICS = {
     "policy_loss": "policy_loss",
     "vf_loss": "vf_loss",
     "vf_explained_var": "vf_explained_var",
+    "start_kl": START_KL,
 }
 """Names of ours, and RLlib's."""
 
@@ -56,9 +59,9 @@ _LEARNER_METRICS = {
 class TrainProgress:
     """How far training is, after an iteration."""
 
-    phase: Literal["reading", "training", "evaluating"]
+    phase: Literal["reading", "starting", "training", "evaluating"]
     done: int
-    """Iterations."""
+    """Iterations; while `starting`, updates of the warm start's stage."""
     total: int
     mean_return: float | None = None
     """Of the episodes of this iteration."""
@@ -97,12 +100,15 @@ class TrainResult:
     `cost_usd`, `seconds`, RLlib's learner figures, where it was measured `utility` and `utilities`,
     and of a live run `spent_usd` and `requests` so far."""
     best_iteration: int
+    """0: the weights that it started with."""
     best_utility: float
     """Mean over the alphas and views of the validation."""
     iterations: int
     """That were run; fewer than asked for where training stopped early."""
     settings: TrainConfig
     folder: Path
+    start: WarmStart
+    """What PPO started with; the best weights where nothing it found was better."""
     spent: Spent | None = None
     """By a live run; `None` where the record was replayed."""
     stopped: str | None = None
@@ -180,9 +186,10 @@ def train_policy(
             RunFolder(folder, _identity(backend.table, validation, settings)) as run,
             nullcontext() if ledger is None else ledger.opened(should_stop),
         ):
-            algorithm = make_algorithm(backend, settings)
+            start = _started(run, backend.table, validation, settings, on_progress, should_stop)
+            algorithm = make_algorithm(backend, settings, start.tensors)
             try:
-                state = _resumed(run, algorithm)
+                state = _resumed(run, algorithm, start)
                 loop = _Loop(algorithm, run, state, validation, settings, ledger)
                 loop.run(on_progress, should_stop)
             finally:
@@ -195,6 +202,7 @@ def train_policy(
                 iterations=state.iteration,
                 settings=settings,
                 folder=folder,
+                start=start,
                 spent=None if ledger is None else ledger.spent,
                 stopped=loop.stopped,
             )
@@ -204,6 +212,7 @@ def train_policy(
                     "best_iteration": result.best_iteration,
                     "best_utility": result.best_utility,
                     "iterations": result.iterations,
+                    "start": described(start),
                     "spent": None if result.spent is None else asdict(result.spent),
                     "stopped": result.stopped,
                     "curve": list(result.curve),
@@ -215,15 +224,15 @@ def train_policy(
 
 
 def validate(
-    net: PolicyNet, table: ReplayTable, settings: ValidationConfig, max_steps: int
+    chooser: Chooser, table: ReplayTable, settings: ValidationConfig, max_steps: int
 ) -> dict[str, float]:
-    """Mean utility of a network's greedy decisions, by view and alpha.
+    """Mean utility of someone's decisions, by view and alpha.
 
     The views after the first stand for kinds of queries that path 1 does not know. The network was
     trained on those very kinds, so there it is shown scrambled embeddings and descriptors.
 
     Args:
-        net: Path 2.
+        chooser: For example `Greedy` with path 2's network.
         table: Questions it is not trained on.
         settings: Has the alphas.
         max_steps: Of a request.
@@ -236,7 +245,7 @@ def validate(
         f"{view}/{alpha:g}": float(
             np.mean(
                 [
-                    roll_out(net, seen, alpha, max_steps=max_steps, view=view).utility(alpha)
+                    roll_out(chooser, seen, alpha, max_steps=max_steps, view=view).utility(alpha)
                     for seen in (unknown if view else [table])
                 ]
             )
@@ -323,7 +332,9 @@ class _Loop:
         """Put the utility of the weights as they are into a row, and keep the best ones."""
         state, settings = self._state, self._settings
         net: PolicyNet = self._algorithm.get_module().net
-        utilities = validate(net, self._validation, settings.validation, settings.env.max_steps)
+        utilities = validate(
+            Greedy(net), self._validation, settings.validation, settings.env.max_steps
+        )
         row["utilities"] = utilities
         row["utility"] = float(np.mean(list(utilities.values())))
         if row["utility"] > state.best_utility:
@@ -422,11 +433,44 @@ def _row(iteration: int, result: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _resumed(run: RunFolder, algorithm: Algorithm) -> _State:
+def _started(
+    run: RunFolder,
+    table: ReplayTable,
+    validation: ReplayTable,
+    settings: TrainConfig,
+    on_progress: Callable[[TrainProgress], None] | None,
+    should_stop: Callable[[], bool],
+) -> WarmStart:
+    """The first weights of a run, learned or as its folder has them.
+
+    Raises:
+        TrainingStopped: If `should_stop` said so before they were learned.
+    """
+    kept = WarmStart.read(run.path)
+    if kept is not None:
+        return kept
+
+    def measure(chooser: Chooser) -> float:
+        utilities = validate(chooser, validation, settings.validation, settings.env.max_steps)
+        return float(np.mean(list(utilities.values())))
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(TrainProgress("starting", done, total))
+        if should_stop():
+            raise TrainingStopped("stopped before the first iteration; the same call begins anew")
+
+    start = warm_start(table, validation, settings, measure, tell)
+    logger.info("PPO starts from %s: %s", start.stage, start.utilities)
+    start.save(run.path)
+    return start
+
+
+def _resumed(run: RunFolder, algorithm: Algorithm, start: WarmStart) -> _State:
     """The state of the last checkpoint, which the algorithm takes over too; else a new one."""
     found = run.last_checkpoint()
     if found is None:
-        return _State()
+        return _State(best_utility=start.utility, best=dict(start.tensors))
     checkpoint, algorithm_path = found
     held = load_state(algorithm_path)
     # The counts first: RLlib hands them on to the sampling with the rest.

@@ -17,23 +17,28 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 
 from serve_app.router.policy.policy_net import PolicyNet
 
+START_KL, START_KL_COEFF = "start_kl", "start_kl_coeff"
 _KL_COEFF = "kl_coeff"
 
 
 class RoutingModule(TorchRLModule, ValueFunctionAPI):
     """`PolicyNet` for RLlib.
 
-    `model_config` has under `net` the network's `width`, `num_heads` and `num_layers`, and under
-    `net_seed` where its first weights come from. The observation space is that of
-    `rl.ppo.env.spaces_of`.
+    `model_config` has under `start` the tensors that it starts with, as `PolicyNet.to_tensors`
+    gives them. The observation space is that of `rl.ppo.env.spaces_of`.
     """
 
     def setup(self) -> None:
         """Make the network; takes nothing from torch's global generator."""
-        dim = self.observation_space["query"].shape[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.model_config["net_seed"])
-            self.net = PolicyNet(dim, **self.model_config["net"])
+        self.net = PolicyNet.from_tensors(self.model_config["start"]).train()
+        # Not part of the module's own weights: it never changes, and is not to be sent anywhere.
+        self._start = (PolicyNet.from_tensors(self.model_config["start"]),)
+
+    def logits_at_start(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, P + 2) those of the first weights."""
+        with torch.no_grad():
+            logits: torch.Tensor = self._start[0](observation)[0]
+        return logits
 
     def _forward(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Logits of the actions, and as the embeddings the values: they come in one pass."""
@@ -51,7 +56,29 @@ class RoutingModule(TorchRLModule, ValueFunctionAPI):
 
 
 class RoutingLearner(PPOTorchLearner):
-    """RLlib's PPO learner, whose checkpoints hold all that the next update depends on."""
+    """RLlib's PPO learner, which stays near where it started.
+
+    Its checkpoints hold all that the next update depends on. `learner_config_dict` has under
+    `start_kl_coeff` the weight of the KL divergence from the first policy.
+    """
+
+    def compute_loss_for_module(
+        self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
+    ) -> torch.Tensor:
+        """PPO's loss, and the divergence from the first policy."""
+        loss: torch.Tensor = super().compute_loss_for_module(
+            module_id=module_id, config=config, batch=batch, fwd_out=fwd_out
+        )
+        weight = config.learner_config_dict[START_KL_COEFF]
+        if not weight:
+            return loss
+        now = fwd_out[Columns.ACTION_DIST_INPUTS].log_softmax(dim=1)
+        module = self.module[module_id].unwrapped()
+        before = module.logits_at_start(batch[Columns.OBS]).log_softmax(dim=1)
+        apart: torch.Tensor = (now.exp() * (now - before)).sum(dim=1).mean()
+        self.metrics.log_value((module_id, START_KL), apart, window=1)
+        total: torch.Tensor = loss + weight * apart
+        return total
 
     def get_state(
         self,

@@ -28,6 +28,7 @@ from rl.ppo.beliefs import (
     newcomer_view,
     view_of,
 )
+from rl.ppo.judges import Judges
 from rl.ppo.table import Bool, Float, Index, ReplayTable, View
 from serve_app.config import AtlasConfig
 from serve_app.embedder import TextEncoder, find_model
@@ -35,6 +36,7 @@ from serve_app.embedder.onnx_export import source_key
 from serve_app.errors import ConfigError
 from serve_app.private_files import make_private_folder
 from serve_app.router.policy.features import DESCRIPTOR_DIM, NO_ANSWER, project
+from serve_app.router.policy.verifier import Verifier
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.snapshots.build_rule import read_cards, repriced
 from serve_app.router.snapshots.snapshot import RouterSnapshot
@@ -237,14 +239,24 @@ def _or_mean(values: Float) -> Float:
 
 
 def with_rule(table: ReplayTable, rule: ClusterRule) -> ReplayTable:
-    """A table seen with a served rule: its beliefs, and the dollars and seconds it expects.
+    """A table seen with a served rule: its beliefs and chances, the dollars and seconds it expects.
 
     Raises:
         ConfigError: If the rule does not know one of the table's pairs.
     """
     columns = columns_of(rule, table.pairs)
+    snapshot, judges = rule.snapshot, None
+    if snapshot.verifier:
+        num_known = len(snapshot.pairs)
+        judges = Judges(
+            verifiers=(Verifier(snapshot.verifier, num_known),),
+            of=np.zeros((1, table.num_queries), np.intp),
+            places=np.where(columns < num_known, columns, -1),
+        )
     return replace(
         table,
+        judges=judges,
+        caution=snapshot.caution,
         pair_costs_usd=rule.costs_usd[columns].astype(np.float32),
         pair_seconds=rule.seconds[columns].astype(np.float32),
         voters=rule.voters[columns],

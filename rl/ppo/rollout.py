@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from serve_app.errors import ConfigError
 from serve_app.router.policy.features import answer_action
 from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.clusters import ClusterRule
-from serve_app.router.rules.gate import POLICY_MAX_ALPHA, settle
+from serve_app.router.rules.gate import POLICY_MAX_ALPHA, settle_rows
 from serve_app.router.rules.policy_rule import LearnedRule
 from serve_app.router.rules.utility import normalised, normalised_cost, pool_range, utility
 
@@ -60,8 +61,31 @@ class Requests:
         return utility(alpha, self.score, self.cost)
 
 
+class Chooser(Protocol):
+    """Says what episodes do next."""
+
+    def choose(
+        self, episodes: Episodes, rows: NDArray[np.intp]
+    ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """(n,) an action of each of some episodes, and (n,) how sure it is of it, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Always a network's likeliest action."""
+
+    net: PolicyNet
+
+    def choose(
+        self, episodes: Episodes, rows: NDArray[np.intp]
+    ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """See `Chooser`."""
+        observation = {name: array[rows] for name, array in episodes.observe().items()}
+        return _greedy(self.net, observation)
+
+
 def roll_out(
-    net: PolicyNet,
+    chooser: Chooser,
     table: ReplayTable,
     alpha: float,
     *,
@@ -69,14 +93,14 @@ def roll_out(
     view: int = 0,
     pair_costs_usd: NDArray[np.floating] | None = None,
 ) -> Requests:
-    """Let the network answer every query of a table, always by its likeliest action.
+    """Let someone answer every query of a table.
 
     Args:
-        net: Path 2.
+        chooser: For example `Greedy` with path 2's network.
         table: What the pairs answered, and what path 1 believes. Every query has an outcome.
         alpha: Cost-quality dial in [0, 1].
         max_steps: Of a request.
-        view: Which of the table's beliefs the network is shown.
+        view: Which of the table's beliefs are shown.
         pair_costs_usd: (num_pairs,) mean dollars that the cost is counted in; `None` takes the
             table's.
 
@@ -94,8 +118,7 @@ def roll_out(
     while episodes.active.any():
         rows = np.flatnonzero(episodes.active)
         actions = np.full(size, answer_action(table.num_pairs), np.intp)
-        observation = {name: array[rows] for name, array in episodes.observe().items()}
-        actions[rows], chances = _greedy(net, observation)
+        actions[rows], chances = chooser.choose(episodes, rows)
         if is_first:
             confidence[rows], is_first = chances, False
         stepped = episodes.step(actions)
@@ -196,7 +219,9 @@ def choose_gate(
             first = run_once(table, choice, view.confidence).utility(alpha)
             second = np.mean(
                 [
-                    roll_out(net, seen, alpha, max_steps=max_steps, view=number).utility(alpha)
+                    roll_out(Greedy(net), seen, alpha, max_steps=max_steps, view=number).utility(
+                        alpha
+                    )
                     for seen in (unknown if number else [table])
                 ],
                 axis=0,
@@ -214,17 +239,12 @@ def path_1_choices(
     As `ClusterRule.decide` does, from its beliefs: the best utility, where inside the profiled
     distribution the pair that is best overall has the benefit of the doubt.
     """
-    expected = np.where(view.inside[:, None], view.quality, view.outside)
-    quality = np.where(table.measured[0], expected, -1.0).astype(np.float32)
-    overall = np.where(table.measured[0], view.overall, -1.0)
-    usual, best = overall.argmax(axis=1), quality.argmax(axis=1)
-    for row in np.flatnonzero(view.inside & (usual != best)):
-        quality[row] = settle(
-            quality[row], view.spread[row], int(usual[row]), int(best[row]), caution
-        )
+    measured = table.measured[0]
+    settled = settle_rows(view.quality, view.spread, view.overall, measured, caution)
+    quality = np.where(view.inside[:, None], settled, view.outside).astype(np.float32)
     cost = normalised_cost(table.pair_costs_usd)
     utilities = [utility(alpha, quality, cost) for alpha in alphas]
-    return np.stack([np.where(table.measured[0], of, -np.inf).argmax(axis=1) for of in utilities])
+    return np.stack([np.where(measured, of, -np.inf).argmax(axis=1) for of in utilities])
 
 
 @dataclass(frozen=True)
@@ -288,7 +308,11 @@ class GatedPolicy:
         (view,) = table.views
         keeps = (view.confidence >= self.threshold) | (alpha > self.max_alpha)
         second = roll_out(
-            self.net, table, alpha, max_steps=self.max_steps, pair_costs_usd=pair_costs_usd
+            Greedy(self.net),
+            table,
+            alpha,
+            max_steps=self.max_steps,
+            pair_costs_usd=pair_costs_usd,
         )
         if not keeps.any():
             return second

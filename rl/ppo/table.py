@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from rl.ppo.judges import Judges
 from serve_app.schemas import Pair
 
 Float = NDArray[np.float32]
@@ -121,6 +122,10 @@ class ReplayTable:
     """The same of tools."""
     signals: Float | None = None
     """(T, N, P, len(NUMBERS)) as `Signals.numbers`, NaN where not kept; `None`: none were."""
+    judges: Judges | None = None
+    """Who says how likely answers are right, by view; `None`: nobody does."""
+    caution: float = 0.0
+    """Of path 1's snapshot, see `gate.settle`."""
     voters: Index | None = None
     """(P,) as of `serve_app.router.policy.features.voices`; `None`: each pair is one."""
 
@@ -182,5 +187,6 @@ class ReplayTable:
             new_tools=None if self.new_tools is None else self.new_tools.select(rows, columns),
             signals=None if self.signals is None else self.signals[:, rows][:, :, columns],
             voters=None if self.voters is None else self.voters[columns],
+            judges=None if self.judges is None else self.judges.select(rows, columns),
             **outcomes,
         )

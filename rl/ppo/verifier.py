@@ -8,12 +8,13 @@ learned from alone, and beside a few others, as a request holds them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rl.ppo.judges import Judges
 from rl.ppo.table import ReplayTable, View
 from serve_app.errors import ConfigError
 from serve_app.router.policy.features import NO_ANSWER
@@ -36,6 +37,8 @@ _MOST_BESIDE = 4
 """Answers of a request that are learned from together."""
 _LEVELS, _QUANTILES = 11, 16
 """Of the outlook: levels of belief, and chances at each."""
+_BINS = 64
+"""Of each feature; scikit-learn takes as long to lay out 255 weighted ones as to grow the trees."""
 LEAST_ANSWERS = 200
 """Answers below which there is no verifier."""
 
@@ -84,6 +87,8 @@ class Fitted:
     """(n,) of each example by a fit without its question."""
     left_out: NDArray[np.float64]
     """(n,) by a fit without its domain, on the last view; NaN elsewhere."""
+    judges: Judges
+    """Those fits, for the table's episodes."""
 
 
 def fit_verifier(table: ReplayTable, settings: VerifierSettings | None = None) -> Fitted | None:
@@ -108,23 +113,64 @@ def fit_verifier(table: ReplayTable, settings: VerifierSettings | None = None) -
     rng = np.random.default_rng(settings.seed)
     centre, width = _scales(table)
     examples = _examples(table, centre, width, rng)
-    fold = (rng.permutation(table.num_queries) % _NUM_FOLDS)[examples.query]
-    raw = np.empty(len(fold))
+    fold_of = rng.permutation(table.num_queries) % _NUM_FOLDS
+    fold, raw, fits = fold_of[examples.query], np.empty(len(examples.score)), []
     for held in range(_NUM_FOLDS):
         part = fold == held
-        raw[part] = _Trees(examples, ~part, settings).raw(examples.features[part])
+        fits.append(_Trees(examples, ~part, settings))
+        raw[part] = fits[-1].raw(examples.features[part])
     calibration = _isotonic(raw, examples.score)
     chance = np.interp(raw, *calibration)
-    trees = _Trees(examples, np.ones(len(fold), np.bool_), settings)
-    arrays = trees.arrays() | {
+    shared = {
         "calibration": calibration.astype(np.float32),
         "centre": centre,
         "width": width,
         "outlook": _outlook(examples, chance),
     }
+    without, left_out = _left_out(table.domains, examples, settings)
+    left_out = np.interp(left_out, *calibration)
+
+    def verifier(trees: _Trees) -> Verifier:
+        return Verifier(trees.arrays() | shared, table.num_pairs)
+
+    arrays = _Trees(examples, np.ones(len(fold), np.bool_), settings).arrays() | shared
     Verifier(arrays, table.num_pairs)  # what is kept can be read
-    left_out = _left_out(table.domains, examples, settings)
-    return Fitted(arrays, examples, chance, left_out)
+    of = np.tile(fold_of, (len(table.views), 1))
+    if without and len(table.views) > 1:
+        names = list(without)
+        of[-1] = [_NUM_FOLDS + names.index(domain) for domain in table.domains]
+    judges = Judges(
+        verifiers=tuple(verifier(trees) for trees in (*fits, *without.values())),
+        of=of,
+        places=np.arange(table.num_pairs),
+        alone=_alone(examples, chance, left_out, (len(table.views), *table.score.shape[1:])),
+    )
+    return Fitted(arrays, examples, chance, left_out, judges)
+
+
+def with_judges(table: ReplayTable, settings: VerifierSettings | None = None) -> ReplayTable:
+    """A table for training whose answers are judged as in serving, where there are enough of them.
+
+    Args:
+        table: As of `fit_verifier`.
+        settings: Of the trees.
+    """
+    fitted = fit_verifier(table, settings)
+    return table if fitted is None else replace(table, judges=fitted.judges)
+
+
+def _alone(
+    examples: Examples,
+    chance: NDArray[np.float64],
+    left_out: NDArray[np.float64],
+    shape: tuple[int, ...],
+) -> Float:
+    """`Judges.alone`: on the last view by the fits without the domain, where there are any."""
+    alone = np.full(shape, np.nan, np.float32)
+    said = np.where(np.isfinite(left_out) & (examples.view > 0), left_out, chance)
+    rows = examples.is_alone
+    alone[examples.view[rows], examples.query[rows], examples.pair[rows]] = said[rows]
+    return alone
 
 
 class _Trees:
@@ -136,6 +182,7 @@ class _Trees:
         from sklearn.ensemble import (  # type: ignore[import-untyped]
             HistGradientBoostingClassifier,
         )
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         features, score = examples.features[rows], examples.score[rows]
         # A score between is right to that part, and wrong to the rest.
@@ -150,6 +197,7 @@ class _Trees:
             max_depth=settings.depth,
             learning_rate=settings.learning_rate,
             min_samples_leaf=settings.least_in_leaf,
+            max_bins=_BINS,
             l2_regularization=settings.l2,
             early_stopping=False,
             random_state=settings.seed,
@@ -158,7 +206,9 @@ class _Trees:
         if len(np.unique(label)) < 2:
             self._constant = 5.0 if label.any() else -5.0
             return
-        self._model.fit(stacked, label, sample_weight=weight)
+        # Beside other work on the same cores several threads wait for each other.
+        with threadpool_limits(limits=1, user_api="openmp"):
+            self._model.fit(stacked, label, sample_weight=weight)
 
     def raw(self, features: Float) -> NDArray[np.float64]:
         """(n,) log-odds."""
@@ -304,17 +354,16 @@ def _outlook(examples: Examples, chance: NDArray[np.float64]) -> Float:
 
 def _left_out(
     domains: Sequence[str], examples: Examples, settings: VerifierSettings
-) -> NDArray[np.float64]:
-    """(n,) chances by fits without the domain, calibrated on the others; on the last view."""
+) -> tuple[dict[str, _Trees], NDArray[np.float64]]:
+    """Fits without each domain, and (n,) their log-odds of its answers on the last view."""
     names = np.array(domains)[examples.query]
-    chance = np.full(len(names), np.nan)
+    raw = np.full(len(names), np.nan)
+    fits: dict[str, _Trees] = {}
     if len(set(domains)) < 2:
-        return chance
+        return fits, raw
     for name in sorted(set(domains)):
         rest = names != name
-        trees = _Trees(examples, rest, settings)
-        # By the fit itself: what is left over for a calibration is the others' own.
-        calibration = _isotonic(trees.raw(examples.features[rest]), examples.score[rest])
+        fits[name] = _Trees(examples, rest, settings)
         asked = ~rest & (examples.view == examples.view.max())
-        chance[asked] = np.interp(trees.raw(examples.features[asked]), *calibration)
-    return chance
+        raw[asked] = fits[name].raw(examples.features[asked])
+    return fits, raw

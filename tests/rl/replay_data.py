@@ -104,6 +104,7 @@ def with_thoughts(table: ReplayTable, score: float = 1.0) -> ReplayTable:
             "measured",
             "answer_key",
             "answer_row",
+            "signals",
         )
     }
     return replace(

@@ -10,6 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.path2.baselines import (
+    KNN,
+    RIDGE,
+    TOP_P,
+    Cascade,
+    one_step_qualities,
+    tuned_cascade,
+)
 from benchmarks.path2.data import Bench, Learnt, part_of, read_bench
 from benchmarks.path2.encoders import TOKEN_MEAN, TokenMean
 from benchmarks.path2.figure import draw_frontiers
@@ -44,6 +52,8 @@ from rl.fit.dataset import Dataset
 from rl.fit.selection import FitSettings
 from rl.ppo.config import TrainConfig
 from rl.ppo.replay import make_table
+from rl.ppo.rollout import roll_out
+from rl.ppo.verifier import with_judges
 from serve_app.config import AtlasConfig
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.gate import POLICY_MAX_ALPHA
@@ -52,6 +62,8 @@ from serve_app.schemas import NO_TOOL, Pair
 from serve_app.store import Store
 from tests.policy_data import with_policy
 from tests.rl.replay_data import encode, make_dataset
+from tests.rl.test_verifier import FEW
+from tests.rl.test_verifier import make_table as make_verified
 from tests.router_data import PAIRS, QUICK, make_snapshot
 
 WIDE = np.linspace(0.0, 2.0, 9, dtype=np.float32)
@@ -186,15 +198,24 @@ def test_sections_and_targets_say_what_was_measured(units: list[Unit], tmp_path:
     inside = section(units)
     unseen = over_domains({"a": units, "b": units})
     assert unseen[0].score(PATH_1, 0.0).size == 120
+    domains = {"a": inside, "b": inside}
     result = {
         "in_distribution": inside,
-        "leave_one_domain_out": {"all": section(unseen)},
+        "leave_one_domain_out": {
+            "all": section(unseen, ["a"] * 60 + ["b"] * 60),
+            "domains": domains,
+            "told_apart": inside,
+        },
+        "tables": {"one": {"in_distribution": inside}},
         "changes": {"a change": inside},
     }
     result["targets"] = found = targets(result)  # type: ignore[assignment]
     names = {row["name"] for row in found}
-    assert "in distribution: gated utility over the oracle's" in names
     assert "a change: gated minus best single, utility" in names
+    best = inside["best_one_choice"]["name"]
+    assert f"in distribution: dollars saved at the score of {best}" in names
+    assert "unseen domains: gated minus path 1, score at alpha 0" in names
+    assert "real tables: gated minus path 1, score at alpha 0, the worst" in names
     assert as_text(result).count("\n") == len(found)
     draw_frontiers({"all": units}, bench().test, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
@@ -207,6 +228,87 @@ def test_sections_and_targets_say_what_was_measured(units: list[Unit], tmp_path:
 def test_a_target_holds_in_the_mean_or_surely(low: float, asked: str, holds: bool) -> None:
     target = held_against("x", Figure(0.2, low, 0.3), 0.0, asked)  # type: ignore[arg-type]
     assert target.holds is holds
+
+
+def test_a_claim_is_corrected_for_the_number_of_claims(units: list[Unit]) -> None:
+    inside = section(units)
+    sure = {"value": 0.1, "low": 0.05, "high": 0.15}
+    best = {"name": PATH_1, "difference": sure, "p": 0.03, "saving": sure}
+    over = {f"{GATED} minus {PATH_1}": {"alpha 0": {"scores": sure}}}
+    alone = targets({"in_distribution": inside | {"best_one_choice": best}})
+    assert (alone[0]["p"], alone[0]["holds"]) == (0.03, True)
+    unseen = {"all": {"differences": over, "p_over_path_1": 0.04}, "domains": {}}
+    both = targets(
+        {"in_distribution": inside | {"best_one_choice": best}, "leave_one_domain_out": unseen}
+    )
+    assert [row["p"] for row in both if row["p"] is not None] == pytest.approx([0.06, 0.06])
+    assert not any(row["holds"] for row in both if row["p"] is not None)
+
+
+def test_dollars_are_saved_where_the_same_score_costs_less() -> None:
+    size, alphas = 40, len(ALPHAS)
+    cheaper = np.linspace(0.6, 0.1, alphas)[:, None] * np.ones((1, size))
+
+    def of(score: np.ndarray, usd: np.ndarray) -> dict[str, np.ndarray]:
+        return {"score": score, "cost": usd, "costs_usd": usd, "steps": np.ones_like(usd)}
+
+    falling = np.linspace(0.9, 0.5, alphas)[:, None] * np.ones((1, size))
+    unit = Unit(
+        {
+            PATH_1: of(np.full((alphas, size), 0.7), np.ones((alphas, size))),
+            GATED: of(falling, cheaper),
+        }
+    )
+    saved = Resamples([unit]).saving(GATED, PATH_1)
+    assert saved.value == pytest.approx(1 - 0.35)
+    never = Resamples([Unit({**unit.reached, GATED: of(0 * falling, cheaper)})])
+    assert never.saving(GATED, PATH_1).value == -1.0
+
+
+def test_whole_domains_are_resampled(units: list[Unit]) -> None:
+    """Two domains that differ make a wide interval, however many questions each has."""
+    values = np.tile(np.repeat([0.0, 1.0], 30), (2, 1))
+    alone = Resamples(units).figure(values)
+    grouped = Resamples(units, groups=["a"] * 30 + ["b"] * 30).figure(values)
+    assert grouped["value"] == alone["value"] == 0.5
+    assert (grouped["low"], grouped["high"]) == pytest.approx((0.0, 1.0))
+    assert alone["low"] > 0.3
+
+
+def test_a_cascade_asks_the_cheapest_of_the_best_until_one_is_likely_right() -> None:
+    table = with_judges(make_verified(400), FEW)
+    kept = replace(table, views=table.views[:1])
+    requests = roll_out(Cascade(3, 2.0), kept, 0.0, max_steps=4)
+    assert (requests.steps == 3).all()
+    once = roll_out(Cascade(3, 0.0), kept, 0.0, max_steps=4)
+    assert (once.steps == 1).all()
+    assert (once.pair == int(kept.pair_costs_usd.argmin())).all()
+    some = roll_out(Cascade(3, 0.6), kept, 0.0, max_steps=4)
+    assert 1 < some.steps.mean() < 3
+    assert some.score.mean() > once.score.mean()
+
+
+def test_a_cascade_is_tuned_on_what_was_said_before_the_outcome_was_known() -> None:
+    table = with_judges(make_verified(400), FEW)
+    assert table.judges is not None
+    assert table.judges.alone is not None
+    quality = table.views[0].quality
+    steps = [
+        roll_out(
+            tuned_cascade(table, table.judges.alone[0], quality, alpha), table, alpha, max_steps=4
+        ).steps.mean()
+        for alpha in (0.0, 0.9)
+    ]
+    assert steps[1] < steps[0]
+
+
+@pytest.mark.parametrize("name", [KNN, RIDGE, TOP_P])
+def test_each_method_of_one_choice_learns_who_is_good_at_what(name: str) -> None:
+    of = bench()
+    quality = one_step_qualities(of.train, of.test.embeddings, 0)[name]
+    rows = np.arange(of.test.num_queries)
+    chosen = of.test.score[0][rows, quality.argmax(axis=1)].mean()
+    assert chosen > of.test.score[0].mean(axis=0).max()
 
 
 def test_newcomers_are_a_model_and_its_best_tool() -> None:

@@ -16,7 +16,8 @@ from rl.ppo.episodes import Episodes
 from rl.ppo.module import RoutingModule
 from rl.ppo.randomise import EnvSettings
 from serve_app.errors import SnapshotError
-from serve_app.router.policy.policy_net import PolicyNet
+from serve_app.router.policy.features import DESCRIPTOR_DIM
+from serve_app.router.policy.policy_net import WORTH_WEIGHT, PolicyNet
 from tests.rl.replay_data import DIM, make_replay
 
 NUM_PAIRS = 3
@@ -59,8 +60,10 @@ def reordered(
     observation: dict[str, NDArray[np.float32]], order: list[int]
 ) -> dict[str, NDArray[np.float32]]:
     mask = observation["mask"]
+    worth = observation["worth"]
     return observation | {
         "candidates": observation["candidates"][:, order],
+        "worth": np.concatenate([worth[:, order], worth[:, NUM_PAIRS:]], axis=1),
         "mask": np.concatenate([mask[:, order], mask[:, NUM_PAIRS:]], axis=1),
     }
 
@@ -79,12 +82,14 @@ def test_rows_of_padding_change_nothing() -> None:
     logits, values = scores(net, observation)
     candidates, mask = observation["candidates"], observation["mask"]
     nothing = np.zeros((len(mask), 4, candidates.shape[2]), np.float32)
-    padded = observation | {
-        "candidates": np.concatenate([candidates, nothing], axis=1),
-        "mask": np.concatenate(
-            [mask[:, :NUM_PAIRS], nothing[:, :, 0], mask[:, NUM_PAIRS:]], axis=1
-        ),
-    }
+    padded = observation | {"candidates": np.concatenate([candidates, nothing], axis=1)}
+    for name in ("worth", "mask"):
+        parts = (
+            observation[name][:, :NUM_PAIRS],
+            nothing[:, :, 0],
+            observation[name][:, NUM_PAIRS:],
+        )
+        padded[name] = np.concatenate(parts, axis=1)
     wide, wide_values = scores(net, padded)
     kept = [*range(NUM_PAIRS), NUM_PAIRS + 4, NUM_PAIRS + 5]
     np.testing.assert_allclose(wide[:, kept], logits, rtol=1e-4, atol=1e-5)
@@ -109,11 +114,29 @@ def test_what_the_mask_forbids_has_no_probability() -> None:
     assert (shares[observation["mask"] > 0] > 0).all()
 
 
-def test_an_untrained_network_prefers_nothing() -> None:
+def test_an_untrained_network_prefers_what_the_rule_does_and_by_as_much() -> None:
     torch.manual_seed(0)
     observation = observed()
     logits, _ = scores(PolicyNet(DIM, **SIZES), observation)
-    assert np.abs(logits[observation["mask"] > 0]).max() < 0.2
+    legal = observation["mask"] > 0
+    expected = WORTH_WEIGHT * observation["worth"]
+    np.testing.assert_allclose(logits[legal], expected[legal], atol=1e-5)
+
+
+def test_a_network_from_before_there_was_a_verifier_decides_as_it_did() -> None:
+    """It had fewer features, and nothing was added to its logits."""
+    net, observation = trained_net(), observed()
+    earlier = net.to_tensors()
+    del earlier["worth_weight"]
+    earlier["candidate.weight"] = earlier["candidate.weight"][:, : DESCRIPTOR_DIM + 18]
+    earlier["context.weight"] = earlier["context.weight"][:, :17]
+    with torch.no_grad():
+        net.worth_weight.zero_()
+        net.candidate.weight[:, DESCRIPTOR_DIM + 18 :] = 0
+        net.context.weight[:, 17:] = 0
+    now, before = scores(PolicyNet.from_tensors(earlier), observation), scores(net, observation)
+    for one, other in zip(now, before, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_weights_come_back_from_their_tensors() -> None:
@@ -153,7 +176,7 @@ def test_the_same_weights_give_the_same_logits_in_training_and_in_serving() -> N
     module = RoutingModule(
         observation_space=observation_space,
         action_space=action_space,
-        model_config={"net_seed": 3, "net": SIZES},
+        model_config={"start": PolicyNet(DIM, **SIZES).to_tensors()},
     )
     module.net.load_state_dict(trained_net().state_dict())
     observation = observed()
@@ -167,18 +190,19 @@ def test_the_same_weights_give_the_same_logits_in_training_and_in_serving() -> N
     np.testing.assert_allclose(values, served_values, rtol=1e-5, atol=1e-6)
 
 
-def test_a_module_starts_from_its_seed_whatever_was_drawn_before() -> None:
+def test_a_module_starts_with_the_weights_it_is_given_and_remembers_them() -> None:
     observation_space, action_space = spaces_of(DIM, NUM_PAIRS)
-
-    def first_weights(seed: int) -> NDArray[np.float32]:
-        torch.rand(7)
-        module = RoutingModule(
-            observation_space=observation_space,
-            action_space=action_space,
-            model_config={"net_seed": seed, "net": SIZES},
-        )
-        weights: NDArray[np.float32] = module.net.to_tensors()["context.weight"]
-        return weights
-
-    np.testing.assert_array_equal(first_weights(1), first_weights(1))
-    assert (first_weights(1) != first_weights(2)).any()
+    start = trained_net(2).to_tensors()
+    module = RoutingModule(
+        observation_space=observation_space,
+        action_space=action_space,
+        model_config={"start": start},
+    )
+    observation = observed()
+    before = module.logits_at_start(tensors(observation)).numpy()
+    for name, tensor in module.net.to_tensors().items():
+        np.testing.assert_array_equal(tensor, start[name])
+    with torch.no_grad():
+        module.net.context.weight.add_(1.0)
+    np.testing.assert_array_equal(module.logits_at_start(tensors(observation)).numpy(), before)
+    assert not any("start" in name for name in module.state_dict())

@@ -202,6 +202,8 @@ def test_groups_are_kinds_of_question_within_the_domains() -> None:
     for domains in ([""] * 60, ["only"] * 60):
         assert len(set(groups_of(domains, embeddings))) > 1
     assert list(groups_of(["a", "b", "a", "b"], embeddings[:4])) == ["a", "b", "a", "b"]
+    many = [str(number % 8) for number in range(60)]
+    assert list(groups_of(many, embeddings)) == many
 
 
 def test_candidates_that_never_differed_are_one_voter() -> None:

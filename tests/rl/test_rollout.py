@@ -28,6 +28,7 @@ from rl.ppo.rollout import (
     PATH_1_ALONE,
     PATH_2_ALONE,
     GatedPolicy,
+    Greedy,
     choose_gate,
     gated_policy,
     path_1_choices,
@@ -63,7 +64,9 @@ def random_net(seed: int) -> PolicyNet:
     net = PolicyNet(16, width=8, num_heads=2, num_layers=1)
     tensors = {
         name: (0.5 * rng.standard_normal(tensor.shape)).astype(np.float32)
-        if name != "num_heads"
+        if name not in ("num_heads", "worth_weight")
+        else 0 * tensor
+        if name == "worth_weight"
         else tensor
         for name, tensor in net.to_tensors().items()
     }
@@ -124,7 +127,7 @@ def test_a_replayed_request_runs_what_the_served_one_runs(alpha: float, max_step
     tensors = net.to_tensors() | {"gate.threshold": np.array([2.0], np.float32)}
     rule = LearnedRule(replace(snapshot, policy=tensors))
     table = with_rule(held_out_table(), rule.clusters)
-    replayed = roll_out(net, table, alpha, max_steps=max_steps)
+    replayed = roll_out(Greedy(net), table, alpha, max_steps=max_steps)
     lengths = set()
     for query in range(30):
         ran, _ = served(rule, table, query, alpha, max_steps)
@@ -138,7 +141,7 @@ def test_a_replayed_request_runs_what_the_served_one_runs(alpha: float, max_step
 
 def test_the_answer_most_agree_on_is_scored_and_all_steps_are_charged() -> None:
     table = one_query([0.0, 1.0, 1.0], [0, 1, 1])
-    requests = roll_out(best_untried(), table, 0.0, max_steps=4)
+    requests = roll_out(Greedy(best_untried()), table, 0.0, max_steps=4)
     assert requests.steps.tolist() == [3.0]
     assert requests.score.tolist() == [1.0]
     assert requests.pair.tolist() == [2]
@@ -149,7 +152,7 @@ def test_the_answer_most_agree_on_is_scored_and_all_steps_are_charged() -> None:
 
 def test_a_request_without_an_answer_scores_nothing() -> None:
     requests = roll_out(
-        best_untried(), one_query([0.0, 0.0, 0.0], [NO_ANSWER] * 3), 0.0, max_steps=2
+        Greedy(best_untried()), one_query([0.0, 0.0, 0.0], [NO_ANSWER] * 3), 0.0, max_steps=2
     )
     assert (requests.score[0], requests.pair[0], requests.steps[0]) == (0.0, -1, 2.0)
 
@@ -165,13 +168,13 @@ def test_one_step_costs_what_the_evaluation_of_one_step_says() -> None:
         assert alone.score == pytest.approx(values[:, 0])
         assert alone.costs_usd == pytest.approx(values[:, 1])
         assert alone.utility(0.3) == pytest.approx(values[:, 2], abs=1e-6)
-    first = roll_out(best_untried(), table, 0.0, max_steps=1)
+    first = roll_out(Greedy(best_untried()), table, 0.0, max_steps=1)
     assert first.cost == pytest.approx(held_out.cost[first.pair], abs=1e-6)
 
 
 def test_an_unknown_view_is_refused() -> None:
     with pytest.raises(ConfigError, match="2 views, none at 2"):
-        roll_out(best_untried(), make_replay(), 0.0, max_steps=1, view=2)
+        roll_out(Greedy(best_untried()), make_replay(), 0.0, max_steps=1, view=2)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5])

@@ -91,7 +91,7 @@ async def test_a_cancelled_call_leaves_a_checkpoint(config: AtlasConfig, store: 
     loop = asyncio.get_running_loop()
 
     def tell(progress: TrainProgress) -> None:
-        if progress.done:
+        if progress.phase == "training":
             loop.call_soon_threadsafe(under_way.set)
 
     endless = parse_train_config(SETTINGS | {"iterations": 100_000})
@@ -131,7 +131,7 @@ async def test_a_job_trains_on_the_cluster_and_cancelled_frees_what_it_held(
     async def is_under_way() -> bool:
         now = await jobs.get(job.job_id)
         assert now.state in {"queued", "running"}, now.error
-        return int(now.progress.get("done", 0)) >= 2
+        return now.progress.get("phase") == "training"
 
     assert await eventually(is_under_way)
     assert free_cpus() == 1

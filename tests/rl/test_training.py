@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rl.ppo.algorithm import env_runners_that_fit
 from rl.ppo.config import TrainConfig, load_train_config, parse_train_config
 from rl.ppo.loop import TrainProgress, TrainResult, train_policy, validate
+from rl.ppo.rollout import Greedy
 from rl.ppo.run_folder import Checkpoint, RunFolder
 from rl.ppo.sampling import TERMS, Augmentation, Fragment, advantages, augmented
 from rl.ppo.table import ReplayTable
@@ -42,6 +43,7 @@ SMALL: dict[str, Any] = {
     "torch_threads": 1,
     "lr": 2e-3,
     "net": {"width": 16, "num_heads": 2, "num_layers": 1},
+    "warm_start": {"one_step": 0},
     "env": {"max_steps": 2},
     "augmentation": {"noise": 0.1, "drop": 0.0, "scramble_known": 0.0},
     "validation": {"alphas": [0.0, 0.1], "every": 4, "patience": None},
@@ -68,7 +70,7 @@ def test_it_learns_which_pair_is_good_at_what(
 ) -> None:
     result, _ = learned
     utilities = validate(
-        result.net(), VALIDATION, result.settings.validation, result.settings.env.max_steps
+        Greedy(result.net()), VALIDATION, result.settings.validation, result.settings.env.max_steps
     )
     assert np.mean(list(utilities.values())) == pytest.approx(result.best_utility, abs=1e-5)
     best_single = VALIDATION.score[0].mean(axis=0).max()
@@ -152,8 +154,21 @@ def test_it_stops_early_where_nothing_improves(tmp_path: Path) -> None:
     validation = SMALL["validation"] | {"every": 1, "patience": 2}
     hopeless = settings(lr=1e-12, validation=validation)
     result = train_policy(TABLE, VALIDATION, hopeless, tmp_path / "run")
-    assert result.iterations == 3
-    assert result.best_iteration == 1
+    assert result.iterations == 2
+    assert result.best_iteration == 0
+    assert result.best_utility == result.start.utility
+    for name, tensor in result.start.tensors.items():
+        np.testing.assert_array_equal(result.tensors[name], tensor)
+
+
+def test_a_weight_on_the_distance_keeps_the_policy_where_it_started(tmp_path: Path) -> None:
+    def moved(weight: float) -> float:
+        few = settings(iterations=4, start_kl_coeff=weight)
+        result = train_policy(TABLE, VALIDATION, few, tmp_path / f"{weight:g}")
+        return float(result.curve[-1].get("start_kl", np.nan))
+
+    assert np.isnan(moved(0.0))
+    assert moved(100.0) < 0.2 * moved(0.01)
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rl.ppo.verified import report_of, said_of, verifier_figures
 from rl.ppo.verifier import Fitted, VerifierSettings, _Trees, fit_verifier
 from serve_app.errors import SnapshotError
 from serve_app.router.policy.verifier import AMONG, FEATURES, Verifier
+from serve_app.router.policy.worth import prospects
 from serve_app.router.snapshots.snapshot import VERIFIER, load_snapshot, save_snapshot
 from serve_app.signals import NUMBERS
 from tests.rl.replay_data import make_replay
@@ -105,13 +106,37 @@ def test_what_others_say_counts_only_beside_them(fitted: Fitted) -> None:
 
 
 def test_the_rise_of_the_best_chance_is_what_the_record_promises(fitted: Fitted) -> None:
-    verifier = Verifier(fitted.arrays, 3)
-    quality = np.array([0.1, 0.5, 0.9], np.float32)
-    unheld = verifier.prospects(quality, 0.0)
+    outlook = Verifier(fitted.arrays, 3).outlook
+    quality = np.tile(np.array([0.1, 0.5, 0.9], np.float32), (3, 1))
+    unheld, held, sure = prospects(outlook, quality, np.array([0.0, 0.6, 1.0], np.float32))
     assert list(unheld) == sorted(unheld)
     assert unheld[2] == pytest.approx(0.9, abs=0.12)
-    assert (verifier.prospects(quality, 0.6) < unheld).all()
-    assert verifier.prospects(quality, 1.0).tolist() == [0.0, 0.0, 0.0]
+    assert (held < unheld).all()
+    assert sure.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_no_answer_is_judged_by_a_fit_that_saw_its_question_or_its_domain() -> None:
+    table = make_table()
+    domains = np.array(table.domains)
+    made = fit_verifier(table, FEW)
+    assert made is not None
+    judges = made.judges
+    assert judges.of.shape == (2, table.num_queries)
+    assert len(set(judges.of[0].tolist())) == 5
+    for domain in set(table.domains):
+        assert len(set(judges.of[1][domains == domain].tolist())) == 1
+    assert not set(judges.of[0].tolist()) & set(judges.of[1].tolist())
+    # Turned around, the truth of one domain must change nothing that is said of it there.
+    rows = domains == "topic 1"
+    score = table.score.copy()
+    score[0, rows] = 1 - score[0, rows]
+    other = fit_verifier(replace(table, score=score), FEW)
+    assert other is not None
+    number = int(judges.of[1][rows][0])
+    asked = made.examples.features[rows[made.examples.query]]
+    one, another = (of.verifiers[number].raw(asked) for of in (judges, other.judges))
+    np.testing.assert_array_equal(one, another)
+    assert (judges.verifiers[0].raw(asked) != other.judges.verifiers[0].raw(asked)).any()
 
 
 def test_too_few_answers_make_no_verifier() -> None:

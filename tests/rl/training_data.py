@@ -10,6 +10,7 @@ SETTINGS: dict[str, Any] = {
     "minibatch_size": 128,
     "num_envs_per_env_runner": 64,
     "net": {"width": 16, "num_heads": 2},
+    "warm_start": {"one_step": 2, "imitation": 2, "batch": 32},
     "env": {"max_steps": 2},
     "validation": {"share": 0.3, "alphas": [0.0], "every": 2},
 }

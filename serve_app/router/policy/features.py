@@ -6,12 +6,13 @@ which pairs there are: each has a row of its own, and the order of the rows mean
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.router.policy.worth import gains, worths
 from serve_app.router.rules.utility import normalised, trade
 
 Float = NDArray[np.float32]
@@ -22,8 +23,9 @@ MAX_STEPS = 8
 """Steps a request may take at most; counts are scaled by it."""
 DESCRIPTOR_DIM = 32
 """Numbers that are left of a pair's descriptor."""
-NUM_CONTEXT = 17
-NUM_FEATURES = DESCRIPTOR_DIM + 18
+NUM_CONTEXT = 18
+NUM_FEATURES = DESCRIPTOR_DIM + 23
+"""New numbers are added at the end: a policy that was trained without them gives them no say."""
 LOG_SECONDS = DESCRIPTOR_DIM + 1
 """Column of a candidate's features that tells how long it takes: log10 of the seconds, over 3."""
 
@@ -75,6 +77,12 @@ class States:
     """(B, P) expected score over all queries in [0, 1]."""
     similarity: Float
     """(B, P) of the query to the pair's card in [0, 1]."""
+    decided: Float
+    """(B, P) expected score by which path 1 decides: settled, or by the cards; in [0, 1]."""
+    chance: Float
+    """(B, P) that the pair's answer is right; NaN for a pair without one."""
+    rise: Float
+    """(B, P) of the best chance held, expected of the pair's run; see `worth.expected_rises`."""
     distance_quantile: Float
     """(B,) as the gate has it, in [0, 1]."""
     confidence: Float
@@ -102,6 +110,15 @@ class States:
         """P."""
         return int(self.present.shape[1])
 
+    def rows(self, rows: Index) -> States:
+        """Some of the requests, in the order given."""
+        parts = {
+            field.name: getattr(self, field.name)[rows]
+            for field in fields(self)
+            if field.name != "descriptors" or self.descriptors.ndim == 3
+        }
+        return replace(self, **parts)
+
 
 def think_action(num_pairs: int) -> int:
     """Index of `think`; those below route to the pair of the same index."""
@@ -118,7 +135,8 @@ def encode(states: States) -> dict[str, NDArray[np.float32]]:
 
     Returns:
         `query` and `answer` (B, dim), `context` (B, NUM_CONTEXT), `candidates` (B, P,
-        NUM_FEATURES), and `mask` (B, P + 2), 1 where an action is legal.
+        NUM_FEATURES), `worth` (B, P + 2) of each action to the rule `voi`, and `mask` (B, P + 2),
+        1 where an action is legal.
     """
     shape = states.present.shape
     legal = legal_actions(states)
@@ -130,6 +148,8 @@ def encode(states: States) -> dict[str, NDArray[np.float32]]:
     logprob = np.where(has_logprob, np.nan_to_num(states.logprob), 0.0).clip(_LEAST_LOGPROB, 0.0)
     certainty = np.where(has_logprob, np.exp(logprob), 0.0)
     is_last = np.arange(shape[1]) == states.last[:, None]
+    chance = np.where(answers, np.nan_to_num(states.chance), 0.0)
+    worth = worth_of(states, legal)
     columns = (
         cost,
         np.log10(np.maximum(states.seconds, 1e-3)) / 3,
@@ -149,6 +169,11 @@ def encode(states: States) -> dict[str, NDArray[np.float32]]:
         np.where(answers, states.agreement, 0.0),
         is_last,
         legal[:, : shape[1]],
+        states.decided,
+        answers & np.isfinite(states.chance),
+        chance,
+        states.rise,
+        worth[:, : shape[1]].clip(-1.0, 1.0),
     )
     descriptors = np.broadcast_to(states.descriptors, (*shape, DESCRIPTOR_DIM))
     numbers = np.stack([np.asarray(column, np.float32) for column in columns], axis=2)
@@ -173,6 +198,7 @@ def encode(states: States) -> dict[str, NDArray[np.float32]]:
             states.thought,
             states.can_think,
             np.log10(np.maximum(states.present.sum(axis=1), 1)) / 2,
+            chance.max(axis=1),
         ],
         axis=1,
         dtype=np.float32,
@@ -182,8 +208,18 @@ def encode(states: States) -> dict[str, NDArray[np.float32]]:
         "answer": states.last_answer.astype(np.float32, copy=False),
         "context": context,
         "candidates": candidates,
+        "worth": worth,
         "mask": legal.astype(np.float32),
     }
+
+
+def worth_of(states: States, legal: Bool) -> Float:
+    """(B, P + 2) what each action is worth beside answering, in utility; see `worth.worths`."""
+    gained = gains(
+        states.alpha, states.rise, states.costs_usd, states.spent_usd, states.log_cost_range
+    )
+    holds = np.any(states.tried & ~states.failed, axis=1)
+    return worths(gained, states.rise, holds, legal)
 
 
 def legal_actions(states: States) -> Bool:

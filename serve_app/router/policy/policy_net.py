@@ -24,8 +24,15 @@ ILLEGAL_LOGIT = -1e9
 
 _NUM_SLOTS = 2
 _HEADS_KEY = "num_heads"
+_WORTH_WEIGHT = "worth_weight"
+WORTH_WEIGHT = 30.0
+"""Logits that one point of utility is worth: of two actions 0.05 apart the better one is taken 4
+times as often, where actions are drawn."""
+_EARLIER_FEATURES, _EARLIER_CONTEXT = DESCRIPTOR_DIM + 18, 17
+"""Of networks from before there was a verifier."""
 _LOGIT_REACH = 20.0
-"""Logits stay within this of 0: no legal action's probability underflows to 0 in float32."""
+"""What is learned stays within this of 0: no legal action's probability underflows to 0 in
+float32."""
 
 
 class PolicyNet(nn.Module):
@@ -37,10 +44,15 @@ class PolicyNet(nn.Module):
     in what they saw: linear in the number of candidates, which is what makes it fast. The first two
     slots are `think` and `answer`. A pointer head (Vinyals et al., 2015) turns tokens and slots
     into their actions' logits; the slots together become the value.
+
+    The logits are a residual: what the rule `voi` says an action is worth is added to them, and
+    they are 0 before anything is learned. So an untrained network decides as that rule.
     """
 
+    worth_weight: Tensor
+
     def __init__(self, dim: int, width: int = 64, num_heads: int = 4, num_layers: int = 2) -> None:
-        """Draw weights from torch's global generator; the logits start near 0.
+        """Draw weights from torch's global generator; the logits start as those of the rule `voi`.
 
         Args:
             dim: Of the embeddings of queries and answers.
@@ -69,9 +81,9 @@ class PolicyNet(nn.Module):
         self.slot_logits = nn.Linear(_NUM_SLOTS * width, 2)
         self.critic = nn.Linear(_NUM_SLOTS * width, width)
         self.value = nn.Linear(width, 1)
-        # Nothing is preferred before anything is learned, `think` and `answer` neither.
+        self.register_buffer(_WORTH_WEIGHT, torch.tensor([WORTH_WEIGHT]))
         for head in (self.candidate_logit, self.slot_logits):
-            nn.init.normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
         # What training never shows stays without a say in serving.
         with torch.no_grad():
@@ -87,8 +99,8 @@ class PolicyNet(nn.Module):
 
         Args:
             observation: As `features.encode` makes it, as float32 tensors: `query` and `answer`
-                (B, dim), `context` (B, NUM_CONTEXT), `candidates` (B, P, NUM_FEATURES), `mask`
-                (B, P + 2). A candidate whose row is zero is not there.
+                (B, dim), `context` (B, NUM_CONTEXT), `candidates` (B, P, NUM_FEATURES), `worth`
+                and `mask` (B, P + 2). A candidate whose row is zero is not there.
 
         Returns:
             Logits (B, P + 2), `ILLEGAL_LOGIT` where the mask is 0, and values (B,).
@@ -108,6 +120,7 @@ class PolicyNet(nn.Module):
         seen = slots.reshape(size, -1)
         logits = torch.cat([self.candidate_logit(tokens)[:, :, 0], self.slot_logits(seen)], dim=1)
         logits = _LOGIT_REACH * torch.tanh(logits / _LOGIT_REACH)
+        logits = logits + self.worth_weight * observation["worth"]
         values = self.value(torch.relu(self.critic(seen)))[:, 0]
         return logits.masked_fill(mask == 0, ILLEGAL_LOGIT), values
 
@@ -123,9 +136,12 @@ class PolicyNet(nn.Module):
     def from_tensors(cls, tensors: Mapping[str, NDArray[np.floating]]) -> PolicyNet:
         """The network that `to_tensors` gave, in evaluation mode.
 
+        One from before there was a residual, which had fewer features, decides as it did.
+
         Raises:
             SnapshotError: If a tensor is missing, unknown, of a wrong shape, or not finite.
         """
+        tensors = _completed(tensors)
         try:
             dim, width = tensors["query.weight"].shape[::-1]
             (num_heads,) = (int(number) for number in tensors[_HEADS_KEY])
@@ -151,6 +167,19 @@ class PolicyNet(nn.Module):
             {name: torch.tensor(tensors[name], dtype=torch.float32) for name in wanted}
         )
         return net.eval()
+
+
+def _completed(tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, NDArray[np.floating]]:
+    """The tensors of an earlier network with a zero for each feature that it did not have."""
+    whole = dict(tensors)
+    whole.setdefault(_WORTH_WEIGHT, np.zeros(1, np.float32))
+    for name, before, now in (
+        ("candidate.weight", _EARLIER_FEATURES, NUM_FEATURES),
+        ("context.weight", _EARLIER_CONTEXT, NUM_CONTEXT),
+    ):
+        if name in whole and whole[name].ndim == 2 and whole[name].shape[1] == before:
+            whole[name] = np.pad(whole[name], ((0, 0), (0, now - before)))
+    return whole
 
 
 class _Round(nn.Module):

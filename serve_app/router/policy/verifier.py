@@ -75,6 +75,18 @@ class Answers:
     pairs: NDArray[np.intp]
     """(n,) indices among the pairs of the verifier; -1: it does not know it."""
 
+    def part(self, rows: NDArray[np.bool_]) -> Answers:
+        """Some of them, without vectors."""
+        return Answers(
+            self.beliefs[rows],
+            self.numbers[rows],
+            self.keys[rows],
+            self.voters[rows],
+            self.vectors[:0],
+            self.query,
+            self.pairs[rows],
+        )
+
 
 class Verifier:
     """A fitted ensemble.
@@ -119,7 +131,16 @@ class Verifier:
 
     def features(self, answers: Answers) -> Float:
         """What the trees read: (n, len(FEATURES))."""
-        return features_of(answers, among_of(answers), self._centre, self._width)
+        return self.laid_out(answers, among_of(answers))
+
+    def laid_out(self, answers: Answers, among: Float) -> Float:
+        """The same of answers of several requests.
+
+        Args:
+            answers: Their vectors and queries do not matter.
+            among: (n, len(AMONG)) as `among_rows` gives it.
+        """
+        return features_of(answers, among, self._centre, self._width)
 
     def raw(self, features: Float) -> NDArray[np.float64]:
         """(n,) log-odds before the calibration."""
@@ -142,24 +163,6 @@ class Verifier:
     def calibrated(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
         """(n,) chances in [0, 1] of log-odds."""
         return np.interp(raw, *self._calibration)
-
-    def prospects(self, quality: Float, best: float) -> NDArray[np.float64]:
-        """(n,) expected rise of the best chance held, if each candidate ran next.
-
-        What chance an answer will have is read from the record: of candidates that path 1 believed
-        as good, the chances that their answers turned out to have.
-
-        Args:
-            quality: (n,) path 1's expected scores.
-            best: The highest chance of an answer held; 0 without one.
-        """
-        levels = len(self.outlook)
-        place = np.clip(quality, 0.0, 1.0) * (levels - 1)
-        low = np.minimum(place.astype(np.intp), max(levels - 2, 0))
-        high = np.minimum(low + 1, levels - 1)
-        rises = np.maximum(self.outlook.astype(np.float64) - best, 0.0).mean(axis=1)
-        share = place - low
-        return np.asarray((1 - share) * rises[low] + share * rises[high], np.float64)
 
     def _check(self, num_pairs: int) -> None:
         shape = self._feature.shape
@@ -271,16 +274,31 @@ def beliefs_of(
 
 def among_of(answers: Answers) -> Float:
     """(n, len(AMONG)) what each answer has with the query and the others."""
-    vectors, keys = answers.vectors, np.asarray(answers.keys, np.intp)
-    likeness = vectors @ answers.query
-    counts = voices(keys[None], answers.voters[None])[0]
-    same = keys[:, None] == keys[None, :]
-    is_other = answers.voters[:, None] != answers.voters[None, :]
-    is_other &= (keys != NO_ANSWER)[None, :]
-    agreeing, disagreeing = (same & is_other) @ counts, (~same & is_other) @ counts
-    between = vectors @ vectors.T
+    keys, voters = (np.asarray(of, np.intp)[None] for of in (answers.keys, answers.voters))
+    among: Float = among_rows(answers.vectors[None], keys, voters, answers.query[None])[0]
+    return among
+
+
+def among_rows(
+    vectors: Float, keys: NDArray[np.intp], voters: NDArray[np.intp], query: Float
+) -> Float:
+    """(B, n, len(AMONG)) the same of B requests; what has no answer counts for nothing.
+
+    Args:
+        vectors: (B, n, dim) embeddings of the answers; NaN where not known.
+        keys: (B, n) equal for answers that say the same, `NO_ANSWER` for none.
+        voters: (B, n) as of `features.voices`.
+        query: (B, dim)
+    """
+    likeness = np.einsum("bnd,bd->bn", vectors, query)
+    counts = voices(keys, voters)[:, :, None]
+    same = keys[:, :, None] == keys[:, None, :]
+    is_other = voters[:, :, None] != voters[:, None, :]
+    is_other &= (keys != NO_ANSWER)[:, None, :]
+    agreeing, disagreeing = (((of & is_other) @ counts)[:, :, 0] for of in (same, ~same))
+    between = vectors @ vectors.transpose(0, 2, 1)
     apart = is_other & np.isfinite(between)
-    nearest = np.where(apart, between, -np.inf).max(axis=1, initial=-np.inf)
+    nearest = np.where(apart, between, -np.inf).max(axis=2, initial=-np.inf)
     nearest = np.where(np.isfinite(nearest), nearest, np.nan)
     columns = (likeness, agreeing + disagreeing, agreeing, disagreeing, nearest)
-    return np.stack(columns, axis=1).astype(np.float32)
+    return np.stack(columns, axis=2).astype(np.float32)

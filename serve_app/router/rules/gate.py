@@ -112,6 +112,36 @@ def settle(
     return settled
 
 
+def settle_rows(
+    quality: NDArray[np.float32],
+    spread: NDArray[np.float32],
+    overall: NDArray[np.float32],
+    admitted: NDArray[np.bool_],
+    caution: float,
+) -> NDArray[np.float32]:
+    """`settle` for many queries at once.
+
+    Args:
+        quality: (num_queries, num_pairs) expected scores.
+        spread: (num_queries, num_pairs) their standard deviations.
+        overall: (num_queries, num_pairs) expected scores over all queries.
+        admitted: (num_queries, num_pairs) pairs that are there and were profiled.
+        caution: Standard deviations that make an advantage certain.
+
+    Returns:
+        (num_queries, num_pairs) the same, but for the pair that is best overall.
+    """
+    rows = np.arange(len(quality))
+    usual = np.where(admitted, overall, -1.0).argmax(axis=1)
+    best = np.where(admitted, quality, -1.0).argmax(axis=1)
+    of_best = quality[rows, best]
+    doubt = caution * np.hypot(spread[rows, best], spread[rows, usual])
+    stays = (best != usual) & (of_best - quality[rows, usual] < doubt) & admitted.any(axis=1)
+    settled = quality.copy()
+    settled[rows[stays], usual[stays]] = np.minimum(of_best[stays] + _TIE_BREAK, 1.0)
+    return settled
+
+
 def gate_features(
     quality: NDArray[np.float32],
     chosen: NDArray[np.intp],

@@ -22,6 +22,7 @@ from serve_app.router.rules.base import Answer, Batch, RoutingRequest, none_with
 from serve_app.router.rules.beliefs import Beliefs, Prior
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.gate import POLICY_MAX_ALPHA
+from serve_app.router.rules.judge import Judge
 from serve_app.router.rules.policy_states import PolicyStates, most_agreed
 from serve_app.router.rules.utility import normalised, utility
 from serve_app.router.snapshots.snapshot import RouterSnapshot
@@ -70,7 +71,8 @@ class LearnedRule:
             snapshot, prior, epsilon=epsilon, method=method, fallback=fallback, seed=seed
         )
         self._threshold, self._net = load_policy(snapshot)
-        self._states = PolicyStates(self._clusters, prior)
+        judge = Judge(self._clusters) if snapshot.verifier else None
+        self._states = PolicyStates(self._clusters, prior, judge)
         self._epsilon = epsilon
         self._random = np.random.default_rng(seed)
 
@@ -147,13 +149,25 @@ class LearnedRule:
         columns = self._states.columns(requests, batch.available)
         if not len(columns):
             return [NoCandidate("no pair that answers now is known to the policy")] * len(requests)
-        states = self._states.of(requests, batch, beliefs, columns)
+        chances = [
+            self._states.chances(*asked) if asked[0].history else ()
+            for asked in zip(requests, beliefs, strict=True)
+        ]
+        states = self._states.of(requests, batch, beliefs, columns, chances)
         observation = encode(states)
         logits = self._forward(observation)
         legal = observation["mask"] > 0
         return [
             self._decision(
-                request, batch, beliefs[row], states, row, logits[row], legal[row], columns
+                request,
+                batch,
+                beliefs[row],
+                states,
+                row,
+                logits[row],
+                legal[row],
+                columns,
+                chances[row],
             )
             for row, request in enumerate(requests)
         ]
@@ -177,6 +191,7 @@ class LearnedRule:
         logits: NDArray[np.float32],
         legal: NDArray[np.bool_],
         columns: NDArray[np.intp],
+        judged: tuple[float | None, ...],
     ) -> Answer:
         """One row of the network's output as a decision."""
         num_pairs = len(columns)
@@ -225,11 +240,23 @@ class LearnedRule:
             can_think=batch.can_think(request),
             likeness=self._clusters.likeness(request.embedding) if request.explain else None,
             cluster=beliefs.place.cluster,
-            answer_step=self._best_step(request) if action is Action.ANSWER else None,
+            answer_step=self._best_step(request, judged) if action is Action.ANSWER else None,
+            chances=judged,
         )
 
-    def _best_step(self, request: RoutingRequest) -> int | None:
-        """The step whose answer most voters agree on; `None`: there is no answer."""
+    def _best_step(self, request: RoutingRequest, judged: tuple[float | None, ...]) -> int | None:
+        """The step of the likeliest answer, or that most voters agree on where nothing judges.
+
+        Args:
+            request: The request.
+            judged: Of each step the chance of its answer; empty where nothing judges.
+
+        Returns:
+            `None`: there is no answer.
+        """
+        held = {step: chance for step, chance in enumerate(judged) if chance is not None}
+        if held:
+            return max(held, key=lambda step: (held[step], step))
         return most_agreed(request.history, self._clusters)
 
     def _take(

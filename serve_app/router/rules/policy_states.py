@@ -19,10 +19,13 @@ from serve_app.router.policy.features import (
     best_answers,
     project,
 )
+from serve_app.router.policy.worth import expected_rises
 from serve_app.router.rules.admission import Admission
 from serve_app.router.rules.base import Batch, RoutingRequest
 from serve_app.router.rules.beliefs import Beliefs, Prior
 from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.gate import settle_rows
+from serve_app.router.rules.judge import Judge
 from serve_app.router.rules.utility import cost_range
 from serve_app.schemas import Pair, Seen
 
@@ -37,14 +40,19 @@ class PolicyStates:
     Invariant: one thread at a time.
     """
 
-    def __init__(self, clusters: ClusterRule, prior: Prior | None) -> None:
+    def __init__(
+        self, clusters: ClusterRule, prior: Prior | None, judge: Judge | None = None
+    ) -> None:
         """Lay out what never changes.
 
         Args:
             clusters: Path 1 of the same snapshot.
             prior: Has the pairs' descriptors.
+            judge: Of the answers; `None`: an answer is as likely right as its pair.
         """
         self._clusters = clusters
+        self._judge = judge
+        self._num_profiled = len(clusters.snapshot.pairs)
         self._index = {pair: i for i, pair in enumerate(clusters.pairs)}
         self._admission = Admission(clusters.pairs)
         self._descriptors = _lay_out_descriptors(clusters.pairs, prior)
@@ -70,14 +78,9 @@ class PolicyStates:
         gone = sorted(ran - set(columns.tolist())) if ran else []
         return np.concatenate([columns, np.array(gone, np.intp)]) if gone else columns
 
-    def repeats(self, request: RoutingRequest, columns: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """(num_columns,) pairs that would only say again what one voter has answered."""
-        answered = [
-            self._voters[self._index[seen.pair]]
-            for seen in request.history
-            if seen.answer_key is not None and seen.pair in self._index
-        ]
-        return np.isin(self._voters[columns], answered)
+    def chances(self, request: RoutingRequest, beliefs: Beliefs) -> tuple[float | None, ...]:
+        """Of each step the chance that its answer is right; empty where nothing judges."""
+        return () if self._judge is None else self._judge.chances(request, beliefs)
 
     def of(
         self,
@@ -85,6 +88,7 @@ class PolicyStates:
         batch: Batch,
         beliefs: Sequence[Beliefs],
         columns: NDArray[np.intp],
+        chances: Sequence[tuple[float | None, ...]],
     ) -> States:
         """What the network reads of the requests, before it is encoded.
 
@@ -93,6 +97,7 @@ class PolicyStates:
             batch: What they came with.
             beliefs: Path 1's, of each.
             columns: As `columns` gives them.
+            chances: Of each request, as `chances` gives them.
         """
         size, num_pairs = len(requests), len(columns)
         place = {pair: column for column, pair in enumerate(columns.tolist())}
@@ -103,6 +108,7 @@ class PolicyStates:
         logprob = np.full((size, num_pairs), np.nan, np.float32)
         tool_errors = np.zeros((size, num_pairs), np.float32)
         agreement = np.zeros((size, num_pairs), np.float32)
+        chance = np.full((size, num_pairs), np.nan, np.float32)
         last = np.full(size, -1, np.intp)
         for row, asked in enumerate(requests):
             present[row, :num_available] = self._admission.admits(
@@ -121,6 +127,9 @@ class PolicyStates:
                     agreeing = {voter for voter, key in said if key == seen.answer_key}
                     agreement[row, column] = len(agreeing) / len(set(said))
                 last[row] = column
+            for seen, known in zip(asked.history, chances[row], strict=False):
+                if known is not None and seen.pair is not None:
+                    chance[row, place[self._index[seen.pair]]] = known
         thought = np.array([any(seen.pair is None for seen in a.history) for a in requests])
         spent_usd = np.array([sum(seen.cost_usd for seen in a.history) for a in requests])
         limits_usd = [a.limits.max_cost_usd for a in requests]
@@ -133,6 +142,17 @@ class PolicyStates:
         dearest_usd = steps_left * np.where(present, costs_usd, 0.0).max(axis=1)
         slowest_s = np.where(present, seconds, 0.0).max(axis=1)
         nothing = np.zeros(self._clusters.snapshot.dim, np.float32)
+        quality, spread, overall, outside = (
+            np.stack([getattr(of, name)[columns] for of in beliefs])
+            for name in ("quality", "spread", "overall", "outside")
+        )
+        admitted = present & (columns < self._num_profiled)
+        settled = settle_rows(quality, spread, overall, admitted, self._clusters.snapshot.caution)
+        inside = np.array([of.place.inside for of in beliefs])
+        decided = np.where(inside[:, None], settled, outside)
+        if self._judge is None:
+            chance = np.where(tried & ~failed, decided, np.nan)
+        outlook = None if self._judge is None else self._judge.verifier.outlook
         return States(
             embedding=np.stack([a.embedding for a in requests]).astype(np.float32, copy=False),
             alpha=_row([a.limits.alpha for a in requests]),
@@ -148,10 +168,13 @@ class PolicyStates:
             costs_usd=costs_usd,
             seconds=seconds,
             log_cost_range=cost_range(costs_usd, present),
-            quality=np.stack([b.quality[columns] for b in beliefs]),
-            spread=np.stack([b.spread[columns] for b in beliefs]),
-            overall=np.stack([b.overall[columns] for b in beliefs]),
+            quality=quality,
+            spread=spread,
+            overall=overall,
             similarity=np.stack([b.similarity[columns] for b in beliefs]),
+            decided=decided,
+            chance=chance,
+            rise=expected_rises(decided, chance, self._voters[columns], outlook),
             distance_quantile=_row([b.verdict.distance_quantile for b in beliefs]),
             confidence=_row([b.verdict.confidence for b in beliefs]),
             tried=tried,

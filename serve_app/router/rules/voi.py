@@ -8,7 +8,6 @@ best chance exceeds alpha times the rise in cost, the candidate of the greatest 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -16,98 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate
-from serve_app.router.policy.features import States, legal_actions
-from serve_app.router.policy.verifier import Answers, Verifier, beliefs_of
+from serve_app.router.policy.features import States, answer_action, legal_actions, worth_of
 from serve_app.router.rules.base import Answer, Batch, RoutingRequest, none_within_limits
 from serve_app.router.rules.beliefs import Beliefs, Prior
 from serve_app.router.rules.clusters import ClusterRule
+from serve_app.router.rules.judge import Judge
 from serve_app.router.rules.policy_states import PolicyStates
 from serve_app.router.rules.utility import normalised, utility
 from serve_app.router.snapshots.snapshot import RouterSnapshot
 from serve_app.schemas import Action, Candidate, DecidedBy, Decision, Pair
-from serve_app.signals import stacked
 
-_LEAST_RISE = 0.02
-"""Expected rise of the best chance below which nothing runs, whatever it costs: a step takes
-time."""
 _INTERVAL_DEVIATIONS = 1.96
 """Standard deviations either side of a 95% interval."""
-
-
-class Judge:
-    """Knows the chances of the answers that a request holds."""
-
-    def __init__(self, clusters: ClusterRule) -> None:
-        """Read the verifier of a snapshot.
-
-        Args:
-            clusters: Path 1 of the snapshot.
-
-        Raises:
-            SnapshotError: If it is damaged.
-        """
-        snapshot = clusters.snapshot
-        self.verifier = Verifier(snapshot.verifier, len(snapshot.pairs))
-        self._num_known = len(snapshot.pairs)
-        self._voters = clusters.voters
-        self._index = {pair: place for place, pair in enumerate(clusters.pairs)}
-
-    def chances(self, request: RoutingRequest, beliefs: Beliefs) -> tuple[float | None, ...]:
-        """Of each step the chance that its answer is right; `None`: it gave none.
-
-        Args:
-            request: The request.
-            beliefs: Path 1's, of its query.
-        """
-        history = request.history
-        steps = [
-            step
-            for step, seen in enumerate(history)
-            if seen.answer_key is not None and seen.pair in self._index
-        ]
-        chances: list[float | None] = [None] * len(history)
-        if not steps:
-            return tuple(chances)
-        held = [history[step] for step in steps]
-        pairs = np.array([self._index[seen.pair] for seen in held if seen.pair], np.intp)
-        number = {key: n for n, key in enumerate(dict.fromkeys(of.answer_key for of in held))}
-        inside = beliefs.place.inside
-        believed = beliefs_of(
-            beliefs.quality[pairs],
-            beliefs.spread[pairs],
-            beliefs.overall[pairs],
-            beliefs.outside[pairs],
-            beliefs.similarity[pairs],
-            float(beliefs.quality.max()),
-            beliefs.verdict.distance_quantile,
-            inside,
-        )
-        found = self.verifier.chances(
-            Answers(
-                beliefs=believed,
-                numbers=stacked([seen.signals for seen in held]),
-                keys=np.array([number[seen.answer_key] for seen in held], np.intp),
-                voters=self._voters[pairs],
-                vectors=self._vectors(request, steps),
-                query=request.embedding,
-                pairs=np.where(pairs < self._num_known, pairs, -1),
-            )
-        )
-        for step, chance in zip(steps, found.tolist(), strict=True):
-            chances[step] = chance
-        return tuple(chances)
-
-    @staticmethod
-    def _vectors(request: RoutingRequest, steps: Sequence[int]) -> NDArray[np.float32]:
-        """(n, dim) embeddings of the answers; NaN where unknown."""
-        vectors = np.full((len(steps), len(request.embedding)), np.nan, np.float32)
-        for row, step in enumerate(steps):
-            known = request.answers[step] if step < len(request.answers) else None
-            if known is None and step == steps[-1]:
-                known = request.last_answer
-            if known is not None:
-                vectors[row] = known
-        return vectors
 
 
 class VoiRule:
@@ -137,8 +56,7 @@ class VoiRule:
         self._clusters = ClusterRule(
             snapshot, prior, epsilon=epsilon, method=method, fallback=fallback, seed=seed
         )
-        self._judge = Judge(self._clusters)
-        self._states = PolicyStates(self._clusters, prior)
+        self._states = PolicyStates(self._clusters, prior, Judge(self._clusters))
 
     @property
     def snapshot(self) -> RouterSnapshot:
@@ -181,16 +99,15 @@ class VoiRule:
         columns = self._states.columns([request], batch.available)
         if not len(columns):
             return none_within_limits()
-        states = self._states.of([request], batch, [beliefs], columns)
-        routes = np.flatnonzero(legal_actions(states)[0, : len(columns)])
-        chances = self._judge.chances(request, beliefs)
+        chances = self._states.chances(request, beliefs)
+        states = self._states.of([request], batch, [beliefs], columns, [chances])
+        legal = legal_actions(states)
+        worth = worth_of(states, legal)[0]
+        routes = np.flatnonzero(legal[0, : len(columns)])
+        order = routes[np.argsort(-worth[routes], kind="stable")]
         held = {step: chance for step, chance in enumerate(chances) if chance is not None}
-        quality = (beliefs.quality if beliefs.place.inside else beliefs.outside)[columns]
-        best = max(held.values(), default=0.0)
-        values, rises = self._values(request, states, columns, quality, best)
-        order = routes[np.argsort(-values[routes], kind="stable")]
         best_step = max(held, key=lambda step: (held[step], step), default=None)
-        pays = bool(len(order)) and values[order[0]] > 0 and rises[order[0]] >= _LEAST_RISE
+        pays = bool(len(order)) and worth[order[0]] > worth[answer_action(len(columns))]
         goes_on = bool(len(order)) and (best_step is None or pays)
         return Decision(
             candidates=self._candidates(request, beliefs, states, columns, order)
@@ -207,25 +124,6 @@ class VoiRule:
             answer_step=None if goes_on else best_step,
             chances=chances,
         )
-
-    def _values(
-        self,
-        request: RoutingRequest,
-        states: States,
-        columns: NDArray[np.intp],
-        quality: NDArray[np.float32],
-        best: float,
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(num_pairs,) what the run of each pair would gain, and the expected rises of the best."""
-        alpha = request.limits.alpha
-        rises = self._judge.verifier.prospects(quality, best)
-        rises = np.where(self._states.repeats(request, columns), 0.0, rises)
-        usd, tried = states.costs_usd[0], states.tried[0]
-        spent = float(usd[tried].sum())
-        cost_range = states.log_cost_range[0]
-        now = normalised(np.array([spent]), cost_range)
-        cost = normalised(spent + usd, cost_range) - now
-        return utility(alpha, rises, cost), rises
 
     def _candidates(
         self,

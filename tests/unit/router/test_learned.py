@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -12,12 +13,15 @@ import pytest
 from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate, SnapshotError
+from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.base import Batch, RoutingRequest
 from serve_app.router.rules.beliefs import Prior
 from serve_app.router.rules.policy_rule import LearnedRule
+from serve_app.router.rules.voi import VoiRule
 from serve_app.router.snapshots.snapshot import GATE_THRESHOLD
 from serve_app.schemas import LOCAL_OWNER, Action, DecidedBy, Limits, Pair, Seen
-from tests.policy_data import make_policy, with_policy
+from serve_app.signals import NUMBERS
+from tests.policy_data import ALWAYS_POLICY, make_policy, with_policy
 from tests.router_data import (
     COSTS_USD,
     DIM,
@@ -28,6 +32,7 @@ from tests.router_data import (
     make_snapshot,
     topics,
 )
+from tests.verifier_data import make_verifier
 
 CHEAP, MATH, STRONG = PAIRS
 MATHS = topics()[1]
@@ -253,3 +258,51 @@ def test_serving_without_a_policy_loads_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+SEEN = tuple(
+    (pair, logprob, key)
+    for pair in PAIRS
+    for logprob, key in ((-0.1, "a"), (-2.0, "a"), (-2.0, "b"), (-0.1, None))
+)
+
+
+def verified(pair: Pair, logprob: float, key: str | None) -> Seen:
+    numbers = [math.nan] * len(NUMBERS)
+    numbers[NUMBERS.index("answer_mean")] = logprob
+    return Seen(pair, key, logprob, 0, 1e-4, tuple(numbers))
+
+
+def untrained(dim: int = DIM) -> dict[str, NDArray[np.float32]]:
+    tensors = PolicyNet(dim, width=8, num_heads=2, num_layers=1).to_tensors()
+    return tensors | {GATE_THRESHOLD: np.array([ALWAYS_POLICY], np.float32)}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.05, 0.3, 0.49])
+def test_an_untrained_policy_decides_as_the_rule_voi(alpha: float) -> None:
+    snapshot = replace(make_snapshot(), verifier=make_verifier())
+    rule, learned = VoiRule(snapshot), LearnedRule(replace(snapshot, policy=untrained()))
+    limits = replace(STEPS, alpha=alpha)
+    histories = [(), *((verified(*of),) for of in SEEN)]
+    histories += [
+        (verified(*one), verified(*other)) for one in SEEN for other in SEEN if one[0] != other[0]
+    ]
+    actions = set()
+    for query in [*topics(), ELSEWHERE]:
+        for history in histories:
+            expected = decide(rule, query, limits, PAIRS, history=history)
+            found = decide(learned, query, limits, PAIRS, history=history)
+            assert (found.action, found.answer_step) == (expected.action, expected.answer_step)
+            assert found.chances == expected.chances
+            if found.action is Action.ROUTE:
+                assert found.pair == expected.pair
+            actions.add(found.action)
+    assert actions == {Action.ROUTE, Action.ANSWER}
+
+
+def test_a_policy_with_a_verifier_returns_the_likeliest_answer_and_not_what_most_say() -> None:
+    snapshot = replace(with_policy(answer=10.0), verifier=make_verifier())
+    history = (verified(MATH, -0.1, "a"), verified(STRONG, -2.0, "b"), verified(CHEAP, -2.0, "b"))
+    decision = decide(LearnedRule(snapshot), MATHS, STEPS, PAIRS, history=history)
+    assert (decision.action, decision.answer_step) == (Action.ANSWER, 0)
+    assert list(decision.chances) == pytest.approx([0.9, 0.2, 0.2], abs=1e-3)
