@@ -246,9 +246,6 @@ def section(units: Sequence[Unit], groups: Sequence[str] | None = None) -> dict[
     """
     of = Resamples(units, groups=groups)
     best = best_one_choice(units)
-    share = of.means(utilities(units, GATED, JUDGED_ALPHA)) / of.means(
-        utilities(units, ORACLE, JUDGED_ALPHA)
-    )
     return {
         "num_seeds": len(units),
         "num_questions": int(units[0].score(PATH_1, 0.0).size),
@@ -262,7 +259,6 @@ def section(units: Sequence[Unit], groups: Sequence[str] | None = None) -> dict[
         },
         "p_over_path_1": of.p(scores(units, GATED, 0.0) - scores(units, PATH_1, 0.0)),
         "hypervolume": {name: _hypervolume(units, name) for name in units[0].reached},
-        "share_of_oracle": asdict(figure_of(share)),
         "steps_at_equal_cost": {
             f"alpha {alpha:g}": {
                 axis: asdict(of.equal_cost(alpha, axis)) for axis in ("cost", "costs_usd")
