@@ -43,10 +43,10 @@ ORACLE, BEST_SINGLE, HINDSIGHT = "oracle", "best single", "best single in hindsi
 COLD_START = "cold start"
 """The cards alone; only where there are cards."""
 VOI, TEACHER = "voi", "teacher"
-"""The rule that path 2 starts from, and who knows the outcomes of like questions (see
-`rl.ppo.teacher`); only where answers were kept."""
+"""The rule that path 2 starts from, and the teacher of `rl.ppo.teacher`; only where answers were
+kept."""
 ONE_CHOICE = (PATH_1, KNN, RIDGE, TOP_P, BEST_SINGLE)
-"""Those who choose once, by what they learnt."""
+"""The contenders that choose once, by what they learnt."""
 FIELDS = ("score", "costs_usd", "cost", "steps")
 
 
@@ -142,7 +142,7 @@ def contend(
 
 
 def _choosers(learnt: Learnt, table: ReplayTable, alpha: float) -> dict[str, Chooser]:
-    """Who looks at answers, beside path 2; nobody where none were kept."""
+    """The contenders that look at answers, beside path 2; none where no answers were kept."""
     train, evidence = learnt.train, learnt.evidence
     if table.judges is None:
         return {}

@@ -115,8 +115,9 @@ class Episodes:
         self._step_pair = np.full((num_envs, MAX_STEPS), -1, np.intp)
         self._step_score = np.zeros((num_envs, MAX_STEPS), np.float32)
         self._step_chance = np.full((num_envs, MAX_STEPS), np.nan, np.float32)
-        self._step_numbers = np.full((num_envs, MAX_STEPS, len(NUMBERS)), np.nan, np.float32)
-        self._step_vector = np.full((num_envs, MAX_STEPS, dim), np.nan, np.float32)
+        judged = 0 if table.judges is None else num_envs
+        self._step_numbers = np.full((judged, MAX_STEPS, len(NUMBERS)), np.nan, np.float32)
+        self._step_vector = np.full((judged, MAX_STEPS, dim), np.nan, np.float32)
         self._pair_keys = np.full((num_envs, self.num_pairs), NO_ANSWER, np.intp)
         self._num_steps = np.zeros(num_envs, np.intp)
         self._expected_usd = np.zeros(num_envs, np.float32)
@@ -291,9 +292,10 @@ class Episodes:
         self._keys[place] = batch.answer_key
         self._step_pair[place] = pairs
         self._step_score[place] = batch.score
-        self._step_numbers[place] = batch.signals
-        is_known = (batch.answer_embedding != 0).any(axis=1, keepdims=True)
-        self._step_vector[place] = np.where(is_known, batch.answer_embedding, np.nan)
+        if self.table.judges is not None:
+            self._step_numbers[place] = batch.signals
+            is_known = (batch.answer_embedding != 0).any(axis=1, keepdims=True)
+            self._step_vector[place] = np.where(is_known, batch.answer_embedding, np.nan)
         self._num_steps[rows] += 1
         self._pair_keys[rows, pairs] = batch.answer_key
         keys, own = self._keys[rows,], self._pair_keys[rows]

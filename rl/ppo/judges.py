@@ -1,4 +1,4 @@
-"""Verifiers beside a table of outcomes: who says how likely an answer of an episode is right.
+"""Verifiers beside a table of outcomes: they say how likely an answer of an episode is right.
 
 In training no answer is judged by a verifier that was fitted on its question, and where path 1 is
 shown as if it did not know the question's kind, by none that was fitted on its domain. So an

@@ -226,7 +226,7 @@ def train_policy(
 def validate(
     chooser: Chooser, table: ReplayTable, settings: ValidationConfig, max_steps: int
 ) -> dict[str, float]:
-    """Mean utility of someone's decisions, by view and alpha.
+    """Mean utility of a chooser's decisions, by view and alpha.
 
     The views after the first stand for kinds of queries that path 1 does not know. The network was
     trained on those very kinds, so there it is shown scrambled embeddings and descriptors.

@@ -93,7 +93,7 @@ def roll_out(
     view: int = 0,
     pair_costs_usd: NDArray[np.floating] | None = None,
 ) -> Requests:
-    """Let someone answer every query of a table.
+    """Let a chooser answer every query of a table.
 
     Args:
         chooser: For example `Greedy` with path 2's network.

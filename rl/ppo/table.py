@@ -123,7 +123,7 @@ class ReplayTable:
     signals: Float | None = None
     """(T, N, P, len(NUMBERS)) as `Signals.numbers`, NaN where not kept; `None`: none were."""
     judges: Judges | None = None
-    """Who says how likely answers are right, by view; `None`: nobody does."""
+    """The verifiers that say how likely answers are right, by view; `None`: there are none."""
     caution: float = 0.0
     """Of path 1's snapshot, see `gate.settle`."""
     voters: Index | None = None

@@ -20,7 +20,6 @@ from rl.ppo.episodes import Episodes
 from rl.ppo.table import ReplayTable
 from serve_app.router.policy.features import States
 from serve_app.router.policy.worth import gains, prospects, repeats, worths
-from serve_app.router.rules.utility import normalised, utility
 
 Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -75,11 +74,11 @@ class Teacher:
             ValueError: If a table has no such judges.
         """
         if table.judges is None or table.judges.alone is None:
-            raise ValueError("a teacher compares chances, and the table has none")
+            raise ValueError("a teacher compares chances, and the table it knows has none")
         self._settings = settings or TeacherSettings()
         known = table if asked is None else asked
         if known.judges is None:
-            raise ValueError("a teacher compares chances, and nobody judges what is asked")
+            raise ValueError("a teacher compares chances, and the asked table has no verifier")
         self._judges = known.judges
         self._alone = table.judges.alone
         self._outlooks = known.judges.outlooks()
@@ -203,14 +202,6 @@ class Teacher:
             spent = states.spent_usd + states.costs_usd[rows, pair]
             left = states.usd_left - states.costs_usd[rows, pair]
             after = may & ~again & ~same[pair] & (states.costs_usd <= left[:, None])
-            now = normalised(spent.astype(np.float64)[:, None], states.log_cost_range[:, None, :])
-            added = (
-                normalised(
-                    spent[:, None].astype(np.float64) + states.costs_usd,
-                    states.log_cost_range[:, None, :],
-                )
-                - now
-            )
             there = alone[rows, :, pair]
             following = np.zeros(len(level))
             for chance in self._chances_of(outlook, level[rows, pair]).T:
@@ -221,9 +212,7 @@ class Teacher:
                 )
                 held = np.maximum(best, chance).astype(np.float32)
                 rises = prospects(outlook, further.astype(np.float32), held)
-                value = utility(
-                    states.alpha[:, None].astype(np.float64), rises.astype(np.float64), added
-                )
+                value = gains(states.alpha, rises, states.costs_usd, spent, states.log_cost_range)
                 value = np.where(after, value, 0.0).max(axis=1, initial=0.0)
                 following += np.maximum(value, 0.0) / _LEVELS
             goes = may[rows, pair]

@@ -9,6 +9,7 @@ the questions apart is kept, the rule itself included.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,19 +124,22 @@ def _untrained(table: ReplayTable, settings: TrainConfig) -> PolicyNet:
         return PolicyNet(table.embeddings.shape[1], **settings.net.model_dump())
 
 
-class _Stage:
+class _Stage(ABC):
     """Makes losses of a network on states of a table's episodes."""
+
+    number: int
+    """Tells the draws of one stage from those of another."""
 
     def __init__(self, net: PolicyNet, table: ReplayTable, settings: TrainConfig) -> None:
         self.net, self.table, self.settings = net, table, settings
-        self.random = np.random.default_rng([settings.seed, len(type(self).__name__)])
+        self.random = np.random.default_rng([settings.seed, self.number])
         self.episodes = Episodes(table, settings.warm_start.batch, settings.env)
         self.episodes.seed(int(self.random.integers(2**62)))
         self._augmentation = Augmentation(**settings.augmentation.model_dump())
 
+    @abstractmethod
     def loss(self) -> Tensor:
         """Of one batch of states."""
-        raise NotImplementedError
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Logits and values of all episodes, seen as in PPO's sampling."""
@@ -147,6 +151,8 @@ class _Stage:
 
 class _Exact(_Stage):
     """One run each: minus the expected utility over all that the policy might run."""
+
+    number = 1
 
     def loss(self) -> Tensor:
         episodes, table = self.episodes, self.table
@@ -170,6 +176,8 @@ class _Exact(_Stage):
 
 class _Imitation(_Stage):
     """Towards the teacher's values, on the states that the network's own draws lead to."""
+
+    number = 2
 
     def __init__(self, net: PolicyNet, table: ReplayTable, settings: TrainConfig) -> None:
         super().__init__(net, table, settings)
