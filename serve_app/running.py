@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -106,12 +107,28 @@ def check_cluster() -> None:
         ClusterDied: If one has ended without which nothing works.
     """
     node = ray._private.worker._global_node
-    dead = {kind for kind, _ in node.dead_processes()} if node is not None else set()
+    if node is None or not node.head:  # nothing, or not ours
+        return
+    dead = {kind for kind, _ in node.dead_processes()}
+    if not _accepts_connections(node.gcs_address):  # it has been told to end
+        dead.add("gcs_server")
     for kind in _VITAL:
         if kind in dead:
             raise ClusterDied(
                 f"Ray's process {kind!r} has ended, and with it the graph; start anew"
             )
+
+
+def _accepts_connections(address: str) -> bool:
+    """Whether something listens; a process that is only stuck does."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _LOOK_S).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def deployment_handle(name: str) -> Any:

@@ -1,6 +1,7 @@
 """`atlas serve` leaves no process behind, however it ends; on whole graphs of their own.
 
-Every case listens on the same ports, so each also shows that a start after the case before works.
+One graph starts, with both cores to itself, while the one before ends, which is mostly waiting.
+Every second case listens on the same ports, so each also shows that a start after an end works.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import httpx
@@ -25,7 +30,7 @@ from tests.haproxy import free_port, own_haproxy
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
 START_S = 420
-GONE_S = 30
+GONE_S = 60
 SERVE = """
 import signal
 # What runs these tests may ignore both, as `nohup` does.
@@ -118,22 +123,6 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def serve_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Json], Served]:
-    """Starts `atlas serve` with one model `m`; the same ports and folders each time."""
-    folder = tmp_path_factory.mktemp("ending")
-    port = free_port()
-    environment = {**os.environ, **own_haproxy(), "ATLAS_DATA_DIR": str(folder / "data")}
-
-    def run(model: Json) -> Served:
-        config = folder / "config.yaml"
-        pool = {"models": [{"model_id": "m", **model}]}
-        config.write_text(yaml.safe_dump(pool))
-        return Served(config, environment, port, folder / "output")
-
-    return run
-
-
 def to_the_process(number: signal.Signals) -> Callable[[Served], None]:
     return lambda served: served.process.send_signal(number)
 
@@ -152,34 +141,92 @@ def terminate_a_stuck_one(served: Served) -> None:
     served.process.terminate()
 
 
-@pytest.mark.parametrize(
-    ("model", "end", "code", "says"),
-    [
-        pytest.param(ENGINE, to_the_process(signal.SIGKILL), -9, "ready at", id="engine-kill"),
-        pytest.param(SCRIPTED, to_the_process(signal.SIGINT), 0, "stopped", id="int"),
-        pytest.param(SCRIPTED, to_the_process(signal.SIGTERM), 0, "stopped", id="term"),
-        pytest.param(SCRIPTED, to_the_process(signal.SIGHUP), 0, "stopped", id="hup"),
-        pytest.param(SCRIPTED, to_the_group(signal.SIGINT), 0, "stopped", id="group-int"),
-        pytest.param(SCRIPTED, to_the_group(signal.SIGTERM), 0, "stopped", id="group-term"),
-        pytest.param(SCRIPTED, to_the_group(signal.SIGHUP), 0, "stopped", id="group-hup"),
-        pytest.param(SCRIPTED, to_the_group(signal.SIGKILL), -9, "ready at", id="group-kill"),
-        pytest.param(SCRIPTED, terminate_a_stuck_one, 0, "did not end in order", id="stuck"),
-        pytest.param(SCRIPTED, kill_raylet, 1, "'raylet' has ended", id="raylet"),
-    ],
-)
-def test_nothing_is_left(
-    serve_once: Callable[[Json], Served],
-    model: Json,
-    end: Callable[[Served], None],
-    code: int,
-    says: str,
-) -> None:
-    served = serve_once(model)
-    try:
-        assert {"gcs_server", "raylet", "haproxy"} <= {p.name() for p in served.started}
-        end(served)
-        assert served.wait_until_gone() == code
-        assert says in served.said()
-        assert "Traceback" not in served.said()
-    finally:
-        served.end()
+@dataclass(frozen=True)
+class Ending:
+    """One way in which `atlas serve` ends, and what it says and leaves as its exit code then."""
+
+    model: Json
+    end: Callable[[Served], None]
+    code: int
+    says: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    said: str
+    names: frozenset[str]
+    """Of the processes that it had started."""
+
+
+CASES = {
+    "engine-kill": Ending(ENGINE, to_the_process(signal.SIGKILL), -9, "ready at"),
+    "int": Ending(SCRIPTED, to_the_process(signal.SIGINT), 0, "stopped"),
+    "term": Ending(SCRIPTED, to_the_process(signal.SIGTERM), 0, "stopped"),
+    "hup": Ending(SCRIPTED, to_the_process(signal.SIGHUP), 0, "stopped"),
+    "group-int": Ending(SCRIPTED, to_the_group(signal.SIGINT), 0, "stopped"),
+    "group-term": Ending(SCRIPTED, to_the_group(signal.SIGTERM), 0, "stopped"),
+    "group-hup": Ending(SCRIPTED, to_the_group(signal.SIGHUP), 0, "stopped"),
+    "group-kill": Ending(SCRIPTED, to_the_group(signal.SIGKILL), -9, "ready at"),
+    "stuck": Ending(SCRIPTED, terminate_a_stuck_one, 0, "did not end in order"),
+    "raylet": Ending(SCRIPTED, kill_raylet, 1, "'raylet' has ended"),
+}
+
+
+class Place:
+    """A folder and ports of one graph at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = free_port()
+        self._environment = {**os.environ, **own_haproxy(), "ATLAS_DATA_DIR": str(folder / "data")}
+
+    def serve(self, model: Json) -> Served:
+        """Start `atlas serve` with one model `m`."""
+        config = self._folder / "config.yaml"
+        pool = {"models": [{"model_id": "m", **model}]}
+        config.write_text(yaml.safe_dump(pool))
+        return Served(config, self._environment, self._port, self._folder / "output")
+
+
+@pytest.fixture(scope="module")
+def ended(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Ended]]]:
+    """The cases that are asked for, each when it has ended."""
+    places: SimpleQueue[Place] = SimpleQueue()
+    for _ in range(2):
+        places.put(Place(tmp_path_factory.mktemp("ending")))
+    start = Lock()
+
+    def run(case: Ending) -> Ended:
+        place = places.get()
+        try:
+            with start:
+                served = place.serve(case.model)
+            try:
+                names = frozenset(process.name() for process in served.started)
+                case.end(served)
+                return Ended(served.wait_until_gone(), served.said(), names)
+            finally:
+                served.end()
+        finally:
+            places.put(place)
+
+    asked = [
+        str(item.callspec.params["case"])
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.function is test_nothing_is_left
+    ]
+    with ThreadPoolExecutor(2) as threads:
+        yield {case: threads.submit(run, CASES[case]) for case in asked}
+        threads.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_left(ended: dict[str, Future[Ended]], case: str) -> None:
+    how = ended[case].result()
+    assert {"gcs_server", "raylet", "haproxy"} <= how.names
+    assert how.code == CASES[case].code
+    assert CASES[case].says in how.said
+    assert "Traceback" not in how.said
