@@ -149,10 +149,10 @@ def eager_policy(dim: int) -> dict[str, NDArray[np.float32]]:
     """
     import torch
 
+    from rl.ppo.torch_policy_net import TorchPolicyNet
     from serve_app.router.policy.features import DESCRIPTOR_DIM
-    from serve_app.router.policy.policy_net import PolicyNet
 
-    net = PolicyNet(dim)
+    net = TorchPolicyNet(dim)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()

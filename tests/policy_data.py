@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rl.ppo.torch_policy_net import TorchPolicyNet
 from serve_app.router.policy.features import DESCRIPTOR_DIM
-from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.snapshots.snapshot import GATE_THRESHOLD, THINKS, RouterSnapshot
 from tests.router_data import DIM, make_snapshot
 
@@ -30,7 +30,7 @@ def make_policy(
         threshold: Confidence from which path 1 keeps a request.
         dim: Of the embeddings.
     """
-    net = PolicyNet(dim, width=8, num_heads=2, num_layers=1)
+    net = TorchPolicyNet(dim, width=8, num_heads=2, num_layers=1)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()

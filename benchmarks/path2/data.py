@@ -244,11 +244,10 @@ def learn(bench: Bench, lesson: Lesson, folder: Path, on_progress: Callable[[str
         folder / "training",
         told,
     )
-    net = trained.net()
     threshold = choose_gate(
-        net, validation, caution=snapshot.caution, max_steps=lesson.train.env.max_steps
+        trained.net(), validation, caution=snapshot.caution, max_steps=lesson.train.env.max_steps
     )
-    tensors = net.to_tensors() | {GATE_THRESHOLD: np.array([threshold], np.float32)}
+    tensors = {**trained.tensors, GATE_THRESHOLD: np.array([threshold], np.float32)}
     snapshot = replace(snapshot, policy=tensors)
     save_snapshot(snapshot, kept)
     return _open(snapshot, known, evidence, lesson.seed)

@@ -28,6 +28,7 @@ from rl.ppo.replay import with_rule
 from rl.ppo.rollout import PATH_2_ALONE, Chooser, GatedPolicy, Greedy, Requests, roll_out, run_once
 from rl.ppo.table import ReplayTable
 from rl.ppo.teacher import Teacher
+from rl.ppo.torch_policy_net import TorchPolicyNet
 from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.clusters import ClusterRule
 from serve_app.router.rules.utility import normalised_cost, utility
@@ -146,7 +147,7 @@ def _choosers(learnt: Learnt, table: ReplayTable, alpha: float) -> dict[str, Cho
     train, evidence = learnt.train, learnt.evidence
     if table.judges is None:
         return {}
-    untrained = PolicyNet(table.embeddings.shape[1]).eval()
+    untrained = PolicyNet(TorchPolicyNet(table.embeddings.shape[1]).to_tensors())
     found: dict[str, Chooser] = {VOI: Greedy(untrained)}
     if train is None or evidence is None or train.pairs != table.pairs:
         return found

@@ -37,7 +37,7 @@ def make_algorithm(
     Args:
         backend: Has the questions to train on, and runs the pairs.
         settings: Of the training.
-        start: The first weights; see `PolicyNet.from_tensors`.
+        start: The first weights; see `TorchPolicyNet.from_tensors`.
     """
     num_env_runners = env_runners_that_fit(settings)
     rows = settings.num_envs_per_env_runner * max(1, num_env_runners)

@@ -23,7 +23,7 @@ Schedule = Annotated[list[tuple[int, float]], Field(min_length=2)]
 
 
 class NetConfig(BaseConfig):
-    """Sizes of `serve_app.router.policy.policy_net.PolicyNet`."""
+    """Sizes of `rl.ppo.torch_policy_net.TorchPolicyNet`."""
 
     width: int = Field(default=64, ge=4, le=1024)
     """Of the tokens."""

@@ -94,7 +94,7 @@ class TrainResult:
     """What training came to."""
 
     tensors: Mapping[str, NDArray[np.float32]]
-    """The best weights by held-out utility; see `PolicyNet.from_tensors`."""
+    """The best weights by held-out utility; see `PolicyNet`."""
     curve: tuple[Mapping[str, Any], ...]
     """One row per iteration: `iteration`, `mean_return`, the terms, `episode_steps`, `score`,
     `cost_usd`, `seconds`, RLlib's learner figures, where it was measured `utility` and `utilities`,
@@ -116,7 +116,7 @@ class TrainResult:
 
     def net(self) -> PolicyNet:
         """The network with the best weights."""
-        return PolicyNet.from_tensors(self.tensors)
+        return PolicyNet(self.tensors)
 
 
 @dataclass
@@ -331,15 +331,18 @@ class _Loop:
     def _measure(self, row: dict[str, Any]) -> None:
         """Put the utility of the weights as they are into a row, and keep the best ones."""
         state, settings = self._state, self._settings
-        net: PolicyNet = self._algorithm.get_module().net
+        tensors = self._algorithm.get_module().net.to_tensors()
         utilities = validate(
-            Greedy(net), self._validation, settings.validation, settings.env.max_steps
+            Greedy(PolicyNet(tensors)),
+            self._validation,
+            settings.validation,
+            settings.env.max_steps,
         )
         row["utilities"] = utilities
         row["utility"] = float(np.mean(list(utilities.values())))
         if row["utility"] > state.best_utility:
             state.best_utility, state.best_iteration = row["utility"], state.iteration
-            state.best = net.to_tensors()
+            state.best = tensors
 
     def _end_at(self, cap: CapReached) -> dict[str, Any]:
         """Stop with what was learned so far; the last row of the curve.

@@ -1,6 +1,6 @@
 """The policy network as an RLlib module of the new API stack, and its learner.
 
-`RoutingModule` adds nothing to `PolicyNet`: what RLlib trains is what a snapshot serves.
+`RoutingModule` adds nothing to `TorchPolicyNet`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 
-from serve_app.router.policy.policy_net import PolicyNet
+from rl.ppo.torch_policy_net import TorchPolicyNet
 
 START_KL, START_KL_COEFF = "start_kl", "start_kl_coeff"
 _KL_COEFF = "kl_coeff"
 
 
 class RoutingModule(TorchRLModule, ValueFunctionAPI):
-    """`PolicyNet` for RLlib.
+    """`TorchPolicyNet` for RLlib.
 
-    `model_config` has under `start` the tensors that it starts with, as `PolicyNet.to_tensors`
+    `model_config` has under `start` the tensors that it starts with, as `TorchPolicyNet.to_tensors`
     gives them. The observation space is that of `rl.ppo.env.spaces_of`.
     """
 
     def setup(self) -> None:
         """Make the network; takes nothing from torch's global generator."""
-        self.net = PolicyNet.from_tensors(self.model_config["start"]).train()
+        self.net = TorchPolicyNet.from_tensors(self.model_config["start"]).train()
         # Not part of the module's own weights: it never changes, and is not to be sent anywhere.
-        self._start = (PolicyNet.from_tensors(self.model_config["start"]),)
+        self._start = (TorchPolicyNet.from_tensors(self.model_config["start"]),)
 
     def logits_at_start(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B, P + 2) those of the first weights."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from rl.evaluate.held_out import HeldOut
@@ -347,11 +346,9 @@ def _greedy(
     """(n,) the likeliest actions, and how likely they are."""
     size = len(observation["mask"])
     actions, chances = np.empty(size, np.intp), np.empty(size)
-    with torch.inference_mode():
-        for start in range(0, size, _BATCH):
-            part = slice(start, start + _BATCH)
-            tensors = {name: torch.from_numpy(array[part]) for name, array in observation.items()}
-            logits, _ = net(tensors)
-            most, best = logits.softmax(dim=1).max(dim=1)
-            actions[part], chances[part] = best.numpy(), most.numpy()
+    for start in range(0, size, _BATCH):
+        part = slice(start, start + _BATCH)
+        logits = net.logits({name: array[part] for name, array in observation.items()})
+        actions[part] = logits.argmax(axis=1)
+        chances[part] = 1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
     return actions, chances

@@ -28,8 +28,9 @@ from rl.ppo.rollout import Chooser, Greedy
 from rl.ppo.sampling import Augmentation, augmented
 from rl.ppo.table import ReplayTable
 from rl.ppo.teacher import Teacher
+from rl.ppo.torch_policy_net import WORTH_WEIGHT, TorchPolicyNet
 from serve_app.router.policy.features import NO_ANSWER
-from serve_app.router.policy.policy_net import WORTH_WEIGHT, PolicyNet
+from serve_app.router.policy.policy_net import PolicyNet
 
 RULE, ONE_STEP, IMITATION = "voi", "one step", "imitation"
 """Stages, and what they are called."""
@@ -46,7 +47,7 @@ class WarmStart:
     """The weights that PPO starts with."""
 
     tensors: Mapping[str, Float]
-    """See `PolicyNet.from_tensors`."""
+    """See `PolicyNet`."""
     stage: str
     """Which one they are of."""
     utilities: Mapping[str, float]
@@ -92,7 +93,7 @@ def warm_start(
     """
     net = _untrained(table, settings)
     best, stage = net.to_tensors(), RULE
-    utilities = {RULE: measure(Greedy(net))}
+    utilities = {RULE: measure(Greedy(PolicyNet(best)))}
     taught = table.judges is not None and table.judges.alone is not None
     stages: list[tuple[str, int, type[_Stage]]] = [(ONE_STEP, settings.warm_start.one_step, _Exact)]
     if taught and settings.env.max_steps > 1:
@@ -112,16 +113,17 @@ def warm_start(
             optimiser.step()
             tell(name, done + 1, num_updates)
         net.eval()
-        utilities[name] = measure(Greedy(net))
+        learnt = net.to_tensors()
+        utilities[name] = measure(Greedy(PolicyNet(learnt)))
         if utilities[name] > utilities[stage]:
-            best, stage = net.to_tensors(), name
+            best, stage = learnt, name
     return WarmStart(best, stage, utilities)
 
 
-def _untrained(table: ReplayTable, settings: TrainConfig) -> PolicyNet:
+def _untrained(table: ReplayTable, settings: TrainConfig) -> TorchPolicyNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return PolicyNet(table.embeddings.shape[1], **settings.net.model_dump())
+        return TorchPolicyNet(table.embeddings.shape[1], **settings.net.model_dump())
 
 
 class _Stage(ABC):
@@ -130,7 +132,7 @@ class _Stage(ABC):
     number: int
     """Tells the draws of one stage from those of another."""
 
-    def __init__(self, net: PolicyNet, table: ReplayTable, settings: TrainConfig) -> None:
+    def __init__(self, net: TorchPolicyNet, table: ReplayTable, settings: TrainConfig) -> None:
         self.net, self.table, self.settings = net, table, settings
         self.random = np.random.default_rng([settings.seed, self.number])
         self.episodes = Episodes(table, settings.warm_start.batch, settings.env)
@@ -179,7 +181,7 @@ class _Imitation(_Stage):
 
     number = 2
 
-    def __init__(self, net: PolicyNet, table: ReplayTable, settings: TrainConfig) -> None:
+    def __init__(self, net: TorchPolicyNet, table: ReplayTable, settings: TrainConfig) -> None:
         super().__init__(net, table, settings)
         self._teacher = Teacher(table)
         self.episodes.reset()

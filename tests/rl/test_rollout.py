@@ -36,6 +36,7 @@ from rl.ppo.rollout import (
     run_once,
 )
 from rl.ppo.table import ReplayTable
+from rl.ppo.torch_policy_net import TorchPolicyNet
 from serve_app.errors import ConfigError
 from serve_app.router.policy.features import NO_ANSWER
 from serve_app.router.policy.policy_net import PolicyNet
@@ -58,11 +59,11 @@ def best_untried(answer: float = -10.0) -> PolicyNet:
     return LearnedRule(with_policy(answer=answer)).net
 
 
-def random_net(seed: int) -> PolicyNet:
-    """Does what its drawn weights say: something else in every state."""
+def random_weights(seed: int) -> dict[str, NDArray[np.float32]]:
+    """Of a network that does something else in every state."""
     rng = np.random.default_rng(seed)
-    net = PolicyNet(16, width=8, num_heads=2, num_layers=1)
-    tensors = {
+    net = TorchPolicyNet(16, width=8, num_heads=2, num_layers=1)
+    return {
         name: (0.5 * rng.standard_normal(tensor.shape)).astype(np.float32)
         if name not in ("num_heads", "worth_weight")
         else 0 * tensor
@@ -70,7 +71,6 @@ def random_net(seed: int) -> PolicyNet:
         else tensor
         for name, tensor in net.to_tensors().items()
     }
-    return PolicyNet.from_tensors(tensors)
 
 
 def held_out_table() -> ReplayTable:
@@ -123,11 +123,11 @@ def served(
 @pytest.mark.parametrize("max_steps", [1, 3])
 def test_a_replayed_request_runs_what_the_served_one_runs(alpha: float, max_steps: int) -> None:
     snapshot = with_policy(replace(make_snapshot(), distance_quantiles=WIDE), threshold=2.0)
-    net = random_net(seed=6)  # takes one step, two or three
-    tensors = net.to_tensors() | {"gate.threshold": np.array([2.0], np.float32)}
+    weights = random_weights(seed=6)  # takes one step, two or three
+    tensors = weights | {"gate.threshold": np.array([2.0], np.float32)}
     rule = LearnedRule(replace(snapshot, policy=tensors))
     table = with_rule(held_out_table(), rule.clusters)
-    replayed = roll_out(Greedy(net), table, alpha, max_steps=max_steps)
+    replayed = roll_out(Greedy(PolicyNet(weights)), table, alpha, max_steps=max_steps)
     lengths = set()
     for query in range(30):
         ran, _ = served(rule, table, query, alpha, max_steps)

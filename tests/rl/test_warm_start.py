@@ -16,6 +16,7 @@ from rl.ppo.randomise import EnvSettings
 from rl.ppo.rollout import Chooser, Greedy, roll_out
 from rl.ppo.table import ReplayTable
 from rl.ppo.teacher import Teacher
+from rl.ppo.torch_policy_net import TorchPolicyNet
 from rl.ppo.verifier import VerifierSettings, with_judges
 from rl.ppo.warm_start import (
     IMITATION,
@@ -93,7 +94,7 @@ def test_what_does_worse_on_the_questions_apart_is_not_started_from(
 def test_imitation_comes_near_to_the_teacher(tables: tuple[ReplayTable, ReplayTable]) -> None:
     rest, _ = tables
     config = settings(imitation=80)
-    net = PolicyNet(rest.embeddings.shape[1], width=16, num_heads=2)
+    net = TorchPolicyNet(rest.embeddings.shape[1], width=16, num_heads=2)
     stage = _Imitation(net, rest, config)
     optimiser = torch.optim.Adam(net.parameters(), 3e-3)
     losses = []
@@ -174,11 +175,11 @@ def test_a_table_without_chances_has_no_teacher() -> None:
 
 def test_chances_decide_which_answer_an_episode_returns() -> None:
     table = judged(200)
-    net = Greedy(_net(table))
+    net = Greedy(PolicyNet(_net(table).to_tensors()))
     requests = roll_out(net, table, 0.0, max_steps=3)
     once = roll_out(net, table, 0.0, max_steps=1)
     assert requests.score.mean() > once.score.mean()
 
 
-def _net(table: ReplayTable) -> PolicyNet:
-    return PolicyNet(table.embeddings.shape[1], width=16, num_heads=2, num_layers=1).eval()
+def _net(table: ReplayTable) -> TorchPolicyNet:
+    return TorchPolicyNet(table.embeddings.shape[1], width=16, num_heads=2, num_layers=1).eval()

@@ -145,10 +145,11 @@ def encode(states: States) -> dict[str, NDArray[np.float32]]:
     cost = normalised(states.costs_usd, states.log_cost_range[:, None, :])
     spent = normalised(states.spent_usd, states.log_cost_range)
     has_logprob = answers & np.isfinite(states.logprob)
-    logprob = np.where(has_logprob, np.nan_to_num(states.logprob), 0.0).clip(_LEAST_LOGPROB, 0.0)
+    logprob = np.where(has_logprob, states.logprob, 0.0).clip(_LEAST_LOGPROB, 0.0)
     certainty = np.where(has_logprob, np.exp(logprob), 0.0)
     is_last = np.arange(shape[1]) == states.last[:, None]
-    chance = np.where(answers, np.nan_to_num(states.chance), 0.0)
+    has_chance = answers & np.isfinite(states.chance)
+    chance = np.where(has_chance, states.chance, 0.0)
     worth = worth_of(states, legal)
     columns = (
         cost,
@@ -170,39 +171,39 @@ def encode(states: States) -> dict[str, NDArray[np.float32]]:
         is_last,
         legal[:, : shape[1]],
         states.decided,
-        answers & np.isfinite(states.chance),
+        has_chance,
         chance,
         states.rise,
         worth[:, : shape[1]].clip(-1.0, 1.0),
     )
-    descriptors = np.broadcast_to(states.descriptors, (*shape, DESCRIPTOR_DIM))
-    numbers = np.stack([np.asarray(column, np.float32) for column in columns], axis=2)
-    candidates = np.concatenate([descriptors, numbers], axis=2, dtype=np.float32)
+    candidates = np.empty((*shape, NUM_FEATURES), np.float32)
+    candidates[:, :, :DESCRIPTOR_DIM] = states.descriptors
+    for place, column in enumerate(columns, DESCRIPTOR_DIM):
+        candidates[:, :, place] = column
     candidates *= states.present[:, :, None]
-    context = np.stack(
-        [
-            states.alpha,
-            trade(states.alpha),
-            states.steps_left / MAX_STEPS,
-            states.steps_left <= 1,
-            np.isfinite(states.usd_left),
-            _log_room(states.usd_left, np.exp(states.log_cost_range[:, 1])),
-            np.isfinite(states.seconds_left),
-            _log_room(states.seconds_left, np.full(shape[0], 10.0)),
-            states.distance_quantile,
-            states.confidence,
-            num_answers / MAX_STEPS,
-            np.where(num_answers > 1, np.where(answers, states.agreement, 0.0).max(axis=1), 0.0),
-            certainty.max(axis=1),
-            np.where(states.spent_usd > 0, np.minimum(spent, _MOST_SPENT), 0.0),
-            states.thought,
-            states.can_think,
-            np.log10(np.maximum(states.present.sum(axis=1), 1)) / 2,
-            chance.max(axis=1),
-        ],
-        axis=1,
-        dtype=np.float32,
+    numbers = (
+        states.alpha,
+        trade(states.alpha),
+        states.steps_left / MAX_STEPS,
+        states.steps_left <= 1,
+        np.isfinite(states.usd_left),
+        _log_room(states.usd_left, np.exp(states.log_cost_range[:, 1])),
+        np.isfinite(states.seconds_left),
+        _log_room(states.seconds_left, np.full(shape[0], 10.0)),
+        states.distance_quantile,
+        states.confidence,
+        num_answers / MAX_STEPS,
+        np.where(num_answers > 1, np.where(answers, states.agreement, 0.0).max(axis=1), 0.0),
+        certainty.max(axis=1),
+        np.where(states.spent_usd > 0, np.minimum(spent, _MOST_SPENT), 0.0),
+        states.thought,
+        states.can_think,
+        np.log10(np.maximum(states.present.sum(axis=1), 1)) / 2,
+        chance.max(axis=1),
     )
+    context = np.empty((shape[0], NUM_CONTEXT), np.float32)
+    for place, number in enumerate(numbers):
+        context[:, place] = number
     return {
         "query": states.embedding.astype(np.float32, copy=False),
         "answer": states.last_answer.astype(np.float32, copy=False),

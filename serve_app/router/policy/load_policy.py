@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from serve_app.errors import SnapshotError
@@ -24,16 +23,14 @@ def load_policy(snapshot: RouterSnapshot) -> tuple[float, PolicyNet]:
     threshold = tensors.pop(GATE_THRESHOLD, None)
     if threshold is None or threshold.shape != (1,) or not np.isfinite(threshold).all():
         raise SnapshotError(f"the policy's {GATE_THRESHOLD!r} must be one finite number")
-    net = PolicyNet.from_tensors(tensors)
-    net.eval()
+    net = PolicyNet(tensors)
     try:
-        with torch.inference_mode():
-            logits, _ = net({n: torch.from_numpy(a) for n, a in _blank(snapshot.dim).items()})
-    except (RuntimeError, ValueError) as error:
+        logits = net.logits(_blank(snapshot.dim))
+    except ValueError as error:
         raise SnapshotError(
             f"the policy does not take embeddings of {snapshot.dim} numbers"
         ) from error
-    if not torch.isfinite(logits).all():
+    if not np.isfinite(logits).all():
         raise SnapshotError("the policy's outputs are not finite")
     return float(threshold[0]), net
 

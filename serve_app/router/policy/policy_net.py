@@ -1,41 +1,40 @@
-"""PolicyNet: the network of path 2.
+"""PolicyNet: the network of path 2, as it serves.
 
-In come the arrays of `router.policy.features`, out go a logit per action and the value of the
-state. Each pair is a token of a set. Nothing depends on which pairs there are, how many, or in
-which order, so a pair added after training has a logit like any other. Training and serving run
-this same class.
+In come the arrays of `router.policy.features`, out goes a logit per action. Each pair is a token of
+a set. Nothing depends on which pairs there are, how many, or in which order, so a pair added after
+training has a logit like any other. `rl.ppo.torch_policy_net` is the same network while it learns;
+a test holds one against the other. This one needs NumPy alone: a decision on 20 candidates takes a
+fraction of what the many small calls of a deep-learning library take, and a router loads none.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from serve_app.errors import SnapshotError
 from serve_app.router.policy.features import DESCRIPTOR_DIM, NUM_CONTEXT, NUM_FEATURES
 
+Float = NDArray[np.float32]
+Tensors = Mapping[str, NDArray[np.floating]]
+
 ILLEGAL_LOGIT = -1e9
 """Of an action that may not be taken; its probability is exactly 0."""
-
-_NUM_SLOTS = 2
-_HEADS_KEY = "num_heads"
-_WORTH_WEIGHT = "worth_weight"
-WORTH_WEIGHT = 30.0
-"""Logits that one point of utility is worth: of two actions 0.05 apart the better one is taken 4
-times as often, where actions are drawn."""
-_EARLIER_FEATURES, _EARLIER_CONTEXT = DESCRIPTOR_DIM + 18, 17
-"""Of networks from before there was a verifier."""
-_LOGIT_REACH = 20.0
+NUM_SLOTS = 2
+HEADS_KEY = "num_heads"
+WORTH_WEIGHT_KEY = "worth_weight"
+LOGIT_REACH = 20.0
 """What is learned stays within this of 0: no legal action's probability underflows to 0 in
 float32."""
+NORM_EPSILON = 1e-5
+_EARLIER_FEATURES, _EARLIER_CONTEXT = DESCRIPTOR_DIM + 18, 17
+"""Of networks from before there was a verifier."""
 
 
-class PolicyNet(nn.Module):
+class PolicyNet:
     """Scores a set of candidates, and `think` and `answer` beside them.
 
     A shared encoder makes each candidate a token, with the query, the last answer and the context
@@ -43,136 +42,184 @@ class PolicyNet(nn.Module):
     other (the inducing points of the Set Transformer, Lee et al., 2019), and every token then takes
     in what they saw: linear in the number of candidates, which is what makes it fast. The first two
     slots are `think` and `answer`. A pointer head (Vinyals et al., 2015) turns tokens and slots
-    into their actions' logits; the slots together become the value.
+    into their actions' logits.
 
     The logits are a residual: what the rule `voi` says an action is worth is added to them, and
     they are 0 before anything is learned. So an untrained network decides as that rule.
     """
 
-    worth_weight: Tensor
-
-    def __init__(self, dim: int, width: int = 64, num_heads: int = 4, num_layers: int = 2) -> None:
-        """Draw weights from torch's global generator; the logits start as those of the rule `voi`.
+    def __init__(self, tensors: Tensors) -> None:
+        """Lay the weights out for inference.
 
         Args:
-            dim: Of the embeddings of queries and answers.
-            width: Of the tokens.
-            num_heads: Of the attention; divides the width.
-            num_layers: Rounds of attention, at least 1.
-
-        Raises:
-            ValueError: If a number is out of range.
-        """
-        super().__init__()
-        if min(dim, width, num_heads, num_layers) < 1 or width % num_heads:
-            raise ValueError(
-                f"dim {dim}, width {width}, num_heads {num_heads} and num_layers {num_layers} do "
-                "not make a network: each is at least 1, and num_heads divides the width"
-            )
-        self.num_heads = num_heads
-        self.query = nn.Linear(dim, width)
-        self.answer = nn.Linear(dim, width, bias=False)
-        self.context = nn.Linear(NUM_CONTEXT, width, bias=False)
-        self.to_tokens = nn.Linear(width, width)
-        self.to_slots = nn.Linear(width, _NUM_SLOTS * width)
-        self.candidate = nn.Linear(NUM_FEATURES, width, bias=False)
-        self.layers = nn.ModuleList(_Round(width, num_heads) for _ in range(num_layers))
-        self.candidate_logit = nn.Linear(width, 1)
-        self.slot_logits = nn.Linear(_NUM_SLOTS * width, 2)
-        self.critic = nn.Linear(_NUM_SLOTS * width, width)
-        self.value = nn.Linear(width, 1)
-        self.register_buffer(_WORTH_WEIGHT, torch.tensor([WORTH_WEIGHT]))
-        for head in (self.candidate_logit, self.slot_logits):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-        # What training never shows stays without a say in serving.
-        with torch.no_grad():
-            for weight in (
-                self.query.weight,
-                self.answer.weight,
-                self.candidate.weight[:, :DESCRIPTOR_DIM],
-            ):
-                weight.zero_()
-
-    def forward(self, observation: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Score a batch of states.
-
-        Args:
-            observation: As `features.encode` makes it, as float32 tensors: `query` and `answer`
-                (B, dim), `context` (B, NUM_CONTEXT), `candidates` (B, P, NUM_FEATURES), `worth`
-                and `mask` (B, P + 2). A candidate whose row is zero is not there.
-
-        Returns:
-            Logits (B, P + 2), `ILLEGAL_LOGIT` where the mask is 0, and values (B,).
-        """
-        candidates, mask = observation["candidates"], observation["mask"]
-        size = len(candidates)
-        request = torch.relu(
-            self.query(observation["query"])
-            + self.answer(observation["answer"])
-            + self.context(observation["context"])
-        )
-        slots = self.to_slots(request).view(size, _NUM_SLOTS, -1)
-        tokens = torch.relu(self.candidate(candidates) + self.to_tokens(request)[:, None, :])
-        absent = (candidates == 0).all(dim=2)
-        for layer in self.layers:
-            tokens, slots = layer(tokens, slots, absent)
-        seen = slots.reshape(size, -1)
-        logits = torch.cat([self.candidate_logit(tokens)[:, :, 0], self.slot_logits(seen)], dim=1)
-        logits = _LOGIT_REACH * torch.tanh(logits / _LOGIT_REACH)
-        logits = logits + self.worth_weight * observation["worth"]
-        values = self.value(torch.relu(self.critic(seen)))[:, 0]
-        return logits.masked_fill(mask == 0, ILLEGAL_LOGIT), values
-
-    def to_tensors(self) -> dict[str, NDArray[np.float32]]:
-        """The weights by name, as a snapshot keeps them; copies."""
-        tensors = {
-            name: tensor.detach().cpu().numpy().astype(np.float32, copy=True)
-            for name, tensor in self.state_dict().items()
-        }
-        return tensors | {_HEADS_KEY: np.array([self.num_heads], np.float32)}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, NDArray[np.floating]]) -> PolicyNet:
-        """The network that `to_tensors` gave, in evaluation mode.
-
-        One from before there was a residual, which had fewer features, decides as it did.
+            tensors: As `TorchPolicyNet.to_tensors` gives them. Those of a network from before there
+                was a residual, which had fewer features, decide as they did.
 
         Raises:
             SnapshotError: If a tensor is missing, unknown, of a wrong shape, or not finite.
         """
-        tensors = _completed(tensors)
-        try:
-            dim, width = tensors["query.weight"].shape[::-1]
-            (num_heads,) = (int(number) for number in tensors[_HEADS_KEY])
-            layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
-            # Its first weights are of no use, and must cost the caller none of its random numbers.
-            with torch.random.fork_rng(devices=[]):
-                net = cls(dim, width, num_heads, len(layers))
-        except (KeyError, ValueError, OverflowError) as error:
-            raise SnapshotError(f"these are no weights of a policy: {error}") from error
-        wanted = net.state_dict()
-        if tensors.keys() != wanted.keys() | {_HEADS_KEY}:
-            different = sorted(tensors.keys() ^ (wanted.keys() | {_HEADS_KEY}))
-            raise SnapshotError(f"the policy lacks or has too many of the tensors {different}")
-        for name, tensor in wanted.items():
-            given = tensors[name]
-            if given.shape != tuple(tensor.shape):
-                raise SnapshotError(
-                    f"the policy's {name} has shape {given.shape}, expected {tuple(tensor.shape)}"
-                )
-            if not np.isfinite(given).all():
-                raise SnapshotError(f"the policy's {name} holds a value that is not finite")
-        net.load_state_dict(
-            {name: torch.tensor(tensors[name], dtype=torch.float32) for name in wanted}
+        weights = checked(tensors)
+        of = {name: np.asarray(array, np.float32) for name, array in weights.tensors.items()}
+        self._query, self._answer, self._context = (
+            of[f"{name}.weight"].T for name in ("query", "answer", "context")
         )
-        return net.eval()
+        self._request_bias = of["query.bias"]
+        # Slots and what every token takes of the request are one product.
+        self._spread = np.concatenate([of["to_slots.weight"], of["to_tokens.weight"]]).T
+        self._spread_bias = np.concatenate([of["to_slots.bias"], of["to_tokens.bias"]])
+        self._candidate = of["candidate.weight"].T
+        self._rounds = [
+            _Round({n.removeprefix(f"layers.{i}."): a for n, a in of.items()}, weights.num_heads)
+            for i in range(weights.num_layers)
+        ]
+        self._pair_logit, self._pair_bias = (
+            of["candidate_logit.weight"][0],
+            of["candidate_logit.bias"],
+        )
+        self._slot_logits, self._slot_bias = of["slot_logits.weight"].T, of["slot_logits.bias"]
+        self._worth_weight = of[WORTH_WEIGHT_KEY]
+        self._width = weights.width
+
+    def logits(self, observation: Mapping[str, Float]) -> Float:
+        """(B, P + 2) a logit per action, `ILLEGAL_LOGIT` where the mask is 0.
+
+        Args:
+            observation: As `features.encode` makes it: `query` and `answer` (B, dim), `context`
+                (B, NUM_CONTEXT), `candidates` (B, P, NUM_FEATURES), `worth` and `mask` (B, P + 2).
+                A candidate whose row is zero is not there.
+
+        Raises:
+            ValueError: If the shapes do not fit the weights.
+        """
+        candidates = observation["candidates"]
+        size = len(candidates)
+        request = observation["query"] @ self._query + self._request_bias
+        request += observation["answer"] @ self._answer
+        request += observation["context"] @ self._context
+        np.maximum(request, 0.0, out=request)
+        spread = request @ self._spread + self._spread_bias
+        slots = spread[:, : NUM_SLOTS * self._width].reshape(size, NUM_SLOTS, self._width)
+        tokens = _times(candidates, self._candidate)
+        tokens += spread[:, None, NUM_SLOTS * self._width :]
+        np.maximum(tokens, 0.0, out=tokens)
+        absent = ~candidates.any(axis=2)
+        hidden = np.where(absent, np.float32(ILLEGAL_LOGIT), np.float32(0.0))[:, None, :]
+        for attention in self._rounds:
+            tokens, slots = attention(tokens, slots, hidden)
+        learned = np.concatenate(
+            [
+                tokens @ self._pair_logit + self._pair_bias,
+                slots.reshape(size, -1) @ self._slot_logits + self._slot_bias,
+            ],
+            axis=1,
+        )
+        learned = np.float32(LOGIT_REACH) * np.tanh(learned / np.float32(LOGIT_REACH))
+        learned += self._worth_weight * observation["worth"]
+        logits: Float = np.where(observation["mask"] == 0, np.float32(ILLEGAL_LOGIT), learned)
+        return logits
 
 
-def _completed(tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, NDArray[np.floating]]:
-    """The tensors of an earlier network with a zero for each feature that it did not have."""
+class _Round:
+    """The slots look at all tokens; every token takes in what they saw.
+
+    A head's keys and values are linear in the tokens, so the slots' side of the product carries
+    their weights: there are two slots and many tokens. The weights of asking and of the keys, and
+    those of the values and of taking them in, are multiplied beforehand.
+    """
+
+    def __init__(self, of: Mapping[str, Float], num_heads: int) -> None:
+        keys, values = of["keys"], of["values"]
+        part, width = keys.shape[1:]
+        asked = of["asked.weight"].reshape(num_heads, part, width)
+        ask = asked.transpose(0, 2, 1) @ keys / np.float32(np.sqrt(part))  # (heads, width, width)
+        wide = ask.transpose(1, 0, 2).reshape(width, num_heads * width)
+        self._ask = of["norm.weight"][:, None] * wide
+        self._ask_bias = of["norm.bias"] @ wide
+        seen = of["seen.weight"].T.reshape(num_heads, part, width)
+        self._take = (values @ seen).reshape(num_heads * width, width)
+        self._take_bias = of["seen.bias"]
+        self._widen, self._widen_bias = of["widen.weight"].T, of["widen.bias"]
+        self._narrow, self._narrow_bias = of["narrow.weight"].T, of["narrow.bias"]
+        self._told, self._told_bias = of["told.weight"].T, of["told.bias"]
+        self._token = of["token.weight"].T
+
+    def __call__(self, tokens: Float, slots: Float, hidden: Float) -> tuple[Float, Float]:
+        """Take (B, P, width) tokens, (B, 2, width) slots, and (B, 1, P) what to add to scores."""
+        size, _, width = tokens.shape
+        apart = slots - slots.sum(axis=2, keepdims=True) / np.float32(width)
+        varied = np.square(apart).sum(axis=2, keepdims=True) / np.float32(width)
+        apart /= np.sqrt(varied + np.float32(NORM_EPSILON))
+        asked = (apart @ self._ask + self._ask_bias).reshape(size, -1, width)
+        scores = asked @ tokens.transpose(0, 2, 1)
+        scores += hidden
+        scores -= scores.max(axis=2, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(axis=2, keepdims=True)
+        read = (scores @ tokens).reshape(size, NUM_SLOTS, -1)
+        flat: Float = (slots + (read @ self._take + self._take_bias)).reshape(size, -1)
+        mixed = flat @ self._widen + self._widen_bias
+        np.maximum(mixed, 0.0, out=mixed)
+        flat += mixed @ self._narrow + self._narrow_bias
+        told = flat @ self._told + self._told_bias
+        added = _times(tokens, self._token)
+        added += told[:, None, :]
+        np.maximum(added, 0.0, out=added)
+        added += tokens
+        return added, flat.reshape(size, NUM_SLOTS, width)
+
+
+def _times(tokens: Float, weight: Float) -> Float:
+    """(B, P, width) tokens by one matrix, as one product and not one for each request."""
+    size, num_tokens, width = tokens.shape
+    product: Float = tokens.reshape(size * num_tokens, width) @ weight
+    return product.reshape(size, num_tokens, -1)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a policy, and the sizes that they show."""
+
+    dim: int
+    width: int
+    num_heads: int
+    num_layers: int
+    tensors: Mapping[str, NDArray[np.floating]]
+    """By name, without the number of heads."""
+
+
+def checked(tensors: Tensors) -> Weights:
+    """The weights, with a zero for each feature that an earlier network did not have.
+
+    Raises:
+        SnapshotError: If a tensor is missing, unknown, of a wrong shape, or not finite.
+    """
+    whole = _completed(tensors)
+    try:
+        dim, width = whole["query.weight"].shape[::-1]
+        (num_heads,) = (int(number) for number in whole[HEADS_KEY])
+        if min(dim, width, num_heads) < 1 or width % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide the width {width}")
+    except (KeyError, ValueError, OverflowError) as error:
+        raise SnapshotError(f"these are no weights of a policy: {error}") from error
+    num_layers = len({name.split(".")[1] for name in whole if name.startswith("layers.")})
+    wanted = _shapes(dim, width, num_heads, max(num_layers, 1))
+    del whole[HEADS_KEY]
+    if whole.keys() != wanted.keys():
+        different = sorted(whole.keys() ^ wanted.keys())
+        raise SnapshotError(f"the policy lacks or has too many of the tensors {different}")
+    for name, shape in wanted.items():
+        if whole[name].shape != shape:
+            raise SnapshotError(
+                f"the policy's {name} has shape {whole[name].shape}, expected {shape}"
+            )
+        if not np.isfinite(whole[name]).all():
+            raise SnapshotError(f"the policy's {name} holds a value that is not finite")
+    return Weights(dim, width, num_heads, num_layers, whole)
+
+
+def _completed(tensors: Tensors) -> dict[str, NDArray[np.floating]]:
     whole = dict(tensors)
-    whole.setdefault(_WORTH_WEIGHT, np.zeros(1, np.float32))
+    whole.setdefault(WORTH_WEIGHT_KEY, np.zeros(1, np.float32))
     for name, before, now in (
         ("candidate.weight", _EARLIER_FEATURES, NUM_FEATURES),
         ("context.weight", _EARLIER_CONTEXT, NUM_CONTEXT),
@@ -182,40 +229,34 @@ def _completed(tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, NDArray
     return whole
 
 
-class _Round(nn.Module):
-    """The slots look at all tokens; every token takes in what they saw.
+def _shapes(dim: int, width: int, num_heads: int, num_layers: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a network of these sizes."""
+    slots, part = NUM_SLOTS * width, width // num_heads
+    shapes: dict[str, tuple[int, ...]] = {WORTH_WEIGHT_KEY: (1,)}
 
-    A head's keys and values are linear in the tokens, so the slots' side of the product carries
-    their weights: there are two slots and many tokens.
-    """
+    def linear(name: str, inputs: int, outputs: int, bias: bool = True) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs)
+        if bias:
+            shapes[f"{name}.bias"] = (outputs,)
 
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self._num_heads = num_heads
-        part = width // num_heads
-        self.norm = nn.LayerNorm(width)
-        self.asked = nn.Linear(width, width, bias=False)
-        self.keys = nn.Parameter(torch.randn(num_heads, part, width) / math.sqrt(width))
-        self.values = nn.Parameter(torch.randn(num_heads, width, part) / math.sqrt(width))
-        self.seen = nn.Linear(width, width)
-        self.widen = nn.Linear(_NUM_SLOTS * width, 2 * width)
-        self.narrow = nn.Linear(2 * width, _NUM_SLOTS * width)
-        self.told = nn.Linear(_NUM_SLOTS * width, width)
-        self.token = nn.Linear(width, width, bias=False)
-
-    def forward(self, tokens: Tensor, slots: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
-        """Take (B, P, width) tokens, (B, 2, width) slots, and (B, P) which tokens are not there."""
-        size, _, width = tokens.shape
-        # Of one head after another, because a head has weights of its own: (heads, B * 2, part).
-        asked = self.asked(self.norm(slots)).view(2 * size, self._num_heads, -1).transpose(0, 1)
-        keyed = (asked @ self.keys).view(self._num_heads, size, 2, width).permute(1, 0, 2, 3)
-        keyed = keyed.reshape(size, -1, width) / math.sqrt(width // self._num_heads)
-        scores = keyed @ tokens.transpose(1, 2)
-        weights = scores.masked_fill(absent[:, None, :], ILLEGAL_LOGIT).softmax(dim=2)
-        read = (weights @ tokens).view(size, self._num_heads, 2, width).transpose(0, 1)
-        read = read.reshape(self._num_heads, 2 * size, width) @ self.values
-        slots = slots + self.seen(read.transpose(0, 1).reshape(size, 2, width))
-        mixed = self.narrow(torch.relu(self.widen(slots.reshape(size, -1))))
-        slots = slots + mixed.view_as(slots)
-        told = self.told(slots.reshape(size, -1))
-        return tokens + torch.relu(self.token(tokens) + told[:, None, :]), slots
+    linear("query", dim, width)
+    linear("answer", dim, width, bias=False)
+    linear("context", NUM_CONTEXT, width, bias=False)
+    linear("to_tokens", width, width)
+    linear("to_slots", width, slots)
+    linear("candidate", NUM_FEATURES, width, bias=False)
+    linear("candidate_logit", width, 1)
+    linear("slot_logits", slots, 2)
+    linear("critic", slots, width)
+    linear("value", width, 1)
+    for layer in (f"layers.{number}" for number in range(num_layers)):
+        shapes[f"{layer}.norm.weight"] = shapes[f"{layer}.norm.bias"] = (width,)
+        shapes[f"{layer}.keys"] = (num_heads, part, width)
+        shapes[f"{layer}.values"] = (num_heads, width, part)
+        linear(f"{layer}.asked", width, width, bias=False)
+        linear(f"{layer}.seen", width, width)
+        linear(f"{layer}.widen", slots, 2 * width)
+        linear(f"{layer}.narrow", 2 * width, slots)
+        linear(f"{layer}.told", slots, width)
+        linear(f"{layer}.token", width, width, bias=False)
+    return shapes

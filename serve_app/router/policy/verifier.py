@@ -122,8 +122,8 @@ class Verifier:
         except KeyError as error:
             raise SnapshotError(f"the verifier lacks {error}") from None
         self._check(num_pairs)
-        self._trees = np.arange(len(self._feature))
         self._depth = self._depth_of()
+        self._roots, self._children = self._flat_nodes()
 
     def chances(self, answers: Answers) -> NDArray[np.float64]:
         """(n,) calibrated chances in [0, 1] that the answers are right."""
@@ -145,19 +145,13 @@ class Verifier:
     def raw(self, features: Float) -> NDArray[np.float64]:
         """(n,) log-odds before the calibration."""
         rows = np.arange(len(features))[:, None]
-        node = np.zeros((len(features), len(self._trees)), np.intp)
+        node = np.broadcast_to(self._roots, (len(features), len(self._roots)))
         for _ in range(self._depth):
-            feature = self._feature[self._trees, node]
-            value = features[rows, np.maximum(feature, 0)]
-            goes_left = np.where(
-                np.isnan(value),
-                self._nan_left[self._trees, node],
-                value <= self._threshold[self._trees, node],
-            )
-            below = np.where(goes_left, self._left[self._trees, node],
-                             self._right[self._trees, node])  # fmt: skip
-            node = np.where(feature < 0, node, below)
-        summed = self._value[self._trees, node].sum(axis=1, dtype=np.float64)
+            value = features[rows, self._feature.take(node)]
+            goes_left = value <= self._threshold.take(node)  # nothing that is not known does
+            goes_left |= np.isnan(value) & self._nan_left.take(node)
+            node = self._children.take(2 * node + goes_left)
+        summed = self._value.take(node).sum(axis=1, dtype=np.float64)
         return np.asarray(summed + float(self._base[0]), np.float64)
 
     def calibrated(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -205,6 +199,18 @@ class Verifier:
             for children in (self._left, self._right):
                 depth[inner, children[inner, node]] = depth[inner, node] + 1
         return int(depth.max())
+
+    def _flat_nodes(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """The trees' roots, and of each node those to the right and to the left.
+
+        Places in all trees laid end to end; a leaf leads to itself.
+        """
+        num_trees, num_nodes = self._feature.shape
+        roots = num_nodes * np.arange(num_trees)
+        own = np.arange(num_nodes)
+        children = np.stack([self._right, self._left], axis=2)
+        children = np.where((self._feature < 0)[:, :, None], own[:, None], children)
+        return roots, (children + roots[:, None, None]).ravel()
 
 
 def features_of(answers: Answers, among: Float, centre: Float, width: Float) -> Float:
@@ -268,8 +274,10 @@ def beliefs_of(
         inside: Whether the query is like the profiled ones.
     """
     columns = (quality, spread, overall, outside, similarity, quality - best, distance_quantile)
-    wide = [np.broadcast_to(np.asarray(of, np.float32), quality.shape) for of in (*columns, inside)]
-    return np.stack(wide, axis=-1)
+    beliefs = np.empty((*quality.shape, len(BELIEFS)), np.float32)
+    for place, column in enumerate((*columns, inside)):
+        beliefs[..., place] = column
+    return beliefs
 
 
 def among_of(answers: Answers) -> Float:

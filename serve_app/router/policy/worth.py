@@ -44,7 +44,8 @@ def prospects(outlook: Float, quality: Float, best: Float) -> Float:
     low = np.minimum(place.astype(np.intp), max(levels - 2, 0))
     high = np.minimum(low + 1, levels - 1)
     share = place - low
-    of_low, of_high = (np.take_along_axis(rises, level, axis=1) for level in (low, high))
+    row = np.arange(len(rises))[:, None]
+    of_low, of_high = rises[row, low], rises[row, high]
     expected: Float = ((1 - share) * of_low + share * of_high).astype(np.float32)
     return expected
 

@@ -1,17 +1,15 @@
 """LearnedRule: path 1 where the gate is sure, and the learned multi-step policy elsewhere.
 
 In come requests, new or under way, out go decisions: run a pair, think, or answer with the best so
-far. What the policy reads is built by `router.policy.features`, in training and here. Torch is
-imported with this module, so only where a policy is loaded.
+far. What the policy reads is built by `router.policy.features`, in training and here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate
@@ -155,7 +153,7 @@ class LearnedRule:
         ]
         states = self._states.of(requests, batch, beliefs, columns, chances)
         observation = encode(states)
-        logits = self._forward(observation)
+        logits = self._net.logits(observation)
         legal = observation["mask"] > 0
         return [
             self._decision(
@@ -171,15 +169,6 @@ class LearnedRule:
             )
             for row, request in enumerate(requests)
         ]
-
-    def _forward(self, observation: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-        """(B, P + 2) logits."""
-        with torch.inference_mode():
-            logits, _ = self._net(
-                {name: torch.from_numpy(array) for name, array in observation.items()}
-            )
-            array: NDArray[np.float32] = logits.numpy()
-        return array
 
     def _decision(
         self,
@@ -271,8 +260,3 @@ class LearnedRule:
         mixed = (1 - self._epsilon) * chances + self._epsilon * legal / legal.sum()
         taken = int(self._random.choice(len(mixed), p=mixed / mixed.sum()))
         return taken, chances, float(mixed[taken])
-
-
-def use_one_thread() -> None:
-    """Let this process's networks run on the calling thread alone: replicas are what scales."""
-    torch.set_num_threads(1)

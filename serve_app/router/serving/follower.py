@@ -393,10 +393,6 @@ class PolicyFollower:
         if policy.snapshot_id is None:
             return Serving(policy, self._cards.cold_start)
         snapshot = self._library.load(policy.snapshot_id, policy.policy_version)
-        if snapshot.policy:
-            from serve_app.router.rules.policy_rule import use_one_thread
-
-            use_one_thread()
         rule = build_rule(snapshot, self._cards, settings)
         return Serving(policy, rule, self._look(snapshot, rule))
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from rl.ppo.torch_policy_net import TorchPolicyNet
 from serve_app.errors import NoCandidate, SnapshotError
-from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.base import Batch, RoutingRequest
 from serve_app.router.rules.beliefs import Prior
 from serve_app.router.rules.policy_rule import LearnedRule
@@ -252,9 +252,10 @@ def test_a_policy_for_another_encoder_is_refused() -> None:
         LearnedRule(replace(make_snapshot(), policy=make_policy(dim=DIM + 1)))
 
 
-def test_serving_without_a_policy_loads_no_torch() -> None:
+def test_routing_by_a_policy_loads_no_torch() -> None:
     code = (
-        "import sys, serve_app.config, serve_app.router.deployment, serve_app.gateway.deployment;"
+        "import sys, serve_app.config, serve_app.router.deployment, serve_app.gateway.deployment,"
+        "serve_app.router.rules.policy_rule;"
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -274,7 +275,7 @@ def verified(pair: Pair, logprob: float, key: str | None) -> Seen:
 
 
 def untrained(dim: int = DIM) -> dict[str, NDArray[np.float32]]:
-    tensors = PolicyNet(dim, width=8, num_heads=2, num_layers=1).to_tensors()
+    tensors = TorchPolicyNet(dim, width=8, num_heads=2, num_layers=1).to_tensors()
     return tensors | {GATE_THRESHOLD: np.array([ALWAYS_POLICY], np.float32)}
 
 
