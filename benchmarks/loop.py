@@ -43,9 +43,14 @@ class Result:
 
 
 async def ask_each(
-    url: str, model: str, questions: Sequence[Question], options: dict[str, Any] | None = None
+    url: str,
+    model: str,
+    questions: Sequence[Question],
+    options: dict[str, Any] | None = None,
+    *,
+    temperature: float = 0.0,
 ) -> list[tuple[float, dict[str, Any]]]:
-    """Ask every question once, greedily; its score, and the answer's `atlas` object.
+    """Ask every question once; its score, and the answer's `atlas` object.
 
     A request that fails scores 0, with an empty object.
 
@@ -54,6 +59,7 @@ async def ask_each(
         model: Who is asked.
         questions: What is asked.
         options: The request's `atlas` object.
+        temperature: Of the answers; 0 is greedy.
     """
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     gate = asyncio.Semaphore(_AT_ONCE)
@@ -64,7 +70,7 @@ async def ask_each(
                 completion = await client.chat.completions.create(
                     model=model,
                     messages=[{"role": "user", "content": question.query}],
-                    temperature=0,
+                    temperature=temperature,
                     extra_body={"atlas": options} if options else None,
                 )
             except openai.APIError:

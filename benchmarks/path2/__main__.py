@@ -1,10 +1,12 @@
 """What path 2 is worth.
 
-What: the router of both paths in distribution and on a domain it never saw, four steps against one,
-a pool that grows, shrinks, breaks and gets dearer, the reward's parts, and real outcome tables.
+What: the router of both paths in distribution and on a domain it never saw, four steps against
+one, a pool that grows, shrinks, breaks and gets dearer, the reward's parts, real outcome tables,
+and live requests beside their replay.
 How: `python -m benchmarks.path2 --deployment configs/nano.yaml --out FILE.json [--seeds 5]
-[--iterations 60] [--data DIR]`; the profile is read from the deployment's store. Every router and
-every result is kept in `FILE_run/` as soon as it is there, and the same command goes on from them.
+[--iterations 60] [--data DIR] [--questions FILE]`; the profile is read from the deployment's store.
+Live requests need the deployment served, and its questions. Every router and every result is kept
+in `FILE_run/` as soon as it is there, and the same command goes on from them.
 Results: the JSON, figures beside it, and the targets on the terminal.
 """
 
@@ -23,9 +25,10 @@ import ray
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks.path2.data import read_bench
+from benchmarks.path2.data import complete, read_bench
 from benchmarks.path2.encoders import TOKEN_MEAN, TokenMean
 from benchmarks.path2.figure import draw_frontiers
+from benchmarks.path2.live import ask_live
 from benchmarks.path2.parts import (
     NEWCOMERS,
     Run,
@@ -52,8 +55,17 @@ from rl.fit.selection import FitSettings
 from rl.ppo.config import TrainConfig
 from serve_app.config import load_config
 from serve_app.errors import ConfigError
+from serve_app.questions import read_questions
 
-PARTS = ("in_distribution", "leave_one_domain_out", "growth", "changes", "ablations", "tables")
+PARTS = (
+    "in_distribution",
+    "leave_one_domain_out",
+    "growth",
+    "changes",
+    "ablations",
+    "tables",
+    "live",
+)
 
 
 def main() -> None:
@@ -68,6 +80,10 @@ def main() -> None:
     parser.add_argument("--tables", nargs="*", default=["llmrouter", "gsm8k_modeltool"])
     parser.add_argument("--table-seeds", type=int, default=1)
     parser.add_argument("--ablation-seeds", type=int, default=2)
+    parser.add_argument("--questions", type=Path, help="of the profile, for live requests")
+    parser.add_argument("--live-questions", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the profile's answers")
+    parser.add_argument("--port", type=int, default=8000, help="where the deployment listens")
     options = parser.parse_args()
     logging.getLogger("ray").setLevel(logging.ERROR)
     config = load_config(options.deployment)
@@ -83,11 +99,14 @@ def main() -> None:
         def told(what: str) -> None:
             progress.update(task, description=what)
 
-        run = Run(read_bench(config), folder, range(options.seeds), FitSettings(), train, told)
+        run = Run(
+            complete(read_bench(config)), folder, range(options.seeds), FitSettings(), train, told
+        )
         _check_profile(folder, run.bench.mark)
         result: dict[str, Any] = {}
         for part in options.parts:
-            if part == "tables" and options.data is None:
+            needed = {"tables": options.data, "live": options.questions}
+            if part in needed and needed[part] is None:
                 continue
             if part == "tables":
                 result[part] = _tables(
@@ -187,7 +206,7 @@ def _ablations(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     )
     config = run.bench.config
     assert config is not None  # it was read from a store
-    encoders = {TOKEN_MEAN: read_bench(config, TokenMean(config.embedder))}
+    encoders = {TOKEN_MEAN: complete(read_bench(config, TokenMean(config.embedder)))}
     whole = in_distribution(fewer), over_domains(leave_one_domain_out(fewer))
     units = {"nothing": whole} | {
         name: (inside, over_domains(unseen))
@@ -202,6 +221,18 @@ def _ablations(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, both in units.items()
     }
+
+
+def _live(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    return ask_live(
+        run.bench,
+        run.learnt("base", run.seeds[0]),
+        read_questions(options.questions),
+        port=options.port,
+        count=options.live_questions,
+        temperature=options.temperature,
+        on_progress=run.on_progress,
+    )
 
 
 def _tables(
@@ -234,6 +265,7 @@ _PARTS = {
     "growth": _growth,
     "changes": _changes,
     "ablations": _ablations,
+    "live": _live,
 }
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from rl.ppo.verifier import fit_verifier
 from rl.profile.outcomes import Outcomes
 from rl.training import split_table
 from serve_app.config import AtlasConfig
+from serve_app.errors import ConfigError
 from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.beliefs import Prior
 from serve_app.router.rules.clusters import ClusterRule
@@ -42,6 +43,9 @@ from serve_app.router.snapshots.snapshot import (
     save_snapshot,
 )
 from serve_app.store import Store
+
+LEAST_ASKED = 0.5
+"""Share of the test questions below which a pair is left out."""
 
 Float = NDArray[np.float32]
 Index = NDArray[np.intp]
@@ -162,6 +166,33 @@ def read_bench(config: AtlasConfig, encoder: NamedEncoder | None = None) -> Benc
         descriptors=knowledge.descriptors_of(train.outcomes.pairs),
         likeness=knowledge.likeness_of(train.outcomes.embeddings, train.outcomes.pairs),
         config=config,
+    )
+
+
+def complete(bench: Bench) -> Bench:
+    """The same with every pair that is left asked every test question that is left.
+
+    Every contender has to be judged on the same ones. Pairs that fewer than half of the test
+    questions were asked of go first, then questions that a pair was not asked.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    measured = bench.test.measured[0]
+    columns = np.flatnonzero(measured.mean(axis=0) >= LEAST_ASKED)
+    rows = np.flatnonzero(measured[:, columns].all(axis=1))
+    if not len(columns) or not len(rows):
+        raise ConfigError("no held-out question of the profile was asked of every pair")
+    if len(columns) == len(bench.test.pairs) and len(rows) == len(measured):
+        return bench
+    everyone = np.arange(bench.train.num_queries)
+    return replace(
+        bench,
+        outcomes=part_of(bench.outcomes, everyone, columns),
+        train=bench.train.select(pairs=columns),
+        test=bench.test.select(queries=rows, pairs=columns),
+        descriptors=None if bench.descriptors is None else bench.descriptors[columns],
+        likeness=None if bench.likeness is None else bench.likeness[:, columns],
     )
 
 

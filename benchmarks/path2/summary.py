@@ -58,7 +58,7 @@ class Figure:
 class Target:
     """One figure and what it is held against.
 
-    `surely` asks it of the whole interval, `mean` of its middle.
+    `surely` asks it of the whole interval, `mean` of its middle; `covered` that it lies within.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Target:
     low: float
     high: float
     target: float
-    asked: Literal["mean", "surely"]
+    asked: Literal["mean", "surely", "covered"]
     holds: bool
     p: float | None = None
     """Two-sided, of a claimed difference."""
@@ -357,6 +357,19 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, of in result.get("changes", {}).items():
         figure = of["differences"][f"{GATED} minus {HINDSIGHT}"][judged]["utilities"]
         found.append(held_against(f"{name}: gated minus best single, utility", figure, 0.0))
+    if live := result.get("live"):
+        figure = Figure(**live["live_minus_replay"]["score"])
+        found.append(
+            Target(
+                f"live minus replay, score of {live['num_questions']} requests",
+                figure.value,
+                figure.low,
+                figure.high,
+                0.0,
+                "covered",
+                figure.low <= 0.0 <= figure.high,
+            )
+        )
     return [asdict(target) for target in found]
 
 

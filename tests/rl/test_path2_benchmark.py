@@ -451,6 +451,17 @@ def test_the_mean_of_tokens_knows_words_and_not_their_order(config: AtlasConfig)
     assert vectors.shape == (4, 384)
 
 
+@pytest.mark.parametrize(("low", "high", "holds"), [(-0.1, 0.02, True), (0.01, 0.1, False)])
+def test_replay_has_to_lie_within_what_live_requests_show(
+    low: float, high: float, holds: bool
+) -> None:
+    score = {"value": (low + high) / 2, "low": low, "high": high}
+    result = {"live": {"num_questions": 200, "live_minus_replay": {"score": score}}}
+    (target,) = targets(result)
+    assert target["holds"] is holds
+    assert "200 requests" in as_text({"targets": [target]})
+
+
 def test_a_part_of_the_outcomes_is_renumbered() -> None:
     outcomes = make_dataset(20, seed=0).outcomes
     part = part_of(outcomes, np.array([7, 3]), np.array([2, 0]))
