@@ -46,6 +46,9 @@ def ask_live(
 ) -> dict[str, Any]:
     """Ask a deployment some of the test questions, and replay the same ones.
 
+    Only models that the replayed table knows may answer: a pattern or model that was left out of
+    it is a candidate in service, by its card.
+
     Args:
         bench: The profile.
         learnt: The router that is to serve.
@@ -70,7 +73,14 @@ def ask_live(
     table = with_rule(bench.test, rule).select(queries=rows)
     policy = GatedPolicy(learnt.net, rule, learnt.threshold, table, MAX_STEPS)
     replayed = policy.answer(table, ALPHA)
-    answers = asyncio.run(_served(config, learnt.snapshot, asked, port, temperature, on_progress))
+    options = {
+        "alpha": ALPHA,
+        "max_steps": MAX_STEPS,
+        "models": sorted({pair.model_id for pair in table.pairs}),
+    }
+    answers = asyncio.run(
+        _served(config, learnt.snapshot, asked, options, port, temperature, on_progress)
+    )
     seen = [extension for _, extension in answers]
     live = {
         "score": np.array([score for score, _ in answers]),
@@ -117,6 +127,7 @@ async def _served(
     config: AtlasConfig,
     snapshot: RouterSnapshot,
     questions: Sequence[Question],
+    options: dict[str, Any],
     port: int,
     temperature: float,
     on_progress: Callable[[str], None],
@@ -135,7 +146,7 @@ async def _served(
                 f"http://127.0.0.1:{port}",
                 ROUTED,
                 questions,
-                {"alpha": ALPHA, "max_steps": MAX_STEPS},
+                options,
                 temperature=temperature,
             )
         finally:

@@ -121,6 +121,8 @@ async def test_the_policy_serves_while_it_is_asked_and_what_served_before_afterw
     assert sorted(of["messages"][0]["content"] for of in served.asked) == sorted(bench.test.queries)
     assert {of["policy_version"] for of in served.asked} == {before + 1 if before else None}
     assert {of["temperature"] for of in served.asked} == {0.7}
+    for of in served.asked:
+        assert of["atlas"] == {"alpha": 0.0, "max_steps": 4, "models": ["poems", "sums"]}
     assert (await serving_policies(store, limit=1))[0].snapshot_id is None
     assert told["num_questions"] == num
     assert told["live"] == pytest.approx(

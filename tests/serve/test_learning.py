@@ -115,7 +115,7 @@ def loop(graph: Graph) -> Loop:
     chosen = [
         question
         for domain in ("math", "facts", "code")
-        for split, number in (("train", 8), ("held_out", 8))
+        for split, number in (("train", 8), ("held_out", 4))
         for question in [q for q in shipped if (q.domain, q.split) == (domain, split)][:number]
     ]
     return Loop(graph, load_config(graph.config), tuple(chosen))
