@@ -97,7 +97,6 @@ class Admin:
         """Take a model out, if it is still there."""
         if self.model(model_id) is not None:
             self._http.delete(f"/admin/models/{model_id}")
-        self.until_gone(model_id)
 
     def ask(self, model: str, text: str = "hi") -> Json:
         body = {"model": model, "messages": [{"role": "user", "content": text}]}
@@ -152,7 +151,18 @@ def contents(answer: Json) -> str:
 
 
 @pytest.fixture(scope="module")
-def late(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def leaving(graph: Graph) -> Iterator[list[str]]:
+    """Models that were taken out; when all tests are over, they are gone."""
+    models: list[str] = []
+    yield models
+    for model_id in models:
+        Admin(graph).until_gone(model_id)
+
+
+@pytest.fixture(scope="module")
+def late(
+    graph: Graph, leaving: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """A model that cannot start before the file at this path is there, in the pool from early on:
     the pause before it is tried again passes while other tests run."""
     needed = tmp_path_factory.mktemp("late") / "needed"
@@ -160,22 +170,23 @@ def late(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     admin.call("POST", "/models", needing("late", needed))
     yield needed
     admin.remove("late")
+    leaving.append("late")
 
 
 @pytest.fixture(scope="module")
-def sleeper(graph: Graph) -> Iterator[str]:
+def sleeper(graph: Graph, leaving: list[str]) -> Iterator[str]:
     """A model that may scale to zero, in the pool from early on: it falls asleep meanwhile."""
     admin = Admin(graph)
     scaling = {"min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 1.0}
     card = {"examples": ["zzz sleeper zzz"]}
     admin.call("POST", "/models", scripted("sleeper", autoscaling=scaling, card=card))
-    admin.until_ready("sleeper")
     yield "sleeper"
     admin.remove("sleeper")
+    leaving.append("sleeper")
 
 
 @pytest.fixture(scope="module")
-def newcomer(graph: Graph) -> Iterator[int]:
+def newcomer(graph: Graph, leaving: list[str]) -> Iterator[int]:
     """A model that takes its time, added and up; the pool's version before it."""
     admin = Admin(graph)
     before: int = admin.listing()["pool_version"]
@@ -184,16 +195,18 @@ def newcomer(graph: Graph) -> Iterator[int]:
     admin.until_ready("newcomer")
     yield before
     admin.remove("newcomer")
+    leaving.append("newcomer")
 
 
 @pytest.fixture(scope="module")
-def guest(graph: Graph) -> Iterator[str]:
+def guest(graph: Graph, leaving: list[str]) -> Iterator[str]:
     """A model that can be changed."""
     admin = Admin(graph)
     admin.call("POST", "/models", scripted("guest"))
     admin.until_ready("guest")
     yield "guest"
     admin.remove("guest")
+    leaving.append("guest")
 
 
 def test_a_model_that_cannot_start_is_failed_with_the_reason(late: Path, admin: Admin) -> None:
@@ -357,6 +370,7 @@ def test_a_model_that_sleeps_is_covered_for_and_woken(sleeper: str, admin: Admin
         assert row["state"] == "ready"
         return int(row["replicas"])
 
+    admin.until_ready(sleeper)
     admin.until(lambda: replicas_of_it() == 0, "it falls asleep")
     covered = admin.ask("atlas", "zzz sleeper zzz")
     assert covered["status"] == 200

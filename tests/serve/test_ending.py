@@ -1,7 +1,7 @@
 """`atlas serve` leaves no process behind, however it ends; on whole graphs of their own.
 
-One graph starts, with both cores to itself, while the one before ends, which is mostly waiting.
-Every second case listens on the same ports, so each also shows that a start after an end works.
+Two graphs start while a third ends, which is mostly waiting. Every third case listens on the same
+ports, so each also shows that a start after an end works.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Lock
+from threading import BoundedSemaphore
 from typing import Any
 
 import httpx
@@ -195,9 +195,9 @@ def ended(
 ) -> Iterator[dict[str, Future[Ended]]]:
     """The cases that are asked for, each when it has ended."""
     places: SimpleQueue[Place] = SimpleQueue()
-    for _ in range(2):
+    for _ in range(3):
         places.put(Place(tmp_path_factory.mktemp("ending")))
-    start = Lock()
+    start = BoundedSemaphore(2)
 
     def run(case: Ending) -> Ended:
         place = places.get()
@@ -218,7 +218,7 @@ def ended(
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.function is test_nothing_is_left
     ]
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(3) as threads:
         yield {case: threads.submit(run, CASES[case]) for case in asked}
         threads.shutdown(cancel_futures=True)
 
