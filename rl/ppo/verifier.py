@@ -38,7 +38,7 @@ _MOST_BESIDE = 4
 _LEVELS, _QUANTILES = 11, 16
 """Of the outlook: levels of belief, and chances at each."""
 _BINS = 64
-"""Of each feature; scikit-learn takes as long to lay out 255 weighted ones as to grow the trees."""
+"""Of each feature."""
 LEAST_ANSWERS = 200
 """Answers below which there is no verifier."""
 
@@ -58,11 +58,57 @@ class VerifierSettings:
 
 
 @dataclass(frozen=True)
+class Bins:
+    """Quantiles of each feature, where trees may split; the same for every fit.
+
+    scikit-learn lays out bins of weighted rows anew in every fit, which takes longer than growing
+    the trees. It takes each of few values for a bin, so it is given the bins' numbers.
+    """
+
+    edges: tuple[Float, ...]
+    """Of each feature, ascending."""
+
+    @classmethod
+    def of(cls, features: Float) -> Bins:
+        """Bins of about as many of the rows each.
+
+        Args:
+            features: (n, num_features), NaN where not known.
+        """
+        edges = []
+        for column in features.T:
+            values = np.unique(column[np.isfinite(column)])
+            if len(values) <= _BINS:
+                between = (values[1:] + values[:-1]) / 2
+            else:
+                shares = np.linspace(0, 1, _BINS + 1)[1:-1]
+                between = np.unique(np.quantile(column[np.isfinite(column)], shares))
+            edges.append(between.astype(np.float32))
+        return cls(tuple(edges))
+
+    def numbers(self, features: Float) -> Float:
+        """(n, num_features) the bin of each value, the first whose edge it does not exceed."""
+        found = [np.searchsorted(*of) for of in zip(self.edges, features.T, strict=True)]
+        return np.where(np.isnan(features), np.nan, np.stack(found, axis=1)).astype(np.float32)
+
+    def thresholds(self, feature: Index, number: NDArray[np.float64]) -> Float:
+        """(n,) the values that part bins up to a number, between two of them, from those above."""
+        found = np.full(len(feature), np.inf, np.float32)
+        for place, (of, split) in enumerate(zip(feature.tolist(), number.tolist(), strict=True)):
+            if split < len(self.edges[of]):
+                found[place] = self.edges[of][int(split)]
+        return found
+
+
+@dataclass(frozen=True)
 class Examples:
     """Answers with what is known of them; n rows."""
 
     features: Float
     """(n, len(FEATURES))"""
+    bins: Bins
+    binned: Float
+    """(n, len(FEATURES)) the features' bins."""
     score: Float
     """(n,)"""
     query: Index
@@ -118,7 +164,7 @@ def fit_verifier(table: ReplayTable, settings: VerifierSettings | None = None) -
     for held in range(_NUM_FOLDS):
         part = fold == held
         fits.append(_Trees(examples, ~part, settings))
-        raw[part] = fits[-1].raw(examples.features[part])
+        raw[part] = fits[-1].raw(examples.binned[part])
     calibration = _isotonic(raw, examples.score)
     chance = np.interp(raw, *calibration)
     shared = {
@@ -184,7 +230,8 @@ class _Trees:
         )
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-        features, score = examples.features[rows], examples.score[rows]
+        self._bins = examples.bins
+        features, score = examples.binned[rows], examples.score[rows]
         # A score between is right to that part, and wrong to the rest.
         both = np.flatnonzero((score > 0) & (score < 1))
         stacked = np.concatenate([features, features[both]])
@@ -210,11 +257,11 @@ class _Trees:
         with threadpool_limits(limits=1, user_api="openmp"):
             self._model.fit(stacked, label, sample_weight=weight)
 
-    def raw(self, features: Float) -> NDArray[np.float64]:
+    def raw(self, binned: Float) -> NDArray[np.float64]:
         """(n,) log-odds."""
         if self._constant is not None:
-            return np.full(len(features), self._constant)
-        raw: NDArray[np.float64] = self._model.decision_function(features)
+            return np.full(len(binned), self._constant)
+        raw: NDArray[np.float64] = self._model.decision_function(binned)
         return raw
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -233,8 +280,8 @@ class _Trees:
             left[number, :size] = np.where(inner, nodes["left"], 0)
             right[number, :size] = np.where(inner, nodes["right"], 0)
             nan_left[number, :size] = nodes["missing_go_to_left"]
-            finite = np.clip(nodes["num_threshold"], -3e38, 3e38)
-            threshold[number, :size] = np.where(inner, finite, 0.0)
+            split = self._bins.thresholds(nodes["feature_idx"], nodes["num_threshold"])
+            threshold[number, :size] = np.where(inner, np.clip(split, -3e38, 3e38), 0.0)
             value[number, :size] = nodes["value"]
         base = np.asarray(self._model._baseline_prediction, np.float32).reshape(1)
         return {
@@ -326,7 +373,9 @@ def _examples(
                 vectors[chosen], table.embeddings[query], pairs[chosen],
             )  # fmt: skip
             add(query, pairs[chosen], among_of(held), vectors[chosen], is_alone=False)
-    return Examples(**{name: np.concatenate(columns) for name, columns in parts.items()})
+    columns = {name: np.concatenate(of) for name, of in parts.items()}
+    bins = Bins.of(columns["features"])
+    return Examples(bins=bins, binned=bins.numbers(columns["features"]), **columns)
 
 
 def _isotonic(raw: NDArray[np.float64], score: Float) -> NDArray[np.float64]:
@@ -365,5 +414,5 @@ def _left_out(
         rest = names != name
         fits[name] = _Trees(examples, rest, settings)
         asked = ~rest & (examples.view == examples.view.max())
-        raw[asked] = fits[name].raw(examples.features[asked])
+        raw[asked] = fits[name].raw(examples.binned[asked])
     return fits, raw

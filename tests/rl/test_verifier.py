@@ -95,7 +95,7 @@ def test_the_arrays_say_what_the_trees_said(fitted: Fitted) -> None:
     everything = np.ones(len(examples.score), np.bool_)
     trees = _Trees(examples, everything, FEW)
     said = Verifier(fitted.arrays, 3).raw(examples.features[:300])
-    np.testing.assert_allclose(said, trees.raw(examples.features[:300]), atol=1e-4)
+    np.testing.assert_allclose(said, trees.raw(examples.binned[:300]), atol=1e-4)
 
 
 def test_what_others_say_counts_only_beside_them(fitted: Fitted) -> None:
