@@ -419,6 +419,7 @@ def _empty_states(size: int, dim: int, table: ReplayTable) -> States:
         similarity=zeros(num_pairs),
         decided=zeros(num_pairs),
         chance=np.full((size, num_pairs), np.nan, np.float32),
+        judged=np.full(size, table.judges is not None),
         rise=zeros(num_pairs),
         distance_quantile=zeros(),
         confidence=zeros(),

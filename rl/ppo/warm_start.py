@@ -29,7 +29,7 @@ from rl.ppo.sampling import Augmentation, augmented
 from rl.ppo.table import ReplayTable
 from rl.ppo.teacher import Teacher
 from rl.ppo.torch_policy_net import WORTH_WEIGHT, TorchPolicyNet
-from serve_app.router.policy.features import NO_ANSWER
+from serve_app.router.policy.features import NO_ANSWER, open_actions
 from serve_app.router.policy.policy_net import PolicyNet
 
 RULE, ONE_STEP, IMITATION = "voi", "one step", "imitation"
@@ -189,7 +189,8 @@ class _Imitation(_Stage):
     def loss(self) -> Tensor:
         episodes = self.episodes
         everyone = np.arange(episodes.num_envs)
-        worth, legal = self._teacher.values(episodes, everyone), episodes.legal()
+        worth = self._teacher.values(episodes, everyone)
+        legal = open_actions(episodes.states, episodes.legal())
         logits, values = self.forward()
         wanted = torch.from_numpy(np.where(legal, WORTH_WEIGHT * worth, -np.inf))
         wanted = wanted.to(torch.float32).log_softmax(dim=1)

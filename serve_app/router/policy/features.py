@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.router.policy.worth import gains, worths
-from serve_app.router.rules.utility import normalised, trade
+from serve_app.router.rules.utility import normalised, trade, utility
 
 Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -26,6 +26,8 @@ DESCRIPTOR_DIM = 32
 NUM_CONTEXT = 18
 NUM_FEATURES = DESCRIPTOR_DIM + 23
 """New numbers are added at the end: a policy that was trained without them gives them no say."""
+OPENING_QUANTILE = 0.9
+"""Distance of a query from which its first of several runs is the cards' choice."""
 LOG_SECONDS = DESCRIPTOR_DIM + 1
 """Column of a candidate's features that tells how long it takes: log10 of the seconds, over 3."""
 
@@ -81,6 +83,8 @@ class States:
     """(B, P) expected score by which path 1 decides: settled, or by the cards; in [0, 1]."""
     chance: Float
     """(B, P) that the pair's answer is right; NaN for a pair without one."""
+    judged: Bool
+    """(B,) something tells right answers from wrong ones."""
     rise: Float
     """(B, P) of the best chance held, expected of the pair's run; see `worth.expected_rises`."""
     distance_quantile: Float
@@ -136,7 +140,7 @@ def encode(states: States) -> dict[str, NDArray[np.float32]]:
     Returns:
         `query` and `answer` (B, dim), `context` (B, NUM_CONTEXT), `candidates` (B, P,
         NUM_FEATURES), `worth` (B, P + 2) of each action to the rule `voi`, and `mask` (B, P + 2),
-        1 where an action is legal.
+        1 where an action is open.
     """
     shape = states.present.shape
     legal = legal_actions(states)
@@ -210,7 +214,7 @@ def encode(states: States) -> dict[str, NDArray[np.float32]]:
         "context": context,
         "candidates": candidates,
         "worth": worth,
-        "mask": legal.astype(np.float32),
+        "mask": open_actions(states, legal).astype(np.float32),
     }
 
 
@@ -241,6 +245,45 @@ def legal_actions(states: States) -> Bool:
     think: Bool = states.can_think & (states.steps_left >= 2) & may_route
     answer: Bool = ~none_yet | ~may_route
     return np.concatenate([route, think[:, None], answer[:, None]], axis=1)
+
+
+def openings(states: States, legal: Bool) -> Index:
+    """(B,) the pair that the cards have run first; -1 where what was learned decides.
+
+    On a query at the edge of the profile, or beyond, what was learned of like ones may be of
+    another kind. Where further runs may follow and answers are judged, a first run of the pair
+    whose card speaks for it costs little, and is there to be returned.
+
+    Args:
+        states: Requests under way.
+        legal: (B, P + 2) as of `legal_actions`.
+    """
+    routes = legal[:, : states.num_pairs]
+    alone = states.similarity * routes
+    is_open = (
+        states.judged
+        & (states.distance_quantile >= OPENING_QUANTILE)
+        & (states.steps_left >= 2)
+        & ~np.any(states.tried, axis=1)
+        & np.any(alone > 0, axis=1)
+    )
+    if not is_open.any():
+        return np.full(len(routes), -1)
+    cost = np.minimum(normalised(states.costs_usd, states.log_cost_range[:, None, :]), 1.0)
+    said = utility(states.alpha[:, None], states.similarity, cost)
+    return np.where(is_open, np.where(routes, said, -np.inf).argmax(axis=1), -1)
+
+
+def open_actions(states: States, legal: Bool) -> Bool:
+    """(B, P + 2) the legal actions of which one is taken: no other run where the cards choose."""
+    chosen = openings(states, legal)
+    rows = np.flatnonzero(chosen >= 0)
+    if not len(rows):
+        return legal
+    found = legal.copy()
+    found[rows, : states.num_pairs] = False
+    found[rows, chosen[rows]] = True
+    return found
 
 
 def voices(keys: Index, voters: Index) -> Float:

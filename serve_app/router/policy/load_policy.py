@@ -61,6 +61,7 @@ def _blank(dim: int) -> dict[str, NDArray[np.float32]]:
             similarity=two,
             decided=two,
             chance=two * np.nan,
+            judged=no,
             rise=two,
             distance_quantile=one,
             confidence=one,

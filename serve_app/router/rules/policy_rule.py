@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate
-from serve_app.router.policy.features import States, answer_action, encode, think_action
+from serve_app.router.policy.features import (
+    States,
+    answer_action,
+    encode,
+    legal_actions,
+    think_action,
+)
 from serve_app.router.policy.load_policy import load_policy
 from serve_app.router.policy.policy_net import PolicyNet
 from serve_app.router.rules.base import Answer, Batch, RoutingRequest, none_within_limits
@@ -28,6 +34,8 @@ from serve_app.schemas import Action, Candidate, DecidedBy, Decision, Pair
 
 _INTERVAL_DEVIATIONS = 1.96
 """Standard deviations either side of a 95% interval."""
+_BEHIND = np.float32(-1e6)
+"""Added to what an action is worth: below every logit of an open one."""
 
 
 class LearnedRule:
@@ -37,7 +45,7 @@ class LearnedRule:
         - A new request stays with path 1 where it is surely decided (the confidence knows how far
           it is from what was profiled), or its alpha is above `POLICY_MAX_ALPHA`; every other one
           is the policy's, and so is every one under way.
-        - Only what `features.legal_actions` admits is ever chosen.
+        - Only what `features.open_actions` admits is ever chosen.
         - One thread at a time.
     """
 
@@ -154,7 +162,9 @@ class LearnedRule:
         states = self._states.of(requests, batch, beliefs, columns, chances)
         observation = encode(states)
         logits = self._net.logits(observation)
-        legal = observation["mask"] > 0
+        is_open, legal = observation["mask"] > 0, legal_actions(states)
+        # What is legal and not open comes behind, in the order of the rule `voi`.
+        logits = np.where(legal & ~is_open, observation["worth"] + _BEHIND, logits)
         return [
             self._decision(
                 request,
@@ -163,6 +173,7 @@ class LearnedRule:
                 states,
                 row,
                 logits[row],
+                is_open[row],
                 legal[row],
                 columns,
                 chances[row],
@@ -178,6 +189,7 @@ class LearnedRule:
         states: States,
         row: int,
         logits: NDArray[np.float32],
+        is_open: NDArray[np.bool_],
         legal: NDArray[np.bool_],
         columns: NDArray[np.intp],
         judged: tuple[float | None, ...],
@@ -187,7 +199,7 @@ class LearnedRule:
         routes = np.flatnonzero(legal[:num_pairs])
         if not request.history and not len(routes):
             return none_within_limits()
-        taken, chances, propensity = self._take(logits, legal)
+        taken, chances, propensity = self._take(logits, is_open)
         order = routes[np.argsort(-logits[routes], kind="stable")]
         if taken < num_pairs:
             order = np.concatenate([[taken], order[order != taken]])
@@ -220,7 +232,9 @@ class LearnedRule:
                 for pair, values in zip(shown.tolist(), numbers.tolist(), strict=True)
             ),
             path=DecidedBy.POLICY,
-            confidence=float(chances[taken]),
+            confidence=float(chances[taken])
+            if is_open[legal].all()
+            else beliefs.verdict.confidence,
             propensity=propensity,
             policy_version=self.snapshot.version,
             pool_version=batch.pool_version,
@@ -249,14 +263,14 @@ class LearnedRule:
         return most_agreed(request.history, self._clusters)
 
     def _take(
-        self, logits: NDArray[np.float32], legal: NDArray[np.bool_]
+        self, logits: NDArray[np.float32], is_open: NDArray[np.bool_]
     ) -> tuple[int, NDArray[np.float64], float]:
         """The action taken, the policy's probability of each, and that of having taken this one."""
-        masked = np.where(legal, logits.astype(np.float64), -np.inf)
+        masked = np.where(is_open, logits.astype(np.float64), -np.inf)
         chances = np.exp(masked - masked.max())
         chances /= chances.sum()
         if not self._epsilon:
             return int(masked.argmax()), chances, 1.0
-        mixed = (1 - self._epsilon) * chances + self._epsilon * legal / legal.sum()
+        mixed = (1 - self._epsilon) * chances + self._epsilon * is_open / is_open.sum()
         taken = int(self._random.choice(len(mixed), p=mixed / mixed.sum()))
         return taken, chances, float(mixed[taken])

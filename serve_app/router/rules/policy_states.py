@@ -174,6 +174,7 @@ class PolicyStates:
             similarity=np.stack([b.similarity[columns] for b in beliefs]),
             decided=decided,
             chance=chance,
+            judged=np.full(size, self._judge is not None),
             rise=expected_rises(decided, chance, self._voters[columns], outlook),
             distance_quantile=_row([b.verdict.distance_quantile for b in beliefs]),
             confidence=_row([b.verdict.confidence for b in beliefs]),

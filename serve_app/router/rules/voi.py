@@ -1,9 +1,10 @@
 """VoiRule: another candidate runs where what its answer is worth exceeds its price.
 
-In come requests, new or under way, out go decisions. Path 1 chooses the first candidate. Then the
-verifier says how likely each answer is right. Where `(1 - alpha)` times the expected rise of the
-best chance exceeds alpha times the rise in cost, the candidate of the greatest difference runs next
-(the value of information; Howard, 1966); else the answer of the highest chance is returned.
+In come requests, new or under way, out go decisions. Path 1 chooses the first candidate, or the
+cards far from what was profiled. Then the verifier says how likely each answer is right. Where
+`(1 - alpha)` times the expected rise of the best chance exceeds alpha times the rise in cost, the
+candidate of the greatest difference runs next (the value of information; Howard, 1966); else the
+answer of the highest chance is returned.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import NoCandidate
-from serve_app.router.policy.features import States, answer_action, legal_actions, worth_of
+from serve_app.router.policy.features import (
+    OPENING_QUANTILE,
+    States,
+    answer_action,
+    legal_actions,
+    openings,
+    worth_of,
+)
 from serve_app.router.rules.base import Answer, Batch, RoutingRequest, none_within_limits
 from serve_app.router.rules.beliefs import Beliefs, Prior
 from serve_app.router.rules.clusters import ClusterRule
@@ -33,7 +41,7 @@ class VoiRule:
     """Chooses by the value of information; learns from feedback as path 1 does.
 
     Invariants:
-        - The first candidate is path 1's, so a request of one step is answered as path 1 would.
+        - A request of one step is answered as path 1 would.
         - Only what `features.legal_actions` admits is ever chosen.
         - One thread at a time.
     """
@@ -93,7 +101,25 @@ class VoiRule:
             first = self._clusters.decide_request(request, batch, beliefs)
         except NoCandidate as refusal:
             return refusal
+        if beliefs.verdict.distance_quantile >= OPENING_QUANTILE:
+            first = self._opened(first, request, batch, beliefs)
         return replace(first, path=DecidedBy.VOI)
+
+    def _opened(
+        self, first: Decision, request: RoutingRequest, batch: Batch, beliefs: Beliefs
+    ) -> Decision:
+        """Path 1's decision with the cards' choice before its own, where they choose."""
+        columns = self._states.columns([request], batch.available)
+        states = self._states.of([request], batch, [beliefs], columns, [()])
+        legal = legal_actions(states)
+        (chosen,) = openings(states, legal)
+        if chosen < 0:
+            return first
+        routes = np.flatnonzero(legal[0, : len(columns)])
+        order = routes[np.argsort(-worth_of(states, legal)[0][routes], kind="stable")]
+        order = np.concatenate([[chosen], order[order != chosen]])
+        candidates = self._candidates(request, beliefs, states, columns, order)
+        return replace(first, candidates=candidates, propensity=1.0)
 
     def _decide_next(self, request: RoutingRequest, batch: Batch, beliefs: Beliefs) -> Answer:
         columns = self._states.columns([request], batch.available)

@@ -307,3 +307,59 @@ def test_a_policy_with_a_verifier_returns_the_likeliest_answer_and_not_what_most
     decision = decide(LearnedRule(snapshot), MATHS, STEPS, PAIRS, history=history)
     assert (decision.action, decision.answer_step) == (Action.ANSWER, 0)
     assert list(decision.chances) == pytest.approx([0.9, 0.2, 0.2], abs=1e-3)
+
+
+def speaking(pair: Pair) -> Prior:
+    """Cards of which one speaks for every query."""
+    said = np.array([0.8 if of == pair else 0.1 for of in PAIRS], np.float32)
+    return Prior(PAIRS, np.array(COSTS_USD, np.float32), lambda _: said)
+
+
+def judged(prior: Prior | None) -> list[VoiRule | LearnedRule]:
+    """`voi`, and a policy that takes the best pair not tried yet."""
+    snapshot = replace(make_snapshot(), verifier=make_verifier())
+    return [VoiRule(snapshot, prior), LearnedRule(replace(snapshot, policy=make_policy()), prior)]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_far_from_the_profile_the_first_of_several_runs_is_the_cards_choice(pair: Pair) -> None:
+    for rule in judged(speaking(pair)):
+        found = decide(rule, ELSEWHERE, STEPS, PAIRS)
+        assert (found.action, found.pair, found.propensity) == (Action.ROUTE, pair, 1.0)
+        assert {of.pair for of in found.candidates} == set(PAIRS)  # the others come behind
+        assert 0 < found.confidence < 1
+        second = decide(rule, ELSEWHERE, STEPS, PAIRS, history=(verified(pair, -2.0, "a"),))
+        assert second.pair != pair
+
+
+def test_the_cards_choose_no_pair_that_may_not_run() -> None:
+    limits = replace(STEPS, models=frozenset({"cheap", "math"}))
+    for rule in judged(speaking(PAIRS[2])):
+        assert decide(rule, ELSEWHERE, limits, PAIRS).pair in PAIRS[:2]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_where_the_query_is_known_the_cards_do_not_choose(pair: Pair) -> None:
+    for mute, spoken in zip(judged(None), judged(speaking(pair)), strict=True):
+        for query in topics():
+            assert (
+                decide(spoken, query, STEPS, PAIRS).pair == decide(mute, query, STEPS, PAIRS).pair
+            )
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_request_of_one_run_is_not_opened_by_the_cards(pair: Pair) -> None:
+    once = replace(STEPS, max_steps=1)
+    voi, learned = judged(speaking(pair))
+    found = decide(voi, ELSEWHERE, once, PAIRS)
+    assert found.candidates == decide(voi.clusters, ELSEWHERE, once, PAIRS).candidates
+    _, mute = judged(None)
+    assert decide(learned, ELSEWHERE, once, PAIRS).pair == decide(mute, ELSEWHERE, once, PAIRS).pair
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_where_nothing_judges_answers_the_cards_do_not_choose(pair: Pair) -> None:
+    mute, spoken = LearnedRule(with_policy()), LearnedRule(with_policy(), speaking(pair))
+    assert (
+        decide(spoken, ELSEWHERE, STEPS, PAIRS).pair == decide(mute, ELSEWHERE, STEPS, PAIRS).pair
+    )
