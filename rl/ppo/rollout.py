@@ -192,12 +192,14 @@ def choose_gate(
 ) -> float:
     """The confidence from which path 1 should keep a request.
 
-    Of all thresholds the one of the highest mean utility, over the table's views and the alphas.
+    The highest threshold whose mean utility, over the table's views and the alphas, is within one
+    standard error of the best one's (Breiman et al., 1984; the error is that of the difference, on
+    the same queries).
     The views make it count both what path 1 knows of queries like the profiled ones and what it
     only seems to know of a kind that was not profiled. Path 2 was trained on those kinds, so there
-    it is shown scrambled queries, as in its validation. Of equal thresholds the highest is taken:
-    path 1 has to have shown, on some query, that such a confidence is worth it, because only
-    path 2 sees the answer and can still change its mind.
+    it is shown scrambled queries, as in its validation. The highest, because path 1 has to have
+    shown that such a confidence is worth it: only path 2 sees the answer and can still change its
+    mind.
 
     Args:
         net: Path 2.
@@ -209,7 +211,7 @@ def choose_gate(
     Returns:
         One of `GATE_THRESHOLDS`.
     """
-    gains = np.zeros(len(GATE_THRESHOLDS))
+    gains = np.zeros((len(GATE_THRESHOLDS), table.num_queries))
     unknown = as_unknown(table)
     for number, view in enumerate(table.views):
         kept = [view.confidence >= threshold for threshold in GATE_THRESHOLDS]
@@ -225,9 +227,11 @@ def choose_gate(
                 ],
                 axis=0,
             )
-            gains += [np.where(keeps, first, second).mean() for keeps in kept]
-    best = np.flatnonzero(gains >= gains.max() - 1e-9)
-    return GATE_THRESHOLDS[int(best[-1])]
+            gains += [np.where(keeps, first, second) for keeps in kept]
+    lost = gains[gains.mean(axis=1).argmax()] - gains
+    error = lost.std(axis=1) / np.sqrt(table.num_queries)
+    good = np.flatnonzero(lost.mean(axis=1) <= error + 1e-9)
+    return GATE_THRESHOLDS[int(good[-1])]
 
 
 def path_1_choices(

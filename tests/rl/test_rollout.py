@@ -226,6 +226,29 @@ def test_the_gate_lies_between_what_path_1_knows_and_what_it_only_believes() -> 
     assert 0.82 < threshold <= 0.94
 
 
+@pytest.mark.parametrize(("better", "worse", "keeps"), [(3, 2, False), (30, 2, True)])
+def test_the_gate_keeps_nothing_for_path_1_that_may_be_chance(
+    better: int, worse: int, keeps: bool
+) -> None:
+    whole = make_replay(600)
+    right = whole.score[0] > 0
+    once, twice = (np.flatnonzero(right.sum(axis=1) == number) for number in (1, 2))
+    # Path 2 returns what two pairs say; path 1 is right where its beliefs are.
+    rows = np.concatenate([once[:better], twice[: 60 + worse]])
+    table = whole.select(queries=rows)
+    score = table.score[0]
+    is_wrong = (np.arange(len(rows)) >= better) & (np.arange(len(rows)) < better + worse)
+    view = replace(
+        table.views[0],
+        quality=np.where(is_wrong[:, None], 1 - score, score),
+        overall=0 * score,
+        confidence=np.where(np.arange(len(rows)) < better + worse, 0.96, 0.3).astype(np.float32),
+    )
+    seen = replace(table, views=(view,))
+    threshold = choose_gate(best_untried(), seen, caution=0.0, max_steps=3, alphas=(0.0,))
+    assert (threshold < 0.96) is keeps
+
+
 @pytest.fixture(scope="module")
 def report() -> EvaluationReport:
     """Path 2 runs all pairs and returns what most say; the gate is shut."""
