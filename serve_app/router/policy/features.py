@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.router.policy.worth import gains, worths
-from serve_app.router.rules.utility import normalised, trade, utility
+from serve_app.router.rules.utility import normalised, trade
 
 Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -28,6 +28,8 @@ NUM_FEATURES = DESCRIPTOR_DIM + 23
 """New numbers are added at the end: a policy that was trained without them gives them no say."""
 OPENING_QUANTILE = 0.9
 """Distance of a query from which its first of several runs is the cards' choice."""
+OPENING_MAX_ALPHA = 0.5
+"""Dial above which it never is: a dear first run may cost more than any answer is worth."""
 LOG_SECONDS = DESCRIPTOR_DIM + 1
 """Column of a candidate's features that tells how long it takes: log10 of the seconds, over 3."""
 
@@ -252,7 +254,8 @@ def openings(states: States, legal: Bool) -> Index:
 
     On a query at the edge of the profile, or beyond, what was learned of like ones may be of
     another kind. Where further runs may follow and answers are judged, a first run of the pair
-    whose card speaks for it costs little, and is there to be returned.
+    whose card speaks for it costs little, and is there to be returned. Its price does not count:
+    likeness to a card is no score that dollars could be held against.
 
     Args:
         states: Requests under way.
@@ -264,14 +267,11 @@ def openings(states: States, legal: Bool) -> Index:
         states.judged
         & (states.distance_quantile >= OPENING_QUANTILE)
         & (states.steps_left >= 2)
+        & (states.alpha <= OPENING_MAX_ALPHA)
         & ~np.any(states.tried, axis=1)
         & np.any(alone > 0, axis=1)
     )
-    if not is_open.any():
-        return np.full(len(routes), -1)
-    cost = np.minimum(normalised(states.costs_usd, states.log_cost_range[:, None, :]), 1.0)
-    said = utility(states.alpha[:, None], states.similarity, cost)
-    return np.where(is_open, np.where(routes, said, -np.inf).argmax(axis=1), -1)
+    return np.where(is_open, alone.argmax(axis=1), -1)
 
 
 def open_actions(states: States, legal: Bool) -> Bool:

@@ -321,10 +321,13 @@ def judged(prior: Prior | None) -> list[VoiRule | LearnedRule]:
     return [VoiRule(snapshot, prior), LearnedRule(replace(snapshot, policy=make_policy()), prior)]
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
 @pytest.mark.parametrize("pair", PAIRS)
-def test_far_from_the_profile_the_first_of_several_runs_is_the_cards_choice(pair: Pair) -> None:
+def test_far_from_the_profile_the_first_of_several_runs_is_the_cards_choice(
+    pair: Pair, alpha: float
+) -> None:
     for rule in judged(speaking(pair)):
-        found = decide(rule, ELSEWHERE, STEPS, PAIRS)
+        found = decide(rule, ELSEWHERE, replace(STEPS, alpha=alpha), PAIRS)
         assert (found.action, found.pair, found.propensity) == (Action.ROUTE, pair, 1.0)
         assert {of.pair for of in found.candidates} == set(PAIRS)  # the others come behind
         assert 0 < found.confidence < 1
@@ -355,6 +358,13 @@ def test_a_request_of_one_run_is_not_opened_by_the_cards(pair: Pair) -> None:
     assert found.candidates == decide(voi.clusters, ELSEWHERE, once, PAIRS).candidates
     _, mute = judged(None)
     assert decide(learned, ELSEWHERE, once, PAIRS).pair == decide(mute, ELSEWHERE, once, PAIRS).pair
+
+
+def test_a_caller_who_would_rather_be_wrong_than_pay_gets_no_dear_opening() -> None:
+    cheap = replace(STEPS, alpha=0.9)
+    voi, _ = judged(speaking(PAIRS[2]))
+    found = decide(voi, ELSEWHERE, cheap, PAIRS)
+    assert found.candidates == decide(voi.clusters, ELSEWHERE, cheap, PAIRS).candidates
 
 
 @pytest.mark.parametrize("pair", PAIRS)
