@@ -35,9 +35,10 @@ $(STAMP): $(LOCK) $(TORCH_LOCK) pyproject.toml
 serve: setup
 	@$(BIN)/atlas serve --config $(CONFIG)
 
-# Three at a time, because many wait for something, then one by one what starts Ray or measures time. `worksteal` keeps the tests of a module together, which
-# share what is slow to make, and runs tests that share an id, which `loadfile` drops. One thread each for linear algebra:
-# more would wait for each other, spinning. Whole graphs take a core each, so all but those of the endings come one by one.
+# Three at a time, because many wait for something; then one by one what starts Ray or measures time. `worksteal` keeps the
+# tests of a module together, which share what is slow to make, and runs tests that share an id, which `loadfile` drops. One
+# thread each for linear algebra: more would wait for each other, spinning. Whole graphs take a core each, so all but those
+# of the endings come one by one.
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not serial" -n 3 --dist worksteal --durations=25
 	@$(BIN)/python -m pytest -m serial --durations=25
