@@ -34,7 +34,7 @@ from serve_app.schemas import Action, Candidate, DecidedBy, Decision, Pair
 
 _INTERVAL_DEVIATIONS = 1.96
 """Standard deviations either side of a 95% interval."""
-_BEHIND = np.float32(-1e6)
+_BEHIND = np.float32(-1e3)
 """Added to what an action is worth: below every logit of an open one."""
 
 
