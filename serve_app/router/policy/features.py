@@ -136,8 +136,12 @@ def answer_action(num_pairs: int) -> int:
     return num_pairs + 1
 
 
-def encode(states: States) -> dict[str, NDArray[np.float32]]:
+def encode(states: States, legal: Bool | None = None) -> dict[str, NDArray[np.float32]]:
     """What the network reads.
+
+    Args:
+        states: Requests under way.
+        legal: As of `legal_actions`, where that is known.
 
     Returns:
         `query` and `answer` (B, dim), `context` (B, NUM_CONTEXT), `candidates` (B, P,
@@ -145,7 +149,7 @@ def encode(states: States) -> dict[str, NDArray[np.float32]]:
         1 where an action is open.
     """
     shape = states.present.shape
-    legal = legal_actions(states)
+    legal = legal_actions(states) if legal is None else legal
     answers = states.tried & ~states.failed
     num_answers = answers.sum(axis=1)
     cost = normalised(states.costs_usd, states.log_cost_range[:, None, :])

@@ -160,9 +160,9 @@ class LearnedRule:
             for asked in zip(requests, beliefs, strict=True)
         ]
         states = self._states.of(requests, batch, beliefs, columns, chances)
-        observation = encode(states)
-        logits = self._net.logits(observation)
-        is_open, legal = observation["mask"] > 0, legal_actions(states)
+        legal = legal_actions(states)
+        observation = encode(states, legal)
+        logits, is_open = self._net.logits(observation), observation["mask"] > 0
         # What is legal and not open comes behind, in the order of the rule `voi`.
         logits = np.where(legal & ~is_open, observation["worth"] + _BEHIND, logits)
         return [
