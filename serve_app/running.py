@@ -107,10 +107,10 @@ def check_cluster() -> None:
         ClusterDied: If one has ended without which nothing works.
     """
     node = ray._private.worker._global_node
-    if node is None or not node.head:  # nothing, or not ours
+    if node is None or not node.head:  # no cluster, or one that another process started
         return
     dead = {kind for kind, _ in node.dead_processes()}
-    if not _accepts_connections(node.gcs_address):  # it has been told to end
+    if not _accepts_connections(node.gcs_address):  # the GCS is ending
         dead.add("gcs_server")
     for kind in _VITAL:
         if kind in dead:
@@ -120,7 +120,7 @@ def check_cluster() -> None:
 
 
 def _accepts_connections(address: str) -> bool:
-    """Whether something listens; a process that is only stuck does."""
+    """Whether a process listens at an address; a stuck process still does."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _LOOK_S).close()

@@ -170,10 +170,10 @@ def read_bench(config: AtlasConfig, encoder: NamedEncoder | None = None) -> Benc
 
 
 def complete(bench: Bench) -> Bench:
-    """The same with every pair that is left asked every test question that is left.
+    """Keep the pairs that most test questions were asked of, and the questions that all answered.
 
-    Every contender has to be judged on the same ones. Pairs that fewer than half of the test
-    questions were asked of go first, then questions that a pair was not asked.
+    Every contender has to be judged on the same questions. Pairs that were asked fewer than half of
+    the test questions are left out first, then questions that a remaining pair was not asked.
 
     Raises:
         ConfigError: If there is none.

@@ -27,9 +27,9 @@ NUM_CONTEXT = 18
 NUM_FEATURES = DESCRIPTOR_DIM + 23
 """New numbers are added at the end: a policy that was trained without them gives them no say."""
 OPENING_QUANTILE = 0.9
-"""Distance of a query from which its first of several runs is the cards' choice."""
+"""Distance quantile of a query from which the cards choose the first of several runs."""
 OPENING_MAX_ALPHA = 0.5
-"""Dial above which it never is: a dear first run may cost more than any answer is worth."""
+"""Alpha above which the cards never choose: a dear run may cost more than an answer is worth."""
 LOG_SECONDS = DESCRIPTOR_DIM + 1
 """Column of a candidate's features that tells how long it takes: log10 of the seconds, over 3."""
 
@@ -86,7 +86,7 @@ class States:
     chance: Float
     """(B, P) that the pair's answer is right; NaN for a pair without one."""
     judged: Bool
-    """(B,) something tells right answers from wrong ones."""
+    """(B,) whether a verifier judges the answers."""
     rise: Float
     """(B, P) of the best chance held, expected of the pair's run; see `worth.expected_rises`."""
     distance_quantile: Float

@@ -148,7 +148,7 @@ class Verifier:
         node = np.broadcast_to(self._roots, (len(features), len(self._roots)))
         for _ in range(self._depth):
             value = features[rows, self._feature.take(node)]
-            goes_left = value <= self._threshold.take(node)  # nothing that is not known does
+            goes_left = value <= self._threshold.take(node)  # NaN is not
             goes_left |= np.isnan(value) & self._nan_left.take(node)
             node = self._children.take(2 * node + goes_left)
         summed = self._value.take(node).sum(axis=1, dtype=np.float64)

@@ -108,7 +108,7 @@ class VoiRule:
     def _opened(
         self, first: Decision, request: RoutingRequest, batch: Batch, beliefs: Beliefs
     ) -> Decision:
-        """Path 1's decision with the cards' choice before its own, where they choose."""
+        """Path 1's decision; if the cards choose the first run, their choice comes first."""
         columns = self._states.columns([request], batch.available)
         states = self._states.of([request], batch, [beliefs], columns, [()])
         legal = legal_actions(states)
