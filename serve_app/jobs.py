@@ -57,9 +57,7 @@ SnapshotName = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ProfileJob(_Request):

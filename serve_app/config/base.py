@@ -6,8 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class BaseConfig(BaseModel):
-    """Unknown keys fail, values never change, field docstrings become descriptions."""
+    """Unknown keys fail, values never change."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

@@ -7,6 +7,10 @@ and the key's owner.
 
 from __future__ import annotations
 
+import asyncio
+from functools import cache
+from typing import TYPE_CHECKING
+
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -22,7 +26,6 @@ from serve_app.gateway.edge.hosts import HostCheck
 from serve_app.gateway.edge.idempotency import Idempotency
 from serve_app.gateway.edge.routes import RouteTable
 from serve_app.gateway.handlers import Handlers, RequestRunner
-from serve_app.gateway.mcp.server import McpServer
 from serve_app.gateway.openapi import openapi_document
 from serve_app.gateway.purses import Purses
 from serve_app.gateway.table import endpoints
@@ -30,6 +33,9 @@ from serve_app.jobs import Jobs
 from serve_app.store import OutcomeLog, Store
 from serve_app.telemetry import NoMetrics, ToldMetrics
 from serve_app.telemetry.tracing import NoTracing, Tracing
+
+if TYPE_CHECKING:
+    from serve_app.gateway.mcp.server import McpServer
 
 
 def build_api(
@@ -60,17 +66,29 @@ def build_api(
     api = Handlers(orchestrator, store, outcomes, jobs, config, metrics)
     pool = PoolAdmin(config, store, api.pool_view, api.breakers)
 
+    @cache
+    def document() -> bytes:
+        written = openapi_document(routes.endpoints, gateway.limits, gateway.auth.mode)
+        return bytes(JsonResponse(written).body)
+
     async def openapi(request: Request) -> Response:
-        """`GET /openapi.json`; the document has this route too, so it is written below."""
-        return Response(document, media_type="application/json")
+        """`GET /openapi.json`; the document is written for the first who asks."""
+        return Response(await asyncio.to_thread(document), media_type="application/json")
+
+    @cache
+    def mcp_server() -> McpServer:
+        from serve_app.gateway.mcp.server import McpServer  # loads the SDK
+
+        return McpServer(api, orchestrator, config, hosts, metrics)
+
+    async def mcp(request: Request) -> Response:
+        """`POST /mcp`; the server is made for the first who asks."""
+        server = await asyncio.to_thread(mcp_server)
+        return await server.handle(request)
 
     hosts = HostCheck(gateway.auth.mode, gateway.allowed_hosts)
-    mcp = McpServer(api, orchestrator, config, hosts, metrics) if gateway.mcp else None
     console = Console(api, pool, jobs, store, config) if gateway.console else None
-    routes = RouteTable(endpoints(api, pool, openapi, mcp.handle if mcp else None, console))
-    document = JsonResponse(
-        openapi_document(routes.endpoints, gateway.limits, gateway.auth.mode)
-    ).body
+    routes = RouteTable(endpoints(api, pool, openapi, mcp if gateway.mcp else None, console))
     edge = Middleware(
         Edge,
         routes=routes,

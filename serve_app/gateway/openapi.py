@@ -1,4 +1,4 @@
-"""The OpenAPI document, written from the table of routes when the application is built.
+"""The OpenAPI document, written from the table of routes.
 
 A row says what its operation takes and answers; the rest follows from its method, its path and its
 access. The routes are plain Starlette, because generated ones cost more per request than everything
@@ -18,6 +18,7 @@ from serve_app.config import LimitsConfig
 from serve_app.gateway.edge.idempotency import MAX_KEY_CHARS
 from serve_app.gateway.edge.operation import DocumentedAnswer, Operation, Shape
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint
+from serve_app.gateway.json_schema import DescribedSchema
 from serve_app.gateway.shapes import ERROR
 
 Json = dict[str, Any]
@@ -119,7 +120,9 @@ class _Schemas:
             for answer in (operation.answer, *operation.also):
                 if not isinstance(answer.content, Shape):
                     models[answer.content, "serialization"] = None
-        self._refs, definitions = models_json_schema(list(models), ref_template=_REF)
+        self._refs, definitions = models_json_schema(
+            list(models), ref_template=_REF, schema_generator=DescribedSchema
+        )
         self.components: Json = definitions.get("$defs", {})
 
     def taken(self, model: type[BaseModel]) -> Json:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import ray.exceptions
 
@@ -18,8 +19,11 @@ from serve_app.errors import StoreError
 from serve_app.pool.allow_list import AllowList
 from serve_app.store import Store, mcp_definitions, note_definitions
 from serve_app.telemetry import TOOLS_MCP_CHANGED, MetricSink
-from serve_app.tools.mcp.actor import SessionHandle
-from serve_app.tools.mcp.session import SessionState
+from serve_app.tools.entry import session_handle
+from serve_app.tools.mcp.state import SessionState
+
+if TYPE_CHECKING:
+    from serve_app.tools.mcp.actor import SessionHandle
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +73,7 @@ class McpServers:
         wanted = {t.tool_id: t for t in config.tools if isinstance(t, McpConfig)}
         for tool_id, settings in wanted.items():
             if self._configs.get(tool_id) != settings:
-                self._handles[tool_id] = SessionHandle(settings)
+                self._handles[tool_id] = session_handle(settings)
                 self._noted.pop(tool_id, None)
         self._configs = wanted
         self._handles = {t: h for t, h in self._handles.items() if t in wanted}

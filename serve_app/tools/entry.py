@@ -208,11 +208,12 @@ def entry_of(config: ToolConfig) -> Entry:
             runtime_env=runtime_env,
             enable_task_events=False,  # one each half second: Ray would remember them all
         ),
-        session=_session(config) if isinstance(config, McpConfig) else None,
+        session=session_handle(config) if isinstance(config, McpConfig) else None,
     )
 
 
-def _session(config: McpConfig) -> SessionHandle:
+def session_handle(config: McpConfig) -> SessionHandle:
+    """The way to the actor of a server."""
     from serve_app.tools.mcp.actor import SessionHandle  # loads the SDK
 
     return SessionHandle(config)

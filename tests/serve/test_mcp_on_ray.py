@@ -26,7 +26,7 @@ from serve_app.orchestrator.pairs.runner import PairRunner
 from serve_app.orchestrator.trace import Trace
 from serve_app.schemas import ChatCall, Limits, Pair
 from serve_app.tools.mcp.actor import SessionHandle
-from serve_app.tools.mcp.session import SessionState
+from serve_app.tools.mcp.state import SessionState
 from serve_app.tools.runner import ToolRunner
 from tests.executor_fakes import USAGE, reply
 from tests.path2_fakes import Engines

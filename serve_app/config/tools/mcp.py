@@ -19,7 +19,7 @@ _Word = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=4096)]
 class McpFunctionConfig(BaseModel):
     """What is said of one function of a server."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     effects: Effects
     """What a call of it does to the world."""
@@ -28,7 +28,7 @@ class McpFunctionConfig(BaseModel):
 class McpSandboxConfig(BaseModel):
     """Confines a command: it sees these paths and the system's programs, and no network."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     read: tuple[Path, ...] = Field(default=(), max_length=64)
     """Files and folders it may read, absolute; also where the command itself is."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from serve_app.schemas import DecidedBy, Fact, SpanKind, SpanRecord, StopReason
 from serve_app.store import StoredTrace
 
 
 class Shown(BaseModel):
-    """A part of a response; field docstrings become descriptions."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    """A part of a response."""
 
 
 class TokenCounts(Shown):

@@ -41,9 +41,7 @@ class Wire(BaseModel):
     but errors is refused in a few milliseconds.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TextPart(Wire):

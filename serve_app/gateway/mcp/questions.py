@@ -10,8 +10,7 @@ import json
 from typing import Any
 
 from mcp_types import CallToolResult, Tool
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic.json_schema import GenerateJsonSchema
+from pydantic import BaseModel, Field
 from pydantic_core import CoreSchema
 
 from serve_app.gateway.chat.parsing import validate
@@ -25,6 +24,7 @@ from serve_app.gateway.chat.wire import (
 )
 from serve_app.gateway.edge.exchange import Exchange
 from serve_app.gateway.handlers import Handlers
+from serve_app.gateway.json_schema import DescribedSchema
 from serve_app.gateway.mcp.tool import ExposedTool, Json, hints, result
 from serve_app.schemas import PATTERN_PREFIX, Effects, MemberState, PoolState
 
@@ -58,8 +58,6 @@ class QuestionArguments(Wire):
 class Answered(BaseModel):
     """The structured result of `ask`."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     answer: str
     pair: str
     """Model and tool, or pattern, that answered."""
@@ -78,7 +76,7 @@ class Answered(BaseModel):
     """What the answer cites."""
 
 
-class _Untitled(GenerateJsonSchema):
+class _Untitled(DescribedSchema):
     """A schema without a title for each field: a title repeats the field's name."""
 
     def field_title_should_be_set(self, schema: CoreSchema | Any) -> bool:

@@ -19,7 +19,8 @@ import ray.exceptions
 from serve_app.config.tools import McpConfig
 from serve_app.errors import ToolError, ToolFailed
 from serve_app.tools.base import Function, ToolResult
-from serve_app.tools.mcp.session import McpSession, SessionState
+from serve_app.tools.mcp.session import McpSession
+from serve_app.tools.mcp.state import SessionState
 from serve_app.trace_context import CURRENT, Carrier
 
 logger = logging.getLogger(__name__)

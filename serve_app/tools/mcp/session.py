@@ -12,7 +12,6 @@ import json
 import logging
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -30,6 +29,7 @@ from serve_app.tools.base import Function, ToolResult
 from serve_app.tools.mcp.child import ChildLink
 from serve_app.tools.mcp.definitions import MAX_FUNCTIONS, Definition, Listing, plain, read_listing
 from serve_app.tools.mcp.http import HttpLink
+from serve_app.tools.mcp.state import SessionState
 from serve_app.tools.mcp.tool import McpTool
 from serve_app.trace_context import CURRENT, Carrier
 
@@ -54,20 +54,6 @@ _MAX_PAGES = 100
 _RESULT = TypeAdapter[types.CallToolResult | types.InputRequiredResult](
     types.CallToolResult | types.InputRequiredResult
 )
-
-
-@dataclass(frozen=True)
-class SessionState:
-    """How a session stands; crosses process borders."""
-
-    is_up: bool = False
-    reason: str | None = None
-    """Why it is not up; `None` while it is, and before the first try has ended."""
-    definitions: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Of each function the server lists: its own name to the hash of its definition, and its
-    description as it would be offered."""
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Functions that cannot be offered, and why."""
 
 
 class McpSession:

@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from serve_app.gateway.app import build_api
-from serve_app.gateway.chat.wire import IGNORED_PARAMETERS, ChatRequest
+from serve_app.gateway.chat.wire import IGNORED_PARAMETERS
 from serve_app.gateway.edge.operation import Operation
 from serve_app.gateway.edge.routes import PUBLIC, Endpoint
 from serve_app.gateway.openapi import openapi_document
@@ -156,5 +156,6 @@ def test_keys_are_in_the_document_only_where_they_are_asked_for() -> None:
 
 
 def test_parameters_that_are_not_acted_on_are_named_as_such() -> None:
+    parameters = document()["components"]["schemas"]["ChatRequest"]["properties"]
     for name in IGNORED_PARAMETERS:
-        assert ChatRequest.model_fields[name].description == "Accepted, not used."
+        assert parameters[name]["description"] == "Accepted, not used."

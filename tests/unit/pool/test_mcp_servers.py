@@ -16,7 +16,8 @@ from serve_app.pool import mcp_servers
 from serve_app.pool.mcp_servers import McpServers
 from serve_app.store import Store, accept_definition, mcp_definitions
 from serve_app.telemetry import Metric
-from serve_app.tools.mcp.session import McpSession, SessionState
+from serve_app.tools.mcp.session import McpSession
+from serve_app.tools.mcp.state import SessionState
 from tests import mcp_servers as servers
 
 MODEL = {
@@ -61,7 +62,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 @pytest.fixture(autouse=True)
 async def _local(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    monkeypatch.setattr(mcp_servers, "SessionHandle", Local)
+    monkeypatch.setattr(mcp_servers, "session_handle", Local)
     yield
     for session in SESSIONS:
         await session.close()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from alembic import command
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import create_engine, text
 
 from serve_app.store import Store, find_key, hash_key, newest_pool, read_profile, serving_policies
-from serve_app.store.migrations import configuration
+from serve_app.store.migrations import configuration, newest_revision
 
 KEY = "sk-of-before"
 ENCODER = "all-minilm-l6-v2"
@@ -81,3 +85,43 @@ async def test_a_pool_from_before_there_were_patterns_has_none(tmp_path: Path) -
         await store.close()
     assert newest is not None
     assert newest.patterns == ()
+
+
+def test_the_newest_step_is_the_last_of_the_chain() -> None:
+    assert newest_revision() == ScriptDirectory.from_config(configuration()).get_current_head()
+
+
+async def test_a_store_of_a_later_schema_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    store_of("head", path)
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    with pytest.raises(CommandError):
+        await Store.open(f"sqlite+aiosqlite:///{path}")
+
+
+LAZY = """
+import asyncio, sys
+from serve_app.gateway.deployment import Gateway
+from serve_app.pool.controller import PoolController
+from serve_app.store import Store
+
+async def open_it():
+    await (await Store.open(sys.argv[1])).close()
+
+asyncio.run(open_it())
+print(*sorted({"alembic", "mcp", "mcp_types"} & set(sys.modules)))
+"""
+
+
+def test_a_gateway_on_a_store_of_its_schema_loads_no_migrations_and_no_mcp(tmp_path: Path) -> None:
+    url = f"sqlite+aiosqlite:///{tmp_path}/store.db"
+    loaded = [
+        subprocess.run(
+            [sys.executable, "-c", LAZY, url], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert loaded == [["alembic"], []]  # the first makes the schema
