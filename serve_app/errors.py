@@ -29,7 +29,8 @@ AtlasError
 │   ├── EngineError              502, a model application failed
 │   │   ├── EngineBusy           503, the model asks for a pause
 │   │   ├── EngineUnavailable    a remote endpoint failed in a way that may pass
-│   │   ├── UnreadableCall       the model wrote a tool call that cannot be read
+│   │   ├── NoAnswer             the model calls its tool again and again
+│   │   │   └── UnreadableCall   the model wrote a tool call that cannot be read
 │   │   └── ReplicaDied          the process that worked on it is no more
 │   ├── QuotaUnknown             503, the store cannot say what the limits of an API key leave
 │   ├── EffectRefused            503, an effect could not be put on record, and was not begun
@@ -317,7 +318,11 @@ class EngineUnavailable(EngineError):
     """A remote endpoint failed in a way that may pass, and asks for no pause."""
 
 
-class UnreadableCall(EngineError):
+class NoAnswer(EngineError):
+    """The model calls its tool again and again: the engine works, and what it writes is none."""
+
+
+class UnreadableCall(NoAnswer):
     """What the model wrote is a tool call that cannot be read, and so no answer."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from serve_app.errors import AtlasError, EngineError, InvalidRequest, NoCandidate, UnreadableCall
+from serve_app.errors import AtlasError, EngineError, InvalidRequest, NoAnswer, NoCandidate
 from serve_app.orchestrator.pairs.paid import WITH_LOGPROBS
 from serve_app.orchestrator.planning import PLANNER_SAMPLING, planner_messages
 from serve_app.questions import Question
@@ -235,8 +235,8 @@ async def measure_pair(
 
 
 def _was_away(failure: AtlasError | None) -> bool:
-    """Whether the engine is to blame; a call that cannot be read is what the model said."""
-    return isinstance(failure, EngineError) and not isinstance(failure, UnreadableCall)
+    """Whether the engine is to blame, and not what the model wrote."""
+    return isinstance(failure, EngineError) and not isinstance(failure, NoAnswer)
 
 
 def _asked(query: str) -> tuple[dict[str, Any], ...]:

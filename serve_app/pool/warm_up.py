@@ -9,7 +9,7 @@ from typing import Any
 
 from serve_app.budget import Budget, Deadline
 from serve_app.content import BLANK_PICTURE, with_pictures
-from serve_app.errors import AtlasError, UnreadableCall
+from serve_app.errors import AtlasError, NoAnswer
 from serve_app.models.clients import ModelClients
 from serve_app.models.protocol import ChatBody
 from serve_app.orchestrator.pairs.base import PairWork
@@ -60,7 +60,7 @@ async def why_silent(pairs: PairRunner, pair: Pair) -> str | None:
     budget, trace = Budget(Deadline.after(WARM_UP_TIMEOUT_S)), Trace(call.request_id)
     try:
         await pairs.run(PairWork(pair, call, budget, trace.root))
-    except UnreadableCall:
+    except NoAnswer:
         pass  # it answers; one token is too short for a call
     except AtlasError as error:
         logger.warning("pair %s does not answer: %s", pair, error.message)

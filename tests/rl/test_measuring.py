@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from rl.profile.measure import RunSettings, measure_pair
-from serve_app.errors import AtlasError, EngineError, ReplicaDied, ToolFailed, UnreadableCall
+from serve_app.errors import (
+    AtlasError,
+    EngineError,
+    NoAnswer,
+    ReplicaDied,
+    ToolFailed,
+    UnreadableCall,
+)
 from serve_app.questions import PlainMetric, Question
 from serve_app.schemas import ChatCall, DecidedBy, Decision, Pair, Report, Usage
 from serve_app.store import ProfileOutcome
@@ -28,7 +35,9 @@ async def test_what_the_engine_failed_at_is_missing_still(failure: AtlasError) -
     assert await measure(failure) is None
 
 
-@pytest.mark.parametrize("failure", [UnreadableCall("no call"), ToolFailed("no result")])
+@pytest.mark.parametrize(
+    "failure", [NoAnswer("calls alone"), UnreadableCall("no call"), ToolFailed("no result")]
+)
 async def test_what_the_pair_failed_at_is_a_wrong_answer(failure: AtlasError) -> None:
     outcome = await measure(failure)
     assert outcome is not None

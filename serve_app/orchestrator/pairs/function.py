@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from serve_app.config.tools import ManyFunctionsSettings
-from serve_app.errors import BudgetExceeded, EngineError, ToolRetry, UnreadableCall
+from serve_app.errors import BudgetExceeded, NoAnswer, ToolRetry, UnreadableCall
 from serve_app.models.reply import Choice, ChoicePiece, FunctionRequest
 from serve_app.orchestrator.pairs.base import Emit, PairWork
 from serve_app.orchestrator.pairs.join import JoinParts
@@ -68,7 +68,7 @@ async def run(work: PairWork, parts: JoinParts) -> list[Choice]:
 
     Raises:
         UnreadableCall: If its calls cannot be read.
-        EngineError: If it does not answer.
+        NoAnswer: If it does not answer.
         AtlasError: If the engine or the tool fails, or the budget does not cover them.
     """
     work.add_note()
@@ -93,7 +93,7 @@ async def run(work: PairWork, parts: JoinParts) -> list[Choice]:
             {"role": "tool", "tool_call_id": called.id, "content": text}
             for called, text in zip(calls, texts, strict=True)
         ]
-    raise EngineError(
+    raise NoAnswer(
         f"the model called {work.pair.tool_id} more than {parts.max_tool_rounds} times without an "
         "answer"
     )

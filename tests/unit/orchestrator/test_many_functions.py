@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.budget import Budget, Caps, Deadline
-from serve_app.errors import EngineError, ToolFailed, ToolRetry
+from serve_app.errors import NoAnswer, ToolFailed, ToolRetry
 from serve_app.orchestrator.orchestrator import Orchestrator
 from serve_app.orchestrator.recovery import Recovery
 from serve_app.orchestrator.trace import MAX_SPANS
@@ -183,7 +183,7 @@ async def test_a_deployment_limits_the_calls_of_each_request(
 
 async def test_a_model_that_only_calls_is_stopped(tmp_path: Path) -> None:
     bench = ToolsetBench(tmp_path, *[reply(*[READ] * 100)] * 4)
-    with pytest.raises(EngineError, match="more than 3 times"):
+    with pytest.raises(NoAnswer, match="more than 3 times"):
         await bench.run()
     assert len(bench.tools.ran) == 4 * 8
 

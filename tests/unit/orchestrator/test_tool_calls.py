@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from serve_app.errors import (
-    EngineError,
     InvalidRequest,
+    NoAnswer,
     ToolFailed,
     ToolRetry,
     UnfitForPair,
@@ -250,7 +250,7 @@ async def test_a_tool_that_was_not_offered_is_not_run(tmp_path: Path) -> None:
 
 async def test_a_model_that_calls_for_ever_is_stopped(tmp_path: Path) -> None:
     bench = Bench(tmp_path, reply(calls=(CALL,)))
-    with pytest.raises(EngineError, match="more than 3 times"):
+    with pytest.raises(NoAnswer, match="more than 3 times"):
         await bench.run()
     assert bench.result.answer is None
 
