@@ -17,7 +17,7 @@ import json
 import logging
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ PARTS = (
     "tables",
     "live",
 )
+DEFAULT_PARTS = tuple(part for part in PARTS if part != "ablations")
+"""Ablations learn seven times as many routers as all else."""
 
 
 def main() -> None:
@@ -74,12 +76,14 @@ def main() -> None:
     parser.add_argument("--deployment", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--other-seeds", type=int, default=1, help="of the parts that ask or learn many times"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="units made at once")
     parser.add_argument("--iterations", type=int, default=60, help="of each training")
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=DEFAULT_PARTS)
     parser.add_argument("--data", type=Path, help="folder of outcome tables")
     parser.add_argument("--tables", nargs="*", default=["llmrouter", "gsm8k_modeltool"])
-    parser.add_argument("--table-seeds", type=int, default=1)
-    parser.add_argument("--ablation-seeds", type=int, default=2)
     parser.add_argument("--questions", type=Path, help="of the profile, for live requests")
     parser.add_argument("--live-questions", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0, help="of the profile's answers")
@@ -91,7 +95,9 @@ def main() -> None:
     folder = options.out.with_name(f"{options.out.stem}_run")
     folder.mkdir(parents=True, exist_ok=True)
     began_s = time.perf_counter()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=options.workers, include_dashboard=False, log_to_driver=False
+    )
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("the profile", total=None)
@@ -100,8 +106,15 @@ def main() -> None:
             progress.update(task, description=what)
 
         run = Run(
-            complete(read_bench(config)), folder, range(options.seeds), FitSettings(), train, told
+            complete(read_bench(config)),
+            folder,
+            range(options.seeds),
+            FitSettings(),
+            train,
+            told,
+            side_by_side=options.workers > 1,
         )
+        fewer = replace(run, seeds=run.seeds[: options.other_seeds])
         _check_profile(folder, run.bench.mark)
         result: dict[str, Any] = {}
         for part in options.parts:
@@ -113,10 +126,11 @@ def main() -> None:
                     options, config.embedder.model, folder, train, progress, told
                 )
             else:
-                result[part] = _PARTS[part](run, options)
+                result[part] = _PARTS[part](run if part == "in_distribution" else fewer, options)
             result["settings"] = {
                 "iterations": options.iterations,
                 "seeds": options.seeds,
+                "other_seeds": options.other_seeds,
                 "encoder": config.embedder.model,
                 "seconds": time.perf_counter() - began_s,
             }
@@ -126,7 +140,7 @@ def main() -> None:
         draw_frontiers(
             {
                 "profiled domains": in_distribution(run),
-                "domain absent from fit and training": over_domains(leave_one_domain_out(run)),
+                "domain absent from fit and training": over_domains(leave_one_domain_out(fewer)),
             },
             run.bench.test,
             options.out.with_suffix(".png"),
@@ -196,21 +210,13 @@ def _changes(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ablations(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    fewer = Run(
-        run.bench,
-        run.folder,
-        run.seeds[: options.ablation_seeds],
-        run.fit,
-        run.train,
-        run.on_progress,
-    )
     config = run.bench.config
     assert config is not None  # it was read from a store
     encoders = {TOKEN_MEAN: complete(read_bench(config, TokenMean(config.embedder)))}
-    whole = in_distribution(fewer), over_domains(leave_one_domain_out(fewer))
+    whole = in_distribution(run), over_domains(leave_one_domain_out(run))
     units = {"nothing": whole} | {
         name: (inside, over_domains(unseen))
-        for name, (inside, unseen) in ablations(fewer, lessons(fewer), encoders).items()
+        for name, (inside, unseen) in ablations(run, lessons(run), encoders).items()
     }
     return {
         name: {
@@ -243,7 +249,7 @@ def _tables(
     progress: Progress,
     told: Any,
 ) -> dict[str, Any]:
-    seeds = range(options.table_seeds)
+    seeds = range(options.other_seeds)
     runs = open_tables(
         options.data, options.tables, encoder, folder / "tables", seeds, train, progress, told
     )

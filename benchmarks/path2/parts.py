@@ -6,13 +6,14 @@ part is used again by the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 from numpy.typing import NDArray
 
 from benchmarks.path2.data import Bench, Learnt, Lesson, learn, rule_of
@@ -54,19 +55,45 @@ class Run:
     fit: FitSettings
     train: TrainConfig
     on_progress: Callable[[str], None]
+    side_by_side: bool = False
+    """Whether units are made by tasks on Ray, each on one CPU, or here."""
 
     @property
     def domains(self) -> tuple[str, ...]:
         """Of the test questions."""
         return tuple(sorted(set(self.bench.test.domains)))
 
-    def unit(self, name: str, make: Callable[[], Unit]) -> Unit:
-        """A unit, made unless it is there."""
-        path = self.folder / "units" / f"{name}.npz"
-        if not path.is_file():
-            self.on_progress(name)
-            save_unit(make(), path)
-        return load_unit(path)
+    def units(self, makers: Mapping[str, Callable[[Run], Unit]]) -> dict[str, Unit]:
+        """Units by name; made are those that are not there.
+
+        Args:
+            makers: What makes each, of this run. Side by side, no two may learn the same router.
+        """
+        missing = {name: make for name, make in makers.items() if not self._file(name).is_file()}
+        if self.side_by_side:
+            self._make_on_ray(missing)
+        else:
+            for name, make in missing.items():
+                self.on_progress(name)
+                self.make(name, make)
+        return {name: load_unit(self._file(name)) for name in makers}
+
+    def make(self, name: str, make: Callable[[Run], Unit]) -> None:
+        """Make a unit and keep it."""
+        save_unit(make(self), self._file(name))
+
+    def _file(self, name: str) -> Path:
+        return self.folder / "units" / f"{name}.npz"
+
+    def _make_on_ray(self, makers: Mapping[str, Callable[[Run], Unit]]) -> None:
+        alone = ray.put(replace(self, side_by_side=False, on_progress=_say_nothing))
+        task = ray.remote(num_cpus=1, max_retries=0)(Run.make)
+        under_way = [task.remote(alone, name, make) for name, make in makers.items()]
+        while under_way:
+            made = len(makers) - len(under_way)
+            self.on_progress(f"{made} of {len(makers)} made, from {next(iter(makers))}")
+            done, under_way = ray.wait(under_way)
+            ray.get(done)
 
     def learnt(
         self,
@@ -105,34 +132,45 @@ class Run:
         )
 
 
+def _say_nothing(what: str) -> None:
+    """What a task does goes untold: many run at once."""
+
+
 def in_distribution(run: Run, name: str = BASE, **lesson: object) -> list[Unit]:
     """Learnt from all, asked about all; one unit per seed."""
-    bench = run.bench
 
-    def make(seed: int) -> Unit:
+    def make(seed: int, run: Run) -> Unit:
+        bench = run.bench
         learnt = run.learnt(name, seed, **lesson)  # type: ignore[arg-type]
         return contend(learnt, rule_of(bench, learnt), bench.test, best_known(bench.train))
 
-    return [run.unit(f"{name}-{seed}", partial(make, seed)) for seed in run.seeds]
+    return list(run.units({f"{name}-{seed}": partial(make, seed) for seed in run.seeds}).values())
 
 
 def leave_one_domain_out(run: Run, name: str = BASE, **lesson: object) -> dict[str, list[Unit]]:
     """Learnt without a domain, asked about it alone; per domain one unit per seed."""
-    bench = run.bench
 
-    def make(domain: str, seed: int) -> Unit:
-        rows = run.without(domain)
+    def make(domain: str, seed: int, run: Run) -> Unit:
+        bench, rows = run.bench, run.without(domain)
         learnt = run.learnt(f"{name}-without-{domain}", seed, rows=rows, **lesson)  # type: ignore[arg-type]
         known = best_known(bench.train.select(queries=rows))
         return contend(learnt, rule_of(bench, learnt), run.of(domain), known)
 
-    return {
-        domain: [
-            run.unit(f"{name}-without-{domain}-{seed}", partial(make, domain, seed))
-            for seed in run.seeds
-        ]
-        for domain in run.domains
+    return _by_group(run, run.domains, f"{name}-without-{{}}", make)
+
+
+def _by_group(
+    run: Run, groups: Iterable[str], name: str, make: Callable[[str, int, Run], Unit]
+) -> dict[str, list[Unit]]:
+    """Per group one unit per seed; `name` has the group's place in it."""
+    names = {group: [f"{name.format(group)}-{seed}" for seed in run.seeds] for group in groups}
+    makers = {
+        of: partial(make, group, seed)
+        for group, own in names.items()
+        for seed, of in zip(run.seeds, own, strict=True)
     }
+    units = run.units(makers)
+    return {group: [units[of] for of in own] for group, own in names.items()}
 
 
 def verifier_of(run: Run, learnt: Learnt, domain: str) -> VerifierFigures | None:
@@ -173,28 +211,35 @@ def growth(run: Run) -> dict[str, dict[str, list[Unit]]]:
     Returns:
         Newcomers to `without` them and with them `added`, one unit per seed each.
     """
-    bench = run.bench
+    joining = newcomers(run.bench.train)
 
-    def make(kind: str, name: str, new: Index, seed: int) -> Unit:
-        old = np.setdiff1d(np.arange(bench.train.num_pairs), new)
-        learnt = run.learnt(f"before-{name}", seed, columns=old)
-        rule = rule_of(bench, learnt)
-        if kind == "added":
-            return contend(learnt, rule, bench.test, best_known(bench.train))
+    def learnt_before(name: str, seed: int, run: Run) -> tuple[Learnt, Index]:
+        old = np.setdiff1d(np.arange(run.bench.train.num_pairs), joining[name])
+        return run.learnt(f"before-{name}", seed, columns=old), old
+
+    def without(name: str, seed: int, run: Run) -> Unit:
+        bench, (learnt, old) = run.bench, learnt_before(name, seed, run)
         # The smaller pool's costs are counted on the whole pool's scale, so that gains compare.
-        unit = contend(learnt, rule, bench.test.select(pairs=old), _renumbered(bench, old))
+        test = bench.test.select(pairs=old)
+        unit = contend(_own(learnt), rule_of(bench, learnt), test, _renumbered(bench, old))
         return _on_scale(unit, bench.test, old)
 
-    return {
-        name: {
-            kind: [
-                run.unit(f"growth-{name}-{kind}-{seed}", partial(make, kind, name, new, seed))
-                for seed in run.seeds
-            ]
-            for kind in NEWCOMERS
-        }
-        for name, new in newcomers(bench.train).items()
+    def added(name: str, seed: int, run: Run) -> Unit:
+        bench, (learnt, _) = run.bench, learnt_before(name, seed, run)
+        known = best_known(bench.train)
+        return contend(_own(learnt), rule_of(bench, learnt), bench.test, known)
+
+    # Each router is learnt for the first of its units.
+    units = {
+        kind: _by_group(run, joining, f"growth-{{}}-{kind}", make)
+        for kind, make in (("without", without), ("added", added))
     }
+    return {name: {kind: units[kind][name] for kind in NEWCOMERS} for name in joining}
+
+
+def _own(learnt: Learnt) -> Learnt:
+    """The router without what methods that are learnt beside it would learn from."""
+    return replace(learnt, train=None)
 
 
 def changes(run: Run) -> dict[str, list[Unit]]:
@@ -213,13 +258,13 @@ def changes(run: Run) -> dict[str, list[Unit]]:
     for column, plain in _breakable(bench.train).items():
         makers[f"{bench.test.pairs[column]} broken"] = partial(_degraded, bench, column, plain)
 
-    def make(name: str, seed: int) -> Unit:
-        return makers[name](run.learnt(BASE, seed))
+    for seed in run.seeds:
+        run.learnt(BASE, seed)
 
-    return {
-        name: [run.unit(f"change-{name}-{seed}", partial(make, name, seed)) for seed in run.seeds]
-        for name in makers
-    }
+    def make(name: str, seed: int, run: Run) -> Unit:
+        return makers[name](_own(run.learnt(BASE, seed)))
+
+    return _by_group(run, makers, "change-{}", make)
 
 
 def lessons(run: Run) -> dict[str, dict[str, Any]]:

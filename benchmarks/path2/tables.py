@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ class TableRun:
     def in_distribution(self) -> list[Unit]:
         """One unit per seed."""
         everything = np.arange(len(self.table.train))
-        return [self._unit("all", everything, self.run.bench.test, seed) for seed in self.run.seeds]
+        return self._units("all", everything, self.run.bench.test)
 
     def leave_one_task_out(self) -> dict[str, list[Unit]]:
         """Per task one unit per seed; tasks with few test questions are left out."""
@@ -64,19 +65,18 @@ class TableRun:
             if len(asked) < MIN_TASK_QUERIES or not len(rows):
                 continue
             test = self.run.bench.test.select(queries=asked)
-            units[str(task)] = [
-                self._unit(f"without-{task}", rows, test, seed) for seed in self.run.seeds
-            ]
+            units[str(task)] = self._units(f"without-{task}", rows, test)
         return units
 
-    def _unit(self, name: str, rows: Index, test: ReplayTable, seed: int) -> Unit:
-        def make() -> Unit:
-            learnt = self.run.learnt(name, seed, rows=rows)
+    def _units(self, name: str, rows: Index, test: ReplayTable) -> list[Unit]:
+        def make(seed: int, run: Run) -> Unit:
+            learnt = run.learnt(name, seed, rows=rows)
             rule = ClusterRule(learnt.snapshot)
-            known = best_known(self.run.bench.train.select(queries=rows))
+            known = best_known(run.bench.train.select(queries=rows))
             return contend(learnt, rule, test, known)
 
-        return self.run.unit(f"{name}-{seed}", make)
+        makers = {f"{name}-{seed}": partial(make, seed) for seed in self.run.seeds}
+        return list(self.run.units(makers).values())
 
 
 def open_tables(

@@ -21,7 +21,7 @@ from benchmarks.path2.baselines import (
 from benchmarks.path2.data import Bench, Learnt, part_of, read_bench
 from benchmarks.path2.encoders import TOKEN_MEAN, TokenMean
 from benchmarks.path2.figure import draw_frontiers
-from benchmarks.path2.parts import Run, ablations, changes, lessons, newcomers
+from benchmarks.path2.parts import Run, ablations, changes, in_distribution, lessons, newcomers
 from benchmarks.path2.summary import (
     Figure,
     Resamples,
@@ -121,12 +121,12 @@ def test_a_unit_is_kept_and_not_made_again(units: list[Unit], tmp_path: Path) ->
     run = Run(bench(), tmp_path, [0], FitSettings(), TrainConfig(), lambda _: None)
     made: list[int] = []
 
-    def make() -> Unit:
+    def make(run: Run) -> Unit:
         made.append(1)
         return units[0]
 
     for _ in range(2):
-        run.unit("one", make)
+        assert set(run.units({"one": make})) == {"one"}
     assert made == [1]
 
 
@@ -421,6 +421,19 @@ def test_an_ablation_is_learnt_and_asked_in_and_out_of_distribution(tmp_path: Pa
     again = ablations(run, taught, {"turned": small_bench(turn=3)})
     assert len(learnt) == said  # all of it was kept
     assert set(again) == set(found)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_units_made_side_by_side_are_those_made_here(tmp_path: Path) -> None:
+    here = Run(small_bench(), tmp_path / "here", [0, 1], TINY_FIT, TINY, lambda _: None)
+    beside = replace(here, folder=tmp_path / "beside", side_by_side=True)
+    for one, other in zip(in_distribution(here), in_distribution(beside), strict=True):
+        assert one.reached.keys() == other.reached.keys()
+        assert one.score(PATH_1, 0.0) == pytest.approx(other.score(PATH_1, 0.0))
+    assert sorted(path.name for path in (beside.folder / "learnt").iterdir()) == [
+        "base-0",
+        "base-1",
+    ]
 
 
 async def test_a_bench_of_another_encoder_is_of_that_encoder_throughout(
