@@ -28,7 +28,8 @@ import psutil
 from rich.console import Console
 
 from benchmarks.overload_load import LENGTHS, Answer, OverloadLoad
-from benchmarks.serving import free_port, machine, show_targets
+from benchmarks.ports import free_port
+from benchmarks.serving import machine, show_targets
 from benchmarks.stats import Target, percentile
 
 ROOT = Path(__file__).parent.parent

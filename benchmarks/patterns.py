@@ -34,7 +34,8 @@ from rich.table import Table
 
 from benchmarks.loop import ask_each, names_of_pairs
 from benchmarks.patterns_figure import draw
-from benchmarks.serving import free_port, machine, show_targets
+from benchmarks.ports import free_port
+from benchmarks.serving import machine, show_targets
 from benchmarks.stats import Target
 from serve_app import environment
 from serve_app.budget import Budget, Deadline

@@ -33,7 +33,8 @@ import uvicorn
 from rich.console import Console
 from sqlalchemy import func, select, update
 
-from benchmarks.serving import free_port, machine, show_targets
+from benchmarks.ports import free_port
+from benchmarks.serving import machine, show_targets
 from benchmarks.stats import Target, percentile
 from serve_app.budget import Deadline
 from serve_app.config import AtlasConfig

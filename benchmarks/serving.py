@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from rich.table import Table
 
 from benchmarks.client import Load, Measurement, question, run_load
 from benchmarks.engines import MODEL_ID
+from benchmarks.ports import free_port
 from benchmarks.stats import Summary, Target, merge, percentile, summarise
 
 ROOT = Path(__file__).parent.parent
@@ -129,14 +129,6 @@ class Bench:
             first_number=self._next_number,
         )
         return asyncio.run(run_load(load))
-
-
-def free_port() -> int:
-    """A port of loopback that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -31,7 +31,8 @@ import httpx2
 import psutil
 from rich.console import Console
 
-from benchmarks.serving import free_port, machine, show_targets
+from benchmarks.ports import free_port
+from benchmarks.serving import machine, show_targets
 from benchmarks.stats import Target
 from serve_app import environment
 

@@ -32,7 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from benchmarks.serving import free_port, machine, show_targets
+from benchmarks.ports import free_port
+from benchmarks.serving import machine, show_targets
 from benchmarks.stats import Target, percentile
 from benchmarks.swap_load import Answer, SwapLoad
 from serve_app.config import AtlasConfig

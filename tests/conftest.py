@@ -15,8 +15,9 @@ import openai
 import pytest
 import yaml
 
+from benchmarks.ports import free_port
 from serve_app.schemas import PoolState
-from tests.haproxy import free_port, own_ports
+from tests.haproxy import own_ports
 
 os.environ.update(own_ports())
 

@@ -26,7 +26,7 @@ import yaml
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from benchmarks.serving import free_port
+from benchmarks.ports import free_port
 from serve_app.graph import APP_NAME, BuildArgs, build_app
 from serve_app.pool.applications import serve_details
 

@@ -31,7 +31,8 @@ from rich.console import Console
 
 from benchmarks.hostile.cases import CASES, CHAT, Case, body
 from benchmarks.hostile.gateway import WATCH_FILE, LoopWatch
-from benchmarks.serving import free_port, machine, show_targets
+from benchmarks.ports import free_port
+from benchmarks.serving import machine, show_targets
 from benchmarks.stats import Target
 from serve_app.watchdog import watched
 

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 
 from benchmarks.engines import MODEL_ID
-from benchmarks.serving import CLOSED_16, Bench, Endpoint, Phase, free_port, with_snapshot
+from benchmarks.ports import free_port
+from benchmarks.serving import CLOSED_16, Bench, Endpoint, Phase, with_snapshot
 
 _CONFIG = Path(__file__).parents[2] / "configs" / "bench" / "bench.yaml"
 _CHAT = "/v1/chat/completions"

@@ -28,7 +28,7 @@ from mcp.client.stdio import stdio_client
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.serving import free_port
+from benchmarks.ports import free_port
 from benchmarks.stats import Target, percentile
 from serve_app.config.tools import McpConfig, SqlConfig
 from serve_app.tools.mcp.actor import SessionHandle

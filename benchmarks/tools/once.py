@@ -20,7 +20,7 @@ from typing import Any
 import httpx2
 from rich.console import Console
 
-from benchmarks.serving import free_port
+from benchmarks.ports import free_port
 from benchmarks.stats import Target
 from benchmarks.tools.gateway import MODEL
 

@@ -25,7 +25,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.haproxy import free_port, own_haproxy
+from benchmarks.ports import free_port
+from tests.haproxy import own_haproxy
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from benchmarks.ports import free_port
 from tests import model_servers
-from tests.haproxy import free_port, own_ports
+from tests.haproxy import own_ports
 from tests.model_servers import ANSWER, stub_engine
 from tests.wheel import atlas, build, environment_of, install
 

@@ -17,8 +17,9 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.ports import free_port
 from serve_app import environment
-from tests.haproxy import free_port, started_haproxy
+from tests.haproxy import started_haproxy
 
 MAX_CONNECTIONS = 64
 SCRIPT = Path(environment.__file__).with_name("haproxy.sh")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import socket
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.ports import free_port
 from rl.cli.app import app
 from serve_app.cli.console import console
 from serve_app.config import load_config
@@ -33,12 +33,6 @@ def run(*words: str, answer: str | None = None) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
 def test_init_writes_a_configuration_of_what_answers_and_doctor_finds_it_well() -> None:
     with stub_engine(model_servers.OLLAMA) as server:
         code, said = run("init", "--yes", "--engine", server.address)
@@ -47,7 +41,7 @@ def test_init_writes_a_configuration_of_what_answers_and_doctor_finds_it_well() 
         assert "next: atlas doctor, then atlas serve" in said
         (model,) = load_config("atlas.yaml").models
         assert model.model_id == "llama3.2-3b"
-        code, said = run("doctor", "--port", free_port())
+        code, said = run("doctor", "--port", str(free_port()))
     assert "model llama3.2-3b: answers at" in said
     assert "ok  sandbox: code runs confined, for python" in said
     assert "0 would fail" in said, said
@@ -97,7 +91,7 @@ def test_a_command_without_a_configuration_says_how_to_get_one() -> None:
 
 
 def test_doctor_without_a_configuration_fails_and_says_how_to_get_one() -> None:
-    code, said = run("doctor", "--port", free_port())
+    code, said = run("doctor", "--port", str(free_port()))
     assert code == 1
     assert "FAILS  configuration: there is no atlas.yaml" in said
     assert "`atlas init` writes one" in said
@@ -105,7 +99,7 @@ def test_doctor_without_a_configuration_fails_and_says_how_to_get_one() -> None:
 
 def test_doctor_names_the_setting_that_is_wrong() -> None:
     Path("atlas.yaml").write_text("models: []")
-    code, said = run("doctor", "--port", free_port())
+    code, said = run("doctor", "--port", str(free_port()))
     assert code == 1
     assert "models" in said.partition("FAILS  configuration")[2]
 
@@ -140,7 +134,7 @@ def test_doctor_looks_at_what_the_page_shows() -> None:
         with stub_engine(model_servers.LLAMA_CPP) as llama_cpp:
             engines = ("--engine", ollama.address, "--engine", llama_cpp.address)
             assert run("init", "--yes", *engines)[0] == 0
-        code, said = run("doctor", "--port", free_port())
+        code, said = run("doctor", "--port", str(free_port()))
     assert code == 1
 
     def subjects(lines: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.hostile.__main__ import ROOT, running, send
 from benchmarks.hostile.cases import CASES, CHAT, Case, body
-from benchmarks.serving import free_port
+from benchmarks.ports import free_port
 from tests.gateway_fakes import eventually
 
 _LONG = ("endless", "without end", "100 MiB")
