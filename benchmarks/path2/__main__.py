@@ -112,7 +112,7 @@ def main() -> None:
             FitSettings(),
             train,
             told,
-            side_by_side=options.workers > 1,
+            cpus_per_unit=1.0,
         )
         fewer = replace(run, seeds=run.seeds[: options.other_seeds])
         _check_profile(folder, run.bench.mark)

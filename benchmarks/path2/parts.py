@@ -55,8 +55,8 @@ class Run:
     fit: FitSettings
     train: TrainConfig
     on_progress: Callable[[str], None]
-    side_by_side: bool = False
-    """Whether units are made by tasks on Ray, each on one CPU, or here."""
+    cpus_per_unit: float | None = None
+    """Of the task on Ray that makes a unit, beside others; `None`: units are made here, in turn."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -67,10 +67,10 @@ class Run:
         """Units by name; made are those that are not there.
 
         Args:
-            makers: What makes each, of this run. Side by side, no two may learn the same router.
+            makers: What makes each, of this run. No two may learn the same router.
         """
         missing = {name: make for name, make in makers.items() if not self._file(name).is_file()}
-        if self.side_by_side:
+        if self.cpus_per_unit is not None:
             self._make_on_ray(missing)
         else:
             for name, make in missing.items():
@@ -86,8 +86,8 @@ class Run:
         return self.folder / "units" / f"{name}.npz"
 
     def _make_on_ray(self, makers: Mapping[str, Callable[[Run], Unit]]) -> None:
-        alone = ray.put(replace(self, side_by_side=False, on_progress=_say_nothing))
-        task = ray.remote(num_cpus=1, max_retries=0)(Run.make)
+        alone = ray.put(replace(self, cpus_per_unit=None, on_progress=_say_nothing))
+        task = ray.remote(num_cpus=self.cpus_per_unit, max_retries=0)(Run.make)
         under_way = [task.remote(alone, name, make) for name, make in makers.items()]
         while under_way:
             made = len(makers) - len(under_way)

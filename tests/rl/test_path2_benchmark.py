@@ -426,7 +426,7 @@ def test_an_ablation_is_learnt_and_asked_in_and_out_of_distribution(tmp_path: Pa
 @pytest.mark.usefixtures("cluster")
 def test_units_made_side_by_side_are_those_made_here(tmp_path: Path) -> None:
     here = Run(small_bench(), tmp_path / "here", [0, 1], TINY_FIT, TINY, lambda _: None)
-    beside = replace(here, folder=tmp_path / "beside", side_by_side=True)
+    beside = replace(here, folder=tmp_path / "beside", cpus_per_unit=0.0)
     for one, other in zip(in_distribution(here), in_distribution(beside), strict=True):
         assert one.reached.keys() == other.reached.keys()
         assert one.score(PATH_1, 0.0) == pytest.approx(other.score(PATH_1, 0.0))
